@@ -1,0 +1,56 @@
+"""Read, check, split and encode preference pairs and prompts. `docs/data.md` describes the formats."""
+
+from __future__ import annotations
+
+from distalign.data.inspection import Inspection, inspect_pairs
+from distalign.data.pairs import (
+    Data,
+    Message,
+    Pair,
+    PairData,
+    Prompt,
+    PromptData,
+    Text,
+    plain_text,
+    prompt_key,
+    read_pairs,
+    read_prompts,
+    split_by_prompt,
+)
+from distalign.data.sources import DataError, Problem, Source
+from distalign.data.tokens import (
+    Counts,
+    EncodedPair,
+    Tokenizer,
+    encode_pair,
+    encode_pairs,
+    encode_prompt,
+    end_token_id,
+)
+
+__all__ = [
+    "Counts",
+    "Data",
+    "DataError",
+    "EncodedPair",
+    "Inspection",
+    "Message",
+    "Pair",
+    "PairData",
+    "Problem",
+    "Prompt",
+    "PromptData",
+    "Source",
+    "Text",
+    "Tokenizer",
+    "encode_pair",
+    "encode_pairs",
+    "encode_prompt",
+    "end_token_id",
+    "inspect_pairs",
+    "plain_text",
+    "prompt_key",
+    "read_pairs",
+    "read_prompts",
+    "split_by_prompt",
+]

@@ -1,0 +1,294 @@
+"""Preference pairs and prompts in TRL's columns: read all of a source, check every row, refuse what is not clear."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from typing import Any, Generic, Literal, NoReturn, TypeVar
+
+from distalign.data.sources import DataError, Problem, Record, Source, describe, read_records
+
+Message = dict[str, Any]
+Text = str | list[Message]
+Format = Literal["standard", "conversational"]
+
+# What a prompt of a transcript ends with: hh-rlhf, TL;DR, Alpaca. The response starts right after it.
+RESPONSE_MARKS = ("\n\nAssistant:", "\nTL;DR:", "\n### Response:")
+TURN_MARKS = (*RESPONSE_MARKS, "\n\nHuman:", "\n### Instruction:")
+_PAIR_COLUMNS = ("prompt", "chosen", "rejected", "p_chosen", "chosen_reward", "rejected_reward")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One labelled comparison. Strings (standard) or lists of messages (conversational); a response is one message.
+
+    `probability` is that of the label, p_chosen (None: certain); `extra` holds the columns that nothing here reads.
+    """
+
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    where: str = "row"
+    probability: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt, as in `Pair`."""
+
+    prompt: Text
+    where: str = "row"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Row = TypeVar("Row", Pair, Prompt)
+
+
+@dataclass(frozen=True)
+class Data(Generic[Row]):
+    """Rows that passed every check, in the order of the source.
+
+    `implicit` says that the prompts were cut from the responses; `read` and `ties` count the rows read, and those left
+    out because both responses are the same.
+    """
+
+    rows: list[Row]
+    source: str
+    format: Format
+    implicit: bool = False
+    read: int = 0
+    ties: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+
+PairData = Data[Pair]
+PromptData = Data[Prompt]
+
+
+def read_pairs(
+    source: Source, *, split: str | None = None, drop_ties: bool = False, limit: int | None = None
+) -> Data[Pair]:
+    """Read preference pairs: JSON lines (.gz too), CSV, Parquet, a `datasets` folder, a hub id, or rows in memory.
+
+    Every row is checked before anything is returned; DataError lists what is wrong, place by place. `drop_ties` leaves
+    out (and counts) pairs whose responses are the same; `limit` stops after that many pairs.
+    """
+    return _read(source, split, limit, lambda row, where: _pair(row, where, drop_ties=drop_ties))
+
+
+def read_prompts(source: Source, *, split: str | None = None, limit: int | None = None) -> Data[Prompt]:
+    """Read the `prompt` column of anything that `read_pairs` reads; the other columns are kept in `extra`."""
+    return _read(source, split, limit, _prompt)
+
+
+def split_by_prompt(data: Data[Row], held_out: float, seed: int = 0) -> tuple[Data[Row], Data[Row]]:
+    """(kept, held out): a prompt is held out with probability `held_out`, by a hash of its text and the seed.
+
+    Rows with the same prompt (case and white space aside) stay together, and where a prompt falls depends on nothing
+    else in the data. Raises DataError if one of the two parts would be empty.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out is {held_out}; give a share of the prompts, at least 0 and less than 1")
+    out = [_unit_hash(f"{seed}\n{prompt_key(row.prompt)}") < held_out for row in data.rows]
+    kept = [row for row, held in zip(data.rows, out, strict=True) if not held]
+    held = [row for row, held in zip(data.rows, out, strict=True) if held]
+    if held_out and not (kept and held):
+        part = "training" if not kept else "held-out"
+        reason = f"no prompt falls in the {part} part of a {held_out:g} split; give more prompts, another share or seed"
+        raise DataError([Problem(data.source, reason)])
+    return replace(data, rows=kept), replace(data, rows=held)
+
+
+def prompt_key(prompt: Text) -> str:
+    """What makes two prompts the same: their roles and words, not their case or white space."""
+    text = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content')}" for m in prompt)
+    return " ".join(text.split()).casefold()
+
+
+def plain_text(text: Text) -> str:
+    """The words of a prompt or response: a string as it is, messages joined."""
+    return text if isinstance(text, str) else "\n\n".join(m.get("content") or "" for m in text)
+
+
+def _unit_hash(text: str) -> float:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def _read(
+    source: Source, split: str | None, limit: int | None, build: Callable[[Record, str], tuple[Row | None, bool]]
+) -> Data[Row]:
+    problems: list[Problem] = []
+    rows: list[Row] = []
+    read = 0
+    shape: tuple[Format, bool] | None = None
+    for where, record in read_records(source, problems, split=split):
+        if limit is not None and len(rows) >= limit:
+            break
+        read += 1
+        try:
+            row, implicit = build({k: v for k, v in record.items() if v is not None}, where)
+        except DataError as error:
+            problems.extend(error.problems)
+            continue
+        if row is None:
+            continue
+        found: tuple[Format, bool] = ("standard" if isinstance(row.prompt, str) else "conversational", implicit)
+        shape = shape or found
+        if found != shape:
+            texts = " and ".join(
+                f"{kind} with {'an implicit' if cut else 'a'} prompt" for kind, cut in dict.fromkeys([found, shape])
+            )
+            problems.append(Problem(where, f"{texts} in one source; write all rows like the first"))
+        rows.append(row)
+    name = describe(source, split)
+    if problems:
+        raise DataError(problems)
+    if shape is None:
+        what = (
+            f"{read} rows, all of them ties; nothing is left to learn from"
+            if read
+            else "no rows; is it the right file?"
+        )
+        raise DataError([Problem(name, what)])
+    return Data(rows, name, *shape, read=read, ties=read - len(rows))
+
+
+def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, bool]:
+    """The pair of a row (None: a tie to leave out), and whether its prompt was cut from the responses."""
+    chosen, rejected = (_text(row, name, where) for name in ("chosen", "rejected"))
+    if type(chosen) is not type(rejected):
+        _refuse(where, "chosen and rejected are a string and a message list; write both the same way")
+    implicit = "prompt" not in row
+    if chosen == rejected:
+        if not drop_ties:
+            _refuse(where, "chosen and rejected are the same text; remove the line or set drop_ties (--drop-ties)")
+        return None, implicit
+    if implicit:
+        prompt, chosen, rejected = _cut_prompt(chosen, rejected, where)
+    else:
+        prompt = _text(row, "prompt", where)
+        if not isinstance(prompt, str) or not isinstance(chosen, str):
+            prompt, chosen, rejected = _as_messages(prompt, chosen, rejected, where)
+    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+        if not plain_text(text).strip():
+            _refuse(where, f"{name} is empty; fill it in or remove the line")
+        if name != "prompt" and not isinstance(text, str) and [m["role"] for m in text] != ["assistant"]:
+            roles = ", ".join(m["role"] for m in text)
+            _refuse(where, f"{name} holds the turns {roles}; a response is one assistant turn, the rest is the prompt")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        _refuse(where, "prompt ends with an assistant turn; end it with the turn to answer")
+    probability = _number(row, "p_chosen", where)
+    if probability is not None and not 0 <= probability <= 1:
+        _refuse(where, f"p_chosen is {probability:g}; a probability between 0 and 1 is needed")
+    rewards = [_number(row, f"{name}_reward", where) for name in ("chosen", "rejected")]
+    if (rewards[0] is None) != (rewards[1] is None):
+        _refuse(where, "only one of chosen_reward and rejected_reward; give both or neither")
+    extra = {name: value for name, value in row.items() if name not in _PAIR_COLUMNS}
+    return Pair(prompt, chosen, rejected, where, probability, rewards[0], rewards[1], extra), implicit
+
+
+def _prompt(row: Record, where: str) -> tuple[Prompt, bool]:
+    prompt = _text(row, "prompt", where)
+    if not plain_text(prompt).strip():
+        _refuse(where, "prompt is empty; fill it in or remove the line")
+    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
+        _refuse(where, "prompt ends with an assistant turn; end it with the turn to answer")
+    return Prompt(prompt, where, {name: value for name, value in row.items() if name != "prompt"}), False
+
+
+def _as_messages(prompt: Text, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
+    """Messages throughout: a string is one turn, and a prompt that both message lists repeat is taken off them."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return prompt, [{"role": "assistant", "content": chosen}], [{"role": "assistant", "content": rejected}]
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if len(chosen) > 1 and isinstance(prompt, str):
+        full, chosen, rejected = _cut_prompt(chosen, rejected, where)
+        if full[-1].get("content") != prompt:
+            _refuse(where, "prompt is not the last turn before the responses; write it as a message list")
+        return full, chosen, rejected
+    if chosen[: len(turns)] == turns == rejected[: len(turns)]:
+        chosen, rejected = chosen[len(turns) :], rejected[len(turns) :]
+    return turns, chosen, rejected
+
+
+def _cut_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Any, Any, Any]:
+    """Cut the prompt that both responses start with, at a turn boundary. Refuses where the boundary is not certain."""
+    same = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    advice = 'write the prompt in a column "prompt" of its own, or remove the line'
+    if isinstance(chosen, str):
+        start = chosen[:same]
+        cut = max((start.rfind(mark) + len(mark) for mark in RESPONSE_MARKS if mark in start), default=0)
+        if not cut:
+            found = "no common start" if not start.split() else "the common start ends at no turn"
+            marks = ", ".join(mark.strip() for mark in RESPONSE_MARKS)
+            _refuse(where, f"no prompt, and {found} ({marks}), so where the responses begin is a guess; {advice}")
+        if any(mark in text[cut:] for text in (chosen, rejected) for mark in TURN_MARKS):
+            _refuse(where, f"no prompt, and the transcripts part before their last turn; {advice}")
+        return chosen[:cut], chosen[cut:], rejected[cut:]
+    if not same:
+        _refuse(where, f"no prompt, and the message lists have no common start; {advice}")
+    if same == min(len(chosen), len(rejected)):
+        _refuse(where, f"no prompt, and one message list is the start of the other; {advice}")
+    return chosen[:same], chosen[same:], rejected[same:]
+
+
+def _text(row: Record, name: str, where: str) -> Text:
+    """A column that must hold a string or a list of messages."""
+    if name not in row:
+        near = get_close_matches(name, row, 1)
+        found = ", ".join(f'"{column}"' for column in row) or "none"
+        hint = f'rename "{near[0]}"' if near else f"add it or rename the column that holds the {name}"
+        _refuse(where, f'no column "{name}" (found {found}); {hint}')
+    value = row[name]
+    if isinstance(value, str):
+        if value.lstrip().startswith("[{'"):
+            _refuse(where, f"{name} is a message list written by Python's str; write it with json.dumps")
+        _check_unicode(value, name, where)
+        return value
+    if not isinstance(value, list):
+        _refuse(where, f"{name} is {type(value).__name__}; a string or a list of messages is needed")
+    messages = []
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            _refuse(where, f'{name} is a list without messages; write {{"role": "user", "content": "…"}}')
+        message = {key: part for key, part in message.items() if part is not None}
+        if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
+            found = type(message.get("content")).__name__.replace("NoneType", "missing")
+            _refuse(where, f"{name} has a message whose content is {found}; a string is needed")
+        _check_unicode(message.get("content", ""), name, where)
+        messages.append(message)
+    return messages
+
+
+def _check_unicode(text: str, name: str, where: str) -> None:
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        _refuse(where, f"{name} holds half of a surrogate pair, which is no text; write the character whole")
+
+
+def _number(row: Record, name: str, where: str) -> float | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        _refuse(where, f"{name} is {value!r}; a finite number is needed")
+    return float(value)
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise DataError([Problem(where, what)])

@@ -1,0 +1,239 @@
+"""Rows from files, `datasets` folders, the hub or memory, each with its place, so that an error can name it."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = Mapping[str, Any]
+Source = str | Path | Iterable[Record]
+
+SHOWN_PROBLEMS = 10
+NUMBERS = ("p_chosen", "chosen_reward", "rejected_reward")
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong: where (`file:line`), and what was found with what to do about it."""
+
+    where: str
+    what: str
+
+
+class DataError(ValueError):
+    """Data that cannot be used. `problems` holds everything that is wrong, the message shows the first ten kinds."""
+
+    def __init__(self, problems: Sequence[Problem]):
+        super().__init__(problems)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        places: dict[str, list[str]] = {}
+        for where, what in self.problems:
+            places.setdefault(what, []).append(where)
+        lines = [
+            f"{first}: {what}" + (f" (the same in {len(more)} more rows)" if more else "")
+            for what, (first, *more) in places.items()
+        ]
+        if len(lines) == 1:
+            return lines[0]
+        shown = "\n  ".join(lines[:SHOWN_PROBLEMS])
+        rest = len(lines) - SHOWN_PROBLEMS
+        return f"{len(self.problems)} problems:\n  {shown}" + (f"\n  … and {rest} more" if rest > 0 else "")
+
+
+def describe(source: Source, split: str | None = None) -> str:
+    """The source's name in messages: its path, hub id, or "rows" for rows in memory."""
+    name = str(source) if isinstance(source, str | Path) else "rows"
+    return f"{name}[{split}]" if split else name
+
+
+def read_records(source: Source, problems: list[Problem], *, split: str | None = None) -> Iterator[tuple[str, Record]]:
+    """(place, row) of every row that can be read; what cannot be is appended to `problems`.
+
+    A place is `name:number`, counted from 1: the line of a text file, the row of anything else. `split` chooses from a
+    `datasets` folder or a hub id; a file has none. Raises DataError if the source as a whole cannot be read.
+    """
+    if not isinstance(source, str | Path):
+        yield from _table(source, split, "rows")
+        return
+    path = Path(source)
+    if path.is_dir():
+        yield from _table(_load_folder(path), split, str(source))
+    elif path.is_file():
+        yield from _read_file(path, problems)
+    elif (
+        isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in (*_SUFFIXES, ".gz")
+    ):
+        yield from _table(_load_hub(source), split, source)
+    else:
+        raise DataError([Problem(str(source), f"no such file; looked from {Path.cwd().name}/, check the path")])
+
+
+def _read_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    if suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif suffix == ".csv":
+        yield from _read_csv(path, problems)
+    elif suffix in _SUFFIXES:
+        yield from _read_json(path, problems)
+    else:
+        known = ", ".join(_SUFFIXES)
+        raise DataError(
+            [Problem(str(path), f'cannot tell the format of "{suffix}" files; name it {known} or .jsonl.gz')]
+        )
+
+
+def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
+    """(number, text) of every line, gzip recognised by its content, a byte order mark removed."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise DataError([Problem(str(path), "UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")])
+    number = 0
+    try:
+        with gzip.open(path) if head == b"\x1f\x8b" else open(path, "rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+                try:
+                    yield number, line.decode()
+                except UnicodeDecodeError as error:
+                    byte = f"byte 0x{line[error.start]:02x} at position {error.start + 1}"
+                    problems.append(Problem(f"{path}:{number}", f"not UTF-8 ({byte}); save the file as UTF-8"))
+                    yield number, line.decode(errors="replace")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        reason = f"the gzip stream is cut off or damaged here ({error}); copy or download the file again"
+        problems.append(Problem(f"{path}:{number + 1}", reason))
+
+
+def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
+    """One object a line, or one array of objects."""
+    lines = ((number, text) for number, text in _read_lines(path, problems) if text.strip())
+    for number, text in lines:
+        where = f"{path}:{number}"
+        if text.lstrip().startswith("[") and path.name.removesuffix(".gz").endswith(".json"):
+            text += "".join(text for _, text in lines)
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            problems.append(Problem(where, f"not JSON ({reason}); write one object a line"))
+            continue
+        rows = (
+            enumerate(value, 1)
+            if isinstance(value, list) and path.name.removesuffix(".gz").endswith(".json")
+            else [(number, value)]
+        )
+        for place, row in rows:
+            if isinstance(row, dict):
+                yield f"{path}:{place}", row
+            else:
+                found = f"{type(row).__name__}, not an object"
+                problems.append(
+                    Problem(f"{path}:{place}", f'{found}; write {{"prompt": …, "chosen": …, "rejected": …}}')
+                )
+
+
+def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader((text for _, text in _read_lines(path, problems)), strict=True)
+    header: list[str] = []
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.append(Problem(where, f"not CSV ({error}); check the quotes, double those inside a field"))
+            continue
+        if not cells:
+            continue
+        if not header:
+            header = [name.strip() for name in cells]
+            continue
+        if len(cells) != len(header):
+            found = f"{len(cells)} fields where the header names {len(header)}"
+            problems.append(Problem(where, f"{found}; quote the fields that hold commas or line breaks"))
+            continue
+        yield where, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+
+
+def _cell(name: str, cell: str) -> Any:
+    """A CSV cell: numbers in the columns that hold numbers, message lists where the text is one in JSON."""
+    if name in NUMBERS:
+        try:
+            return float(cell) if cell.strip() else None
+        except ValueError:
+            return cell
+    if cell.startswith("["):
+        try:
+            value = json.loads(cell)
+        except ValueError:
+            return cell
+        return value if isinstance(value, list) and value and isinstance(value[0], dict) else cell
+    return cell
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError([Problem(str(path), f"not a Parquet file ({error}); copy or download it again")]) from None
+    with file:
+        number = 0
+        for batch in file.iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}:{number}", row
+
+
+def _load_folder(path: Path) -> Any:
+    if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        files = (
+            ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".gz")))
+            or "none found"
+        )
+        reason = f"a folder that datasets' save_to_disk did not write; name a file in it ({files})"
+        raise DataError([Problem(str(path), reason)])
+    from datasets import load_from_disk
+
+    return load_from_disk(str(path))
+
+
+def _load_hub(name: str) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name)
+    except (OSError, ValueError) as error:
+        offline = (
+            " (HF_HUB_OFFLINE is set: unset it to download)" if os.environ.get("HF_HUB_OFFLINE", "0") != "0" else ""
+        )
+        reason = f"no such file or folder, and the hub gave no data set of this name: {error}; check the name{offline}"
+        raise DataError([Problem(name, reason)]) from None
+
+
+def _table(table: Any, split: str | None, name: str) -> Iterator[tuple[str, Record]]:
+    """The rows of a `datasets` object or of any iterable of dicts; of a DatasetDict, one split."""
+    if isinstance(table, Mapping):
+        chosen = split or ("train" if "train" in table else next(iter(table)) if len(table) == 1 else None)
+        if chosen not in table:
+            found = f'no split "{chosen}"' if chosen else "several splits"
+            raise DataError([Problem(name, f"{found}; choose one of {', '.join(table)}")])
+        table, name = table[chosen], f"{name}[{chosen}]"
+    for number, row in enumerate(table, 1):
+        yield f"{name}:{number}", row
