@@ -1,0 +1,70 @@
+"""REBEL (arXiv 2404.16767; arXiv 2506.01523v2, eq. 10): regress reward differences on the policy's relative log-ratio.
+
+Each round samples pairs from the current policy π_t and then moves away from it so that its log-ratio gap reproduces
+the reward gap. A squared loss on the gap where PD has a divergence between preferences; relative to π_t, which moves
+with every round: nothing here holds the policy near π₀, so many rounds collapse unless the reward carries a KL
+penalty.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
+
+
+def rebel_loss(
+    logps: Float[Tensor, "pairs 2"],
+    behavior_logps: Float[Tensor, "pairs 2"],
+    rewards: Float[Tensor, "pairs 2"],
+    *,
+    eta: float,
+) -> Float[Tensor, "pairs"]:
+    """Squared error of the relative log-ratio of a sampled pair against its scaled reward gap, in nats squared.
+
+        ( [ln π(a|x)/π_t(a|x) − ln π(b|x)/π_t(b|x)] − η [R̂(x,a) − R̂(x,b)] )²
+
+    `behavior_logps` are those of the policy π_t that sampled the pair; no gradient enters them, nor `rewards`. The
+    minimum of one round is proportional to π_t exp(η R̂). Raises ValueError if `eta` is not above zero.
+
+    Source: arXiv 2506.01523v2, eq. 10; arXiv 2404.16767, algorithm 1 (η multiplies the reward here).
+    """
+    if not eta > 0:
+        raise ValueError(f"eta is {eta}; the step size must be a positive number")
+    log_ratio = logps - behavior_logps.detach()
+    rewards = rewards.detach()
+    return (log_ratio[:, 0] - log_ratio[:, 1] - eta * (rewards[:, 0] - rewards[:, 1])).square()
+
+
+@dataclass(frozen=True)
+class REBEL:
+    """REBEL with the paper's TL;DR setting: step size `eta` (its chat experiment has 1e6)."""
+
+    eta: float = 1.0
+
+    source: ClassVar[str] = "arXiv 2404.16767; arXiv 2506.01523v2, eq. 10"
+    rate: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check_setting(self, "eta")
+
+    @property
+    def needs(self) -> Needs:
+        """Scored pairs sampled from the policy."""
+        return Needs(pairs="sampled", reward=True)
+
+    def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
+        """Mean squared error of the pairs, in nats squared."""
+        pairs = declared(pairs, "pairs")
+        behavior_logps = declared(pairs.behavior_logps, "pairs.behavior_logps")
+        return rebel_loss(pairs.logps, behavior_logps, declared(pairs.rewards, "pairs.rewards"), eta=self.eta).mean()
+
+    def implied_reward(
+        self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
+    ) -> Float[Tensor, "*shape"]:
+        """(1/η) ln π(a|x)/π₀(a|x), in nats: the reward that one round from the reference would have fitted."""
+        return (logps - declared(reference_logps, "reference_logps")) / self.eta

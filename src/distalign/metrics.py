@@ -1,0 +1,212 @@
+"""Pure numbers with their error: win rates, paired differences, calibration, diversity.
+
+A mean comes as an `Estimate` (with its standard error and count) or as an `Interval` (95 %); nothing here knows where
+its numbers came from. Fractions lie between 0 and 1, not in per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = [
+    "Bin",
+    "Estimate",
+    "Interval",
+    "accuracy",
+    "correlation",
+    "distinct_n",
+    "expected_calibration_error",
+    "mean_and_se",
+    "paired_bootstrap",
+    "paired_difference",
+    "reliability_table",
+    "repeated_ngram_rate",
+    "wilson_interval",
+    "win_rate",
+]
+
+_NORMAL_QUANTILE = 1.959963984540054  # 97.5 % of the standard normal distribution
+
+
+class Estimate(NamedTuple):
+    """A mean, its standard error (one standard deviation; NaN for a single value) and the number of values."""
+
+    mean: float
+    se: float
+    n: int
+
+
+class Interval(NamedTuple):
+    """A mean and the ends of its 95 % confidence interval, in the unit of the values."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Bin(NamedTuple):
+    """One row of a reliability table: mean predicted probability, observed frequency, number of values."""
+
+    predicted: float
+    observed: float
+    n: int
+
+
+def mean_and_se(values: Float[Tensor, "n"]) -> Estimate:
+    """Mean and standard error of independent values, in their unit. The spread is the sample's, with n − 1 below.
+
+    Raises ValueError on an empty tensor.
+    """
+    values = _float64(values)
+    n = len(values)
+    se = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
+    return Estimate(float(values.mean()), se, n)
+
+
+def paired_difference(values: Float[Tensor, "n"], baseline: Float[Tensor, "n"]) -> Interval:
+    """Mean of values − baseline with its 95 % Student t interval, in their unit; row i of both is the same prompt.
+
+    Pairing removes what the prompts have in common. The interval is exact for normal differences and good for n above
+    about 30; for few or skewed differences use `paired_bootstrap`. Raises ValueError for fewer than two pairs.
+    """
+    difference = _differences(values, baseline)
+    mean, se, n = mean_and_se(difference)
+    half_width = _student_quantile(n - 1) * se
+    return Interval(mean, mean - half_width, mean + half_width)
+
+
+def paired_bootstrap(
+    values: Float[Tensor, "n"], baseline: Float[Tensor, "n"], *, seed: int, resamples: int = 2000
+) -> Interval:
+    """Mean of values − baseline with its 95 % percentile bootstrap interval, in their unit; pairs are drawn whole.
+
+    The same seed gives the same interval. Raises ValueError for fewer than two pairs.
+    """
+    difference = _differences(values, baseline).numpy()
+    generator = np.random.default_rng(seed)
+    # One resample at a time: [resamples, n] at once would be gigabytes for a large evaluation.
+    means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(resamples)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(difference.mean()), float(low), float(high))
+
+
+def accuracy(logit: Float[Tensor, "n"]) -> Estimate:
+    """Fraction of labelled pairs whose preference log-odds (nats) are positive; exactly 0 counts one half."""
+    return mean_and_se((logit.sign().to(torch.float64) + 1) / 2)
+
+
+def win_rate(scores: Float[Tensor, "n"], baseline_scores: Float[Tensor, "n"]) -> Estimate:
+    """Fraction of prompts on which `scores` beat `baseline_scores`; a tie counts one half.
+
+    The standard error is over prompts and is 0 when every prompt agrees: `wilson_interval` is honest there.
+    """
+    return accuracy(scores - baseline_scores)
+
+
+def wilson_interval(fraction: float, n: int) -> Interval:
+    """95 % Wilson score interval of a fraction (accuracy, win rate) observed on n trials; it stays within [0, 1].
+
+    Raises ValueError if `fraction` is outside [0, 1] or there are no trials.
+    """
+    if n < 1 or not 0 <= fraction <= 1:
+        raise ValueError(f"fraction {fraction} of {n} trials; give a fraction between 0 and 1 and at least one trial")
+    z2 = _NORMAL_QUANTILE**2
+    centre = (fraction + z2 / (2 * n)) / (1 + z2 / n)
+    half_width = math.sqrt(fraction * (1 - fraction) / n + z2 / (4 * n * n)) * _NORMAL_QUANTILE / (1 + z2 / n)
+    return Interval(fraction, max(0.0, centre - half_width), min(1.0, centre + half_width))
+
+
+def reliability_table(probability: Float[Tensor, "n"], outcome: Float[Tensor, "n"], *, bins: int = 10) -> list[Bin]:
+    """What was predicted against what was observed, in equally wide bins of predicted probability.
+
+    Empty bins are left out. `outcome` is 1 where the event happened, 0 where it did not, or the frequency with which
+    it did. Raises ValueError if a probability lies outside [0, 1].
+    """
+    probability, outcome = _float64(probability), _float64(outcome)
+    if bool(((probability < 0) | (probability > 1)).any()):
+        raise ValueError("a predicted probability lies outside [0, 1]; pass probabilities, not log-odds")
+    index = (probability * bins).long().clamp(max=bins - 1)
+    chosen = [index == b for b in range(bins)]
+    return [Bin(float(probability[c].mean()), float(outcome[c].mean()), int(c.sum())) for c in chosen if c.any()]
+
+
+def expected_calibration_error(
+    probability: Float[Tensor, "n"], outcome: Float[Tensor, "n"], *, bins: int = 10
+) -> float:
+    """Gap between predicted probability and observed frequency, averaged over the values; 0 is perfect, 1 the worst.
+
+        Σ_bins (n_bin / n) |predicted_bin − observed_bin|
+
+    Biased upwards by sampling noise, about √(bins / n) / 2 even for a perfect predictor: compare at equal n and bins
+    only.
+
+    Source: arXiv 1706.04599, eq. 3.
+    """
+    table = reliability_table(probability, outcome, bins=bins)
+    return sum(row.n * abs(row.predicted - row.observed) for row in table) / sum(row.n for row in table)
+
+
+def correlation(first: Float[Tensor, "n"], second: Float[Tensor, "n"]) -> float:
+    """Pearson correlation, between −1 and 1; NaN when one side is constant or there are fewer than two values."""
+    first, second = _float64(first), _float64(second)
+    first, second = first - first.mean(), second - second.mean()
+    scale = float(first.norm() * second.norm())
+    return float(first @ second) / scale if scale > 0 else math.nan
+
+
+def distinct_n(sequences: Sequence[Sequence[int]], *, n: int) -> float:
+    """Different n-grams over all n-grams, across all token sequences: 1 all different, near 0 degenerate.
+
+    It falls with the amount of text, so compare equal numbers of sequences of similar length only. NaN when no sequence
+    has n tokens.
+
+    Source: arXiv 1510.03055 (distinct-1, distinct-2).
+    """
+    grams = [gram for sequence in sequences for gram in _ngrams(sequence, n)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def repeated_ngram_rate(sequences: Sequence[Sequence[int]], *, n: int) -> Estimate:
+    """Fraction of a sequence's n-grams that have occurred before in the same sequence, averaged over sequences.
+
+    Sequences shorter than n have nothing to repeat and are left out; with none left the mean is NaN and n is 0.
+    """
+    grams = [_ngrams(sequence, n) for sequence in sequences if len(sequence) >= n]
+    if not grams:
+        return Estimate(math.nan, math.nan, 0)
+    return mean_and_se(torch.tensor([1 - len(set(g)) / len(g) for g in grams], dtype=torch.float64))
+
+
+def _ngrams(sequence: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    if n < 1:
+        raise ValueError(f"n is {n}; an n-gram has at least one token")
+    return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
+
+
+def _float64(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    if len(values) == 0:
+        raise ValueError("no values; a mean needs at least one")
+    return values.detach().to("cpu", torch.float64)
+
+
+def _differences(values: Float[Tensor, "n"], baseline: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} pairs; an interval needs at least two")
+    return _float64(values) - _float64(baseline)
+
+
+def _student_quantile(freedom: int) -> float:
+    """97.5 % quantile of Student's t, to 1e-6. With t = √ν tan θ the density is cos^{ν−1} θ, bounded and smooth."""
+    if freedom > 10_000:
+        return _NORMAL_QUANTILE
+    angle = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(0.95 * mass[-1], mass, angle)))
