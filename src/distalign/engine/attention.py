@@ -1,0 +1,225 @@
+"""Attention in which responses share one prompt, for models that take attention functions from transformers.
+
+The row is cut into its segments: a prompt attends to itself, a response to its prompt and to itself. No [tokens,
+tokens] mask is built. Sliding windows are applied BY POSITION, because in a packed row the distance between two places
+is not the distance between their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from distalign.engine.packing import Segment
+
+NAME = "distalign_shared_prefix"
+
+# Two places keep the function that recomputes a layer under activation checkpointing: transformers, and torch's
+# wrapper.
+_CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+
+# Settings by which a model restricts attention in a way that no attention function is told about.
+_UNKNOWN_RESTRICTIONS = ("attention_chunk_size", "window_size", "attention_window", "local_attention_window")
+
+
+class CannotShare(Exception):
+    """The model asks for something that this attention does not compute. The message says what."""
+
+
+class Layout:
+    """The segments of one packed row, its masks (made once per window), and what the layers asked for."""
+
+    def __init__(self, segments: tuple[Segment, ...]) -> None:
+        self.segments = segments
+        self.pieces = [length for segment in segments for length in segment.lengths]
+        self.tokens = sum(self.pieces)
+        self.windows: list[int | None] = []
+        self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+
+    def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
+        """True where a query may look: the queries are the last of the `keys` consecutive positions."""
+        key = (queries, keys, window, device)
+        if key not in self._masks:
+            distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+            allowed = distance >= 0
+            self._masks[key] = allowed if window is None else allowed & (distance < window)
+        return self._masks[key]
+
+
+_LAYOUT: ContextVar[Layout | None] = ContextVar("distalign_layout", default=None)
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 heads tokens dim"],
+    key: Float[Tensor, "1 kv_heads tokens dim"],
+    value: Float[Tensor, "1 kv_heads tokens value_dim"],
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "1 tokens heads value_dim"], None]:
+    """One layer's attention over a packed row; the layout comes from `shared_attention`.
+
+    Honours grouped-query heads, `sliding_window`, `softcap` and attention sinks (`s_aux`). Raises CannotShare on a mask
+    or bias of the model's own, a cache, or attention that is not causal.
+    """
+    layout = _LAYOUT.get()
+    if layout is None:
+        raise RuntimeError(f"attention {NAME!r} was called outside the engine; set another attention implementation.")
+    _refuse_unknown(layout, module, query, key, attention_mask, kwargs)
+    window = kwargs.get("sliding_window")
+    layout.windows.append(window)
+    repeat = query.shape[1] // key.shape[1]
+    if repeat > 1:
+        key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+
+    # `split` has one concatenation as its backward; slices would each add a zero-padded copy of the row.
+    queries, keys, values = (tensor.split(layout.pieces, dim=2) for tensor in (query, key, value))
+    options = {"scaling": scaling, "dropout": dropout, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    out: list[Tensor] = []
+    for segment in layout.segments:
+        first = len(out)
+        out.append(_attend(layout, queries[first], keys[first], values[first], window, **options))
+        for piece in range(first + 1, first + 1 + len(segment.responses)):
+            if layout.pieces[piece] == 0:
+                out.append(values[piece])
+                continue
+            k = torch.cat([keys[first], keys[piece]], dim=2)
+            v = torch.cat([values[first], values[piece]], dim=2)
+            out.append(_attend(layout, queries[piece], k, v, window, **options))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)
+
+
+def _attend(
+    layout: Layout,
+    query: Float[Tensor, "1 heads queries dim"],
+    key: Float[Tensor, "1 heads keys dim"],
+    value: Float[Tensor, "1 heads keys value_dim"],
+    window: int | None,
+    *,
+    scaling: float | None,
+    dropout: float,
+    softcap: float | None,
+    sinks: Float[Tensor, "heads"] | None,
+) -> Float[Tensor, "1 heads queries value_dim"]:
+    """Causal attention of the last `queries` positions to all `keys` positions."""
+    n, m = query.shape[2], key.shape[2]
+    if window is not None and window >= m:
+        window = None
+    if softcap is None and sinks is None:
+        if n == m and window is None:
+            return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scaling)
+        mask = layout.mask(n, m, window, query.device)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
+
+    scores = (query @ key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~layout.mask(n, m, window, query.device), -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(1, -1, n, 1)], dim=-1)
+    accumulate = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(dim=-1, dtype=accumulate).to(value.dtype)[..., :m]
+    return F.dropout(weights, dropout, training=dropout > 0) @ value
+
+
+def _refuse_unknown(layout: Layout, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> None:
+    if mask is not None:
+        raise CannotShare("its layers add a mask or bias of their own")
+    if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
+        raise CannotShare("its attention takes a position bias or a cache")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        raise CannotShare("its attention is not causal")
+    if query.shape[0] != 1 or query.shape[2] != layout.tokens or key.shape[2] != layout.tokens:
+        raise CannotShare(f"its attention sees rows of shape {tuple(query.shape)} instead of the packed row")
+
+
+@contextmanager
+def shared_attention(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Let `model` attend by `layout` inside the block; it is left as it was found.
+
+    Layers that are recomputed in the backward pass (activation checkpointing) run after the block has ended; they are
+    given the same layout again, so that they recompute what they computed.
+    """
+    configs = _attention_configs(model)
+    checkpointed = [
+        (m, name, vars(m)[name]) for m in model.modules() for name in _CHECKPOINT_FUNCTIONS if name in vars(m)
+    ]
+    try:
+        for module, name, function in checkpointed:
+            setattr(module, name, _checkpoint_with(function, configs, layout))
+        with _switched(configs, layout):
+            yield
+    finally:
+        for module, name, function in checkpointed:
+            setattr(module, name, function)
+
+
+@contextmanager
+def _switched(configs: list[Any], layout: Layout) -> Iterator[None]:
+    before = [config._attn_implementation for config in configs]
+    token = _LAYOUT.set(layout)
+    try:
+        for config in configs:
+            config._attn_implementation = NAME
+        yield
+    finally:
+        _LAYOUT.reset(token)
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation = implementation
+
+
+def _checkpoint_with(checkpoint: Callable, configs: list[Any], layout: Layout) -> Callable:
+    def wrapped(function: Callable, *args: Any, **kwargs: Any) -> Any:
+        def run(*inputs: Any, **named: Any) -> Any:
+            with _switched(configs, layout):
+                return function(*inputs, **named)
+
+        return checkpoint(run, *args, **kwargs)
+
+    return wrapped
+
+
+def _attention_configs(model: nn.Module) -> list[Any]:
+    """Every configuration that a layer may read its attention implementation from, a parent before its parts."""
+    found: dict[int, Any] = {}
+    queue: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    queue = [config for config in queue if hasattr(config, "sub_configs")]
+    while queue:
+        config = queue.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            parts = (getattr(config, name, None) for name in config.sub_configs)
+            queue += [part for part in parts if part is not None]
+    return list(found.values())
+
+
+def expected_windows(config: Any) -> list[int | None]:
+    """The sliding window (in tokens, None: no limit) of each layer, from the configuration.
+
+    Raises CannotShare for layers that are not softmax attention over a prefix or a window of it.
+    """
+    for name in _UNKNOWN_RESTRICTIONS:
+        if getattr(config, name, None):
+            raise CannotShare(f"config.{name} restricts its attention")
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        used = getattr(config, "use_sliding_window", True)
+        return [window if used else None] * config.num_hidden_layers
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise CannotShare(f"it has layers of type {', '.join(unknown)}")
+    return [window if kind == "sliding_attention" else None for kind in types]

@@ -1,0 +1,95 @@
+"""Rows of hidden states (or logits) that predict the response tokens, by each of the three paths.
+
+shared   one packed row, every prompt once
+padded   every sequence on its own, padded on the right, by the model's own attention
+plain    every sequence on its own, the model's own logits
+
+All three return the rows in the same order: group by group, response by response, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distalign.engine.attention import Layout, shared_attention
+from distalign.engine.head import HiddenRows, LogitRows, Rows, head_of
+from distalign.engine.packing import Group, PaddedRows, frame, pack, pad
+
+# Padded tokens of one forward call of the padded path.
+_PADDED_TOKENS = 4096
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the token ids go: the device of the input embeddings."""
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore
+    return embeddings.weight.device
+
+
+def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: float) -> Rows:
+    """The rows that predict the response tokens of `groups`, by `path`: "shared", "padded" or "plain"."""
+    if path == "plain":
+        return LogitRows(_plain(model, groups), temperature)
+    hidden = shared_hidden(model, groups)[0] if path == "shared" else _padded(model, groups)
+    return HiddenRows(hidden, head_of(model), temperature)
+
+
+def shared_hidden(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Layout]:
+    """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
+
+    Raises CannotShare where the model asks its attention for something that cannot be shared.
+    """
+    row = pack(groups, device_of(model))
+    layout = Layout(row.segments)
+    decoder = model.get_decoder()
+    with shared_attention(decoder, layout):
+        out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+    return out[0][0].index_select(0, row.predictors), layout
+
+
+def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
+    decoder, device = model.get_decoder(), device_of(model)
+    batches = pad(groups, device, token_budget=_PADDED_TOKENS)
+    # Padding is on the right and the model is causal, so no real token sees it: no attention mask is needed.
+    hidden = [
+        decoder(input_ids=batch.input_ids, use_cache=False)[0].flatten(0, 1).index_select(0, batch.predictors)
+        for batch in batches
+    ]
+    return _in_order(hidden, batches, groups)
+
+
+def _plain(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows vocab"]:
+    batches = pad(groups, device_of(model), token_budget=0)
+    # Rows are counted from the end: a prompt-tuned model puts positions of its own in front.
+    logits = [
+        model(input_ids=batch.input_ids, use_cache=False).logits[0, -len(batch.predictors) :] for batch in batches
+    ]
+    return _in_order(logits, batches, groups)
+
+
+def _in_order(parts: list[Tensor], batches: list[PaddedRows], groups: Sequence[Group]) -> Tensor:
+    lengths = frame(groups, torch.device("cpu")).lengths
+    pieces: list[Tensor] = [parts[0]] * len(lengths)
+    for part, batch in zip(parts, batches, strict=True):
+        for response, piece in zip(batch.responses, part.split([lengths[i] for i in batch.responses]), strict=True):
+            pieces[response] = piece
+    return torch.cat(pieces)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradient inside the block; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,165 @@
+"""Model + prompt groups → ln π of every response token, in nats; with entropy and KL to a reference at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from distalign.engine.encoding import device_of, encode, evaluating
+from distalign.engine.head import Rows, score_rows
+from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
+from distalign.engine.selfcheck import check
+
+# A reference model, or a function whose context gives one (for instance the policy with its adapter off).
+Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Values of every response token, a row a response, in the order of the groups; 0 at padding. All in nats.
+
+    token_logps: ln π(y_t | s_t). mask: True on response tokens. group: index of the group that a row belongs to.
+    step_entropy: entropy of π(· | s_t). step_kl: KL(π(· | s_t) ‖ π₀(· | s_t)) over the full vocabulary.
+    reference_token_logps: ln π₀(y_t | s_t), a constant. The last three are None unless asked for.
+    """
+
+    token_logps: Float[Tensor, "responses steps"]
+    mask: Bool[Tensor, "responses steps"]
+    group: Int[Tensor, "responses"]
+    step_entropy: Float[Tensor, "responses steps"] | None = None
+    step_kl: Float[Tensor, "responses steps"] | None = None
+    reference_token_logps: Float[Tensor, "responses steps"] | None = None
+
+    @property
+    def logps(self) -> Float[Tensor, "responses"]:
+        """ln π(response | prompt): sums over tokens, in float64 where the device has it (float32: 5e-4 off)."""
+        return total(self.token_logps)
+
+    @property
+    def reference_logps(self) -> Float[Tensor, "responses"] | None:
+        """ln π₀(response | prompt), summed like `logps`."""
+        return None if self.reference_token_logps is None else total(self.reference_token_logps)
+
+
+def total(values: Float[Tensor, "responses steps"]) -> Float[Tensor, "responses"]:
+    """Sum over steps, in float64 where the device has it."""
+    return values.sum(-1, dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def score(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    reference: Reference | None = None,
+    entropy: bool = False,
+    temperature: float = 1.0,
+) -> Scores:
+    """Log-probabilities of all responses in one pass, differentiable when gradients are enabled.
+
+    `model` runs in the mode it is in (dropout in training mode), the reference without dropout and without gradient.
+    With a temperature, everything is that of softmax(logits / temperature), for the model and the reference alike.
+
+    At its first use a model is checked (`check`), and served by a slower path if its prompts cannot be shared. Raises
+    ValueError for groups that cannot be scored, a temperature that is not positive, or a reference with another
+    vocabulary.
+    """
+    if not temperature > 0:
+        raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
+    validate(groups, vocabulary=_vocabulary(model), max_positions=_max_positions(model))
+    places = frame(groups, device_of(model))
+    reference_rows = None if reference is None else _reference_rows(reference, groups, temperature)
+    rows = _rows(model, groups, temperature)
+    values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows)
+    return Scores(
+        token_logps=_lay_out(values.logps, places),
+        mask=places.mask,
+        group=places.group,
+        step_entropy=None if values.entropy is None else _lay_out(values.entropy, places),
+        step_kl=None if values.kl is None else _lay_out(values.kl, places),
+        reference_token_logps=None if values.reference_logps is None else _lay_out(values.reference_logps, places),
+    )
+
+
+def score_in_batches(
+    model: nn.Module,
+    groups: Sequence[Group],
+    *,
+    token_budget: int,
+    reference: Reference | None = None,
+    entropy: bool = False,
+    temperature: float = 1.0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Scores:
+    """`score` without gradient, in micro-batches of at most `token_budget` tokens, the longest groups first.
+
+    Results are in the order of `groups`. `progress(done, total)` is called after each micro-batch with numbers of
+    groups. Raises ValueError as `score` and `micro_batches` do, before anything is computed.
+    """
+    validate(groups, vocabulary=_vocabulary(model), max_positions=_max_positions(model))
+    places = frame(groups, device_of(model))
+    starts = _starts(groups)
+    result: dict[str, Tensor] = {}
+    done = 0
+    for batch in micro_batches(groups, token_budget):
+        chosen = [groups[index] for index in batch]
+        with torch.no_grad():
+            part = score(model, chosen, reference=reference, entropy=entropy, temperature=temperature)
+        rows = torch.tensor([row for index in batch for row in range(starts[index], starts[index + 1])])
+        rows = rows.to(places.mask.device)
+        for name in _VALUES:
+            values = getattr(part, name)
+            if values is not None:
+                whole = result.setdefault(name, values.new_zeros(places.mask.shape))
+                whole[rows, : values.shape[1]] = values
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(groups))
+    return Scores(mask=places.mask, group=places.group, **result)
+
+
+_VALUES = [field.name for field in fields(Scores) if field.name not in ("mask", "group")]
+
+
+def _starts(groups: Sequence[Group]) -> list[int]:
+    starts = [0]
+    for group in groups:
+        starts.append(starts[-1] + len(group.responses))
+    return starts
+
+
+def _rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> Rows:
+    report = check(model)
+    longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
+    too_long = report.length_limit is not None and longest > report.length_limit
+    return encode(model, groups, "plain" if too_long else report.path, temperature)
+
+
+def _reference_rows(reference: Reference, groups: Sequence[Group], temperature: float) -> Rows:
+    context = nullcontext(reference) if isinstance(reference, nn.Module) else reference()
+    with context as model:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"reference: its context gives a {type(model).__name__}; it must give the reference model.")
+        validate(groups, vocabulary=_vocabulary(model), max_positions=_max_positions(model), source="reference: groups")
+        with evaluating(model):
+            return _rows(model, groups, temperature)
+
+
+def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "responses steps"]:
+    return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _max_positions(model: Any) -> int | None:
+    config = model.config.get_text_config()
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
+        return None
+    return getattr(config, "max_position_embeddings", None)

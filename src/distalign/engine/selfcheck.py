@@ -1,0 +1,186 @@
+"""Which path serves a model, found out once by comparing it with the model's own logits.
+
+A model that ignores or misreads the shared-prefix attention does so silently, with log-probabilities that are wrong by
+whole nats. So before a model is first used, a small sample is scored both ways.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from distalign.engine.attention import CannotShare, expected_windows
+from distalign.engine.encoding import device_of, encode, evaluating, shared_hidden
+from distalign.engine.head import CannotTile, HiddenRows, head_of, score_rows
+from distalign.engine.packing import Group, frame
+
+logger = logging.getLogger("distalign.engine")
+
+Path = Literal["shared", "padded", "plain"]
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """How a model is served.
+
+    path: "shared" (prompt encoded once), "padded" (sequences on their own, tiled head) or "plain" (the model's own
+    logits). reason: one sentence. max_error: largest difference of one log-probability from the model's own, in nats,
+    on the path taken. length_limit: sequences longer than this are served "plain", because their position encoding
+    depends on the longest sequence of a call; None where there is no such limit.
+    """
+
+    path: Path
+    reason: str
+    model_type: str
+    max_error: float
+    tolerance: float
+    length_limit: int | None = None
+
+
+# Largest and mean difference of a log-probability, in nats, that rounding explains. Float64 leaves room for norms that
+# compute in float32 inside. A wrong mask is off by 0.1 to 3 nats on average.
+_TOLERANCES = {
+    torch.float64: (1e-5, 1e-5),
+    torch.float32: (2e-3, 5e-4),
+    torch.float16: (0.1, 0.02),
+    torch.bfloat16: (0.6, 0.1),
+}
+
+_REPORTS: WeakKeyDictionary[nn.Module, dict[tuple, EngineReport]] = WeakKeyDictionary()
+
+
+def check(model: nn.Module, *, again: bool = False) -> EngineReport:
+    """Find the fastest path on which `model` gives the log-probabilities of its own logits, and remember it.
+
+    Run at the first use of a model; `again=True` repeats it. A change of dtype, device, attention implementation or
+    head repeats it too. Modes and the random state are left as they were. Raises TypeError if `model` is not a causal
+    language model of transformers or PEFT.
+    """
+    for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings", "config"):
+        if not hasattr(model, name):
+            raise TypeError(
+                f"{type(model).__name__} has no {name}: the engine scores causal language models of "
+                "transformers or PEFT; pass the module inside a wrapper such as DistributedDataParallel."
+            )
+    reports = _REPORTS.setdefault(model, {})
+    key = _state(model)
+    if again or key not in reports:
+        device = device_of(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+            reports[key] = _find_path(model)
+        _log(reports[key])
+    return reports[key]
+
+
+def _state(model: Any) -> tuple:
+    head = model.get_output_embeddings()
+    weight = model.get_input_embeddings().weight
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    bias = getattr(head, "bias", None) is None
+    return type(head), bias, weight.dtype, weight.device, autocast, model.config.get_text_config()._attn_implementation
+
+
+def _find_path(model: Any) -> EngineReport:
+    config = model.config.get_text_config()
+    groups = sample_groups(config, model.get_input_embeddings().num_embeddings)
+    truth = encode(model, groups, "plain", 1.0)
+    targets = frame(groups, device_of(model)).targets
+    expected = score_rows(truth, targets).logps
+    limits = _tolerances(model)
+    report = EngineReport("plain", "", config.model_type, 0.0, limits[0], _length_limit(config))
+    try:
+        head_of(model)
+    except CannotTile as refusal:
+        return replace(report, reason=f"{refusal}; log-probabilities come from the model's own logits")
+
+    reason, error = _try_shared(model, groups, targets, expected, limits)
+    if reason is None:
+        return replace(report, path="shared", reason="agrees with separate encoding", max_error=error)
+    padded = score_rows(encode(model, groups, "padded", 1.0), targets).logps
+    error, wrong = _compare(padded, expected, limits)
+    if not wrong:
+        return replace(report, path="padded", reason=f"{reason}; prompts are not shared", max_error=error)
+    return replace(
+        report,
+        reason=f"{reason}; padded rows differ from its own logits too, by {error:.2g} nats",
+    )
+
+
+def _try_shared(
+    model: Any, groups: Sequence[Group], targets: Tensor, expected: Tensor, limits: tuple[float, float]
+) -> tuple[str | None, float]:
+    """Why the prompt cannot be shared (None: it can), and the largest error."""
+    try:
+        windows = expected_windows(model.config.get_text_config())
+        hidden, layout = shared_hidden(model, groups)
+    except CannotShare as refusal:
+        return str(refusal), float("nan")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        # Foreign code met an attention it was not written for; whatever it raises means the same: not this path.
+        return f"it does not run on packed rows ({type(problem).__name__}: {problem})", float("nan")
+    if len(layout.windows) != len(windows):
+        return f"{len(layout.windows)} of its {len(windows)} layers used the shared-prefix attention", float("nan")
+    if layout.windows != windows:
+        return f"its layers ask for windows {layout.windows}, its configuration for {windows}", float("nan")
+    error, wrong = _compare(score_rows(HiddenRows(hidden, head_of(model)), targets).logps, expected, limits)
+    return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), error
+
+
+def _compare(found: Tensor, expected: Tensor, limits: tuple[float, float]) -> tuple[float, bool]:
+    difference = (found.to(expected.dtype) - expected).abs()
+    error, mean = difference.max().item(), difference.mean().item()
+    return error, not (error <= limits[0] and mean <= limits[1])
+
+
+def _tolerances(model: Any) -> tuple[float, float]:
+    weight = model.get_input_embeddings().weight
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+    return _TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16])
+
+
+def sample_groups(config: Any, vocabulary: int) -> list[Group]:
+    """Two groups of random ids, special tokens left out: unequal prompts, a one-token response, five sequences."""
+    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    generator = torch.Generator().manual_seed(0)
+    ids = [i for i in torch.randint(vocabulary, (256,), generator=generator).tolist() if i not in special]
+    ids = ids or [0] * 256
+
+    def take(count: int) -> list[int]:
+        return [ids[(take.start + i) % len(ids)] for i in range(count)]
+
+    def draw(count: int) -> list[int]:
+        out = take(count)
+        take.start += count
+        return out
+
+    take.start = 0
+    return [Group(draw(11), [draw(5), draw(1), draw(3)]), Group(draw(4), [draw(8), draw(6)])]
+
+
+def _length_limit(config: Any) -> int | None:
+    """Length up to which position encodings do not depend on the other sequences of a call (dynamic and long RoPE)."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings")
+            return (
+                original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+            )
+    return None
+
+
+def _log(report: EngineReport) -> None:
+    path = {"shared": "prompts are shared", "padded": "padded rows", "plain": "one sequence at a time"}[report.path]
+    level = logging.INFO if report.path == "shared" else logging.WARNING
+    logger.log(level, "%s: served by %s (%s)", report.model_type, path, report.reason)
