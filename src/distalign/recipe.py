@@ -1,0 +1,341 @@
+"""A run's settings: read from YAML and `--set` flags, all checked before anything is loaded.
+
+The methods' own dataclasses are the schema of `methods`, `transformers.TrainingArguments` that of `training`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from distalign.recipe_yaml import RecipeError, dump_yaml, parse_value, read_yaml
+
+if TYPE_CHECKING:
+    from distalign.methods import Method, MethodFactory
+
+# What people call a setting elsewhere, and what it is here.
+_ELSEWHERE = {
+    ("dpo", "beta"): "DPO's beta is the preference sharpness, which is called gamma here: write gamma",
+    ("training", "output_dir"): "the run's folder is output_dir and name at the top of the recipe",
+    ("training", "seed"): "the seed is at the top of the recipe",
+}
+
+Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(_Section):
+    """Low-rank adapters; `layers` adapts the top ones only (null: all)."""
+
+    r: Count = 8
+    alpha: Positive = 16
+    dropout: Share = 0.0
+    layers: Count | None = None
+    target_modules: str | list[str] = "all-linear"
+
+
+class DataSettings(_Section):
+    """The user's own pairs. Without `eval`, a share `held_out` of the prompts of `train` is kept back."""
+
+    train: str
+    eval: str | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    held_out: Share = 0.1
+    limit: Count | None = None
+    eval_limit: Count | None = None
+    max_length: Count | None = None
+    max_response_tokens: Count | None = None
+    too_long: Literal["error", "drop"] = "error"
+    drop_ties: bool = False
+
+
+class TargetSettings(_Section):
+    """A known target: the model with `bonus` nats on the logits of some words, which labels pairs it can also score."""
+
+    words: Annotated[list[str], Field(min_length=1)]
+    bonus: float = 4.0
+    end_bonus: float = 0.0
+    gamma: Positive = 0.15
+    pairs: Count = 256
+    eval_pairs: Count = 64
+    strengths: Annotated[list[float], Field(min_length=1)] = [0.0, 0.5, 1.0, 1.5]
+    temperature: Positive = 0.8
+    max_new_tokens: Count = 20
+    prompts: str | list[str] | None = None
+
+
+class EarlyStopping(_Section):
+    """Stop after `patience` evaluations in a row that improve the held-out loss by no more than `min_delta`."""
+
+    patience: Count = 3
+    min_delta: NotNegative = 0.0
+
+
+class EvaluationSettings(_Section):
+    """How many responses are sampled to compare policies, and how."""
+
+    prompts: Count = 48
+    samples: Count = 2
+    max_new_tokens: Count = 20
+    temperature: NotNegative = 1.0
+
+
+def _switch(value: Any) -> Any:
+    """True and false for a section: its defaults, or none of it."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+class Recipe(_Section):
+    """One experiment: a model, pairs (the user's or a known target's), and the methods to compare on them."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: str
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    trust_remote_code: bool = False
+    lora: Annotated[Lora | None, BeforeValidator(_switch)] = None
+    data: DataSettings | None = None
+    target: TargetSettings | None = None
+    methods: dict[str, Any]
+    training: dict[str, Any] = {}
+    token_budget: Count = 4096
+    early_stopping: Annotated[EarlyStopping | None, BeforeValidator(_switch)] = EarlyStopping()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _check_training(cls, values: Any) -> Any:
+        return _training("training", values)
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _check_methods(cls, entries: Any) -> Any:
+        return _methods(entries)
+
+    @model_validator(mode="after")
+    def _one_source_of_pairs(self) -> Recipe:
+        if (self.data is None) == (self.target is None):
+            found = "neither data nor target" if self.data is None else "both data and target"
+            raise ValueError(f"recipe has {found}; give one of them: your pairs, or a known target that makes pairs")
+        return self
+
+    def method(self, name: str) -> Method:
+        """The method with this recipe's settings."""
+        return _build(name, {key: value for key, value in self._entry(name).items() if key != "training"})
+
+    def training_for(self, name: str) -> dict[str, Any]:
+        """The `TrainingArguments` settings of one method: `training`, and what its own `training` changes."""
+        return {**self.training, **self._entry(name).get("training", {})}
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder, output_dir/name."""
+        return Path(self.output_dir) / self.name
+
+    def dump(self, path: str | Path) -> None:
+        """Write the recipe as resolved, every default filled in; `load_recipe` reads it back equal."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(dump_yaml(self.model_dump(mode="json")), encoding="utf-8")
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        if name not in self.methods:
+            raise RecipeError(f'{self.name}: recipe has no method "{name}"; it has {", ".join(self.methods)}')
+        return self.methods[name]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    `overrides` are `section.key=value` with a YAML value, as `--set` takes them; `method` keeps one of the methods.
+    Data paths count from the working directory, or else from the recipe's folder. Raises RecipeError, every line of
+    which says where, what was found and what to do.
+    """
+    path = Path(path)
+    raw = read_yaml(path)
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _override(raw, override)
+    where = " ".join([str(path), *(f"--set {override}" for override in overrides)])
+    if method is not None and isinstance(raw.get("methods"), dict):
+        if method not in raw["methods"]:
+            raise RecipeError(f"{where}: {_unknown_method(method, raw['methods'], 'recipe')}; add it under methods")
+        raw["methods"] = {method: raw["methods"][method]}
+    for section, keys in (("data", ("train", "eval")), ("target", ("prompts",))):
+        _find_files(raw.get(section), keys, path.parent)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for found in error.errors() for line in _explain(found)]
+        raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
+        raise RecipeError(f"--set {override}: no setting and value; write section.key=value")
+    for depth, section in enumerate(sections, 1):
+        if raw.get(section) in (None, True, False):
+            raw[section] = {}
+        raw = raw[section]
+        if not isinstance(raw, dict):
+            raise RecipeError(f"--set {override}: {'.'.join(sections[:depth])} is no section; set it as a whole")
+    try:
+        raw[last] = parse_value(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML ({error}); quote it") from None
+
+
+def _find_files(section: Any, keys: Iterable[str], folder: Path) -> None:
+    for key in keys if isinstance(section, dict) else ():
+        value = section.get(key)
+        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
+            section[key] = str(folder / value)
+
+
+def _methods(entries: Any) -> dict[str, Any]:
+    from distalign.methods import METHODS
+
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError(f"methods is {entries!r}; name at least one of {', '.join(METHODS)}, each with its settings")
+    checked, problems = {}, []
+    for name, settings in entries.items():
+        try:
+            checked[name] = _method(name, {} if settings is None else settings)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
+    return checked
+
+
+def _method(name: str, settings: Any) -> dict[str, Any]:
+    """A method's settings, its defaults filled in, and its own `training`."""
+    from distalign.methods import METHODS
+
+    if name not in METHODS:
+        raise ValueError(_unknown_method(name, METHODS, "distalign"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"methods.{name} is {settings!r}; write its settings below it, setting: value")
+    own = {key: value for key, value in settings.items() if key != "training"}
+    checked = dataclasses.asdict(_build(name, own))  # pyright: ignore[reportArgumentType]
+    if settings.get("training"):
+        checked["training"] = _training(f"{name}.training", settings["training"])
+    return checked
+
+
+def _build(name: str, settings: Mapping[str, Any]) -> Method:
+    from distalign.methods import METHODS
+
+    factory: MethodFactory = METHODS[name]
+    names = [field.name for field in dataclasses.fields(factory)]  # pyright: ignore[reportArgumentType]
+    values = _checked(name, settings, names, get_type_hints(factory).__getitem__, ("training",))
+    try:
+        return factory(**values)
+    except (TypeError, ValueError) as error:
+        reason = str(error).removeprefix(f"{getattr(factory, '__name__', name)}: ")
+        raise ValueError(f"methods.{name}: {reason}") from None
+
+
+def _training(section: str, values: Any) -> dict[str, Any]:
+    if not values:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{section} is {values!r}; write setting: value with transformers.TrainingArguments' settings")
+    from transformers import TrainingArguments
+
+    types = {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
+    return _checked(section, values, list(types), types.__getitem__)
+
+
+def _checked(
+    section: str,
+    values: Mapping[str, Any],
+    names: Sequence[str],
+    type_of: Callable[[str], Any],
+    more: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The values, known by name and fitting their types; a number written as text becomes one."""
+    problems, checked = [], {}
+    for key, value in values.items():
+        elsewhere = _ELSEWHERE.get((section.split(".")[-1], key))
+        if elsewhere or key not in names:
+            problems.append(_unknown(section, str(key), [*names, *more], elsewhere))
+            continue
+        adapter = TypeAdapter(type_of(key), config=ConfigDict(arbitrary_types_allowed=True))
+        try:
+            fit = adapter.validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{section}.{key} is {value!r}; {_lower(error.errors()[0]['msg'])}")
+            continue
+        checked[key] = fit if isinstance(value, str) and isinstance(fit, bool | int | float) else value
+    if problems:
+        raise ValueError("\n".join(problems))
+    return checked
+
+
+def _unknown(section: str, key: str, names: Sequence[str], elsewhere: str | None = None) -> str:
+    near = get_close_matches(key, names, 1, 0.5)
+    if elsewhere:
+        hint = elsewhere
+    elif near:
+        hint = f'did you mean "{near[0]}"?'
+    else:
+        hint = f"it has {', '.join(names)}" if len(names) <= 20 else "see its documentation for the settings it has"
+    return f'{section} has no setting "{key}"; {hint}'
+
+
+def _unknown_method(name: str, known: Iterable[str], owner: str) -> str:
+    near = get_close_matches(str(name).lower(), list(known), 1)
+    return f'{owner} has no method "{name}"; it has {", ".join(known)}' + (
+        f'; did you mean "{near[0]}"?' if near else ""
+    )
+
+
+def _explain(error: Any) -> list[str]:
+    """One line a problem: what was found, what to do."""
+    *sections, key = error["loc"] or ("",)
+    section = ".".join(map(str, sections)) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return [_unknown(section, str(key), _names_at(sections))]
+    if error["type"] == "missing":
+        return [f'{section} has no "{key}"; add it']
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).splitlines()
+    return [f"{'.'.join(map(str, error['loc']))} is {error['input']!r}; {_lower(error['msg'])}"]
+
+
+def _names_at(sections: Iterable[Any]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for section in sections:
+        annotation = model.model_fields[section].annotation
+        options = [annotation, *get_args(annotation)]
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(model.model_fields)
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
