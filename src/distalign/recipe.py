@@ -268,7 +268,12 @@ def _training(section: str, values: Any) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     types = {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
-    return _checked(section, values, list(types), types.__getitem__)
+    checked = _checked(section, values, list(types), types.__getitem__)
+    # As written, so that TrainingArguments sees what its own documentation describes; only text may become a number.
+    return {
+        key: checked[key] if isinstance(value, str) and isinstance(checked[key], bool | int | float) else value
+        for key, value in values.items()
+    }
 
 
 def _checked(
@@ -278,7 +283,7 @@ def _checked(
     type_of: Callable[[str], Any],
     more: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The values, known by name and fitting their types; a number written as text becomes one."""
+    """The values as their types want them: known by name, a number written as text made a number."""
     problems, checked = [], {}
     for key, value in values.items():
         elsewhere = _ELSEWHERE.get((section.split(".")[-1], key))
@@ -291,7 +296,7 @@ def _checked(
         except ValidationError as error:
             problems.append(f"{section}.{key} is {value!r}; {_lower(error.errors()[0]['msg'])}")
             continue
-        checked[key] = fit if isinstance(value, str) and isinstance(fit, bool | int | float) else value
+        checked[key] = fit
     if problems:
         raise ValueError("\n".join(problems))
     return checked

@@ -28,10 +28,13 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans; no dates."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
-        if twice is not None:
-            raise yaml.MarkedYAMLError(None, None, f'"{twice}" stands twice, keep one of them', node.start_mark)
+        keys = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(None, None, f'"{key.value}" stands twice, keep one of them', key.start_mark)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
