@@ -1,0 +1,275 @@
+"""Every method of the registry: gradient against enumeration, what it reads, identities between methods, settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+from enumeration import Enumeration, gradient
+
+from distalign.methods import DPO, METHODS, PD, PMLE, REBEL, RKL, RLHF, Needs, Pairs, Samples
+
+EXACT = {"rtol": 0.0, "atol": 1e-10}
+GAMMA, BETA, ETA = 0.7, 0.4, 1.3
+
+# Which field of Pairs and Samples comes with which need.
+PAIR_FIELDS = {
+    "logps": lambda n: n.pairs != "",
+    "reference_logps": lambda n: n.pairs != "" and n.reference,
+    "behavior_logps": lambda n: n.pairs == "sampled",
+    "rewards": lambda n: n.pairs != "" and n.reward,
+    "probability": lambda n: n.pairs == "labelled",
+}
+SAMPLE_FIELDS = {
+    "token_logps": lambda n: n.samples,
+    "mask": lambda n: n.samples,
+    "group": lambda n: n.samples,
+    "step_entropy": lambda n: n.samples,
+    "reference_token_logps": lambda n: n.samples and n.reference,
+    "step_kl": lambda n: n.samples and n.reference,
+    "rewards": lambda n: n.samples and n.reward,
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+    """Each method of the registry with every setting it has at a value of order one, so that no term hides."""
+    values = {"gamma": GAMMA, "beta": BETA, "eta": ETA}
+    names = [f.name for f in dataclasses.fields(METHODS[request.param])]
+    return METHODS[request.param](**{name: values[name] for name in names if name in values})
+
+
+class Setting:
+    """An enumerable policy, its reference, a reward for every response, and a batch of pairs."""
+
+    def __init__(self, vocabulary=3, length=2, seed=0):
+        self.world = Enumeration(vocabulary, length)
+        self.policy = self.world.parameters(seed)
+        self.reference = self.world.parameters(seed + 100).detach()
+        n = len(self.world.responses)
+        generator = torch.Generator().manual_seed(seed)
+        self.rewards = torch.randn(n, generator=generator, dtype=torch.float64)
+        self.rows = torch.randint(n, (6, 2), generator=generator)
+        self.probability = torch.rand(6, generator=generator, dtype=torch.float64)
+
+    def pairs(self, needs, policy=None):
+        """The batch of pairs with exactly the declared fields."""
+        if not needs.pairs:
+            return None
+        policy = self.policy if policy is None else policy
+        full = self.world.pairs(policy, self.reference, self.rewards, self.rows, self.probability)
+        # The sampling policy is where sampling happened: it does not move with `policy`.
+        behavior = self.world.logps(self.policy.detach() + 0.3 * self.reference)[self.rows]
+        return only_declared(dataclasses.replace(full, behavior_logps=behavior), PAIR_FIELDS, needs)
+
+    def samples(self, needs, rows, group, policy=None):
+        """The responses `rows` with exactly the declared fields."""
+        if not needs.samples:
+            return None
+        policy = self.policy if policy is None else policy
+        full = self.world.samples(policy, self.reference, self.rewards, rows, group)
+        return only_declared(full, SAMPLE_FIELDS, needs)
+
+    def expected_loss(self, method, policy=None):
+        """The method's loss on the pairs, its samples averaged over every draw of two responses, one call per draw."""
+        policy = self.policy if policy is None else policy
+        pairs = self.pairs(method.needs, policy)
+        if not method.needs.samples:
+            return method.loss(pairs, None)
+        rows, group = self.world.groups_of_two()
+        weights = self.world.group_weights(policy)[::2] * 2
+        losses = [
+            method.loss(pairs, self.samples(method.needs, r, g, policy))
+            for r, g in zip(rows.view(-1, 2), group.view(-1, 2), strict=True)
+        ]
+        return (weights * torch.stack(losses)).sum()
+
+
+def only_declared(full, fields, needs):
+    """A copy with the fields that were not declared set to None."""
+    return dataclasses.replace(full, **{name: None for name, when in fields.items() if not when(needs)})
+
+
+def exact_objectives(s):
+    """The objectives as the paper writes them, over all responses, for the batch of pairs of a setting."""
+    logps, reference = s.world.logps(s.policy), s.world.logps(s.reference)
+    behavior = s.world.logps(s.policy.detach() + 0.3 * s.reference)
+    a, b = s.rows.T
+    ratio, behavior_ratio, p = logps - reference, logps - behavior, s.probability
+    kl, entropy = s.world.kl(s.policy, s.reference), s.world.entropy(s.policy)
+    expected_reward = s.world.reward(s.policy, s.rewards)
+
+    def cross_entropy(label, logit):
+        q = torch.sigmoid(logit)
+        return -(label * q.log() + (1 - label) * (1 - q).log()).mean()
+
+    soft = torch.sigmoid(s.rewards[a] - s.rewards[b])
+    soft_entropy = -(soft * soft.log() + (1 - soft) * (1 - soft).log()).mean()
+    gap = behavior_ratio[a] - behavior_ratio[b]
+    return {
+        "pmle": cross_entropy(p, GAMMA * (logps[a] - logps[b])) + BETA * kl,
+        "pd": cross_entropy(soft, GAMMA * (logps[a] - logps[b])) - soft_entropy + BETA * kl,
+        "rkl": -expected_reward - GAMMA * entropy + BETA * kl,
+        "dpo": cross_entropy(p, GAMMA * (ratio[a] - ratio[b])),
+        "rebel": ((gap - ETA * (s.rewards[a] - s.rewards[b])) ** 2).mean(),
+        "rlhf": -expected_reward + BETA * kl,
+    }
+
+
+@pytest.mark.parametrize("length", [2, 3])
+def test_gradient_equals_enumeration(request, method, length):
+    """Value and gradient of the mean loss are those of the paper's objective, by enumeration."""
+    exact = exact_objectives(s := Setting(length=length))
+    name = request.node.callspec.params["method"]
+    if name not in exact:
+        pytest.skip("no closed form here; the next test covers every method")
+    estimate = s.expected_loss(method)
+    torch.testing.assert_close(estimate, exact[name], **EXACT)
+    torch.testing.assert_close(gradient(estimate, s.policy), gradient(exact[name], s.policy), **EXACT)
+
+
+def test_gradient_is_the_derivative_of_the_expected_value(method):
+    """Whatever the objective: the expected gradient is the derivative of the expected value, sampling included."""
+    s = Setting()
+    found = gradient(s.expected_loss(method), s.policy)
+    direction = torch.randn(s.policy.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    h = 1e-3
+    with torch.no_grad():
+        at = {k: s.expected_loss(method, s.policy + k * h * direction) for k in (-2, -1, 1, 2)}
+    slope = (8 * (at[1] - at[-1]) - (at[2] - at[-2])) / (12 * h)
+    torch.testing.assert_close((found * direction).sum(), slope, rtol=1e-8, atol=1e-9)
+
+
+def poisoned(full, fields, needs):
+    """The same data in an object that raises when an undeclared field is so much as looked at."""
+    forbidden = {name for name, when in fields.items() if not when(needs)}
+
+    class Poisoned(type(full)):
+        def __getattribute__(self, name):
+            if name in forbidden and armed:
+                raise AssertionError(f"read {name}, which needs does not declare")
+            return super().__getattribute__(name)
+
+    armed = False
+    copy = Poisoned(**{f.name: getattr(full, f.name) for f in dataclasses.fields(full)})
+    armed = True
+    return copy
+
+
+def variants():
+    """Every registered method at its defaults and with each optional term switched off."""
+    cases = [pytest.param(factory(), id=name) for name, factory in METHODS.items()]
+    for name, factory in METHODS.items():
+        if {"gamma", "beta"} <= {f.name for f in dataclasses.fields(factory)}:
+            cases.append(pytest.param(factory(beta=0.0), id=f"{name}-beta=0"))
+    return cases
+
+
+@pytest.mark.parametrize("method", variants())
+def test_uses_only_what_it_declares(method):
+    """Undeclared fields may be absent, and are not even looked at; declared ones are enough."""
+    s, needs = Setting(), method.needs
+    rows = torch.tensor([0, 1, 1, 3])
+    group = torch.tensor([0, 0, 1, 1])
+    bare = method.loss(s.pairs(needs), s.samples(needs, rows, group))
+    full_pairs = s.world.pairs(s.policy, s.reference, s.rewards, s.rows, s.probability)
+    full_pairs = dataclasses.replace(
+        full_pairs, behavior_logps=s.world.logps(s.policy.detach() + 0.3 * s.reference)[s.rows]
+    )
+    full_samples = s.world.samples(s.policy, s.reference, s.rewards, rows, group)
+    guarded = method.loss(poisoned(full_pairs, PAIR_FIELDS, needs), poisoned(full_samples, SAMPLE_FIELDS, needs))
+    assert bare.shape == ()
+    torch.testing.assert_close(bare, guarded, rtol=0, atol=0)
+    assert bool(gradient(bare, s.policy).abs().sum() > 0)
+
+
+@pytest.mark.parametrize("method", variants())
+def test_missing_data_is_named(method):
+    """Nothing given: the error names what is missing and where it is declared."""
+    with pytest.raises(ValueError, match=r"(pairs|samples) is missing; pass what the method's `needs` declares"):
+        method.loss(None, None)
+
+
+def test_needs_follow_the_settings():
+    """A term that is switched off asks for nothing: offline PMLE does not even want a reference."""
+    assert PMLE(beta=0.0).needs == Needs(pairs="labelled")
+    assert PMLE().needs == Needs(pairs="labelled", samples=True, reference=True)
+    assert PD(beta=0.0).needs == Needs(pairs="sampled", reward=True)
+    assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, reference=True)
+    assert RKL(beta=0.0).needs == Needs(samples=True, reward=True)
+    assert RKL().needs == Needs(samples=True, reward=True, reference=True)
+    assert DPO().needs == Needs(pairs="labelled", reference=True)
+    assert REBEL().needs == Needs(pairs="sampled", reward=True)
+    assert RLHF().needs == Needs(samples=True, reward=True, reference=True)
+
+
+def test_registry_is_in_the_papers_order_with_its_tldr_settings():
+    """Names, order and defaults of the first six are the paper's."""
+    defaults = [(name, dataclasses.asdict(factory())) for name, factory in METHODS.items()]
+    papers = {
+        "pmle": {"gamma": 1e-2, "beta": 1e-5},
+        "pd": {"gamma": 0.1, "beta": 0.05},
+        "rkl": {"gamma": 0.01, "beta": 0.05},
+        "dpo": {"gamma": 0.05},
+        "rebel": {"eta": 1.0},
+        "rlhf": {"beta": 0.05},
+    }
+    assert defaults[:6] == list(papers.items())
+
+
+def test_every_method_is_a_frozen_dataclass_that_names_its_source():
+    """A method cannot change under a running trainer, cites its paper, and states its rate or None."""
+    for factory in METHODS.values():
+        assert factory.__dataclass_params__.frozen
+        assert "arXiv" in factory.source
+        assert factory.rate is None or factory.rate.startswith("1/n")
+        assert inspect.getdoc(factory)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_settings_outside_their_range_are_refused(value):
+    """Every setting of every method: the error says which, what was found, and what to do."""
+    for name, factory in METHODS.items():
+        for setting in dataclasses.fields(factory):
+            with pytest.raises(ValueError, match=f"{factory.__name__}: {setting.name} is {value}; set it to"):
+                METHODS[name](**{setting.name: value})
+
+
+def test_zero_is_refused_where_nothing_would_be_left():
+    """γ = 0 in a likelihood, η = 0, β = 0 in RLHF; RKL needs one of its two."""
+    for build in (lambda: PMLE(gamma=0.0), lambda: PD(gamma=0.0), lambda: DPO(gamma=0.0), lambda: REBEL(eta=0.0)):
+        with pytest.raises(ValueError, match="more than zero"):
+            build()
+    with pytest.raises(ValueError, match="more than zero"):
+        RLHF(beta=0.0)
+    with pytest.raises(ValueError, match="both 0"):
+        RKL(gamma=0.0, beta=0.0)
+    assert RKL(gamma=0.0, beta=0.1).needs.reference
+
+
+def test_a_constant_per_prompt_in_the_reward_changes_nothing(method):
+    """Rewards are defined up to it: the gradient is the same, and so is the value of every loss over pairs."""
+    s, needs = Setting(length=3), method.needs
+    if not needs.reward:
+        pytest.skip("reads no reward")
+    rows, group = torch.tensor([0, 4, 9, 2]), torch.tensor([0, 0, 1, 1])
+    pairs, samples = s.pairs(needs), s.samples(needs, rows, group)
+    before = method.loss(pairs, samples)
+    if pairs is not None:
+        constant = torch.linspace(-50, 50, len(s.rows), dtype=torch.float64)[:, None]
+        pairs = dataclasses.replace(pairs, rewards=pairs.rewards + constant)
+    if samples is not None and samples.rewards is not None:
+        samples = dataclasses.replace(samples, rewards=samples.rewards + torch.tensor([7.0, 7.0, -3.0, -3.0]))
+    after = method.loss(pairs, samples)
+    torch.testing.assert_close(gradient(after, s.policy), gradient(before, s.policy), **EXACT)
+    if pairs is not None:
+        torch.testing.assert_close(after, before, **EXACT)
+
+
+def test_dataclass_fields_are_all_covered():
+    """The table above knows every field of Pairs and Samples."""
+    assert set(PAIR_FIELDS) == {f.name for f in dataclasses.fields(Pairs)}
+    assert set(SAMPLE_FIELDS) == {f.name for f in dataclasses.fields(Samples)}

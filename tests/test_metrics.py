@@ -1,0 +1,146 @@
+"""Metrics: known answers, coverage of the intervals, and the edges."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distalign.metrics import (
+    Estimate,
+    accuracy,
+    correlation,
+    distinct_n,
+    expected_calibration_error,
+    mean_and_se,
+    paired_bootstrap,
+    paired_difference,
+    reliability_table,
+    repeated_ngram_rate,
+    wilson_interval,
+    win_rate,
+)
+
+
+def test_mean_and_se():
+    """s/√n with n − 1 in s; one value has a mean and no error."""
+    assert mean_and_se(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx((2.5, math.sqrt(5 / 3) / 2, 4))
+    single = mean_and_se(torch.tensor([3.0]))
+    assert (single.mean, single.n) == (3.0, 1)
+    assert math.isnan(single.se)
+    with pytest.raises(ValueError, match="no values"):
+        mean_and_se(torch.tensor([]))
+
+
+@pytest.mark.parametrize(
+    ("n", "quantile"),
+    [(2, 12.706205), (3, 4.302653), (6, 2.570582), (31, 2.042272), (601, 1.963920), (20_000, 1.959964)],
+)
+def test_paired_difference_uses_student_t(n, quantile):
+    """The half-width is the tabulated 97.5 % quantile at n − 1 degrees of freedom times the standard error."""
+    values = torch.randn(n, dtype=torch.float64)
+    baseline = torch.randn(n, dtype=torch.float64)
+    mean, low, high = paired_difference(values, baseline)
+    estimate = mean_and_se(values - baseline)
+    assert mean == pytest.approx(estimate.mean)
+    assert high - mean == pytest.approx(quantile * estimate.se, rel=3e-6 if n < 20_000 else 1e-4)
+    assert mean - low == pytest.approx(high - mean)
+
+
+def test_intervals_cover_95_percent():
+    """Of 400 experiments with a known difference about 380 intervals contain it (binomial limits, 4 sd)."""
+    generator = torch.Generator().manual_seed(0)
+    hits = {"t": 0, "bootstrap": 0}
+    for seed in range(400):
+        prompt = 10 * torch.randn(60, generator=generator)
+        noise = torch.randn(2, 60, generator=generator)
+        values, baseline = prompt + 0.5 + noise[0], prompt + noise[1]
+        _, low, high = paired_difference(values, baseline)
+        hits["t"] += low < 0.5 < high
+        _, low, high = paired_bootstrap(values, baseline, seed=seed, resamples=300)
+        hits["bootstrap"] += low < 0.5 < high
+    assert 380 - 18 <= hits["t"] <= 380 + 18
+    assert 380 - 26 <= hits["bootstrap"] <= 380 + 18
+
+
+def test_bootstrap_is_seeded():
+    """The same seed gives the same interval, another seed another one."""
+    values, baseline = torch.randn(2, 50).unbind()
+    assert paired_bootstrap(values, baseline, seed=1) == paired_bootstrap(values, baseline, seed=1)
+    assert paired_bootstrap(values, baseline, seed=1) != paired_bootstrap(values, baseline, seed=2)
+    with pytest.raises(ValueError, match="1 pairs; an interval needs at least two"):
+        paired_difference(torch.zeros(1), torch.zeros(1))
+
+
+def test_accuracy_and_win_rate_count_ties_half():
+    """Two wins, one loss, one tie: 62.5 %."""
+    assert accuracy(torch.tensor([3.0, 0.1, -2.0, 0.0])).mean == 0.625
+    assert win_rate(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 2.0, 4.0])) == Estimate(
+        0.5, pytest.approx(math.sqrt(0.25 / 3)), 3
+    )
+
+
+def test_wilson_interval():
+    """Known value (Brown, Cai and DasGupta); not empty when everything was won, and inside [0, 1]."""
+    assert wilson_interval(0.5, 10) == pytest.approx((0.5, 0.236593, 0.763407), abs=1e-6)
+    assert wilson_interval(1.0, 10) == pytest.approx((1.0, 0.722467, 1.0), abs=1e-6)
+    assert wilson_interval(0.0, 10).low == 0.0
+    with pytest.raises(ValueError, match=r"fraction 1\.5 of 10"):
+        wilson_interval(1.5, 10)
+
+
+def test_calibration_of_a_calibrated_and_an_overconfident_predictor():
+    """The error is small when outcomes follow the probabilities and about 0.3 when 0.9 is right 60 % of the time."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(20_000, generator=generator)
+    assert expected_calibration_error(p, torch.bernoulli(p, generator=generator)) < 0.02
+    sure, outcome = torch.full((1000,), 0.9), (torch.arange(1000) < 600).float()
+    assert expected_calibration_error(sure, outcome) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_reliability_table():
+    """A row per filled bin, with means and counts; probability 1 belongs to the last bin."""
+    table = reliability_table(torch.tensor([0.1, 0.2, 1.0]), torch.tensor([0.0, 1.0, 1.0]), bins=2)
+    assert [tuple(row) for row in table] == [pytest.approx((0.15, 0.5, 2)), pytest.approx((1.0, 1.0, 1))]
+    with pytest.raises(ValueError, match="not log-odds"):
+        reliability_table(torch.tensor([1.2]), torch.tensor([1.0]))
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=40), st.integers(1, 12))
+def test_reliability_table_keeps_every_value(rows, bins):
+    """Counts add up, and the count-weighted means are the overall means."""
+    p = torch.tensor([r[0] for r in rows], dtype=torch.float64)
+    y = torch.tensor([float(r[1]) for r in rows], dtype=torch.float64)
+    table = reliability_table(p, y, bins=bins)
+    assert sum(row.n for row in table) == len(rows)
+    assert sum(row.n * row.predicted for row in table) == pytest.approx(p.sum().item())
+    assert sum(row.n * row.observed for row in table) == pytest.approx(y.sum().item())
+    assert 0 <= expected_calibration_error(p, y, bins=bins) <= 1
+
+
+def test_correlation():
+    """numpy's number; NaN, not an error or a warning, when one side does not vary."""
+    a, b = torch.randn(2, 30, dtype=torch.float64).unbind()
+    assert correlation(a, b) == pytest.approx(np.corrcoef(a.numpy(), b.numpy())[0, 1])
+    assert correlation(a, 2 * a + 1) == pytest.approx(1.0)
+    assert math.isnan(correlation(a, torch.ones(30)))
+
+
+def test_diversity_of_varied_and_degenerate_text():
+    """'a b a b a b' has two different bigrams in five; varied text repeats nothing."""
+    assert distinct_n([[1, 2, 1, 2, 1, 2]], n=2) == pytest.approx(2 / 5)
+    assert distinct_n([[1, 2, 3], [1, 2, 3]], n=1) == pytest.approx(0.5)
+    assert repeated_ngram_rate([[1, 2, 1, 2, 1, 2], [1, 2, 3, 4]], n=2).mean == pytest.approx((3 / 5 + 0) / 2)
+    assert repeated_ngram_rate([[1, 2, 3], [1, 2, 3]], n=1).mean == 0.0
+
+
+def test_diversity_without_enough_tokens():
+    """Too short for one n-gram: NaN and a count of 0, not a perfect score."""
+    assert math.isnan(distinct_n([[1], []], n=2))
+    assert repeated_ngram_rate([[1], []], n=2).n == 0
+    with pytest.raises(ValueError, match="n is 0"):
+        distinct_n([[1, 2]], n=0)
