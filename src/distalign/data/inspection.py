@@ -166,8 +166,8 @@ def _chosen_longer(chosen: list[int], rejected: list[int], keys: list[str]) -> t
     return rate, math.sqrt(variance) / len(longer)
 
 
-def _quantiles(values: Sequence[float]) -> list[float]:
-    ordered = sorted(values)
+def _quantiles(values: Sequence[float | int]) -> list[float]:
+    ordered = sorted(map(float, values))
     places = [q * (len(ordered) - 1) for q in QUANTILES]
     return [
         ordered[math.floor(p)] + (p - math.floor(p)) * (ordered[math.ceil(p)] - ordered[math.floor(p)]) for p in places

@@ -118,30 +118,26 @@ def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]
 
 def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
     """One object a line, or one array of objects."""
-    lines = ((number, text) for number, text in _read_lines(path, problems) if text.strip())
+    may_be_array = path.name.removesuffix(".gz").endswith(".json")
+    lines = _read_lines(path, problems)
     for number, text in lines:
-        where = f"{path}:{number}"
-        if text.lstrip().startswith("[") and path.name.removesuffix(".gz").endswith(".json"):
-            text += "".join(text for _, text in lines)
-        try:
-            value = json.loads(text)
-        except ValueError as error:
-            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            problems.append(Problem(where, f"not JSON ({reason}); write one object a line"))
+        if not text.strip():
             continue
-        rows = (
-            enumerate(value, 1)
-            if isinstance(value, list) and path.name.removesuffix(".gz").endswith(".json")
-            else [(number, value)]
-        )
+        if may_be_array and text.lstrip().startswith("["):
+            text += "".join(more for _, more in lines)
+        try:
+            value = json.loads(text.rstrip())
+        except json.JSONDecodeError as error:
+            where = f"{path}:{number + error.lineno - 1}"
+            problems.append(Problem(where, f"not JSON ({error.msg} at column {error.colno}); write one object a line"))
+            continue
+        rows = enumerate(value, 1) if may_be_array and isinstance(value, list) else [(number, value)]
         for place, row in rows:
             if isinstance(row, dict):
                 yield f"{path}:{place}", row
             else:
-                found = f"{type(row).__name__}, not an object"
-                problems.append(
-                    Problem(f"{path}:{place}", f'{found}; write {{"prompt": …, "chosen": …, "rejected": …}}')
-                )
+                what = f'{type(row).__name__}, not an object; write {{"prompt": …, "chosen": …, "rejected": …}}'
+                problems.append(Problem(f"{path}:{place}", what))
 
 
 def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
