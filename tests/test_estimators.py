@@ -206,6 +206,21 @@ def test_gae_is_the_discounted_sum_of_surprises(discount, gae_lambda):
         assert advantages[i].tolist() == pytest.approx([*wanted, *[0.0] * (6 - length)], abs=1e-12)
 
 
+def test_gae_ignores_columns_before_the_response():
+    """Left padding moves the advantages to the right and changes nothing else."""
+    mask, rewards, values = _random_tokens()
+    plain = gae(rewards, values, mask, discount=0.9, gae_lambda=0.8)
+    pad = torch.full((len(mask), 2), torch.nan, dtype=torch.float64)
+    padded = gae(
+        torch.cat([pad, rewards], 1),
+        torch.cat([pad, values], 1),
+        torch.cat([torch.zeros_like(pad, dtype=torch.bool), mask], 1),
+        discount=0.9,
+        gae_lambda=0.8,
+    )
+    torch.testing.assert_close(padded, torch.cat([torch.zeros_like(pad), plain], 1))
+
+
 def test_gae_at_lambda_one_is_return_minus_value():
     """Without discounting the advantage is the reward still to come minus its prediction."""
     mask, rewards, values = _random_tokens()

@@ -15,32 +15,34 @@ MATHEMATICS = {"preference", "estimators", "metrics"}
 MACHINERY = {"engine", "data", "recipe", "recipe_yaml", "methods"}
 MODELS = {"policy", "reward"}
 ACTING = {"rollout", "targets"}
-BELOW_DOING = MATHEMATICS | MACHINERY | MODELS | ACTING
+DISPLAY = {"progress"}
+BELOW_DOING = DISPLAY | MATHEMATICS | MACHINERY | MODELS | ACTING
 
 # A module or package of distalign, and the others that it may import. "methods.base" admits that file alone.
 MAY_IMPORT: dict[str, set[str]] = {
-    # 0 mathematics
+    # 0 mathematics; and a progress bar, which everything that takes long may show, the mathematics never
+    "progress": set(),
     "preference": set(),
     "estimators": set(),
     "metrics": set(),
     # 1 methods and machinery
     "methods": MATHEMATICS,
     "engine": MATHEMATICS,
-    "data": MATHEMATICS,
+    "data": DISPLAY | MATHEMATICS,
     "recipe_yaml": set(),
     "recipe": MATHEMATICS | {"methods", "data", "recipe_yaml"},
     # 2 models
-    "policy": MATHEMATICS | {"engine"},
-    "reward": MATHEMATICS | {"engine", "data", "policy"},
+    "policy": DISPLAY | MATHEMATICS | {"engine"},
+    "reward": DISPLAY | MATHEMATICS | {"engine", "data", "policy"},
     # 3 acting
-    "rollout": MATHEMATICS | {"engine", "policy", "methods.base"},
-    "targets": MATHEMATICS | {"engine", "policy", "rollout", "data"},
+    "rollout": DISPLAY | MATHEMATICS | {"engine", "policy", "methods.base"},
+    "targets": DISPLAY | MATHEMATICS | {"engine", "policy", "rollout", "data"},
     # 4 doing
     "trainer": BELOW_DOING,
     "judge": BELOW_DOING,
     "evaluate": BELOW_DOING | {"judge"},
     "frontier": BELOW_DOING | {"evaluate"},
-    "lab": MATHEMATICS | {"methods"},
+    "lab": DISPLAY | MATHEMATICS | {"methods"},
     # 5 telling
     "report": {"metrics"},
     # 6 the door, and the list of public names
