@@ -1,0 +1,197 @@
+"""The files of a run folder, read and checked: results.json, metrics.jsonl, samples.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+__all__ = ["TARGET", "REFERENCE", "Bin", "Column", "Difference", "Measure", "ReportError", "Results", "Sample"]
+
+TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
+
+
+class ReportError(ValueError):
+    """A file of the run folder is missing or broken; the message says where, what was found and what to do."""
+
+
+class _Measure(BaseModel):
+    mean: float
+    se: float = math.nan
+    n: int | None = None
+
+
+def _measure(value: Any) -> Any:
+    """A bare number is a mean without an error; null is a number that could not be computed."""
+    if isinstance(value, dict):
+        return {key: math.nan if part is None and key != "n" else part for key, part in value.items()}
+    return {"mean": math.nan if value is None else value}
+
+
+# A mean with its standard error and count, as metrics.Estimate writes it.
+Measure = Annotated[_Measure, BeforeValidator(_measure)]
+
+
+class Difference(BaseModel):
+    """Paired difference against the reference: mean and 95 % interval over n prompts."""
+
+    mean: float
+    low: float
+    high: float
+    n: int | None = None
+
+
+class Bin(BaseModel):
+    """One point of a calibration plot: mean predicted probability, observed frequency, number of pairs."""
+
+    predicted: float = Field(ge=0, le=1)
+    observed: float = Field(ge=0, le=1)
+    n: int = Field(ge=1)
+
+
+class Column(BaseModel):
+    """A metric: its key in `methods`, how it is written, its unit, which direction is better, one sentence about it."""
+
+    key: str
+    label: str
+    unit: str | None = None
+    better: Literal["lower", "higher"] | None = None
+    about: str = ""
+
+
+class Results(BaseModel):
+    """results.json of a comparison; everything but the columns and the methods may be missing."""
+
+    name: str = ""
+    title: str = ""
+    seeds: list[int] = []
+    columns: list[Column] = Field(min_length=1)
+    methods: dict[str, dict[str, Measure]] = Field(min_length=1)
+    paired: dict[str, dict[str, Difference]] = {}
+    curves: dict[str, list[dict[str, Measure]]] = {}
+    kept_step: dict[str, list[int]] = {}
+    calibration: dict[str, list[Bin]] = {}
+    pairs: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    citation: str = ""
+
+    @classmethod
+    def parse(cls, content: Any, where: str = "results") -> Results:
+        """Check the content of results.json; raises ReportError with the path of the first value that is wrong."""
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            path = ".".join(str(part) for part in first["loc"]) or "the top level"
+            raise ReportError(
+                f"{where}: {path}: {first['msg']}, found {_short(first['input'])}; run the comparison again"
+            ) from None
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods, in their order: every row but the target and the reference."""
+        return [name for name in self.methods if name not in (TARGET, REFERENCE)]
+
+    @property
+    def filled_columns(self) -> list[Column]:
+        """The columns that at least one row has a number for."""
+        return [column for column in self.columns if any(column.key in row for row in self.methods.values())]
+
+
+class Sample(NamedTuple):
+    """One prompt and what each policy answered: (name, text) pairs. `note` says when, for samples of a training run."""
+
+    prompt: str
+    responses: list[tuple[str, str]]
+    note: str = ""
+
+
+def read_results(path: Path) -> Results:
+    """Read results.json. Raises ReportError if it does not parse or lacks something."""
+    try:
+        content = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg}); run the comparison again") from None
+    return Results.parse(content, str(path))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file with one JSON object a line; empty lines are skipped. Raises ReportError naming the line."""
+    rows = []
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ReportError(f"{path}:{number}: not JSON ({error.msg}); repair or remove the line") from None
+        if not isinstance(row, dict):
+            raise ReportError(f"{path}:{number}: found {_short(row)}, not a JSON object; repair or remove the line")
+        rows.append({"_where": f"{path}:{number}", **row})
+    return rows
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read samples.jsonl: a prompt with `responses` by name (or a list of them, or one `response`); [] without a file."""
+    return [_sample(row) for row in read_rows(path)] if path.exists() else []
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read metrics.jsonl: the numbers of every line, by name. A line without `step` belongs to the step before it."""
+    rows, step = [], 0
+    for row in read_rows(path):
+        numbers = {key: float(value) for key, value in row.items() if _is_number(value)}
+        step = numbers.setdefault("step", step)
+        rows.append(numbers)
+    if not rows:
+        raise ReportError(f"{path}: no lines; let the run log at least one step before it is reported")
+    return rows
+
+
+def series(rows: Sequence[dict[str, float]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of one logged number, in the order of the file; a number that is not finite is left out."""
+    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    prompt = row.get("prompt")
+    responses = row.get("responses", row.get("response"))
+    if prompt is None or responses is None:
+        raise ReportError(f"{row['_where']}: found {sorted(row.keys() - {'_where'})}; give a prompt and its responses")
+    if isinstance(responses, dict):
+        named = [(str(name), _plain(text)) for name, text in responses.items()]
+    else:
+        listed = responses if isinstance(responses, list) else [responses]
+        named = [(f"response {i}" if len(listed) > 1 else "response", _plain(t)) for i, t in enumerate(listed, 1)]
+    return Sample(_plain(prompt), named, f"step {row['step']}" if "step" in row else "")
+
+
+def _plain(value: Any) -> str:
+    """Text as it is; chat messages as their contents; anything else as JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, dict) and "content" in part for part in value):
+        return "\n\n".join(str(part["content"]) for part in value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ReportError(f"{path}: cannot be read ({error}); restore the file from the run") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:59]}…"
