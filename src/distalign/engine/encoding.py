@@ -18,11 +18,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine.attention import Layout, shared_attention
-from distalign.engine.head import HiddenRows, LogitRows, Rows, head_of
+from distalign.engine.head import CannotTile, HiddenRows, LogitRows, Rows, head_of
 from distalign.engine.packing import Group, PaddedRows, frame, pack, pad
 
 # Padded tokens of one forward call of the padded path.
 _PADDED_TOKENS = 4096
+
+
+def require_causal_lm(model: nn.Module) -> None:
+    """Raise TypeError if `model` is not a causal language model of transformers or PEFT."""
+    for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings", "config"):
+        if not hasattr(model, name):
+            raise TypeError(
+                f"{type(model).__name__} has no {name}: the engine scores causal language models of "
+                "transformers or PEFT; pass the module inside a wrapper such as DistributedDataParallel."
+            )
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -39,6 +49,17 @@ def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: fl
     return HiddenRows(hidden, head_of(model), temperature)
 
 
+def decoder_of(model: Any) -> nn.Module:
+    """The part of the model that ends in hidden states. Raises CannotTile if it cannot be told from the head."""
+    decoder = model.get_decoder()
+    # Some classes name their decoder so that transformers does not find it, and answers with the whole model.
+    if getattr(decoder, "lm_head", None) is not None:
+        decoder = getattr(decoder, "model", None)
+    if decoder is None:
+        raise CannotTile("its decoder cannot be told from its head")
+    return decoder
+
+
 def shared_hidden(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Layout]:
     """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
 
@@ -46,14 +67,14 @@ def shared_hidden(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "r
     """
     row = pack(groups, device_of(model))
     layout = Layout(row.segments)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with shared_attention(decoder, layout):
         out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
     return out[0][0].index_select(0, row.predictors), layout
 
 
 def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
-    decoder, device = model.get_decoder(), device_of(model)
+    decoder, device = decoder_of(model), device_of(model)
     batches = pad(groups, device, token_budget=_PADDED_TOKENS)
     # Padding is on the right and the model is causal, so no real token sees it: no attention mask is needed.
     hidden = [

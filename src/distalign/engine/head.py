@@ -187,11 +187,11 @@ class _Ask:
 
 
 def tile_shape(rows: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one tile: about a million logits (4 MB) on a CPU, 64 million on an accelerator.
+    """Rows and vocabulary entries of one tile: half a million logits (2 MB) on a CPU, 64 million on an accelerator.
 
     The more rows there are, the narrower the tile, down to a width at which a matrix product is still efficient.
     """
-    elements, narrow, most_rows = (2**20, 1024, 1024) if device.type == "cpu" else (2**26, 4096, 16384)
+    elements, narrow, most_rows = (2**19, 1024, 1024) if device.type == "cpu" else (2**26, 4096, 16384)
     blocks = math.ceil(max(rows, 1) / most_rows)
     block = math.ceil(max(rows, 1) / blocks)
     width = max(narrow, elements // block)

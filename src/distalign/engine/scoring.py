@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distalign.engine.encoding import device_of, encode, evaluating
+from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm
 from distalign.engine.head import Rows, score_rows
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
 from distalign.engine.selfcheck import check
@@ -71,7 +71,7 @@ def score(
     """
     if not temperature > 0:
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
-    validate(groups, vocabulary=_vocabulary(model), max_positions=_max_positions(model))
+    _validate(model, groups)
     places = frame(groups, device_of(model))
     reference_rows = None if reference is None else _reference_rows(reference, groups, temperature)
     rows = _rows(model, groups, temperature)
@@ -101,7 +101,7 @@ def score_in_batches(
     Results are in the order of `groups`. `progress(done, total)` is called after each micro-batch with numbers of
     groups. Raises ValueError as `score` and `micro_batches` do, before anything is computed.
     """
-    validate(groups, vocabulary=_vocabulary(model), max_positions=_max_positions(model))
+    _validate(model, groups)
     places = frame(groups, device_of(model))
     starts = _starts(groups)
     result: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ def _reference_rows(reference: Reference, groups: Sequence[Group], temperature: 
     with context as model:
         if not isinstance(model, nn.Module):
             raise TypeError(f"reference: its context gives a {type(model).__name__}; it must give the reference model.")
-        validate(groups, vocabulary=_vocabulary(model), max_positions=_max_positions(model), source="reference: groups")
+        _validate(model, groups, "reference: groups")
         with evaluating(model):
             return _rows(model, groups, temperature)
 
@@ -154,12 +154,9 @@ def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "res
     return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
-
-
-def _max_positions(model: Any) -> int | None:
+def _validate(model: Any, groups: Sequence[Group], source: str = "groups") -> None:
+    require_causal_lm(model)
     config = model.config.get_text_config()
-    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic":
-        return None
-    return getattr(config, "max_position_embeddings", None)
+    stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    positions = None if stretches else getattr(config, "max_position_embeddings", None)
+    validate(groups, vocabulary=model.get_input_embeddings().num_embeddings, max_positions=positions, source=source)

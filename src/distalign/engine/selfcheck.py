@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distalign.engine.attention import CannotShare, expected_windows
-from distalign.engine.encoding import device_of, encode, evaluating, shared_hidden
+from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm, shared_hidden
 from distalign.engine.head import CannotTile, HiddenRows, head_of, score_rows
 from distalign.engine.packing import Group, frame
 
@@ -62,12 +62,7 @@ def check(model: nn.Module, *, again: bool = False) -> EngineReport:
     head repeats it too. Modes and the random state are left as they were. Raises TypeError if `model` is not a causal
     language model of transformers or PEFT.
     """
-    for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings", "config"):
-        if not hasattr(model, name):
-            raise TypeError(
-                f"{type(model).__name__} has no {name}: the engine scores causal language models of "
-                "transformers or PEFT; pass the module inside a wrapper such as DistributedDataParallel."
-            )
+    require_causal_lm(model)
     reports = _REPORTS.setdefault(model, {})
     key = _state(model)
     if again or key not in reports:
@@ -95,14 +90,12 @@ def _find_path(model: Any) -> EngineReport:
     limits = _tolerances(model)
     report = EngineReport("plain", "", config.model_type, 0.0, limits[0], _length_limit(config))
     try:
-        head_of(model)
+        reason, error = _try_shared(model, groups, targets, expected, limits)
+        if reason is None:
+            return replace(report, path="shared", reason="agrees with separate encoding", max_error=error)
+        padded = score_rows(encode(model, groups, "padded", 1.0), targets).logps
     except CannotTile as refusal:
         return replace(report, reason=f"{refusal}; log-probabilities come from the model's own logits")
-
-    reason, error = _try_shared(model, groups, targets, expected, limits)
-    if reason is None:
-        return replace(report, path="shared", reason="agrees with separate encoding", max_error=error)
-    padded = score_rows(encode(model, groups, "padded", 1.0), targets).logps
     error, wrong = _compare(padded, expected, limits)
     if not wrong:
         return replace(report, path="padded", reason=f"{reason}; prompts are not shared", max_error=error)
@@ -116,12 +109,13 @@ def _try_shared(
     model: Any, groups: Sequence[Group], targets: Tensor, expected: Tensor, limits: tuple[float, float]
 ) -> tuple[str | None, float]:
     """Why the prompt cannot be shared (None: it can), and the largest error."""
+    head = head_of(model)
     try:
         windows = expected_windows(model.config.get_text_config())
         hidden, layout = shared_hidden(model, groups)
     except CannotShare as refusal:
         return str(refusal), float("nan")
-    except torch.OutOfMemoryError:
+    except (CannotTile, torch.OutOfMemoryError):
         raise
     except Exception as problem:
         # Foreign code met an attention it was not written for; whatever it raises means the same: not this path.
@@ -130,7 +124,7 @@ def _try_shared(
         return f"{len(layout.windows)} of its {len(windows)} layers used the shared-prefix attention", float("nan")
     if layout.windows != windows:
         return f"its layers ask for windows {layout.windows}, its configuration for {windows}", float("nan")
-    error, wrong = _compare(score_rows(HiddenRows(hidden, head_of(model)), targets).logps, expected, limits)
+    error, wrong = _compare(score_rows(HiddenRows(hidden, head), targets).logps, expected, limits)
     return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), error
 
 
