@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .numbers import display_name, format_interval
+from .numbers import display_name
 from .results import REFERENCE, TARGET, Bin, Column, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Line", "calibration_figure", "color_variable", "curves_figure", "forest_figure", "lines_figure"]
+__all__ = ["Line", "calibration_figure", "color_variable", "curves_figure", "lines_figure"]
 
 COLORS = 8  # --c1 … --c8 of the page
 
@@ -94,6 +94,8 @@ def curves_figure(results: Results, column: Column, *, reference: float | None =
 def lines_figure(lines: Iterable[Line], *, reference: float | None = None, xlabel: str = "step") -> str:
     """Curves with their labels at their ends. `reference` is a dashed level, labelled so."""
 
+    from matplotlib.ticker import MaxNLocator
+
     def draw(axes: Axes) -> None:
         ends = []
         for line in lines:
@@ -117,38 +119,10 @@ def lines_figure(lines: Iterable[Line], *, reference: float | None = None, xlabe
         axes.margins(x=0.02)
         axes.grid(axis="y")
         axes.set_xlabel(xlabel)
+        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         _label_ends(axes, ends)
 
     return _svg(draw, width=5.6, height=3.7)
-
-
-def forest_figure(results: Results, column: Column) -> str:
-    """Every method's paired difference against the reference with its 95 % interval, and a line at no change."""
-    rows = [(name, results.paired[name][column.key]) for name in results.trained if column.key in results.paired.get(name, {})]
-
-    def draw(axes: Axes) -> None:
-        for height, (name, d) in enumerate(rows):
-            color = _STAND_IN[color_variable(results, name)]
-            axes.plot([d.low, d.high], [height, height], color=color, linewidth=3)
-            axes.plot(d.mean, height, "o", color=color, markersize=9, markeredgecolor=_CARD, markeredgewidth=1.5)
-            axes.annotate(
-                f"{display_name(name)}  {format_interval(d.mean, d.low, d.high)}",
-                (d.low, height),
-                xytext=(0, 9),
-                textcoords="offset points",
-                color=color,
-                weight="bold",
-            )
-        axes.axvline(0, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-        axes.grid(axis="x")
-        axes.set_yticks([])
-        axes.set_ylim(len(rows) - 0.5, -0.75)
-        low, high = min(0, *(d.low for _, d in rows)), max(0, *(d.high for _, d in rows))
-        # The labels start at the left end of their interval and need room to the right.
-        axes.set_xlim(low - 0.04 * (high - low), high + 0.22 * (high - low))
-        axes.set_xlabel(f"difference from the reference{f', {column.unit}' if column.unit else ''}")
-
-    return _svg(draw, width=5.6, height=max(1.9, 1.0 + 0.68 * len(rows)))
 
 
 def calibration_figure(bins: Sequence[Bin], color: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .figures import Line, calibration_figure, color_variable, curves_figure, forest_figure, lines_figure
+from .figures import Line, calibration_figure, color_variable, curves_figure, lines_figure
 from .numbers import best_rows, display_name, findings, format_estimate, format_interval, format_seconds
 from .numbers import main_column, seeds_text, share_of_reference
 from .results import REFERENCE, TARGET, Bin, Column, ReportError, Results, Sample
@@ -78,14 +78,14 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "kind": "Comparison",
         "title": results.title or results.name or folder.resolve().name,
         "name": results.name or folder.resolve().name,
-        "headline": found[0] if found else None,
-        "other_findings": found[1:],
+        "findings": [{**_row(results, f.method), "rest": f.sentence[len(display_name(f.method)) :]} for f in found],
         "percent": share_of_reference(results),
         "facts": [*counts, "95 % intervals" if found else ""],
         "pairs": [(key.replace("_", " "), _number(value)) for key, value in results.pairs.items()],
         "columns": results.filled_columns,
         "rows": _estimate_rows(results),
         "paired_rows": _paired_rows(results),
+        "forest": _forest(results),
         "figures": _comparison_figures(results),
         "calibration": [_calibration(results, name, bins) for name, bins in results.calibration.items() if bins],
         **_samples(read_samples(folder / "samples.jsonl"), lambda name: color_variable(results, name)),
@@ -157,17 +157,36 @@ def _paired_rows(results: Results) -> list[dict[str, Any]]:
     return [{**_row(results, name), "cells": [cell(name, c) for c in results.filled_columns]} for name in names]
 
 
+def _forest(results: Results) -> dict[str, Any] | None:
+    """The main metric's differences as bars: ends, mean and zero in per cent of the width that holds them all."""
+    column = main_column(results)
+    if column is None:
+        return None
+    differences = {name: results.paired[name][column.key] for name in (f.method for f in findings(results))}
+    low = min(0.0, *(d.low for d in differences.values()))
+    high = max(0.0, *(d.high for d in differences.values()))
+
+    def place(value: float) -> float:
+        return round(2 + 96 * (value - low) / ((high - low) or 1.0), 2)
+
+    rows = [
+        {
+            **_row(results, name),
+            "text": format_interval(d.mean, d.low, d.high),
+            "low": place(d.low),
+            "mean": place(d.mean),
+            "width": round(place(d.high) - place(d.low), 2),
+        }
+        for name, d in differences.items()
+    ]
+    return {"column": column, "rows": rows, "zero": place(0.0)}
+
+
 def _comparison_figures(results: Results) -> list[dict[str, str]]:
     figures = []
-    column = main_column(results)
-    if column is not None:
-        about = "Paired by prompt; the line is the 95 % interval. Left of zero is closer to the target."
-        if column.key not in ("forward_kl", "reverse_kl"):
-            about = f"Paired; the line is the 95 % interval. {(column.better or '').capitalize()} is better."
-        figures.append(_figure(f"Change in {column.label}", about, forest_figure(results, column)))
     logged = {key for rows in results.curves.values() for row in rows for key in row}
-    curves = [c for c in results.columns if c.key in logged and (c.key == "forward_kl" or c == column)][:1]
-    for c in curves:
+    main = main_column(results)
+    for c in [c for c in results.columns if c.key in logged and (c.key == "forward_kl" or c == main)][:1]:
         level = results.methods.get(REFERENCE, {}).get(c.key)
         svg = curves_figure(results, c, reference=level.mean if level and math.isfinite(level.mean) else None)
         about = "During training; bands are ± 1 standard error, a dot marks the step that was kept."
@@ -237,6 +256,6 @@ def _render(context: dict[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(assets), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    empty = {"headline": None, "other_findings": [], "percent": False, "pairs": [], "columns": [], "rows": []}
+    empty = {"findings": [], "forest": None, "percent": False, "pairs": [], "columns": [], "rows": []}
     empty |= {"paired_rows": [], "calibration": [], "environment": [], "seconds": [], "citation": "", "last": []}
     return environment.get_template("report.html.j2").render(empty | context)

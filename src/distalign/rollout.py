@@ -1,0 +1,138 @@
+"""Responses sampled from a policy: each prompt is encoded once, its cache forked for all responses to it.
+
+Rows that have ended leave the batch; prompts are batched by length. The distribution sampled from is the model's own
+(temperature and top-p as given here; the sampling defaults that a checkpoint may carry are not applied).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from distalign.engine.encoding import evaluating
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[list[int]],
+    *,
+    n: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    end_id: int,
+    seed: int,
+    rows: int = 64,
+    progress: Callable[[int, int], Any] | None = None,
+) -> list[list[list[int]]]:
+    """`n` responses to every prompt, as token ids: result[prompt][response].
+
+    A response ends with `end_id`, or has `max_new_tokens` tokens and no end. Temperature 0 takes the most likely token.
+    With `top_p` < 1 only the most likely tokens that together reach that probability are sampled, renormalised.
+    `rows` bounds the responses decoded at once. The same arguments and seed give the same responses on one machine; the
+    global random state is left alone. Raises ValueError for an empty prompt or settings out of range.
+    """
+    _check(prompts, n, max_new_tokens, temperature, top_p)
+    device = model.get_input_embeddings().weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    size = max(1, rows // n)
+    results: list[list[list[int]]] = [[] for _ in prompts]
+    with evaluating(model):
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            flat = _decode(
+                model, [prompts[i] for i in batch], n, max_new_tokens, temperature, top_p, end_id, generator
+            )
+            for position, index in enumerate(batch):
+                results[index] = flat[position * n : (position + 1) * n]
+            if progress is not None:
+                progress(min(start + size, len(order)), len(order))
+    return results
+
+
+def _check(prompts: Sequence[list[int]], n: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"sample: prompts[{index}] is empty; start it with any token")
+    if n < 1 or max_new_tokens < 1:
+        raise ValueError(f"sample: n is {n} and max_new_tokens {max_new_tokens}; both must be at least 1")
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise ValueError(f"sample: temperature is {temperature} and top_p {top_p}; take ≥ 0 and above 0 up to 1")
+
+
+def _decode(
+    model: Any,
+    prompts: list[list[int]],
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    end_id: int,
+    generator: torch.Generator,
+) -> list[list[int]]:
+    """`n` responses a prompt, in order: one forward over the prompts, then one token a step for the rows not ended."""
+    device = generator.device
+    width = max(len(prompt) for prompt in prompts)
+    # Padding on the left, so that every row continues at its end.
+    ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    logits, cache = _step(model, ids, mask, None)
+    fork = torch.arange(len(prompts), device=device).repeat_interleave(n)
+    cache.reorder_cache(fork)
+    logits, mask = logits[fork], mask[fork]
+    responses: list[list[int]] = [[] for _ in range(len(prompts) * n)]
+    alive = torch.arange(len(responses), device=device)
+    for step in range(max_new_tokens):
+        tokens = choose(logits, temperature, top_p, generator)
+        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+            responses[row].append(token)
+        going = (tokens != end_id).nonzero().squeeze(1)
+        if not len(going) or step == max_new_tokens - 1:
+            break
+        if len(going) < len(alive):
+            cache.reorder_cache(going)
+            tokens, mask, alive = tokens[going], mask[going], alive[going]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        logits, cache = _step(model, tokens[:, None], mask, cache)
+    return responses
+
+
+def _step(
+    model: Any, ids: Int[Tensor, "rows steps"], mask: Int[Tensor, "rows width"], cache: Cache | None
+) -> tuple[Float[Tensor, "rows vocabulary"], Cache]:
+    """Logits of the next token, and the cache with `ids` in it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    extra: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(inner.forward).parameters:
+        extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = model(
+        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra
+    )
+    if not isinstance(output.past_key_values, Cache):
+        raise TypeError(
+            f"{type(inner).__name__} keeps no cache of transformers' Cache class, so responses cannot be continued; "
+            "use a model class of transformers"
+        )
+    return output.logits[:, -1].float(), output.past_key_values
+
+
+def choose(
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, top_p: float, generator: torch.Generator
+) -> Int[Tensor, "rows"]:
+    """A token a row from softmax(logits / temperature), cut to the most likely ones that reach `top_p` together."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(beyond, 0))
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
