@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .numbers import display_name
 from .results import REFERENCE, TARGET, Bin, Column, Results
@@ -25,7 +25,7 @@ _VARIABLES |= {f"#0505{i:02d}": f"var(--c{i})" for i in range(1, COLORS + 1)}
 _STAND_IN = {variable: color for color, variable in _VARIABLES.items()}
 _INK, _MUTED, _GRID, _CARD = (_STAND_IN[f"var(--{name})"] for name in ("ink", "muted", "line", "card"))
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "distalign",
     "text.parse_math": False,
@@ -119,7 +119,7 @@ def lines_figure(lines: Iterable[Line], *, reference: float | None = None, xlabe
         axes.margins(x=0.02)
         axes.grid(axis="y")
         axes.set_xlabel(xlabel)
-        axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         _label_ends(axes, ends)
 
     return _svg(draw, width=5.6, height=3.7)
@@ -134,7 +134,9 @@ def calibration_figure(bins: Sequence[Bin], color: str) -> str:
         most = max(b.n for b in bins)
         for b in bins:
             interval = wilson_interval(b.observed, b.n)
-            axes.plot([b.predicted] * 2, [interval.low, interval.high], color=_STAND_IN[color], linewidth=1.2, alpha=0.5)
+            axes.plot(
+                [b.predicted] * 2, [interval.low, interval.high], color=_STAND_IN[color], linewidth=1.2, alpha=0.5
+            )
             axes.scatter(b.predicted, b.observed, s=14 + 110 * b.n / most, color=_STAND_IN[color], alpha=0.9, zorder=3)
         axes.grid()
         axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
@@ -159,7 +161,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def _svg(draw: Callable[[Axes], None], *, width: float, height: float) -> str:
-    """Draw on fresh axes and return the <svg> element: no XML head, no metadata, no ids that two figures could share."""
+    """Draw on fresh axes and return the <svg> element: no XML head, no metadata, no ids shared by two figures."""
     import matplotlib
     from matplotlib.figure import Figure
 

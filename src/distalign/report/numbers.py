@@ -72,11 +72,11 @@ def main_column(results: Results) -> Column | None:
 
 
 def findings(results: Results) -> list[Finding]:
-    """What every method did to the main metric, the largest improvement first; empty without paired differences."""
+    """What every method did to the main metric, the largest improvement first; empty without finite differences."""
     column = main_column(results)
     if column is None:
         return []
-    names = [name for name in results.trained if column.key in results.paired.get(name, {})]
+    names = [name for name in results.trained if _known(results, name, column)]
     sign = 1 if column.better == "lower" else -1
     names.sort(key=lambda name: sign * results.paired[name][column.key].mean)
     return [_finding(results, name, column) for name in names]
@@ -106,12 +106,18 @@ def seeds_text(seeds: list[int]) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
 
 
+def _known(results: Results, name: str, column: Column) -> bool:
+    """Whether there is a difference with finite ends."""
+    d = results.paired.get(name, {}).get(column.key)
+    return d is not None and all(map(math.isfinite, (d.mean, d.low, d.high)))
+
+
 def _finding(results: Results, name: str, column: Column) -> Finding:
     difference = results.paired[name][column.key]
     what = _WORDS.get(column.key, column.label)
     who = display_name(name)
     amount, interval = _amount(results, name, column)
-    if difference.low > 0 or difference.high < 0:
+    if difference.clear:
         verb = "raises" if difference.mean > 0 else "lowers"
         better = (difference.mean > 0) == (column.better == "higher")
         return Finding(name, f"{who} {verb} {what} by {amount} {interval}", "better" if better else "worse")
@@ -126,7 +132,7 @@ def _amount(results: Results, name: str, column: Column) -> tuple[str, str]:
     A clear change is given without its sign, which the verb has; the interval of an unclear one keeps both signs.
     """
     difference = results.paired[name][column.key]
-    clear = difference.low > 0 or difference.high < 0
+    clear = difference.clear
     flip = -1 if clear and difference.mean < 0 else 1
     ends = sorted((flip * difference.low, flip * difference.high))
     values = (flip * difference.mean, *ends)

@@ -9,10 +9,30 @@ from typing import Any
 import yaml
 
 from .figures import Line, calibration_figure, color_variable, curves_figure, lines_figure
-from .numbers import best_rows, display_name, findings, format_estimate, format_interval, format_seconds
-from .numbers import main_column, seeds_text, share_of_reference
-from .results import REFERENCE, TARGET, Bin, Column, ReportError, Results, Sample
-from .results import read_metrics, read_results, read_samples, series
+from .numbers import (
+    best_rows,
+    display_name,
+    findings,
+    format_estimate,
+    format_interval,
+    format_seconds,
+    main_column,
+    seeds_text,
+    share_of_reference,
+)
+from .results import (
+    REFERENCE,
+    TARGET,
+    Bin,
+    Column,
+    ReportError,
+    Results,
+    Sample,
+    read_metrics,
+    read_results,
+    read_samples,
+    series,
+)
 from .tables import counts_text, ordered_rows
 
 __all__ = ["write_report"]
@@ -73,17 +93,20 @@ def write_report(folder: str | Path) -> Path:
 def _comparison(folder: Path) -> dict[str, Any]:
     results = read_results(folder / "results.json")
     found = findings(results)
-    counts = [part for part in (seeds_text(results.seeds), counts_text(results)) if part]
+    main = main_column(results)
+    n = results.paired[found[0].method][main.key].n if found and main else None
+    count = counts_text(results) if n is None else f"n = {n}"
     return {
         "kind": "Comparison",
         "title": results.title or results.name or folder.resolve().name,
         "name": results.name or folder.resolve().name,
         "findings": [{**_row(results, f.method), "rest": f.sentence[len(display_name(f.method)) :]} for f in found],
         "percent": share_of_reference(results),
-        "facts": [*counts, "95 % intervals" if found else ""],
+        "facts": [seeds_text(results.seeds), count, "95 % intervals" if found else ""],
         "pairs": [(key.replace("_", " "), _number(value)) for key, value in results.pairs.items()],
         "columns": results.filled_columns,
         "rows": _estimate_rows(results),
+        "paired_columns": _paired_columns(results),
         "paired_rows": _paired_rows(results),
         "forest": _forest(results),
         "figures": _comparison_figures(results),
@@ -149,20 +172,25 @@ def _paired_rows(results: Results) -> list[dict[str, Any]]:
         d = results.paired[name].get(column.key)
         if d is None:
             return None
-        clear = column.better is not None and (d.low > 0 or d.high < 0)
-        verdict = ("better" if (d.mean > 0) == (column.better == "higher") else "worse") if clear else ""
+        verdict = "better" if (d.mean > 0) == (column.better == "higher") else "worse"
+        verdict = verdict if column.better and d.clear else ""
         return format_interval(d.mean, d.low, d.high), d.n, verdict
 
     names = [name for name in results.trained if results.paired.get(name)]
-    return [{**_row(results, name), "cells": [cell(name, c) for c in results.filled_columns]} for name in names]
+    return [{**_row(results, name), "cells": [cell(name, c) for c in _paired_columns(results)]} for name in names]
+
+
+def _paired_columns(results: Results) -> list[Column]:
+    return [c for c in results.columns if any(c.key in results.paired.get(name, {}) for name in results.trained)]
 
 
 def _forest(results: Results) -> dict[str, Any] | None:
     """The main metric's differences as bars: ends, mean and zero in per cent of the width that holds them all."""
     column = main_column(results)
-    if column is None:
+    found = findings(results)
+    if column is None or not found:
         return None
-    differences = {name: results.paired[name][column.key] for name in (f.method for f in findings(results))}
+    differences = {finding.method: results.paired[finding.method][column.key] for finding in found}
     low = min(0.0, *(d.low for d in differences.values()))
     high = max(0.0, *(d.high for d in differences.values()))
 
@@ -192,7 +220,7 @@ def _comparison_figures(results: Results) -> list[dict[str, str]]:
         about = "During training; bands are ± 1 standard error, a dot marks the step that was kept."
         figures.append(_figure(f"{c.label}{f', {c.unit}' if c.unit else ''}", about, svg))
     if "eval_loss" in logged:
-        about = "What chooses the kept step. Each method has its own loss: compare the shapes, not the heights."
+        about = "A dot marks the kept step. Each method has its own loss: compare the shapes, not the heights."
         svg = curves_figure(results, Column(key="eval_loss", label="loss"))
         figures.append(_figure("Loss on held-out pairs", about, svg))
     return figures
@@ -213,7 +241,12 @@ def _calibration(results: Results, name: str, bins: list[Bin]) -> dict[str, Any]
     """A method's calibration plot and its expected calibration error, which is taken over these bins."""
     n = sum(b.n for b in bins)
     gap = sum(b.n * abs(b.predicted - b.observed) for b in bins) / n
-    return {**_row(results, name), "gap": f"{gap:.3f}", "n": n, "svg": calibration_figure(bins, _row(results, name)["color"])}
+    return {
+        **_row(results, name),
+        "gap": f"{gap:.3f}",
+        "n": n,
+        "svg": calibration_figure(bins, _row(results, name)["color"]),
+    }
 
 
 def _samples(samples: list[Sample], color: Any) -> dict[str, Any]:
@@ -254,8 +287,20 @@ def _render(context: dict[str, Any]) -> str:
 
     assets = Path(__file__).parents[1] / "assets"
     environment = Environment(
-        loader=FileSystemLoader(assets), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(assets),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     empty = {"findings": [], "forest": None, "percent": False, "pairs": [], "columns": [], "rows": []}
-    empty |= {"paired_rows": [], "calibration": [], "environment": [], "seconds": [], "citation": "", "last": []}
+    empty |= {
+        "paired_rows": [],
+        "paired_columns": [],
+        "calibration": [],
+        "environment": [],
+        "seconds": [],
+        "citation": "",
+        "last": [],
+    }
     return environment.get_template("report.html.j2").render(empty | context)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-__all__ = ["TARGET", "REFERENCE", "Bin", "Column", "Difference", "Measure", "ReportError", "Results", "Sample"]
+__all__ = ["REFERENCE", "TARGET", "Bin", "Column", "Difference", "Measure", "ReportError", "Results", "Sample"]
 
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
 
@@ -32,17 +32,22 @@ def _measure(value: Any) -> Any:
     return {"mean": math.nan if value is None else value}
 
 
-# A mean with its standard error and count, as metrics.Estimate writes it.
-Measure = Annotated[_Measure, BeforeValidator(_measure)]
-
-
-class Difference(BaseModel):
-    """Paired difference against the reference: mean and 95 % interval over n prompts."""
-
+class _Difference(BaseModel):
     mean: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
     n: int | None = None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+# A mean with its standard error and count (metrics.Estimate), and a paired difference against the reference with its
+# 95 % interval (metrics.Interval) and count.
+Measure = Annotated[_Measure, BeforeValidator(_measure)]
+Difference = Annotated[_Difference, BeforeValidator(_measure)]
 
 
 class Bin(BaseModel):
@@ -138,7 +143,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Read samples.jsonl: a prompt with `responses` by name (or a list of them, or one `response`); [] without a file."""
+    """Read samples.jsonl: prompts with `responses` by name, or a list, or one `response`; [] without a file."""
     return [_sample(row) for row in read_rows(path)] if path.exists() else []
 
 
