@@ -7,8 +7,8 @@ its numbers came from. Fractions lie between 0 and 1, not in per cent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "correlation",
     "distinct_n",
     "expected_calibration_error",
+    "jackknife",
     "mean_and_se",
     "paired_bootstrap",
     "paired_difference",
@@ -31,6 +32,8 @@ __all__ = [
     "wilson_interval",
     "win_rate",
 ]
+
+T = TypeVar("T")
 
 _NORMAL_QUANTILE = 1.959963984540054  # 97.5 % of the standard normal distribution
 
@@ -95,6 +98,21 @@ def paired_bootstrap(
     means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(difference.mean()), float(low), float(high))
+
+
+def jackknife(statistic: Callable[[list[T]], float], items: Sequence[T]) -> Estimate:
+    """A statistic of all items together (distinct-n, a calibration error) and its delete-one jackknife error.
+
+        se² = (n − 1)/n Σ_i (s₋ᵢ − mean s₋)²,  s₋ᵢ the statistic without item i
+
+    In the unit of the statistic. Raises ValueError for fewer than two items.
+    """
+    items, n = list(items), len(items)
+    if n < 2:
+        raise ValueError(f"{n} items; the jackknife leaves one out and needs at least two")
+    without = torch.tensor([statistic(items[:i] + items[i + 1 :]) for i in range(n)], dtype=torch.float64)
+    se = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
+    return Estimate(statistic(items), se, n)
 
 
 def accuracy(logit: Float[Tensor, "n"]) -> Estimate:

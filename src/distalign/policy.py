@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.engine import Group, Reference, score
+from distalign.errors import InputError
 
 # Short names of models that a package ships as a GGUF file: package, file, and the hub id used without the package.
 PACKAGED = {
@@ -35,7 +36,7 @@ PACKAGED = {
 }
 
 
-class ModelError(ValueError):
+class ModelError(InputError):
     """A model that cannot be loaded or used: says which, what was found, and what to do."""
 
 
@@ -48,7 +49,7 @@ class Source:
     origin: str
     trust_remote_code: bool = False
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError."""
         with _explained(self.name):
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
@@ -122,7 +123,8 @@ class Policy:
         with torch.no_grad():
             scores = score(self.model, groups, reference=self.reference)
         self.model.train(training)
-        assert scores.step_kl is not None and scores.reference_logps is not None
+        assert scores.step_kl is not None
+        assert scores.reference_logps is not None
         gap = float((scores.logps - scores.reference_logps).abs().max())
         kl = float(scores.step_kl.sum(-1).max())
         if not max(gap, kl) < 1e-2:
@@ -225,7 +227,9 @@ def _converted(gguf: Path) -> Path:
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"model {gguf}: reading GGUF files needs the package gguf; run pip install distalign[quickstart]")
+        raise ModelError(
+            f"model {gguf}: reading GGUF files needs the package gguf; run pip install distalign[quickstart]"
+        )
     with _explained(str(gguf)):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

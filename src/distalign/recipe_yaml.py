@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from distalign.errors import InputError
 
-class RecipeError(ValueError):
+
+class RecipeError(InputError):
     """A recipe that cannot be run: where, what was found, what to do; one line a problem."""
 
 

@@ -48,9 +48,7 @@ def sample(
     with evaluating(model):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            flat = _decode(
-                model, [prompts[i] for i in batch], n, max_new_tokens, temperature, top_p, end_id, generator
-            )
+            flat = _decode(model, [prompts[i] for i in batch], n, max_new_tokens, temperature, top_p, end_id, generator)
             for position, index in enumerate(batch):
                 results[index] = flat[position * n : (position + 1) * n]
             if progress is not None:
@@ -86,7 +84,7 @@ def _decode(
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     logits, cache = _step(model, ids, mask, None)
     fork = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    cache.reorder_cache(fork)
+    _reorder(cache, fork)
     logits, mask = logits[fork], mask[fork]
     responses: list[list[int]] = [[] for _ in range(len(prompts) * n)]
     alive = torch.arange(len(responses), device=device)
@@ -98,7 +96,7 @@ def _decode(
         if not len(going) or step == max_new_tokens - 1:
             break
         if len(going) < len(alive):
-            cache.reorder_cache(going)
+            _reorder(cache, going)
             tokens, mask, alive = tokens[going], mask[going], alive[going]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         logits, cache = _step(model, tokens[:, None], mask, cache)
@@ -113,15 +111,18 @@ def _step(
     extra: dict[str, Any] = {}
     if "position_ids" in inspect.signature(inner.forward).parameters:
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = model(
-        input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra
-    )
+    output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
     if not isinstance(output.past_key_values, Cache):
         raise TypeError(
             f"{type(inner).__name__} keeps no cache of transformers' Cache class, so responses cannot be continued; "
             "use a model class of transformers"
         )
     return output.logits[:, -1].float(), output.past_key_values
+
+
+def _reorder(cache: Any, rows: Int[Tensor, "rows"]) -> None:
+    """Keep these rows of the cache, in this order; a row may appear several times. Every kind of layer can."""
+    cache.reorder_cache(rows)
 
 
 def choose(

@@ -8,24 +8,26 @@ is the target, 0 the base, and values between and beyond are weaker and stronger
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from distalign.data import end_token_id
+from distalign.data import EncodedPair, end_token_id
 from distalign.engine import Group, score_in_batches
+from distalign.errors import InputError
 from distalign.policy import share
 from distalign.preference import preference_logit
+from distalign.rollout import sample
 
 
 class Target(Protocol):
     """A family of language models on top of a base model, from the base itself (strength 0) to the target (1)."""
 
-    def model(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, strength: float = 1.0) -> PreTrainedModel:
+    def model(self, base: PreTrainedModel, tokenizer: Any, strength: float = 1.0) -> PreTrainedModel:
         """The language model of that strength; `base` stays as it is."""
         ...
 
@@ -35,10 +37,10 @@ class Tilt:
     """π*(y_t | s_t) ∝ π₀(y_t | s_t) exp(bonus(y_t)): a bonus in nats on some words, at every step.
 
     `words` are strings; every way to write one as a single token counts (with a space before it, capitalised).
-    `end_bonus` is that of the token which ends a response. Raises ValueError for words that are no single token.
+    `end_bonus` is that of the token which ends a response. Raises InputError for words that are no single token.
     """
 
-    words: tuple[str, ...] = field()
+    words: tuple[str, ...]
     bonus: float = 4.0
     end_bonus: float = 0.0
 
@@ -48,14 +50,14 @@ class Tilt:
         for word in self.words:
             ids = _token_ids(tokenizer, word)
             if not ids:
-                raise ValueError(f'target: "{word}" is no single token of this tokenizer; take a more common word')
+                raise InputError(f'target: "{word}" is no single token of this tokenizer; take a more common word')
             bias[ids] = self.bonus
         bias[end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))] += self.end_bonus
         return bias
 
-    def model(self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, strength: float = 1.0) -> PreTrainedModel:
+    def model(self, base: PreTrainedModel, tokenizer: Any, strength: float = 1.0) -> PreTrainedModel:
         """The base with a bias on its language-model head. Shares every weight of `base`: keep those frozen."""
-        return with_logit_bias(base, strength * self.bias(tokenizer, base.get_output_embeddings().weight.shape[0]))
+        return with_logit_bias(base, strength * self.bias(tokenizer, base.config.get_text_config().vocab_size))
 
 
 def _token_ids(tokenizer: Any, word: str) -> list[int]:
@@ -67,11 +69,11 @@ def _token_ids(tokenizer: Any, word: str) -> list[int]:
 def with_logit_bias(model: PreTrainedModel, bias: Float[Tensor, "vocabulary"]) -> PreTrainedModel:
     """A model that shares the weights of `model` and adds `bias` (nats) to its logits at every step.
 
-    Raises ValueError if the head is no linear layer.
+    Raises InputError if the head is no linear layer.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
-        raise ValueError(f"target: the head is a {type(head).__name__}; a bias needs a linear layer")
+        raise InputError(f"target: the head is a {type(head).__name__}; a bias needs a linear layer")
     tilted = share(model)
     biased = nn.Linear(head.in_features, head.out_features, device="meta")
     biased.weight = head.weight
@@ -82,9 +84,99 @@ def with_logit_bias(model: PreTrainedModel, bias: Float[Tensor, "vocabulary"]) -
     return tilted.eval()
 
 
-def target_logits(
-    model: PreTrainedModel, groups: Sequence[Group], *, gamma: float, token_budget: int, progress: Any = None
-) -> Float[Tensor, "groups"]:
-    """γ[ln π*(first) − ln π*(second)] of groups of two responses, in nats (eq. 3): P_{π*} is σ of it."""
-    logps = score_in_batches(model, groups, token_budget=token_budget, progress=progress).logps
-    return preference_logit(logps.view(-1, 2), gamma=gamma)
+@dataclass(frozen=True)
+class TargetPairs:
+    """Pairs labelled by a known target, preferred response first, and how surely.
+
+    `logit` is γ[ln π*(chosen) − ln π*(rejected)] and `reference_logps` ln π₀ of both, in nats. `ties` counts draws
+    whose two responses came out the same, which were drawn again.
+    """
+
+    pairs: list[EncodedPair]
+    logit: Float[Tensor, "pairs"]
+    reference_logps: Float[Tensor, "pairs 2"]
+    ties: int
+
+    def information(self, gamma: float) -> float:
+        """Fisher information of one pair about the strength of the target, at the target.
+
+            E[ σ(l)(1 − σ(l)) (dl/ds)² ],  l = γ Δ ln π_s,  dl/ds ≈ γ Δ (ln π* − ln π₀)
+
+        n pairs locate the strength s on the way from π₀ (0) to π* (1) to about ± 1/√(n · information).
+        """
+        slope = self.logit - preference_logit(self.reference_logps, gamma=gamma)
+        return float((self.logit.sigmoid() * (1 - self.logit.sigmoid()) * slope**2).mean())
+
+
+def make_pairs(
+    target: Target,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    n: int,
+    gamma: float,
+    strengths: Sequence[float],
+    temperature: float,
+    max_new_tokens: int,
+    token_budget: int,
+    seed: int,
+    progress: Any = None,
+) -> TargetPairs:
+    """Draw `n` pairs and label each by a coin with P_{π*} (eq. 3).
+
+    Prompts are taken in random order, again and again. Each response comes from a version of the target whose strength
+    is drawn anew, at `temperature`, so that pairs differ in what the target cares about. `progress(done, total)` counts
+    responses sampled and pairs scored.
+    """
+    random = torch.Generator().manual_seed(seed)
+    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
+    order = torch.cat([torch.randperm(len(prompts), generator=random) for _ in range(n // len(prompts) + 1)])
+    chosen_prompts = [prompts[index] for index in order[:n].tolist()]
+    choice = torch.randint(len(strengths), (n, 2), generator=random)
+    responses: list[list[list[int]]] = [[[], []] for _ in range(n)]
+    done, total, ties, todo = 0, 3 * n, 0, [(i, side) for i in range(n) for side in (0, 1)]
+    for attempt in range(20):
+        for number, strength in enumerate(strengths):
+            slots = [(i, side) for i, side in todo if int(choice[i, side]) == number]
+            if not slots:
+                continue
+            model = target.model(base, tokenizer, strength)
+            drawn = sample(
+                model,
+                [chosen_prompts[i] for i, _ in slots],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                end_id=end_id,
+                seed=1_000_003 * seed + 101 * attempt + number,
+                rows=128,
+                progress=None if progress is None else lambda d, _, start=done: progress(min(start + d, total), total),
+            )
+            for (i, side), (response,) in zip(slots, drawn, strict=True):
+                responses[i][side] = response
+            done += len(slots) if attempt == 0 else 0
+        todo = [(i, 1) for i in range(n) if responses[i][0] == responses[i][1]]
+        ties += len(todo)
+        if not todo:
+            break
+    else:
+        raise InputError(f"target: {len(todo)} prompts give the same response every time; raise the temperature")
+    groups = [Group(prompt, own) for prompt, own in zip(chosen_prompts, responses, strict=True)]
+    scores = score_in_batches(
+        target.model(base, tokenizer),
+        groups,
+        token_budget=token_budget,
+        reference=base,
+        progress=None if progress is None else lambda d, _: progress(2 * n + d, total),
+    )
+    assert scores.reference_logps is not None
+    logit = preference_logit(scores.logps.view(-1, 2), gamma=gamma)
+    first = torch.bernoulli(logit.sigmoid().cpu(), generator=random).bool().to(logit.device)
+    swap = torch.where(first[:, None], torch.tensor([[0, 1]]).to(logit.device), torch.tensor([[1, 0]]).to(logit.device))
+    pairs = [
+        EncodedPair(group.prompt, group.responses[a], group.responses[b], None, f"pair {i} drawn with seed {seed}")
+        for i, (group, (a, b)) in enumerate(zip(groups, swap.tolist(), strict=True))
+    ]
+    return TargetPairs(
+        pairs, torch.where(first, logit, -logit), scores.reference_logps.view(-1, 2).gather(1, swap), ties
+    )

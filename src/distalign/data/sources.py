@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from distalign.errors import InputError
+
 Record = Mapping[str, Any]
 Source = str | Path | Iterable[Record]
 
@@ -29,7 +31,7 @@ class Problem(NamedTuple):
     what: str
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """Data that cannot be used. `problems` holds everything that is wrong, the message shows the first ten kinds."""
 
     def __init__(self, problems: Sequence[Problem]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -73,6 +73,7 @@ class Samples:
 class Method(Protocol):
     """The face of a method: a frozen dataclass whose fields are its settings."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     source: ClassVar[str]
     rate: ClassVar[str | None]
 

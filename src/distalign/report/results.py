@@ -10,12 +10,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
+from distalign.errors import InputError
+
 __all__ = ["REFERENCE", "TARGET", "Bin", "Column", "Difference", "Measure", "ReportError", "Results", "Sample"]
 
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
 
 
-class ReportError(ValueError):
+class ReportError(InputError):
     """A file of the run folder is missing or broken; the message says where, what was found and what to do."""
 
 

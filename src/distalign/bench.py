@@ -1,0 +1,242 @@
+"""Getting ready: the model, the pairs and the held-out prompts of a recipe, shared by all its methods.
+
+Everything that can be read without the weights is read, and refused, before they are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from distalign.data import (
+    Data,
+    EncodedPair,
+    Prompt,
+    encode_pairs,
+    encode_prompt,
+    end_token_id,
+    prompt_key,
+    read_pairs,
+    read_prompts,
+    split_by_prompt,
+)
+from distalign.engine import Group
+from distalign.evaluate import Task
+from distalign.policy import Source, find_model
+from distalign.progress import progress
+from distalign.recipe import Recipe
+from distalign.rollout import sample
+from distalign.targets import TargetPairs, Tilt, make_pairs
+
+# Share of a target's prompts that no training pair answers.
+HELD_OUT_PROMPTS = 0.2
+
+
+@dataclass
+class Bench:
+    """What all methods of an experiment share: model, pairs, and what they are measured on."""
+
+    recipe: Recipe
+    seed: int
+    source: Source
+    tokenizer: Any
+    base: PreTrainedModel
+    train: list[EncodedPair]
+    held: list[EncodedPair]
+    task: Task
+    facts: dict[str, Any] = field(default_factory=dict)
+    reference_cache: dict[int, Tensor] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def writable(folder: Path) -> Path:
+    """Make a folder and check that files can be written in it. Raises ValueError saying what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{folder}: cannot be written ({reason}); choose another with --set output_dir=…") from None
+    return folder
+
+
+def prepare(recipe: Recipe, seed: int, *, measured: bool) -> Bench:
+    """Read or draw the pairs and load the model. The user's data are read and encoded before the weights are.
+
+    `measured` gets ready for `compare`: it then samples the target on the held-out prompts.
+    """
+    source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    tokenizer = source.tokenizer()
+    if recipe.target is not None:
+        return _prepare_target(recipe, seed, source, tokenizer, measured)
+    train, held, prompts, counts = _read_data(recipe, seed, source, tokenizer)
+    base = _load(source, recipe)
+    conversational = bool(tokenizer.chat_template) and counts["format"] == "conversational"
+    task = _task(recipe, seed, base, prompts, held, end_token_id(tokenizer, conversational=conversational))
+    return Bench(recipe, seed, source, tokenizer, base, train, held, task, counts)
+
+
+def _load(source: Source, recipe: Recipe) -> PreTrainedModel:
+    device = TrainingArguments(output_dir="unused", **_device(recipe)).device
+    model: Any = source.model(recipe.dtype)
+    return model.to(device).requires_grad_(False)
+
+
+def _device(recipe: Recipe) -> dict[str, Any]:
+    return {key: recipe.training[key] for key in ("use_cpu",) if key in recipe.training}
+
+
+def _task(recipe: Recipe, seed: int, base: Any, prompts: Any, held: Any, end_id: int, **target: Any) -> Task:
+    settings = recipe.evaluation
+    return Task(
+        base=base,
+        prompts=prompts,
+        pairs=held,
+        end_id=end_id,
+        seed=seed,
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        token_budget=recipe.token_budget,
+        **target,
+    )
+
+
+def _read_data(
+    recipe: Recipe, seed: int, source: Source, tokenizer: Any
+) -> tuple[list[EncodedPair], list[EncodedPair], list[list[int]], dict[str, Any]]:
+    settings = recipe.data
+    assert settings is not None
+    data = read_pairs(settings.train, split=settings.split, drop_ties=settings.drop_ties, limit=settings.limit)
+    if settings.eval is not None:
+        train = data
+        held = read_pairs(
+            settings.eval, split=settings.eval_split, drop_ties=settings.drop_ties, limit=settings.eval_limit
+        )
+    elif settings.held_out:
+        train, held = split_by_prompt(data, settings.held_out, seed)
+        held = Data(held.rows[: settings.eval_limit], held.source, held.format, held.implicit)
+    else:
+        train, held = data, Data([], data.source, data.format)
+    limits: dict[str, Any] = {
+        "max_length": settings.max_length or source.max_length(),
+        "max_response_tokens": settings.max_response_tokens,
+        "too_long": settings.too_long,
+    }
+    pairs, counts = encode_pairs(tokenizer, train, **limits)
+    held_pairs, held_counts = encode_pairs(tokenizer, held, **limits) if held.rows else ([], None)
+    distinct = {prompt_key(row.prompt): row for row in held.rows}
+    prompts = [encode_prompt(tokenizer, row) for row in list(distinct.values())[: recipe.evaluation.prompts]]
+    facts = {
+        "source": settings.train,
+        "format": data.format,
+        "train": len(pairs),
+        "held_out": len(held_pairs),
+        "ties dropped": data.ties,
+        "encoding": str(counts),
+        **({"held-out encoding": str(held_counts)} if held_counts else {}),
+    }
+    return pairs, held_pairs, prompts, facts
+
+
+def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts of a target experiment as ids: (for training pairs, held out). The split is the same for every seed."""
+    assert recipe.target is not None
+    given = recipe.target.prompts
+    if given is None:
+        text = files("distalign").joinpath("assets/everyday_prompts.txt").read_text(encoding="utf-8")
+        given = text.split("\n")
+    if isinstance(given, str):
+        data = read_prompts(given)
+    else:
+        chat = bool(tokenizer.chat_template)
+        rows = [Prompt([{"role": "user", "content": line}] if chat else line) for line in given if line.strip()]
+        data = Data(rows, "prompts", "conversational" if chat else "standard")
+    parts = split_by_prompt(data, HELD_OUT_PROMPTS)
+    train, held = ([encode_prompt(tokenizer, row) for row in part.rows] for part in parts)
+    return train, held[: recipe.evaluation.prompts]
+
+
+def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, measured: bool) -> Bench:
+    settings = recipe.target
+    assert settings is not None
+    train_prompts, held_prompts = _target_prompts(recipe, tokenizer)
+    base = _load(source, recipe)
+    target = Tilt(tuple(settings.words), settings.bonus, settings.end_bonus)
+    started = time.monotonic()
+    options: dict[str, Any] = {
+        key: getattr(settings, key) for key in ("gamma", "strengths", "temperature", "max_new_tokens")
+    }
+    drawn = []
+    for label, prompts, n, part_seed in (
+        ("training pairs", train_prompts, settings.pairs, 2 * seed),
+        ("held-out pairs", held_prompts, settings.eval_pairs, 2 * seed + 1),
+    ):
+        with progress(f"draw and label {label}", 3 * n) as advance:
+            drawn.append(
+                make_pairs(
+                    target,
+                    base,
+                    tokenizer,
+                    prompts,
+                    n=n,
+                    token_budget=recipe.token_budget,
+                    seed=part_seed,
+                    progress=advance,
+                    **options,
+                )
+            )
+    train, held = drawn
+    model = target.model(base, tokenizer)
+    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
+    task = _task(
+        recipe,
+        seed,
+        base,
+        held_prompts,
+        held.pairs,
+        end_id,
+        gamma=settings.gamma,
+        target=model,
+        target_logit=held.logit,
+    )
+    if measured:
+        # The same responses of the target for every seed, so that seeds differ in what was learned alone.
+        responses = sample(
+            model,
+            held_prompts,
+            n=task.samples,
+            max_new_tokens=task.max_new_tokens,
+            temperature=task.temperature,
+            end_id=end_id,
+            seed=10_000,
+        )
+        groups = [Group(prompt, own) for prompt, own in zip(held_prompts, responses, strict=True)]
+        task = replace(task, target_groups=groups)
+    cache = {id(pair): logps for part in drawn for pair, logps in zip(part.pairs, part.reference_logps, strict=True)}
+    bench = Bench(
+        recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task, _facts(train, held, settings.gamma), cache
+    )
+    bench.seconds["pairs"] = time.monotonic() - started
+    return bench
+
+
+def _facts(train: TargetPairs, held: TargetPairs, gamma: float) -> dict[str, Any]:
+    information = train.information(gamma)
+    return {
+        "train": len(train.pairs),
+        "held_out": len(held.pairs),
+        "median_logit": float(train.logit.abs().median()),
+        "information_per_pair": information,
+        "strength_se": 1 / math.sqrt(len(train.pairs) * information),
+        "ties_redrawn": train.ties + held.ties,
+    }

@@ -1,0 +1,38 @@
+"""The model card that is saved beside the weights: method, settings, data, results, citation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+CITATION = """@article{yun2025alignment,
+  title   = {Alignment as Distribution Learning: Your Preference Model is Explicitly a Language Model},
+  author  = {Yun and Kim and Park and Kim and Ryu and Cho and Jun},
+  journal = {arXiv preprint arXiv:2506.01523},
+  year    = {2025}
+}"""
+
+
+def model_card(
+    *, base_model: str, name: str, method: Any, data: Mapping[str, Any], training: Mapping[str, Any], results: Any
+) -> str:
+    """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs."""
+    hub_id = f"base_model: {base_model}\n" if base_model.count("/") == 1 and not base_model.startswith(".") else ""
+    lines = [
+        f"---\nlibrary_name: transformers\n{hub_id}tags:\n- distalign\n- preference-learning\n- {name}\n---",
+        f"# {base_model}, trained with {name.upper()}",
+        f"Trained on pairwise preferences with distalign. Method: {name} ({method.source}).",
+        "## Method settings\n" + _bullets(asdict(method)),
+        "## Training settings\n" + _bullets(training),
+        "## Data\n" + _bullets(data),
+        "## On held-out pairs\n" + (_bullets(results) or "Not measured."),
+        f"## Citation\n```bibtex\n{CITATION}\n```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def _bullets(values: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"- {key}: {value:.4g}" if isinstance(value, float) else f"- {key}: {value}" for key, value in values.items()
+    )

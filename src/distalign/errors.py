@@ -1,0 +1,7 @@
+"""What a user can mend: the command line prints it as it is and ends with exit code 2."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something given cannot be used: the message says where, what was found, and what to do."""
