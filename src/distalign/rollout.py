@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from distalign.engine.encoding import evaluating
+from distalign.errors import InputError
 
 
 @torch.no_grad()
@@ -108,16 +109,26 @@ def _step(
 ) -> tuple[Float[Tensor, "rows vocabulary"], Cache]:
     """Logits of the next token, and the cache with `ids` in it."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    extra: dict[str, Any] = {}
-    if "position_ids" in inspect.signature(inner.forward).parameters:
+    known = inspect.signature(inner.forward).parameters
+    # State-space models call their cache by another name, and read the mask of the new tokens alone.
+    recurrent = "cache_params" in known
+    name = "cache_params" if recurrent else "past_key_values"
+    extra: dict[str, Any] = {name: cache, "attention_mask": mask[:, -ids.shape[1] :] if recurrent else mask}
+    if "position_ids" in known:
         extra["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-    if not isinstance(output.past_key_values, Cache):
+    output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
+    kept, logits = getattr(output, name, None), output.logits[:, -1].float()
+    if not isinstance(kept, Cache):
         raise TypeError(
             f"{type(inner).__name__} keeps no cache of transformers' Cache class, so responses cannot be continued; "
             "use a model class of transformers"
         )
-    return output.logits[:, -1].float(), output.past_key_values
+    if logits.isnan().any():
+        raise InputError(
+            f"sample: the logits of {type(inner).__name__} are not numbers; if it was trained, lower the learning "
+            'rate, and if it is float64, load it with attn_implementation="sdpa" (eager attention overflows at padding)'
+        )
+    return logits, kept
 
 
 def _reorder(cache: Any, rows: Int[Tensor, "rows"]) -> None:
