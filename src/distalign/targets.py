@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,11 @@ from distalign.policy import share
 from distalign.preference import preference_logit
 from distalign.rollout import sample
 
+# Settings of models whose logits are not what their head gives.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
+
+@runtime_checkable
 class Target(Protocol):
     """A family of language models on top of a base model, from the base itself (strength 0) to the target (1)."""
 
@@ -63,17 +67,20 @@ class Tilt:
 def _token_ids(tokenizer: Any, word: str) -> list[int]:
     spellings = {word, word.capitalize(), f" {word}", f" {word.capitalize()}"}
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
-    return sorted({ids[0] for ids in encoded if len(ids) == 1})
+    return sorted({ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id})
 
 
 def with_logit_bias(model: PreTrainedModel, bias: Float[Tensor, "vocabulary"]) -> PreTrainedModel:
     """A model that shares the weights of `model` and adds `bias` (nats) to its logits at every step.
 
-    Raises InputError if the head is no linear layer.
+    Raises InputError if the head is no linear layer, or its outputs are not the logits themselves.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise InputError(f"target: the head is a {type(head).__name__}; a bias needs a linear layer")
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1.0) for name in _AFTER_THE_HEAD):
+        raise InputError(f"target: {config.model_type} caps or scales its logits after the head; take another model")
     tilted = share(model)
     biased = nn.Linear(head.in_features, head.out_features, device="meta")
     biased.weight = head.weight

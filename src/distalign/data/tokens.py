@@ -77,7 +77,7 @@ def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
     start, whole = _render(tokenizer, [user], {}, True), _render(tokenizer, [user, assistant], {}, False)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {index for index, token in added.items() if token.special} | {tokenizer.eos_token_id}
-    for index in _ids(tokenizer, whole.removeprefix(start)):
+    for index in _ids(tokenizer, whole.removeprefix(start).removeprefix("x")):
         if index in special:
             return index
     raise ValueError(
