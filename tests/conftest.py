@@ -17,3 +17,11 @@ import torch
 def _reproducible():
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny language model and its tokenizer, as save_pretrained writes them."""
+    import tiny
+
+    return tiny.save(tmp_path_factory.mktemp("tiny") / "model")
