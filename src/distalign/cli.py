@@ -230,6 +230,8 @@ def _quiet() -> None:
     ours = logging.getLogger("distalign")
     ours.setLevel(logging.INFO)
     ours.handlers[:] = [handler]
+    # How the engine serves a model is worth a line only where it had to fall back.
+    logging.getLogger("distalign.engine").setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

