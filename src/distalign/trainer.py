@@ -169,10 +169,13 @@ class AlignmentTrainer(Trainer):
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`."""
+        if not resume_from_checkpoint and self.method.needs.reference:
+            rows: Any = self.train_dataset
+            self.policy.assert_starts_at_reference([Group(row.prompt, [row.chosen]) for row in rows[:2]])
         with progress(self.label, 1) as self._advance:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
         return sum(len(batch["rows"]) for batch in batch_samples)
@@ -181,8 +184,6 @@ class AlignmentTrainer(Trainer):
         """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
         started = time.perf_counter()
         rows = inputs["rows"]
-        if self.state.global_step == 0 and not self.start and self.method.needs.reference:
-            self.policy.assert_starts_at_reference([Group(row.prompt, [row.chosen]) for row in rows[:2]])
         model.train()
         collected = self.collect(rows)
         whole = num_items_in_batch or len(rows) * self.current_gradient_accumulation_steps
