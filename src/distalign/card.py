@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 CITATION = """@article{yun2025alignment,
@@ -18,7 +19,8 @@ def model_card(
     *, base_model: str, name: str, method: Any, data: Mapping[str, Any], training: Mapping[str, Any], results: Any
 ) -> str:
     """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs."""
-    hub_id = f"base_model: {base_model}\n" if base_model.count("/") == 1 and not base_model.startswith(".") else ""
+    on_hub = base_model.count("/") == 1 and base_model[0] not in "./~" and not Path(base_model).exists()
+    hub_id = f"base_model: {base_model}\n" if on_hub else ""
     lines = [
         f"---\nlibrary_name: transformers\n{hub_id}tags:\n- distalign\n- preference-learning\n- {name}\n---",
         f"# {base_model}, trained with {name.upper()}",

@@ -9,19 +9,23 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
 from distalign.errors import InputError
@@ -42,17 +46,24 @@ class ModelError(InputError):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is read from. `path` is a folder or hub id; `origin` says in words where it came from."""
+    """Where a model is read from. `path` is a folder or hub id; `origin` says in words where it came from.
+
+    `adapter` is a folder that save_pretrained of PEFT wrote: its adapter is merged into the model.
+    """
 
     name: str
     path: str
     origin: str
     trust_remote_code: bool = False
+    adapter: str | None = None
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError."""
+        path = self.path
+        if self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
+            path = self.adapter
         with _explained(self.name):
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
 
     def config(self) -> Any:
         """The model's configuration, without its weights. Raises ModelError."""
@@ -66,12 +77,15 @@ class Source:
     def model(self, dtype: str = "float32") -> PreTrainedModel:
         """The model's weights, from safetensors only, in evaluation mode. Raises ModelError."""
         with _explained(self.name):
-            return AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
-            ).eval()
+            )
+            if self.adapter is not None:
+                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+            return model.eval()
 
 
 def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -93,12 +107,23 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
             raise ModelError(f"model {name}: there is no such file; give the path of a .gguf file")
         return Source(name, str(_converted(path)), f"{path.name}, dequantised")
     if path.is_dir():
-        if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            return _with_adapter(name, path, trust_remote_code)
+        if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: the folder holds no config.json; give a folder made by save_pretrained")
         return Source(name, str(path), f"folder {name}", trust_remote_code)
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise ModelError(f"model {name}: there is no such folder; give a folder, a .gguf file or a hub id")
     return Source(name, name, f"hub model {name}", trust_remote_code)
+
+
+def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
+    with _explained(name):
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        source = find_model(base, trust_remote_code=trust_remote_code)
+    return replace(source, name=name, origin=f"{source.origin}, with the adapter {name}", adapter=str(folder))
 
 
 @dataclass
@@ -135,10 +160,13 @@ class Policy:
             )
 
     def save(self, folder: Path, card: str, *, merge: bool = False) -> None:
-        """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card."""
+        """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card.
+
+        An adapter on a model that another adapter was merged into is always merged, for its base is in no folder.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
-        if merge and isinstance(model, PeftModel):
+        if (merge or self.source.adapter is not None) and isinstance(model, PeftModel):
             model = copy.deepcopy(model).merge_and_unload()
         model.save_pretrained(folder, safe_serialization=True)
         self.tokenizer.save_pretrained(folder)
@@ -157,7 +185,7 @@ def make_policy(
         model = copy.deepcopy(base)
         model.requires_grad_(True)
         return Policy(model, tokenizer, source, base.requires_grad_(False) if reference else None)
-    model = get_peft_model(share(base), _lora_config(base, lora, source.name))
+    model = _adapted(share(base), lora, source.name)
 
     @contextmanager
     def adapter_off() -> Iterator[nn.Module]:
@@ -173,32 +201,47 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _lora_config(base: PreTrainedModel, lora: Any, name: str) -> LoraConfig:
-    layers: dict[str, Any] = {}
+def _adapted(model: PreTrainedModel, lora: Any, name: str) -> PeftModel:
+    """`model` with a new adapter, which starts at zero."""
+    targets, linear = lora.target_modules, (nn.Linear, Conv1D)
     if lora.layers is not None:
-        count = base.config.get_text_config().num_hidden_layers
-        if lora.layers > count:
-            raise ModelError(f"model {name}: lora.layers is {lora.layers} but the model has {count} layers; lower it")
-        # Chosen by index among every module that is a numbered layer of the decoder.
-        chosen = "|".join(str(index) for index in range(count - lora.layers, count))
-        targets = _linear_names(base) if lora.target_modules == "all-linear" else lora.target_modules
-        names = "|".join(targets) if not isinstance(targets, str) else targets
-        layers["target_modules"] = rf".*\.({chosen})\.(.*\.)?({names})"
-    else:
-        layers["target_modules"] = lora.target_modules
-    return LoraConfig(
-        task_type="CAUSAL_LM", r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none", **layers
+        layers, prefix = _top_layers(model, lora.layers, name)
+        modules = {f"{prefix}.{index}.{inner}": m for index, layer in layers for inner, m in layer.named_modules()}
+        if isinstance(targets, str) and targets != "all-linear":
+            chosen = [path for path in modules if re.fullmatch(targets, path)]
+        else:
+            wanted = None if isinstance(targets, str) else set(targets)
+            chosen = [
+                path
+                for path, module in modules.items()
+                if isinstance(module, linear) and (wanted is None or path.split(".")[-1] in wanted)
+            ]
+        targets = chosen or targets
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        bias="none",
+        target_modules=targets,
+        # GPT-2's linear maps keep their weight transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
+    try:
+        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
+    except ValueError as error:
+        raise ModelError(f"model {name}: lora.target_modules is {lora.target_modules!r}; {error}") from None
 
 
-def _linear_names(model: PreTrainedModel) -> list[str]:
-    """Last names of the linear layers inside the decoder's numbered layers."""
-    names = set()
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if isinstance(module, nn.Linear) and any(part.isdigit() for part in parts[:-1]):
-            names.add(parts[-1])
-    return sorted(names)
+def _top_layers(model: PreTrainedModel, top: int, name: str) -> tuple[list[tuple[int, nn.Module]], str]:
+    """The last `top` layers of the decoder with their numbers, and the name of the list that they are in."""
+    count = model.config.get_text_config().num_hidden_layers
+    if top > count:
+        raise ModelError(f"model {name}: lora.layers is {top} but the model has {count} layers; lower it")
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(enumerate(module))[-top:], prefix
+    raise ModelError(f"model {name}: its layers are in no list that could be found; leave lora.layers out")
 
 
 @contextmanager
@@ -206,8 +249,13 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what transformers says about a missing or unusable model into one line that says what to do."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise ModelError(
+                f"model {name}: it brings code of its own, which is not run; "
+                "set trust_remote_code: true if you trust it"
+            ) from None
         raise ModelError(
             f"model {name}: cannot be loaded; give a folder made by save_pretrained (safetensors), a .gguf file, or a "
             f"hub id and a network. transformers says: {reason[:300]}"
