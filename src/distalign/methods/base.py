@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -70,6 +70,7 @@ class Samples:
     group: Int[Tensor, "samples"] | None = None
 
 
+@runtime_checkable
 class Method(Protocol):
     """The face of a method: a frozen dataclass whose fields are its settings."""
 

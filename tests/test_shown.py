@@ -1,0 +1,97 @@
+"""Everything shown is run: the commands of the README and the docs, and every recipe, two steps on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from distalign import cli
+from distalign.experiment import check
+from distalign.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].strip()
+    for page in PAGES
+    for block in BLOCK.findall(page.read_text(encoding="utf-8"))
+    for line in block.splitlines()
+    if line.startswith("distalign ")
+]
+# What makes any run small: two steps of four pairs.
+SMALL = [
+    *(
+        "training.max_steps=2",
+        "training.per_device_train_batch_size=4",
+        "training.eval_steps=1",
+        "evaluation.prompts=4",
+    ),
+    *("lora.layers=1", "evaluation.max_new_tokens=4"),
+]
+SMALL_TARGET = [
+    *("target.words=[happy, kind]", "target.end_bonus=0", "target.pairs=8", "target.eval_pairs=8"),
+    "target.max_new_tokens=4",
+]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, tiny_folder):
+    """A folder with the recipes, the data and the model that the commands name."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    tiny.write_pairs(tmp_path / "pairs.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(monkeypatch, arguments: list[str]) -> None:
+    """Run a command as the shell would, in this process."""
+    monkeypatch.setattr(sys, "argv", ["distalign", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+
+
+def small(recipe: str, tiny_folder: Path) -> list[str]:
+    """Flags that make a recipe's run small, on the tiny model."""
+    settings = [*SMALL, *(SMALL_TARGET if "quickstart" in recipe else [])]
+    return ["--model", str(tiny_folder), *(part for setting in settings for part in ("--set", setting))]
+
+
+def test_there_are_commands_to_run():
+    """The pages show commands; a change of their form must not empty the test below."""
+    assert len(COMMANDS) >= 3
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
+    """Each command of the pages ends without an error (training ones with a tiny model, two steps)."""
+    arguments = shlex.split(command)[1:]
+    if arguments[0] in ("train", "compare"):
+        while "--model" in arguments:
+            at = arguments.index("--model")
+            del arguments[at : at + 2]
+        arguments += small(arguments[1], tiny_folder)
+    run(monkeypatch, arguments)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_runs(recipe, here, monkeypatch, tiny_folder):
+    """Each recipe compares its methods and writes results and report."""
+    run(monkeypatch, ["compare", f"recipes/{recipe.name}", *small(recipe.name, tiny_folder)])
+    assert (here / "runs" / recipe.stem / "results.json").is_file()
+    assert (here / "runs" / recipe.stem / "report.html").is_file()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_accepted_as_it_stands(recipe, here):
+    """Each recipe passes every check that needs no model."""
+    settings = load_recipe(recipe)
+    check(settings, list(settings.methods))
