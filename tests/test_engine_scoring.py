@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -273,3 +274,27 @@ def test_errors():
         score(torch.nn.Sequential(model), GROUPS)
     with pytest.raises(TypeError, match="must give the reference model"):
         score(model, GROUPS, reference=contextlib.nullcontext)
+
+
+def test_reference_that_differs_in_the_head_alone_costs_no_second_pass():
+    """Two models with the very same body: the decoder runs once, and the values equal those of a separate copy."""
+    model = build("llama")
+    other = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+    head = torch.nn.Linear(model.config.hidden_size, VOCABULARY).to(model.dtype)
+    head.weight = model.lm_head.weight
+    other.set_output_embeddings(head)
+    apart = copy.deepcopy(other)
+    with torch.no_grad():
+        expected = score(model, GROUPS, reference=apart)
+    calls = []
+    for either in (model, other):
+        either.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    found = score(model, GROUPS, reference=other)
+    assert len(calls) == 1
+    assert torch.equal(found.step_kl.detach(), expected.step_kl)
+    assert torch.equal(found.reference_token_logps, expected.reference_token_logps)
+    assert float(found.step_kl.detach().max()) > 1e-3
+    model.train()
+    calls.clear()
+    score(model, GROUPS, reference=other)
+    assert len(calls) == 2

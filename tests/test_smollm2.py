@@ -24,6 +24,7 @@ QUESTIONS = ["How do I boil an egg?", "Tell me a short joke.", "What is kindness
 
 @pytest.fixture(scope="module")
 def smollm2():
+    """Tokenizer and model, loaded once."""
     source = find_model("smollm2-135m-instruct")
     return source.tokenizer(), source.model()
 

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm
-from distalign.engine.head import Rows, score_rows
+from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm
+from distalign.engine.head import HiddenRows, Rows, head_of, score_rows
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
 from distalign.engine.selfcheck import check
 
@@ -73,8 +73,7 @@ def score(
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
     _validate(model, groups)
     places = frame(groups, device_of(model))
-    reference_rows = None if reference is None else _reference_rows(reference, groups, temperature)
-    rows = _rows(model, groups, temperature)
+    rows, reference_rows = _both_rows(model, reference, groups, temperature)
     values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows)
     return Scores(
         token_logps=_lay_out(values.logps, places),
@@ -138,6 +137,30 @@ def _rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> Rows
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
     too_long = report.length_limit is not None and longest > report.length_limit
     return encode(model, groups, "plain" if too_long else report.path, temperature)
+
+
+def _both_rows(
+    model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float
+) -> tuple[Rows, Rows | None]:
+    """Rows of the model and of its reference; one pass serves both where only their heads differ."""
+    if isinstance(reference, nn.Module) and _same_body(model, reference):
+        rows = _rows(model, groups, temperature)
+        if isinstance(rows, HiddenRows):
+            return rows, HiddenRows(rows.hidden.detach(), head_of(reference), temperature)
+        return rows, _reference_rows(reference, groups, temperature)
+    # The reference first: its activations are gone before the model's are kept for the backward pass.
+    reference_rows = None if reference is None else _reference_rows(reference, groups, temperature)
+    return _rows(model, groups, temperature), reference_rows
+
+
+def _same_body(model: nn.Module, reference: nn.Module) -> bool:
+    """Whether both models have the very same decoder weights and no dropout, so that only their heads differ."""
+    if model.training or reference.training or check(reference).path == "plain":
+        return False
+    ours, theirs = (
+        [(name, id(tensor)) for name, tensor in decoder_of(either).named_parameters()] for either in (model, reference)
+    )
+    return ours == theirs and len(ours) > 0
 
 
 def _reference_rows(reference: Reference, groups: Sequence[Group], temperature: float) -> Rows:
