@@ -286,6 +286,7 @@ def test_reference_that_differs_in_the_head_alone_costs_no_second_pass():
     apart = copy.deepcopy(other)
     with torch.no_grad():
         expected = score(model, GROUPS, reference=apart)
+    check(other)
     calls = []
     for either in (model, other):
         either.get_decoder().register_forward_hook(lambda *_: calls.append(1))
