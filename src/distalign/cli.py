@@ -210,8 +210,8 @@ def _seeds(text: str | None, default: int) -> list[int]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         _refuse(f'--seeds {text}: not a number; write how many ("3") or which ("0,7")')
-    if min(numbers) < 0 or numbers == [0]:
-        _refuse(f"--seeds {text}: give at least one seed, none below 0")
+    if min(numbers) < 0 or numbers == [0] or len(set(numbers)) < len(numbers):
+        _refuse(f"--seeds {text}: give at least one seed, none below 0, none twice")
     return list(range(numbers[0])) if "," not in text else numbers
 
 

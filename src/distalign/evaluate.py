@@ -62,6 +62,7 @@ class Task:
     """What policies are measured on. `prompts` and `pairs` are held out; `target` is None for a user's own data.
 
     `target_logit` is γ Δ ln π* of the pairs in nats, first response minus second. `gamma` is the target's sharpness.
+    Divergences and entropies are of the distributions sampled from: softmax(logits / temperature) at every step.
     """
 
     base: nn.Module
@@ -96,6 +97,7 @@ class Measured:
     confidence: Tensor = field(default_factory=lambda: torch.zeros(0))
     correct: Tensor = field(default_factory=lambda: torch.zeros(0))
     target_logps: Tensor | None = None
+    pairs: Sequence[EncodedPair] = ()
 
 
 def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | None) -> Measured:
@@ -120,6 +122,9 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
         assert scores.step_kl is not None
         values["reverse_kl"] = _per_prompt(scores.step_kl.sum(-1), task.samples)
         target_logps = scores.reference_logps
+        if task.temperature != 1:
+            # Preferences are the target's own, whatever the temperature of the samples.
+            target_logps = score_in_batches(task.target, groups, token_budget=task.token_budget).logps
         kl_target = _forward_kl(policy, task)
         values["forward_kl"] = _per_prompt(kl_target, len(kl_target) // len(task.prompts))
     assert scores.step_entropy is not None
@@ -144,6 +149,7 @@ def measure_pairs(measured: Measured, logps: Float[Tensor, "pairs 2"], task: Tas
         truth = task.target_logit.double().sigmoid()
     else:
         truth = logit.new_tensor([1.0 if pair.probability is None else pair.probability for pair in task.pairs])
+    measured.pairs = task.pairs
     first = logit >= 0
     measured.confidence = torch.where(first, logit, -logit).sigmoid()
     measured.correct = torch.where(first, truth, 1 - truth)
@@ -177,7 +183,14 @@ def _forward_kl(policy: nn.Module, task: Task, prompts: int | None = None) -> Fl
 def _scores(
     model: nn.Module, groups: Sequence[Group], task: Task, *, reference: Reference | None, entropy: bool = False
 ) -> Scores:
-    return score_in_batches(model, groups, token_budget=task.token_budget, reference=reference, entropy=entropy)
+    return score_in_batches(
+        model,
+        groups,
+        token_budget=task.token_budget,
+        reference=reference,
+        entropy=entropy,
+        temperature=task.temperature,
+    )
 
 
 def _per_prompt(values: Float[Tensor, "responses"], each: int) -> Float[Tensor, "prompts"]:
@@ -190,15 +203,16 @@ def _per_prompt(values: Float[Tensor, "responses"], each: int) -> Float[Tensor, 
 def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     """Mean and standard error of every metric over prompts (over pairs for `PAIR_KEYS`), for the seeds of one method.
 
-    Seeds share their prompts, so each prompt's values are averaged over the seeds first; pairs are the seeds' own.
+    Seeds share their prompts, so each prompt's values are averaged over the seeds first. So are those of the pairs, if
+    the seeds share them; a known target draws new ones for every seed.
     """
     found = {key: mean_and_se(_over_seeds(runs, key)) for key in runs[0].values}
     by_prompt = [[own for run in runs for own in run.responses[index]] for index in range(len(runs[0].responses))]
     found["distinct_2"] = jackknife(lambda prompts: distinct_n([r for own in prompts for r in own], n=2), by_prompt)
-    confidence = torch.cat([run.confidence for run in runs])
-    if len(confidence):
-        both = list(torch.stack([confidence, torch.cat([run.correct for run in runs])], 1))
-        found["ece"] = jackknife(lambda rows: expected_calibration_error(*torch.stack(rows).unbind(1)), both)
+    if len(runs[0].confidence):
+        rows = torch.stack([torch.stack([run.confidence, run.correct], -1) for run in runs])
+        by_pair = rows.transpose(0, 1) if _share_pairs(runs) else rows.flatten(0, 1)[:, None]
+        found["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
     return found
 
 
@@ -215,4 +229,8 @@ def calibration(runs: Sequence[Measured]) -> list[Bin]:
 
 def _over_seeds(runs: Sequence[Measured], key: str) -> Float[Tensor, "values"]:
     values = [run.values[key] for run in runs]
-    return torch.cat(values) if key in PAIR_KEYS else torch.stack(values).mean(0)
+    return torch.cat(values) if key in PAIR_KEYS and not _share_pairs(runs) else torch.stack(values).mean(0)
+
+
+def _share_pairs(runs: Sequence[Measured]) -> bool:
+    return all(run.pairs == runs[0].pairs for run in runs)

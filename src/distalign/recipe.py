@@ -99,7 +99,7 @@ class EvaluationSettings(_Section):
     prompts: Count = 48
     samples: Count = 2
     max_new_tokens: Count = 20
-    temperature: NotNegative = 1.0
+    temperature: Positive = 1.0
 
 
 def _switch(value: Any) -> Any:
