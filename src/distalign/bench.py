@@ -9,7 +9,6 @@ import math
 import time
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -22,12 +21,12 @@ from distalign.data import (
     encode_pairs,
     encode_prompt,
     end_token_id,
-    prompt_key,
     read_pairs,
     read_prompts,
     split_by_prompt,
 )
 from distalign.engine import Group
+from distalign.errors import InputError
 from distalign.evaluate import Task
 from distalign.policy import Source, find_model
 from distalign.progress import progress
@@ -52,21 +51,8 @@ class Bench:
     held: list[EncodedPair]
     task: Task
     facts: dict[str, Any] = field(default_factory=dict)
-    reference_cache: dict[int, Tensor] = field(default_factory=dict)
+    reference_cache: dict[tuple, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-def writable(folder: Path) -> Path:
-    """Make a folder and check that files can be written in it. Raises ValueError saying what to do."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{folder}: cannot be written ({reason}); choose another with --set output_dir=…") from None
-    return folder
 
 
 def prepare(recipe: Recipe, seed: int, *, measured: bool) -> Bench:
@@ -78,7 +64,7 @@ def prepare(recipe: Recipe, seed: int, *, measured: bool) -> Bench:
     tokenizer = source.tokenizer()
     if recipe.target is not None:
         return _prepare_target(recipe, seed, source, tokenizer, measured)
-    train, held, prompts, counts = _read_data(recipe, seed, source, tokenizer)
+    train, held, prompts, counts = _read_data(recipe, source, tokenizer, measured)
     base = _load(source, recipe)
     conversational = bool(tokenizer.chat_template) and counts["format"] == "conversational"
     task = _task(recipe, seed, base, prompts, held, end_token_id(tokenizer, conversational=conversational))
@@ -111,8 +97,27 @@ def _task(recipe: Recipe, seed: int, base: Any, prompts: Any, held: Any, end_id:
     )
 
 
+def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
+    """Raise InputError if there is too little to measure policies on."""
+    if min(len(prompts), pairs) < 2:
+        raise InputError(
+            f"a comparison is measured on {len(prompts)} held-out prompts and {pairs} pairs; standard errors need two "
+            "of each: give more prompts, data.eval or a larger data.held_out, evaluation.prompts or target.eval_pairs"
+        )
+
+
+def _check_room(source: Source, prompts: list[list[int]], new_tokens: int, setting: str) -> None:
+    """Raise InputError if the model has no positions left for responses of that length."""
+    limit, longest = source.max_length(), max(map(len, prompts), default=0)
+    if limit is not None and longest + new_tokens > limit:
+        raise InputError(
+            f"model {source.name}: the longest prompt has {longest} tokens and {setting} is {new_tokens}, but the "
+            f"model has {limit} positions; lower {setting} or leave out long prompts"
+        )
+
+
 def _read_data(
-    recipe: Recipe, seed: int, source: Source, tokenizer: Any
+    recipe: Recipe, source: Source, tokenizer: Any, measured: bool
 ) -> tuple[list[EncodedPair], list[EncodedPair], list[list[int]], dict[str, Any]]:
     settings = recipe.data
     assert settings is not None
@@ -123,19 +128,25 @@ def _read_data(
             settings.eval, split=settings.eval_split, drop_ties=settings.drop_ties, limit=settings.eval_limit
         )
     elif settings.held_out:
-        train, held = split_by_prompt(data, settings.held_out, seed)
+        train, held = split_by_prompt(data, settings.held_out, recipe.seed)
         held = Data(held.rows[: settings.eval_limit], held.source, held.format, held.implicit)
     else:
         train, held = data, Data([], data.source, data.format)
+    positions = source.max_length()
+    if positions is not None and (settings.max_length or 0) > positions:
+        raise InputError(f"data.max_length is {settings.max_length}, but the model has {positions} positions; lower it")
     limits: dict[str, Any] = {
-        "max_length": settings.max_length or source.max_length(),
+        "max_length": settings.max_length or positions,
         "max_response_tokens": settings.max_response_tokens,
         "too_long": settings.too_long,
     }
     pairs, counts = encode_pairs(tokenizer, train, **limits)
     held_pairs, held_counts = encode_pairs(tokenizer, held, **limits) if held.rows else ([], None)
-    distinct = {prompt_key(row.prompt): row for row in held.rows}
-    prompts = [encode_prompt(tokenizer, row) for row in list(distinct.values())[: recipe.evaluation.prompts]]
+    distinct = {tuple(pair.prompt): pair.prompt for pair in held_pairs}
+    prompts = list(distinct.values())[: recipe.evaluation.prompts]
+    if measured:
+        _check_held_out(prompts, len(held_pairs))
+        _check_room(source, prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     facts = {
         "source": settings.train,
         "format": data.format,
@@ -170,6 +181,10 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
     settings = recipe.target
     assert settings is not None
     train_prompts, held_prompts = _target_prompts(recipe, tokenizer)
+    _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
+    if measured:
+        _check_held_out(held_prompts, settings.eval_pairs)
+        _check_room(source, held_prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     base = _load(source, recipe)
     target = Tilt(tuple(settings.words), settings.bonus, settings.end_bonus)
     started = time.monotonic()
@@ -222,7 +237,7 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
         )
         groups = [Group(prompt, own) for prompt, own in zip(held_prompts, responses, strict=True)]
         task = replace(task, target_groups=groups)
-    cache = {id(pair): logps for part in drawn for pair, logps in zip(part.pairs, part.reference_logps, strict=True)}
+    cache = {pair.key: logps for part in drawn for pair, logps in zip(part.pairs, part.reference_logps, strict=True)}
     bench = Bench(
         recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task, _facts(train, held, settings.gamma), cache
     )

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.bench import Bench, prepare
 from distalign.card import CITATION, model_card
@@ -51,6 +53,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
     With held-out pairs and early stopping the run is evaluated ten times and its best step is kept. Raises RecipeError
     for what `transformers.TrainingArguments` refuses.
     """
+    given = recipe.training_for(name)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 16,
         "num_train_epochs": 1,
@@ -60,18 +63,22 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         "report_to": "none",
         "dataloader_pin_memory": torch.cuda.is_available(),
         "bf16": recipe.dtype == "bfloat16",
-        **recipe.training_for(name),
+        "restore_callback_states_from_checkpoint": True,
+        **given,
     }
     if held_out and recipe.early_stopping is not None:
-        settings.setdefault("eval_strategy", "steps")
-        settings.setdefault("eval_steps", 0.1)
-        settings.setdefault("eval_on_start", True)
-        settings.setdefault("load_best_model_at_end", True)
-        settings.setdefault("metric_for_best_model", "eval_loss")
-        settings.setdefault("greater_is_better", False)
+        evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
+        follow = evaluated["eval_strategy"] != "no"
+        best = {"load_best_model_at_end": follow, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        settings |= {"eval_on_start": follow, **best, **evaluated}
         if settings["load_best_model_at_end"]:
-            settings["save_strategy"], settings["save_steps"] = settings["eval_strategy"], settings["eval_steps"]
-            settings.setdefault("save_total_limit", 1)
+            # A step can be kept only if it was saved.
+            saved = {"save_strategy": evaluated["eval_strategy"], "save_steps": evaluated["eval_steps"]}
+            settings |= {**saved, "save_total_limit": 1, **given}
+    if not held_out and settings.get("eval_strategy", "no") != "no":
+        raise RecipeError(
+            f"{recipe.name}: eval_strategy needs held-out pairs; give data.eval, or data.held_out above 0"
+        )
     try:
         return TrainingArguments(output_dir=str(folder), seed=seed, **settings)
     except (ValueError, TypeError) as error:
@@ -80,9 +87,10 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
 
 def check(recipe: Recipe, methods: Sequence[str]) -> None:
     """All that can be known to be wrong before a model is loaded. Raises InputError saying where and what to do."""
+    held_out = recipe.data is None or recipe.data.eval is not None or recipe.data.held_out > 0
     for name in methods:
         check_trainable(name, recipe.method(name))
-        training_arguments(recipe, name, Path("unused"), held_out=True)
+        training_arguments(recipe, name, Path("unused"), held_out=held_out)
     writable(recipe.run_dir)
 
 
@@ -109,6 +117,8 @@ def train(recipe: Recipe, name: str, *, resume: bool = False) -> dict[str, float
     and data that cannot be used.
     """
     check(recipe, [name])
+    if resume:
+        _last_checkpoint(recipe.run_dir)
     bench = prepare(recipe, recipe.seed, measured=False)
     _, trainer = train_method(bench, name, recipe.run_dir, resume=resume)
     return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
@@ -119,8 +129,8 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
     recipe, method = bench.recipe, bench.recipe.method(name)
     writable(folder)
     recipe.dump(folder / "recipe.yaml")
-    if not resume:
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
+    checkpoint = _last_checkpoint(folder) if resume else None
+    _forget_after(folder, checkpoint)
     args = training_arguments(recipe, name, folder, held_out=bool(bench.held), seed=bench.seed)
     torch.manual_seed(bench.seed)
     policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=method.needs.reference)
@@ -139,7 +149,7 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
         reference_cache=bench.reference_cache,
     )
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     bench.seconds[name] = time.monotonic() - started
     policy.model.eval()
     if args.load_best_model_at_end:
@@ -159,6 +169,28 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
     )
     policy.save(folder / "model", card)
     return policy, trainer
+
+
+def _last_checkpoint(folder: Path) -> Path:
+    """The checkpoint with the largest step. Raises InputError if there is none."""
+    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if found is None:
+        raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out, or set save_strategy")
+    return Path(found)
+
+
+def _forget_after(folder: Path, checkpoint: Path | None) -> None:
+    """Remove what a run told after the checkpoint that it goes on from; without one, all of the run before."""
+    metrics = folder / "metrics.jsonl"
+    if checkpoint is None:
+        metrics.unlink(missing_ok=True)
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    elif metrics.is_file():
+        step = int(checkpoint.name.removeprefix("checkpoint-"))
+        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+        kept = [row for row in rows if row["step"] <= step and "train_runtime" not in row]
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def _follow_target(bench: Bench) -> Any:
@@ -267,11 +299,11 @@ def _compare_seed(
 
 def _reference_logps(bench: Bench) -> torch.Tensor:
     """ln π₀ of the held-out pairs, remembered for the methods that need them."""
-    missing = [pair for pair in bench.held if id(pair) not in bench.reference_cache]
+    missing = [pair for pair in bench.held if pair.key not in bench.reference_cache]
     if missing:
         logps = score_in_batches(bench.base, bench.task.pair_groups(), token_budget=bench.recipe.token_budget).logps
-        bench.reference_cache.update({id(p): own for p, own in zip(bench.held, logps.view(-1, 2), strict=True)})
-    return torch.stack([bench.reference_cache[id(pair)] for pair in bench.held]) if bench.held else torch.zeros(0, 2)
+        bench.reference_cache.update({p.key: own for p, own in zip(bench.held, logps.view(-1, 2), strict=True)})
+    return torch.stack([bench.reference_cache[pair.key] for pair in bench.held]) if bench.held else torch.zeros(0, 2)
 
 
 def _note_training(trainer: AlignmentTrainer, name: str, seed: int, extra: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ class AlignmentTrainer(Trainer):
     `tokens_per_second`, `step_time` (s). Every log line is also a line of `metrics.jsonl`.
 
     `extra_evaluation` is called at each evaluation and adds to its metrics. `reference_cache` keeps the reference's
-    log-probabilities of pairs seen (by `id` of the pair); trainers with the same reference and pairs may share it.
+    log-probabilities of pairs seen (by their `key`); trainers with the same reference and pairs may share it.
     Raises TrainingError for what cannot be trained, and ModelError if the policy does not start at its reference.
     """
 
@@ -88,7 +88,7 @@ class AlignmentTrainer(Trainer):
         patience: int | None = None,
         min_delta: float = 0.0,
         extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
-        reference_cache: dict[int, Tensor] | None = None,
+        reference_cache: dict[tuple, Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         check_trainable(label, method)
@@ -130,13 +130,13 @@ class AlignmentTrainer(Trainer):
             Collected(
                 Group(row.prompt, [row.chosen, row.rejected]),
                 row.probability,
-                self.reference_cache[id(row)] if self.method.needs.reference else None,
+                self.reference_cache[row.key] if self.method.needs.reference else None,
             )
             for row in rows
         ]
 
     def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
-        missing = [row for row in rows if id(row) not in self.reference_cache]
+        missing = [row for row in rows if row.key not in self.reference_cache]
         if not missing:
             return
         assert self.policy.reference is not None
@@ -150,7 +150,7 @@ class AlignmentTrainer(Trainer):
                 logps = score_in_batches(model.eval(), groups, token_budget=self.token_budget).logps
                 model.train(training)
         for row, pair in zip(missing, logps.view(-1, 2), strict=True):
-            self.reference_cache[id(row)] = pair
+            self.reference_cache[row.key] = pair
 
     def pairs(self, model: nn.Module, collected: Sequence[Collected]) -> Pairs:
         """What the loss is given: one pass of the policy over the collected prompts."""
@@ -170,7 +170,8 @@ class AlignmentTrainer(Trainer):
     # Steps ------------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train, showing progress. As `transformers.Trainer.train`."""
+        """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
+        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         if not resume_from_checkpoint and self.method.needs.reference:
             rows: Any = self.train_dataset
             self.policy.assert_starts_at_reference([Group(row.prompt, [row.chosen]) for row in rows[:2]])
@@ -250,8 +251,10 @@ class AlignmentTrainer(Trainer):
             "preference/median_logit": float(logit.abs().median()),
         }
         if not self.start:
-            self.start = found
-            self._warn_about_sharpness(found["preference/median_logit"])
+            # A run that goes on remembers where it started.
+            told = [row for row in self.state.log_history if f"{metric_key_prefix}_logps/chosen" in row]
+            self.start = {name: told[0][f"{metric_key_prefix}_{name}"] for name in found} if told else found
+            self._warn_about_sharpness(self.start["preference/median_logit"])
         found["health/chosen_logps_change"] = found["logps/chosen"] - self.start["logps/chosen"]
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**found, **extra}.items()}
         self.log(metrics)

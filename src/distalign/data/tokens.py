@@ -38,6 +38,11 @@ class EncodedPair:
     probability: float | None
     where: str
 
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """What any model reads of it: equal for equal pairs, also for a copy from another process."""
+        return tuple(map(tuple, (self.prompt, self.chosen, self.rejected)))
+
 
 @dataclass
 class Counts:
