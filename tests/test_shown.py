@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from distalign import cli
 from distalign.experiment import check
 from distalign.recipe import load_recipe
+from distalign.targets import Target, make_pairs
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -61,7 +63,7 @@ def run(monkeypatch, arguments: list[str]) -> None:
 
 def small(recipe: str, tiny_folder: Path) -> list[str]:
     """Flags that make a recipe's run small, on the tiny model."""
-    settings = [*SMALL, *(SMALL_TARGET if "quickstart" in recipe else [])]
+    settings = [*SMALL, *(SMALL_TARGET if "quickstart" in recipe else ["data.max_length=null"])]
     return ["--model", str(tiny_folder), *(part for setting in settings for part in ("--set", setting))]
 
 
@@ -95,3 +97,22 @@ def test_a_recipe_is_accepted_as_it_stands(recipe, here):
     """Each recipe passes every check that needs no model."""
     settings = load_recipe(recipe)
     check(settings, list(settings.methods))
+
+
+def test_the_target_of_the_docs_can_label_pairs():
+    """The page's own target class is a target: strength 0 is the base, 1 the tuned model, and it labels pairs."""
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/targets.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict = {"__name__": __name__}
+    exec(snippet, names)
+    base, tuned = tiny.model(), tiny.model(num_hidden_layers=2)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(1.1)
+    target = names["FineTuned"](tuned)
+    assert isinstance(target, Target)
+    ids = torch.tensor([[2, 4, 9]])
+    assert torch.equal(target.model(base, None, 0.0)(ids).logits, base(ids).logits)
+    torch.testing.assert_close(target.model(base, None)(ids).logits, tuned(ids).logits)
+    settings = {"gamma": 0.5, "strengths": [0.0, 1.0], "temperature": 1.0, "max_new_tokens": 4, "token_budget": 256}
+    found = make_pairs(target, base, tiny.tokenizer(), [[2, 4, 9, 3], [2, 4, 7, 8, 3]], n=6, seed=0, **settings)
+    assert len(found.pairs) == len(found.logit) == 6
