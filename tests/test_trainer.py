@@ -125,15 +125,12 @@ def test_metrics_have_their_names_and_are_means_over_pairs(tmp_path, method):
         assert line[f"{prefix}logps/rejected"] == pytest.approx(float(logps[:, 1].mean()), rel=1e-5)
         margin = float((rewards[:, 0] - rewards[:, 1]).mean())
         assert line[f"{prefix}rewards/margins"] == pytest.approx(margin, rel=1e-4, abs=1e-5)
-        assert line[f"{prefix}loss"] == pytest.approx(float(direct_loss_at(method, logps)), rel=1e-5)
+        assert line[f"{prefix}loss"] == pytest.approx(
+            float(method.loss(Pairs(logps=logps, reference_logps=logps), None)), rel=1e-5
+        )
     second = metrics(tmp_path)[2]
     change = second["eval_logps/chosen"] - start["eval_logps/chosen"]
     assert second["eval_health/chosen_logps_change"] == pytest.approx(change)
-
-
-def direct_loss_at(method, logps):
-    """The loss where the policy is the reference."""
-    return method.loss(Pairs(logps=logps, reference_logps=logps), None)
 
 
 def test_soft_labels_are_a_cross_entropy(tmp_path):
@@ -258,6 +255,22 @@ def test_the_best_step_is_kept(tmp_path, lora):
     assert made.kept_step == min(losses, key=lambda step: losses[step])
     assert made.kept_step != 0
     assert made.evaluate()["eval_loss"] == pytest.approx(losses[made.kept_step], rel=1e-6)
+
+
+def test_the_best_step_may_be_the_best_by_another_number(tmp_path):
+    """The start is compared by that number too: here the mean log-probability of the chosen responses."""
+    made = stopping(
+        tmp_path,
+        optim="adamw_torch",
+        learning_rate=0.02,
+        patience=9,
+        metric_for_best_model="eval_logps/chosen",
+        greater_is_better=True,
+    )
+    made.train()
+    found = {row["step"]: row["eval_logps/chosen"] for row in metrics(tmp_path) if "eval_loss" in row}
+    assert made.kept_step == max(found, key=lambda step: found[step])
+    assert made.evaluate()["eval_logps/chosen"] == pytest.approx(max(found.values()), rel=1e-6)
 
 
 def test_a_run_that_breaks_keeps_the_best_step_before(tmp_path):

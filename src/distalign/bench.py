@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
@@ -106,6 +107,16 @@ def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
         )
 
 
+def _check_ids(source: Source, sequences: Iterable[list[int]]) -> None:
+    """Raise InputError if the tokenizer gives ids that the model does not have."""
+    known, largest = source.config().get_text_config().vocab_size, max(map(max, sequences))
+    if largest >= known:
+        raise InputError(
+            f"model {source.name}: its tokenizer gives token {largest}, but the model has {known}; put the "
+            "tokenizer that belongs to the model in its folder"
+        )
+
+
 def _check_room(source: Source, prompts: list[list[int]], new_tokens: int, setting: str) -> None:
     """Raise InputError if the model has no positions left for responses of that length."""
     limit, longest = source.max_length(), max(map(len, prompts), default=0)
@@ -142,6 +153,7 @@ def _read_data(
     }
     pairs, counts = encode_pairs(tokenizer, train, **limits)
     held_pairs, held_counts = encode_pairs(tokenizer, held, **limits) if held.rows else ([], None)
+    _check_ids(source, (ids for pair in [*pairs, *held_pairs] for ids in (pair.prompt, pair.chosen, pair.rejected)))
     distinct = {tuple(pair.prompt): pair.prompt for pair in held_pairs}
     prompts = list(distinct.values())[: recipe.evaluation.prompts]
     if measured:
@@ -181,6 +193,7 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
     settings = recipe.target
     assert settings is not None
     train_prompts, held_prompts = _target_prompts(recipe, tokenizer)
+    _check_ids(source, [*train_prompts, *held_prompts])
     _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
     if measured:
         _check_held_out(held_prompts, settings.eval_pairs)

@@ -61,6 +61,7 @@ def train(
     settings = _recipe(recipe, set_, model, data, method)
     if len(settings.methods) > 1:
         _refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
+    _check_json(json_path)
     _quiet()
     from distalign.experiment import train as run
     from distalign.report import write_report
@@ -90,6 +91,7 @@ def compare(
         if name not in settings.methods:
             _refuse(f'{recipe}: recipe has no method "{name}"; it has {", ".join(settings.methods)}')
     chosen_seeds = _seeds(seeds, settings.seed)
+    _check_json(json_path)
     _quiet()
     from distalign.experiment import compare as run
     from distalign.report import results_table, write_report
@@ -264,10 +266,20 @@ def _print(renderable: Any) -> None:
 
 
 def _write_json(path: Path | None, content: Any) -> None:
-    if path is None:
-        return
+    if path is not None:
+        _open_json(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuse a file that could not be written after the work is done."""
+    if path is not None and not path.exists():
+        _open_json(path, "")
+        path.unlink()
+
+
+def _open_json(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         _refuse(f"--json {path}: cannot be written ({error.strerror}); choose another place")
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.bench import Bench, prepare
@@ -69,7 +70,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
     if held_out and recipe.early_stopping is not None:
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
-        best = {"load_best_model_at_end": follow, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        best = {"load_best_model_at_end": follow, "metric_for_best_model": "eval_loss"}
         settings |= {"eval_on_start": follow, **best, **evaluated}
         if settings["load_best_model_at_end"]:
             # A step can be kept only if it was saved.
@@ -79,10 +80,16 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         raise RecipeError(
             f"{recipe.name}: eval_strategy needs held-out pairs; give data.eval, or data.held_out above 0"
         )
+    if settings["per_device_train_batch_size"] < 1:
+        raise RecipeError(f"{recipe.name}: training.per_device_train_batch_size is below 1; give the pairs of a batch")
     try:
-        return TrainingArguments(output_dir=str(folder), seed=seed, **settings)
-    except (ValueError, TypeError) as error:
+        arguments = TrainingArguments(output_dir=str(folder), seed=seed, **settings)
+        # A logger whose package is missing says so here, not after the model is loaded.
+        for logger_callback in get_reporting_integration_callbacks(arguments.report_to):
+            logger_callback()
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise RecipeError(f"{recipe.name}: training of {name}: {error}") from None
+    return arguments
 
 
 def check(recipe: Recipe, methods: Sequence[str]) -> None:
@@ -149,7 +156,10 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
         reference_cache=bench.reference_cache,
     )
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except ImportError as error:
+        raise RecipeError(f"{recipe.name}: training of {name} needs a package: {error}") from error
     bench.seconds[name] = time.monotonic() - started
     policy.model.eval()
     if args.load_best_model_at_end:

@@ -265,9 +265,12 @@ class AlignmentTrainer(Trainer):
 
     def _keep_start(self, metrics: dict[str, float]) -> None:
         """The start is a candidate too: if no step improves on it, it is what load_best_model_at_end restores."""
+        best = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if best not in metrics:
+            raise TrainingError(f"{self.label}: metric_for_best_model is {best}; take one of {', '.join(metrics)}")
         model: Any = self.model_wrapped
         self._save_checkpoint(model, trial=None)
-        self.state.best_metric = metrics["eval_loss"]
+        self.state.best_metric = metrics[best]
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from distalign.data.pairs import Data, Pair, Prompt, Text
 from distalign.data.sources import DataError, Problem
+from distalign.errors import InputError
 
 _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
 
@@ -70,14 +71,14 @@ def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
     """The token that ends a response, at which sampling has to stop too.
 
     For strings the end-of-sequence token; in a chat the first special token that the template writes after an
-    assistant's words, such as `<|im_end|>`. Raises ValueError if there is none.
+    assistant's words, such as `<|im_end|>`. Raises InputError if there is none.
     """
     if not conversational:
         if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+            raise InputError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         return tokenizer.eos_token_id
     if not tokenizer.chat_template:
-        raise ValueError(_NO_TEMPLATE)
+        raise InputError(_NO_TEMPLATE)
     user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
     start, whole = _render(tokenizer, [user], {}, True), _render(tokenizer, [user, assistant], {}, False)
     added = getattr(tokenizer, "added_tokens_decoder", {})
@@ -85,7 +86,7 @@ def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
     for index in _ids(tokenizer, whole.removeprefix(start).removeprefix("x")):
         if index in special:
             return index
-    raise ValueError(
+    raise InputError(
         "the chat template ends an assistant's turn with no special token; add {{ eos_token }} to it there"
     )
 
