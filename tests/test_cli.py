@@ -107,6 +107,7 @@ def test_train_and_go_on(distalign, place):
     assert found["held_out"]["loss"] > 0
     assert {"recipe.yaml", "metrics.jsonl", "model", "report.html"} <= {p.name for p in Path("runs/own").iterdir()}
     assert "learning_rate: 0.001" in Path("runs/own/recipe.yaml").read_text()
+    refused(distalign(*words), "of an earlier run", "--resume", "--overwrite")
     assert distalign(*words, "--resume")[0] == 0
 
 

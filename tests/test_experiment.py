@@ -201,11 +201,14 @@ def test_a_run_goes_on_from_its_folder(place, tmp_path, monkeypatch):
 
 
 def test_a_new_run_in_an_old_folder_forgets_the_old_one(place, tmp_path):
-    """Checkpoints of the run before are not taken for its own."""
+    """Only when told to; then the checkpoints of the run before are not taken for its own."""
     settings = recipe(place, tmp_path, *own_data(place), method="dpo")
     old = settings.run_dir / "checkpoint-999"
     old.mkdir(parents=True)
-    train(settings, "dpo")
+    with pytest.raises(InputError, match=r"holds checkpoint-999 of an earlier run.*--resume.*--overwrite"):
+        train(settings, "dpo")
+    assert old.exists()
+    train(settings, "dpo", overwrite=True)
     assert not old.exists()
     with pytest.raises(InputError, match=r"holds no checkpoint to continue from"):
         train(recipe(place, tmp_path, *own_data(place), "name=other", method="dpo"), "dpo", resume=True)

@@ -55,6 +55,7 @@ def train(
     model: ModelOption = None,
     data: DataOption = None,
     resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint of the run's folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start over in a folder that holds an earlier run.")] = False,
     json_path: JsonOption = None,
 ) -> None:
     """Train one method of a recipe; writes a run folder with metrics, model, card and report."""
@@ -67,7 +68,7 @@ def train(
     from distalign.report import write_report
 
     (name,) = settings.methods
-    found = run(settings, name, resume=resume)
+    found = run(settings, name, resume=resume, overwrite=overwrite)
     page = write_report(settings.run_dir)
     _table(["held-out pairs", name], [[key, f"{value:.4g}"] for key, value in found.items()])
     _write_json(json_path, {"method": name, "held_out": found})

@@ -117,15 +117,20 @@ def writable(folder: Path) -> Path:
 # One method -----------------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, name: str, *, resume: bool = False) -> dict[str, float]:
+def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = False) -> dict[str, float]:
     """Train one method of a recipe in its run folder; returns the last numbers on held-out pairs (empty without).
 
-    `resume` continues from the last checkpoint of the folder. Raises ValueError before a model is loaded for settings
-    and data that cannot be used.
+    `resume` continues from the last checkpoint of the folder, `overwrite` removes what an earlier run left there.
+    Raises InputError before a model is loaded for settings and data that cannot be used.
     """
     check(recipe, [name])
     if resume:
         _last_checkpoint(recipe.run_dir)
+    elif not overwrite and (old := sorted(recipe.run_dir.glob("checkpoint-*"))):
+        raise InputError(
+            f"{recipe.run_dir}: holds {old[-1].name} of an earlier run; go on with --resume, start over with "
+            "--overwrite, or give another name with --set name=…"
+        )
     bench = prepare(recipe, recipe.seed, measured=False)
     _, trainer = train_method(bench, name, recipe.run_dir, resume=resume)
     return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
@@ -254,9 +259,7 @@ def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> dic
         "calibration": {
             name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
         },
-        "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()}
-        if len(seeds) > 1
-        else {},
+        "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()},
         "pairs": facts,
         "settings": recipe.model_dump(mode="json"),
         "environment": environment(),
