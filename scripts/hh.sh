@@ -3,6 +3,7 @@
 # accuracy before and after. Usage: scripts/hh.sh hh_helpful.jsonl.gz
 set -euo pipefail
 pairs=${1:?usage: scripts/hh.sh PAIRS}
+PATH="$PWD/.venv/bin:$PATH"
 for method in pmle dpo; do
   distalign train recipes/pairs.yaml --method "$method" --data "$pairs" \
     --set "name=hh-$method" --overwrite --json "runs/hh-$method.json"

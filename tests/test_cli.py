@@ -176,7 +176,10 @@ def test_a_line_that_is_not_json_is_named(distalign, place):
         (["--set", "methods.pmle.gamma=-1"], ["gamma is -1"]),
         (["--set", "methods.ppo.gamma=1"], ['no method "ppo"', "it has pmle"]),
         (["--set", "training.optim=adm"], ["adm"]),
-        (["--set", "training.per_device_train_batch_size=0"], ["per_device_train_batch_size is below 1"]),
+        (
+            ["--set", "training.per_device_train_batch_size=0"],
+            ["batch_size is 0; it must be at least 1"],
+        ),
         (["--methods", "pmle,ppo"], ['no method "ppo"', "it has pmle, dpo"]),
         (["--seeds", "many"], ["--seeds many: not a number"]),
         (["--seeds", "0"], ["--seeds 0: give at least one seed"]),
@@ -238,7 +241,8 @@ def test_a_tokenizer_of_another_model_is_refused(distalign, place):
 @pytest.mark.parametrize("name", ["pd", "rkl", "rebel", "rlhf"])
 def test_a_method_that_cannot_be_trained_yet_is_refused_first(distalign, monkeypatch, name):
     """Before anything of the model is read."""
-    monkeypatch.setattr("distalign.experiment.prepare", lambda *_, **__: pytest.fail("the model was read"))
+    for door in ("experiment", "comparison"):
+        monkeypatch.setattr(f"distalign.{door}.prepare", lambda *_, **__: pytest.fail("the model was read"))
     for command in (("compare", "tiny.yaml", "--methods", name), ("train", "tiny.yaml", "--method", name)):
         refused(distalign(*command, "--set", f"methods.{name}={{}}"), name, "needs sampled responses")
 
@@ -251,7 +255,8 @@ def test_train_wants_one_method(distalign):
 
 def test_going_on_needs_a_checkpoint(distalign, monkeypatch):
     """Said before the model is read."""
-    monkeypatch.setattr("distalign.experiment.prepare", lambda *_, **__: pytest.fail("the model was read"))
+    for door in ("experiment", "comparison"):
+        monkeypatch.setattr(f"distalign.{door}.prepare", lambda *_, **__: pytest.fail("the model was read"))
     refused(distalign("train", "own.yaml", "--method", "pmle", "--resume"), "holds no checkpoint to continue from")
 
 
@@ -316,3 +321,23 @@ def test_help_answers_in_half_a_second():
         spent.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
     assert "compare" in done.stdout
     assert min(spent) < 0.5
+
+
+def test_a_run_goes_on_only_with_its_own_data(distalign, place):
+    """The weights of another data set are not taken for those of this one, and the folder's recipe stays."""
+    assert distalign("train", "own.yaml", "--method", "pmle")[0] == 0
+    before = Path("runs/own/recipe.yaml").read_text()
+    told = ("data", "start over with --overwrite")
+    refused(distalign("train", "own.yaml", "--method", "pmle", "--resume", "--set", "data.held_out=0.4"), *told)
+    assert Path("runs/own/recipe.yaml").read_text() == before
+
+
+def test_check_refuses_what_training_refuses(distalign, place, tiny_folder):
+    """Ties and pairs beyond the context, each with a way out."""
+    tie = {"prompt": "tell", "chosen": "tea", "rejected": "tea"}
+    good = {"prompt": "tell", "chosen": "tea", "rejected": "milk"}
+    Path("ties.jsonl").write_text("\n".join(json.dumps(row) for row in (good, tie)))
+    refused(distalign("data", "check", "ties.jsonl"), "ties.jsonl:2", "same text")
+    assert distalign("data", "check", "ties.jsonl", "--drop-ties")[0] == 0
+    Path("long.jsonl").write_text(json.dumps({**good, "prompt": "tell me about tea " * 40}))
+    refused(distalign("data", "check", "long.jsonl", "--model", str(tiny_folder)), "1 pairs are longer than 64 tokens")

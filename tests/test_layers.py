@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": BELOW_DOING,
     "bench": BELOW_DOING | {"evaluate"},
     "experiment": BELOW_DOING | {"trainer", "evaluate", "bench", "card"},
+    "comparison": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "experiment"},
     "judge": BELOW_DOING,
     "evaluate": BELOW_DOING | {"judge"},
     "frontier": BELOW_DOING | {"evaluate"},
@@ -50,8 +51,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # 5 telling
     "report": {"metrics"},
     # 6 the door, and the list of public names
-    "cli": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment"},
-    "__init__": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment"},
+    "cli": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
+    "__init__": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
 }
 
 # Within a package: the file, and the siblings that it may import. Files that are not named are free.

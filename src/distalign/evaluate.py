@@ -35,11 +35,23 @@ ImpliedReward = Callable[[Float[Tensor, "pairs 2"]], Float[Tensor, "pairs 2"]]
 COLUMNS: list[dict[str, Any]] = [
     {"key": key, "label": label, "unit": unit, "better": better, "about": about}
     for key, label, unit, better, about in (
-        ("forward_kl", "KL(π*‖π)", "nats", "lower", "Forward KL to the target, per response sampled from the target."),
-        ("reverse_kl", "KL(π‖π*)", "nats", "lower", "Reverse KL to the target, per response sampled from the policy."),
+        (
+            "forward_kl",
+            "KL(π*‖π)",
+            "nats",
+            "lower",
+            "Forward KL to the target, per response of the target as sampled (cut at max_new_tokens).",
+        ),
+        ("reverse_kl", "KL(π‖π*)", "nats", "lower", "Reverse KL to the target, per response of the policy as sampled."),
         ("kl_reference", "KL(π‖π₀)", "nats", None, "How far the policy moved from the reference, per response."),
         ("entropy", "entropy", "nats", None, "Entropy of the policy's responses; the target's own is the aim."),
-        ("accuracy", "accuracy", None, "higher", "How often the policy's preference agrees with a held-out label."),
+        (
+            "accuracy",
+            "accuracy",
+            None,
+            "higher",
+            "How often the policy's preference agrees with a held-out label (these pairs chose the step).",
+        ),
         (
             "nll",
             "label NLL",
@@ -112,7 +124,8 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
         end_id=task.end_id,
-        seed=task.seed,
+        # Not the reference's draws again: a win rate compares independent responses.
+        seed=2 * task.seed + (reference is None),
     )
     groups = [Group(prompt, own) for prompt, own in zip(task.prompts, responses, strict=True)]
     values: dict[str, Tensor] = {}

@@ -1,18 +1,12 @@
-"""From a recipe to a run folder: `train` is one method; `compare` is several on the same pairs with the same budget.
-
-A comparison measures every policy on held-out prompts and writes `results.json`, `samples.jsonl` and `report.html`.
-"""
+"""From a recipe to a run folder: everything checked, one method trained, the best step kept, the model saved."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
-import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +17,13 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.bench import Bench, prepare
-from distalign.card import CITATION, model_card
-from distalign.engine import score_in_batches
+from distalign.card import model_card
 from distalign.errors import InputError
 from distalign.evaluate import (
-    COLUMNS,
-    Measured,
-    calibration,
-    differences,
     forward_kl,
-    measure_pairs,
-    measure_samples,
-    summarise,
-    win_probability,
 )
 from distalign.policy import Policy, make_policy
-from distalign.progress import progress
-from distalign.recipe import Recipe, RecipeError
+from distalign.recipe import Recipe, RecipeError, load_recipe
 from distalign.trainer import AlignmentTrainer, check_trainable
 
 logger = logging.getLogger("distalign.experiment")
@@ -80,8 +64,13 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         raise RecipeError(
             f"{recipe.name}: eval_strategy needs held-out pairs; give data.eval, or data.held_out above 0"
         )
-    if settings["per_device_train_batch_size"] < 1:
-        raise RecipeError(f"{recipe.name}: training.per_device_train_batch_size is below 1; give the pairs of a batch")
+    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if settings.get(key, 1) < 1:
+            raise RecipeError(f"{recipe.name}: training.{key} is {settings[key]}; it must be at least 1")
+    if settings.get("learning_rate", 1) < 0:
+        raise RecipeError(
+            f"{recipe.name}: training.learning_rate is {settings['learning_rate']}; it must not be below 0"
+        )
     try:
         arguments = TrainingArguments(output_dir=str(folder), seed=seed, **settings)
         # A logger whose package is missing says so here, not after the model is loaded.
@@ -126,6 +115,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     check(recipe, [name])
     if resume:
         _last_checkpoint(recipe.run_dir)
+        _check_same_run(recipe)
     elif not overwrite and (old := sorted(recipe.run_dir.glob("checkpoint-*"))):
         raise InputError(
             f"{recipe.run_dir}: holds {old[-1].name} of an earlier run; go on with --resume, start over with "
@@ -134,6 +124,17 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     bench = prepare(recipe, recipe.seed, measured=False)
     _, trainer = train_method(bench, name, recipe.run_dir, resume=resume)
     return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
+
+
+def _check_same_run(recipe: Recipe) -> None:
+    """Raise InputError if the folder's run had another model, data or method: its weights are not this recipe's."""
+    before, now = (one.model_dump() for one in (load_recipe(recipe.run_dir / "recipe.yaml"), recipe))
+    for key in ("model", "dtype", "lora", "data", "target", "methods", "seed"):
+        if before[key] != now[key]:
+            raise InputError(
+                f"{recipe.run_dir}: the run to go on with had {key} {before[key]}, the recipe has {now[key]}; "
+                "give the same, or start over with --overwrite"
+            )
 
 
 def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False) -> tuple[Policy, AlignmentTrainer]:
@@ -145,7 +146,9 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
     _forget_after(folder, checkpoint)
     args = training_arguments(recipe, name, folder, held_out=bool(bench.held), seed=bench.seed)
     torch.manual_seed(bench.seed)
-    policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=method.needs.reference)
+    # Under LoRA the reference costs nothing, and that the run starts there is checked for every method.
+    reference = method.needs.reference or recipe.lora is not None
+    policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=reference)
     stopping = recipe.early_stopping
     trainer = AlignmentTrainer(
         policy,
@@ -173,6 +176,8 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
             "%s %s at step %d of %d and kept step %d, the best on %d held-out pairs",
             name, stopped, trainer.state.global_step, trainer.state.max_steps, trainer.kept_step, len(bench.held),
         )  # fmt: skip
+        if trainer.kept_step == 0:
+            logger.warning("%s improved nothing on the held-out pairs: the model kept is the one it started from", name)
     results = _last_evaluation(trainer)
     card = model_card(
         base_model=bench.source.name,
@@ -196,6 +201,7 @@ def _last_checkpoint(folder: Path) -> Path:
 
 def _forget_after(folder: Path, checkpoint: Path | None) -> None:
     """Remove what a run told after the checkpoint that it goes on from; without one, all of the run before."""
+    forget_results(folder)
     metrics = folder / "metrics.jsonl"
     if checkpoint is None:
         metrics.unlink(missing_ok=True)
@@ -206,6 +212,12 @@ def _forget_after(folder: Path, checkpoint: Path | None) -> None:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
         kept = [row for row in rows if row["step"] <= step and "train_runtime" not in row]
         metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def forget_results(folder: Path) -> None:
+    """Remove the results and the report of an earlier run in this folder: they are not this one's."""
+    for name in ("results.json", "samples.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _follow_target(bench: Bench) -> Any:
@@ -225,142 +237,3 @@ def _last_evaluation(trainer: AlignmentTrainer) -> dict[str, float]:
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     kept = [row for row in rows if row["step"] == trainer.kept_step] or rows[-1:]
     return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
-
-
-# Several methods ------------------------------------------------------------------------------------------------------
-
-
-def compare(recipe: Recipe, methods: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Train several methods on the same pairs, measure them on held-out prompts, and write the run folder.
-
-    Every seed draws its own pairs (where a known target makes them) and trains anew, in a subfolder if there are
-    several. Returns what `results.json` holds.
-    """
-    check(recipe, methods)
-    root = recipe.run_dir
-    recipe.dump(root / "recipe.yaml")
-    runs: dict[str, list[Measured]] = {}
-    extra: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}}
-    facts: dict[str, Any] = {}
-    for seed in seeds:
-        bench = prepare(recipe, seed, measured=True)
-        facts = bench.facts
-        logger.info("pairs: %s", facts)
-        _compare_seed(bench, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, extra)
-        if seed == seeds[0]:
-            _write_samples(root / "samples.jsonl", bench, runs)
-    results = {
-        "name": recipe.name,
-        "seeds": list(seeds),
-        "columns": COLUMNS,
-        "methods": {name: _plain(summarise(own)) for name, own in runs.items()},
-        "paired": {name: _plain(differences(own, runs["reference"])) for name, own in runs.items() if name in methods},
-        **extra,
-        "calibration": {
-            name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
-        },
-        "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()},
-        "pairs": facts,
-        "settings": recipe.model_dump(mode="json"),
-        "environment": environment(),
-        "citation": CITATION,
-    }
-    (root / "results.json").write_text(json.dumps(_finite(results), indent=1, ensure_ascii=False), encoding="utf-8")
-    return results
-
-
-def _compare_seed(
-    bench: Bench, methods: Sequence[str], folder: Path, runs: dict[str, list[Measured]], extra: dict[str, Any]
-) -> None:
-    task = bench.task
-    gamma = task.gamma if task.target else getattr(bench.recipe.method(methods[0]), "gamma", 1.0)
-    found: dict[str, Measured] = {}
-    if task.target is not None:
-        found["target"] = measure_samples(task.target, task, reference=bench.base)
-        if task.target_logit is not None:
-            logit = torch.stack([task.target_logit, torch.zeros_like(task.target_logit)], 1)
-            measure_pairs(found["target"], logit, task, lambda logit: logit)
-    found["reference"] = measure_samples(bench.base, task, reference=None)
-    reference_logps = _reference_logps(bench)
-    if bench.held:
-        measure_pairs(found["reference"], reference_logps, task, lambda logps: gamma * logps)
-    for name in methods:
-        policy, trainer = train_method(bench, name, folder / name)
-        _note_training(trainer, name, bench.seed, extra)
-        started = time.monotonic()
-        with progress(f"measure {name}", 1) as advance:
-            found[name] = measure_samples(policy.model, task, reference=bench.base)
-            if bench.held:
-                logps = score_in_batches(policy.model, task.pair_groups(), token_budget=task.token_budget).logps
-                method = bench.recipe.method(name)
-                measure_pairs(
-                    found[name],
-                    logps.view(-1, 2),
-                    task,
-                    lambda logps, method=method: method.implied_reward(logps, reference_logps),
-                )
-            advance(1)
-        bench.seconds[f"measure {name}"] = time.monotonic() - started
-        del policy, trainer
-    for name, measured in found.items():
-        if task.target is not None and name != "reference":
-            measured.values["win_rate"] = win_probability(measured, found["reference"], task)
-        runs.setdefault(name, []).append(measured)
-    for key, value in bench.seconds.items():
-        extra["seconds"][key] = extra["seconds"].get(key, 0.0) + value
-
-
-def _reference_logps(bench: Bench) -> torch.Tensor:
-    """ln π₀ of the held-out pairs, remembered for the methods that need them."""
-    missing = [pair for pair in bench.held if pair.key not in bench.reference_cache]
-    if missing:
-        logps = score_in_batches(bench.base, bench.task.pair_groups(), token_budget=bench.recipe.token_budget).logps
-        bench.reference_cache.update({p.key: own for p, own in zip(bench.held, logps.view(-1, 2), strict=True)})
-    return torch.stack([bench.reference_cache[pair.key] for pair in bench.held]) if bench.held else torch.zeros(0, 2)
-
-
-def _note_training(trainer: AlignmentTrainer, name: str, seed: int, extra: dict[str, Any]) -> None:
-    for row in trainer.state.log_history:
-        if "eval_loss" not in row:
-            continue
-        point: dict[str, Any] = {"seed": seed, "step": row["step"], "eval_loss": row["eval_loss"]}
-        if "eval_target/forward_kl" in row:
-            point["forward_kl"] = {
-                "mean": row["eval_target/forward_kl"],
-                "se": row["eval_target/forward_kl_se"],
-                "n": int(row["eval_target/prompts"]),
-            }
-        extra["curves"].setdefault(name, []).append(point)
-    extra["kept_step"].setdefault(name, []).append(trainer.kept_step)
-
-
-def _write_samples(path: Path, bench: Bench, runs: Mapping[str, Sequence[Measured]]) -> None:
-    tokenizer: Any = bench.tokenizer
-    with path.open("w", encoding="utf-8") as file:
-        for index, prompt in enumerate(bench.task.prompts):
-            responses = {
-                name: tokenizer.decode(own[0].responses[index][0], skip_special_tokens=True)
-                for name, own in runs.items()
-            }
-            line = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "responses": responses}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value._asdict() for key, value in values.items()}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that could not be computed is null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def environment() -> dict[str, str]:
-    """Versions and device, for a result to be repeated."""
-    packages = ("distalign", "torch", "transformers", "peft", "accelerate")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}

@@ -172,7 +172,7 @@ class AlignmentTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
-        if not resume_from_checkpoint and self.method.needs.reference:
+        if not resume_from_checkpoint:
             rows: Any = self.train_dataset
             self.policy.assert_starts_at_reference([Group(row.prompt, [row.chosen]) for row in rows[:2]])
         with progress(self.label, 1) as self._advance:
@@ -210,11 +210,13 @@ class AlignmentTrainer(Trainer):
         with torch.no_grad():
             rewards = self.method.implied_reward(pairs.logps, pairs.reference_logps)
             margins = rewards[:, 0] - rewards[:, 1]
+            first = (margins.sign() + 1) / 2
+            label = torch.ones_like(first) if pairs.probability is None else pairs.probability
             means = {
                 "rewards/chosen": rewards[:, 0],
                 "rewards/rejected": rewards[:, 1],
                 "rewards/margins": margins,
-                "rewards/accuracies": (margins > 0).to(margins) + 0.5 * (margins == 0).to(margins),
+                "rewards/accuracies": label * first + (1 - label) * (1 - first),
                 "logps/chosen": pairs.logps[:, 0],
                 "logps/rejected": pairs.logps[:, 1],
             }

@@ -88,11 +88,12 @@ def inspect_pairs(
     tokenizer: Tokenizer | None = None,
     *,
     split: str | None = None,
+    drop_ties: bool = False,
     limit: int | None = None,
     max_length: int | None = None,
 ) -> Inspection:
     """Read pairs as training would, and describe them; with a tokenizer also in tokens. Raises DataError."""
-    data = read_pairs(source, split=split, limit=limit, drop_ties=True)
+    data = read_pairs(source, split=split, limit=limit, drop_ties=drop_ties)
     encoded, too_long = None, None
     if tokenizer is not None:
         encoded, _ = encode_pairs(tokenizer, data, max_length=None)

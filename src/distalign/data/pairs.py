@@ -175,7 +175,11 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
     implicit = "prompt" not in row
     if chosen == rejected:
         if not drop_ties:
-            _refuse(where, "chosen and rejected are the same text; remove the line or set drop_ties (--drop-ties)")
+            _refuse(
+                where,
+                "chosen and rejected are the same text; remove the line, or leave ties out (data.drop_ties; "
+                "data check --drop-ties)",
+            )
         return None, implicit
     if implicit:
         prompt, chosen, rejected = _cut_prompt(chosen, rejected, where)

@@ -75,6 +75,7 @@ class Method(Protocol):
     """The face of a method: a frozen dataclass whose fields are its settings."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    equation: ClassVar[str]
     source: ClassVar[str]
     rate: ClassVar[str | None]
 

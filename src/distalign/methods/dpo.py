@@ -41,6 +41,7 @@ class DPO:
 
     gamma: float = 0.05
 
+    equation: ClassVar[str] = "−ln σ(γ Δ ln π/π₀)"
     source: ClassVar[str] = "arXiv 2305.18290, eq. 7"
     rate: ClassVar[str | None] = None
 

@@ -40,6 +40,7 @@ class PD:
     gamma: float = 0.1
     beta: float = 0.05
 
+    equation: ClassVar[str] = "KL(Bern(σ(ΔR̂)) ‖ Bern(σ(γ Δ ln π))) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 9-12"
     rate: ClassVar[str | None] = "1/n (theorem 6)"
 

@@ -40,6 +40,7 @@ class PMLE:
     gamma: float = 1e-2
     beta: float = 1e-5
 
+    equation: ClassVar[str] = "−ln σ(γ Δ ln π) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 4, 5"
     rate: ClassVar[str | None] = "1/n (theorem 4)"
 

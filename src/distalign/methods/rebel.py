@@ -46,6 +46,7 @@ class REBEL:
 
     eta: float = 1.0
 
+    equation: ClassVar[str] = "(Δ ln π/π_t − η ΔR̂)²"
     source: ClassVar[str] = "arXiv 2404.16767; arXiv 2506.01523v2, eq. 10"
     rate: ClassVar[str | None] = None
 

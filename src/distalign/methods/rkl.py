@@ -53,6 +53,7 @@ class RKL:
     gamma: float = 0.01
     beta: float = 0.05
 
+    equation: ClassVar[str] = "−E[R̂] − γ H(π) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 14, 15"
     rate: ClassVar[str | None] = "1/n (theorem 7)"
 

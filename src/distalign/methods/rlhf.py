@@ -43,6 +43,7 @@ class RLHF:
 
     beta: float = 0.05
 
+    equation: ClassVar[str] = "−E[R̂] + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2203.02155, eq. 2; arXiv 2506.01523v2, eq. 14 at γ = 0"
     rate: ClassVar[str | None] = None
 

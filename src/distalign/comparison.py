@@ -1,0 +1,179 @@
+"""Several methods on the same pairs with the same budget, measured on held-out prompts: `results.json` and samples."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distalign.bench import Bench, prepare
+from distalign.card import CITATION
+from distalign.engine import score_in_batches
+from distalign.evaluate import (
+    COLUMNS,
+    Measured,
+    calibration,
+    differences,
+    measure_pairs,
+    measure_samples,
+    summarise,
+    win_probability,
+)
+from distalign.experiment import check, forget_results, train_method
+from distalign.progress import progress
+from distalign.recipe import Recipe
+from distalign.targets import Target
+from distalign.trainer import AlignmentTrainer
+
+logger = logging.getLogger("distalign.comparison")
+
+
+def compare(
+    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], target: Target | None = None
+) -> dict[str, Any]:
+    """Train several methods on the same pairs, measure them on held-out prompts, and write the run folder.
+
+    Every seed draws its own pairs (where a known target makes them) and trains anew, in a subfolder if there are
+    several. `target` stands in for the recipe's tilt of words, whose other settings (gamma, pairs, strengths) hold.
+    Returns what `results.json` holds.
+    """
+    check(recipe, methods)
+    forget_results(recipe.run_dir)
+    root = recipe.run_dir
+    recipe.dump(root / "recipe.yaml")
+    runs: dict[str, list[Measured]] = {}
+    extra: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}}
+    facts: dict[str, Any] = {}
+    for seed in seeds:
+        bench = prepare(recipe, seed, measured=True, target=target)
+        facts = bench.facts
+        logger.info("pairs: %s", facts)
+        _compare_seed(bench, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, extra)
+        if seed == seeds[0]:
+            _write_samples(root / "samples.jsonl", bench, runs)
+    results = {
+        "name": recipe.name,
+        "seeds": list(seeds),
+        "columns": COLUMNS,
+        "methods": {name: _plain(summarise(own)) for name, own in runs.items()},
+        "paired": {name: _plain(differences(own, runs["reference"])) for name, own in runs.items() if name in methods},
+        **extra,
+        "calibration": {
+            name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
+        },
+        "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()},
+        "pairs": facts,
+        "settings": recipe.model_dump(mode="json"),
+        "environment": environment(),
+        "citation": CITATION,
+    }
+    (root / "results.json").write_text(json.dumps(_finite(results), indent=1, ensure_ascii=False), encoding="utf-8")
+    return results
+
+
+def _compare_seed(
+    bench: Bench, methods: Sequence[str], folder: Path, runs: dict[str, list[Measured]], extra: dict[str, Any]
+) -> None:
+    task = bench.task
+    found: dict[str, Measured] = {}
+    if task.target is not None:
+        found["target"] = measure_samples(task.target, task, reference=bench.base)
+        if task.target_logit is not None:
+            logit = torch.stack([task.target_logit, torch.zeros_like(task.target_logit)], 1)
+            measure_pairs(found["target"], logit, task, lambda logit: logit)
+    found["reference"] = measure_samples(bench.base, task, reference=None)
+    reference_logps = _reference_logps(bench)
+    if bench.held:
+        measure_pairs(found["reference"], reference_logps, task, lambda logps: task.gamma * logps)
+        if task.target is None:
+            # How sure π₀ is of its preference depends on gamma, and each method has its own: only the side is π₀'s.
+            del found["reference"].values["nll"]
+            found["reference"].confidence = torch.zeros(0)
+    for name in methods:
+        policy, trainer = train_method(bench, name, folder / name)
+        _note_training(trainer, name, bench.seed, extra)
+        started = time.monotonic()
+        with progress(f"measure {name}", 1) as advance:
+            found[name] = measure_samples(policy.model, task, reference=bench.base)
+            if bench.held:
+                logps = score_in_batches(policy.model, task.pair_groups(), token_budget=task.token_budget).logps
+                method = bench.recipe.method(name)
+                measure_pairs(
+                    found[name],
+                    logps.view(-1, 2),
+                    task,
+                    lambda logps, method=method: method.implied_reward(logps, reference_logps),
+                )
+            advance(1)
+        bench.seconds[f"measure {name}"] = time.monotonic() - started
+        del policy, trainer
+    for name, measured in found.items():
+        if task.target is not None and name != "reference":
+            measured.values["win_rate"] = win_probability(measured, found["reference"], task)
+        runs.setdefault(name, []).append(measured)
+    for key, value in bench.seconds.items():
+        extra["seconds"][key] = extra["seconds"].get(key, 0.0) + value
+
+
+def _reference_logps(bench: Bench) -> torch.Tensor:
+    """ln π₀ of the held-out pairs, remembered for the methods that need them."""
+    missing = [pair for pair in bench.held if pair.key not in bench.reference_cache]
+    if missing:
+        logps = score_in_batches(bench.base, bench.task.pair_groups(), token_budget=bench.recipe.token_budget).logps
+        bench.reference_cache.update({p.key: own for p, own in zip(bench.held, logps.view(-1, 2), strict=True)})
+    return torch.stack([bench.reference_cache[pair.key] for pair in bench.held]) if bench.held else torch.zeros(0, 2)
+
+
+def _note_training(trainer: AlignmentTrainer, name: str, seed: int, extra: dict[str, Any]) -> None:
+    for row in trainer.state.log_history:
+        if "eval_loss" not in row:
+            continue
+        point: dict[str, Any] = {"seed": seed, "step": row["step"], "eval_loss": row["eval_loss"]}
+        if "eval_target/forward_kl" in row:
+            point["forward_kl"] = {
+                "mean": row["eval_target/forward_kl"],
+                "se": row["eval_target/forward_kl_se"],
+                "n": int(row["eval_target/prompts"]),
+            }
+        extra["curves"].setdefault(name, []).append(point)
+    extra["kept_step"].setdefault(name, []).append(trainer.kept_step)
+
+
+def _write_samples(path: Path, bench: Bench, runs: Mapping[str, Sequence[Measured]]) -> None:
+    tokenizer: Any = bench.tokenizer
+    with path.open("w", encoding="utf-8") as file:
+        for index, prompt in enumerate(bench.task.prompts):
+            responses = {
+                name: tokenizer.decode(own[0].responses[index][0], skip_special_tokens=True)
+                for name, own in runs.items()
+            }
+            line = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "responses": responses}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value._asdict() for key, value in values.items()}
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: a number that could not be computed is null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment() -> dict[str, str]:
+    """Versions and device, for a result to be repeated."""
+    packages = ("distalign", "torch", "transformers", "peft", "accelerate")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}
