@@ -23,6 +23,7 @@ from distalign.data import (
     encode_pairs,
     encode_prompt,
     end_token_id,
+    plain_text,
     prompt_key,
     read_pairs,
     read_prompts,
@@ -56,6 +57,7 @@ class Bench:
     held: list[EncodedPair]
     task: Task
     facts: dict[str, Any] = field(default_factory=dict)
+    prompt_texts: list[str] = field(default_factory=list)
     reference_cache: dict[tuple, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -181,8 +183,8 @@ def _read_data(
     return pairs, held_pairs, prompts, facts
 
 
-def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of a target experiment as ids: (for training pairs, held out). The split is the same for every seed."""
+def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts of a target experiment: (for training pairs, held out). The split is the same for every seed."""
     assert recipe.target is not None
     given = recipe.target.prompts
     if given is None:
@@ -194,15 +196,36 @@ def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[list[int]], li
         chat = bool(tokenizer.chat_template)
         rows = [Prompt([{"role": "user", "content": line}] if chat else line) for line in given if line.strip()]
         data = Data(rows, "prompts", "conversational" if chat else "standard")
-    parts = split_by_prompt(data, HELD_OUT_PROMPTS)
-    train, held = ([encode_prompt(tokenizer, row) for row in part.rows] for part in parts)
-    return train, held[: recipe.evaluation.prompts]
+    train, held = split_by_prompt(data, HELD_OUT_PROMPTS)
+    return train.rows, held.rows[: recipe.evaluation.prompts]
+
+
+def _draw(recipe: Recipe, target: Target, base: Any, tokenizer: Any, prompts: Any, *, held_out: bool, seed: int) -> Any:
+    settings = recipe.target
+    assert settings is not None
+    n, label = (settings.eval_pairs, "held-out") if held_out else (settings.pairs, "training")
+    with progress(f"draw and label {label} pairs", 3 * n) as advance:
+        return make_pairs(
+            target,
+            base,
+            tokenizer,
+            prompts,
+            n=n,
+            gamma=settings.gamma,
+            strengths=settings.strengths,
+            temperature=settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            token_budget=recipe.token_budget,
+            seed=2 * seed + held_out,
+            progress=advance,
+        )
 
 
 def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, measured: bool, target: Target) -> Bench:
     settings = recipe.target
     assert settings is not None
-    train_prompts, held_prompts = _target_prompts(recipe, tokenizer)
+    train_rows, held_rows = _target_prompts(recipe, tokenizer)
+    train_prompts, held_prompts = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
     _check_ids(source, [*train_prompts, *held_prompts])
     _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
     if measured:
@@ -210,29 +233,8 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
         _check_room(source, held_prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     base = _load(source, recipe)
     started = time.monotonic()
-    options: dict[str, Any] = {
-        key: getattr(settings, key) for key in ("gamma", "strengths", "temperature", "max_new_tokens")
-    }
-    drawn = []
-    for label, prompts, n, part_seed in (
-        ("training pairs", train_prompts, settings.pairs, 2 * seed),
-        ("held-out pairs", held_prompts, settings.eval_pairs, 2 * seed + 1),
-    ):
-        with progress(f"draw and label {label}", 3 * n) as advance:
-            drawn.append(
-                make_pairs(
-                    target,
-                    base,
-                    tokenizer,
-                    prompts,
-                    n=n,
-                    token_budget=recipe.token_budget,
-                    seed=part_seed,
-                    progress=advance,
-                    **options,
-                )
-            )
-    train, held = drawn
+    train = _draw(recipe, target, base, tokenizer, train_prompts, held_out=False, seed=seed)
+    held = _draw(recipe, target, base, tokenizer, held_prompts, held_out=True, seed=seed)
     model = target.model(base, tokenizer)
     end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
     task = _task(
@@ -259,10 +261,11 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
         )
         groups = [Group(prompt, own) for prompt, own in zip(held_prompts, responses, strict=True)]
         task = replace(task, target_groups=groups)
-    cache = {pair.key: logps for part in drawn for pair, logps in zip(part.pairs, part.reference_logps, strict=True)}
-    bench = Bench(
-        recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task, _facts(train, held, settings.gamma), cache
-    )
+    bench = Bench(recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task)
+    bench.facts = _facts(train, held, settings.gamma)
+    bench.prompt_texts = [plain_text(row.prompt) for row in held_rows]
+    for part in (train, held):
+        bench.reference_cache |= {p.key: own for p, own in zip(part.pairs, part.reference_logps, strict=True)}
     bench.seconds["pairs"] = time.monotonic() - started
     return bench
 

@@ -149,13 +149,14 @@ def _note_training(trainer: AlignmentTrainer, name: str, seed: int, extra: dict[
 
 def _write_samples(path: Path, bench: Bench, runs: Mapping[str, Sequence[Measured]]) -> None:
     tokenizer: Any = bench.tokenizer
+    texts = bench.prompt_texts or [tokenizer.decode(ids, skip_special_tokens=True) for ids in bench.task.prompts]
     with path.open("w", encoding="utf-8") as file:
-        for index, prompt in enumerate(bench.task.prompts):
+        for index, prompt in enumerate(texts):
             responses = {
                 name: tokenizer.decode(own[0].responses[index][0], skip_special_tokens=True)
                 for name, own in runs.items()
             }
-            line = {"prompt": tokenizer.decode(prompt, skip_special_tokens=True), "responses": responses}
+            line = {"prompt": prompt, "responses": responses}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
