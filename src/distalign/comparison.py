@@ -70,6 +70,10 @@ def compare(
             name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
         },
         "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()},
+        "paired_by_seed": {
+            name: [_plain(differences([one], [base])) for one, base in zip(runs[name], runs["reference"], strict=True)]
+            for name in methods
+        },
         "pairs": facts,
         "settings": recipe.model_dump(mode="json"),
         "environment": environment(),

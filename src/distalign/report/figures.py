@@ -70,7 +70,7 @@ def color_variable(results: Results, name: str) -> str:
     return f"var(--c{trained.index(name) % COLORS + 1})" if name in trained else "var(--muted)"
 
 
-def curves_figure(results: Results, column: Column, *, reference: float | None = None) -> str:
+def curves_figure(results: Results, column: Column) -> str:
     """A metric against optimizer steps: one line a method and seed, a band of ± 1 standard error, the kept step."""
     lines = []
     for name, rows in results.curves.items():
@@ -88,11 +88,11 @@ def curves_figure(results: Results, column: Column, *, reference: float | None =
                     float(kept[index]) if index < len(kept) else None,
                 )
             )
-    return lines_figure(lines, reference=reference, xlabel="optimizer step")
+    return lines_figure(lines, xlabel="optimizer step")
 
 
-def lines_figure(lines: Iterable[Line], *, reference: float | None = None, xlabel: str = "step") -> str:
-    """Curves with their labels at their ends. `reference` is a dashed level, labelled so."""
+def lines_figure(lines: Iterable[Line], *, xlabel: str = "step") -> str:
+    """Curves with their labels at their ends."""
 
     from matplotlib.ticker import MaxNLocator
 
@@ -113,9 +113,6 @@ def lines_figure(lines: Iterable[Line], *, reference: float | None = None, xlabe
                 axes.plot(*kept[0], "o", color=color, markersize=8, markeredgecolor=_CARD, markeredgewidth=1.5)
             if line.label:
                 ends.append((y[-1], line.label, color))
-        if reference is not None:
-            axes.axhline(reference, color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
-            ends.append((reference, "reference", _MUTED))
         axes.margins(x=0.02)
         axes.grid(axis="y")
         axes.set_xlabel(xlabel)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +214,10 @@ def _comparison_figures(results: Results) -> list[dict[str, str]]:
     logged = {key for rows in results.curves.values() for row in rows for key in row}
     main = main_column(results)
     for c in [c for c in results.columns if c.key in logged and (c.key == "forward_kl" or c == main)][:1]:
-        level = results.methods.get(REFERENCE, {}).get(c.key)
-        svg = curves_figure(results, c, reference=level.mean if level and math.isfinite(level.mean) else None)
-        about = "During training; bands are ± 1 standard error, a dot marks the step that was kept."
+        svg = curves_figure(results, c)
+        about = (
+            "On some of the held-out prompts, from the reference (step 0) on; ± 1 standard error; a dot: the kept step."
+        )
         figures.append(_figure(f"{c.label}{f', {c.unit}' if c.unit else ''}", about, svg))
     if "eval_loss" in logged:
         about = "A dot marks the kept step. Each method has its own loss: compare the shapes, not the heights."
