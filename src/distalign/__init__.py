@@ -1,3 +1,63 @@
-"""distalign: learn the target language model behind pairwise preferences."""
+"""distalign: learn the target language model behind pairwise preferences.
+
+The public names are loaded when they are first used, so that `import distalign` and the command line are quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distalign.comparison import compare as compare
+    from distalign.data import encode_pairs as encode_pairs
+    from distalign.data import read_pairs as read_pairs
+    from distalign.engine import Group as Group
+    from distalign.engine import score as score
+    from distalign.errors import InputError as InputError
+    from distalign.experiment import train as train
+    from distalign.methods import DPO as DPO
+    from distalign.methods import METHODS as METHODS
+    from distalign.methods import PD as PD
+    from distalign.methods import PMLE as PMLE
+    from distalign.methods import REBEL as REBEL
+    from distalign.methods import RKL as RKL
+    from distalign.methods import RLHF as RLHF
+    from distalign.methods import Needs as Needs
+    from distalign.methods import Pairs as Pairs
+    from distalign.methods import Samples as Samples
+    from distalign.policy import Policy as Policy
+    from distalign.policy import find_model as find_model
+    from distalign.policy import make_policy as make_policy
+    from distalign.recipe import load_recipe as load_recipe
+    from distalign.rollout import sample as sample
+    from distalign.targets import Tilt as Tilt
+    from distalign.trainer import AlignmentTrainer as AlignmentTrainer
 
 __version__ = "0.1.0.dev0"
+
+# Where each public name lives.
+_HOMES = {
+    "comparison": ("compare",),
+    "data": ("encode_pairs", "read_pairs"),
+    "engine": ("Group", "score"),
+    "errors": ("InputError",),
+    "experiment": ("train",),
+    "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Needs", "Pairs", "Samples"),
+    "policy": ("Policy", "find_model", "make_policy"),
+    "recipe": ("load_recipe",),
+    "rollout": ("sample",),
+    "targets": ("Tilt",),
+    "trainer": ("AlignmentTrainer",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'distalign' has no attribute {name!r}")
+    return getattr(import_module(f"distalign.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME_OF]
