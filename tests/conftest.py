@@ -9,8 +9,14 @@ from jaxtyping import install_import_hook
 # Every shape annotation of the package is checked while the tests run.
 install_import_hook("distalign", "beartype.beartype")
 
+import hypothesis
 import pytest
 import torch
+
+# CI tries the same examples every time: what it finds, a laptop finds too.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(autouse=True)

@@ -89,7 +89,26 @@ def test_yaml_round_trip(value):
 
 
 @pytest.mark.parametrize(
-    "text", ["1e5", "true", "yes", "null", "~", "1.0", ".inf", "-3", "", "0o7", "1_000", "12:30", "="]
+    "text",
+    [
+        "\x85",
+        " \u2028x",
+        "a\r",
+        "\ufeff",
+        "1e5",
+        "true",
+        "yes",
+        "null",
+        "~",
+        "1.0",
+        ".inf",
+        "-3",
+        "",
+        "0o7",
+        "1_000",
+        "12:30",
+        "=",
+    ],
 )
 def test_text_that_looks_like_something_else_round_trips(text):
     """Text stays text in a list too."""
