@@ -245,7 +245,8 @@ def test_the_best_step_is_kept_unless_the_recipe_says_otherwise(place, tmp_path)
 def test_a_run_without_evaluation_trains(place, tmp_path):
     """Early stopping is on by default, and has nothing to go by where evaluation is off."""
     settings = recipe(place, tmp_path, *own_data(place), "training.eval_strategy=no", method="pmle")
-    train(settings, "pmle")
+    assert train(settings, "pmle") == {}
+    assert (settings.run_dir / "model" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
