@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "distalign"
 
 MATHEMATICS = {"preference", "estimators", "metrics"}
-MACHINERY = {"engine", "data", "recipe", "recipe_yaml", "methods"}
+MACHINERY = {"engine", "data", "recipe", "recipe_yaml", "recipe_sections", "methods"}
 MODELS = {"policy", "reward"}
 ACTING = {"rollout", "targets"}
 DISPLAY = {"progress"}
@@ -32,7 +32,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": MATHEMATICS,
     "data": DISPLAY | MATHEMATICS,
     "recipe_yaml": set(),
-    "recipe": MATHEMATICS | {"methods", "data", "recipe_yaml"},
+    "recipe_sections": set(),
+    "recipe": MATHEMATICS | {"methods", "data", "recipe_yaml", "recipe_sections"},
     # 2 models
     "policy": DISPLAY | MATHEMATICS | {"engine"},
     "reward": DISPLAY | MATHEMATICS | {"engine", "data", "policy"},

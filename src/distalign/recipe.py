@@ -23,6 +23,19 @@ from pydantic import (
     model_validator,
 )
 
+from distalign.recipe_sections import (
+    Count,
+    DataSettings,
+    EarlyStopping,
+    EvaluationSettings,
+    HealthSettings,
+    Lora,
+    RewardSettings,
+    RolloutSettings,
+    Section,
+    TargetSettings,
+    switch,
+)
 from distalign.recipe_yaml import RecipeError, dump_yaml, parse_value, read_yaml
 
 if TYPE_CHECKING:
@@ -37,79 +50,13 @@ _ELSEWHERE = {
     ("training", "neftune_noise_alpha"): "the engine adds no noise to embeddings",
 }
 
-Count = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+def _several(value: Any) -> Any:
+    """One section for a list of one."""
+    return [value] if isinstance(value, dict) else ([] if value is None else value)
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Lora(_Section):
-    """Low-rank adapters; `layers` adapts the top ones only (null: all)."""
-
-    r: Count = 8
-    alpha: Positive = 16
-    dropout: Share = 0.0
-    layers: Count | None = None
-    target_modules: str | list[str] = "all-linear"
-
-
-class DataSettings(_Section):
-    """The user's own pairs. Without `eval`, a share `held_out` of the prompts of `train` is kept back."""
-
-    train: str
-    eval: str | None = None
-    split: str = "train"
-    eval_split: str | None = None
-    held_out: Share = 0.1
-    limit: Count | None = None
-    eval_limit: Count | None = None
-    max_length: Count | None = None
-    max_response_tokens: Count | None = None
-    too_long: Literal["error", "drop"] = "error"
-    drop_ties: bool = False
-
-
-class TargetSettings(_Section):
-    """A known target: the model with `bonus` nats on the logits of some words, which labels pairs it can also score."""
-
-    words: Annotated[list[str], Field(min_length=1)]
-    bonus: float = 4.0
-    end_bonus: float = 0.0
-    gamma: Positive = 0.15
-    pairs: Count = 256
-    eval_pairs: Count = 64
-    strengths: Annotated[list[float], Field(min_length=1)] = [0.0, 0.5, 1.0, 1.5]
-    temperature: Positive = 0.8
-    max_new_tokens: Count = 20
-    prompts: str | list[str] | None = None
-
-
-class EarlyStopping(_Section):
-    """Stop after `patience` evaluations in a row that improve the held-out loss by no more than `min_delta`."""
-
-    patience: Count = 3
-    min_delta: NotNegative = 0.0
-
-
-class EvaluationSettings(_Section):
-    """How many responses are sampled to compare policies, and how."""
-
-    prompts: Count = 48
-    samples: Count = 2
-    max_new_tokens: Count = 20
-    temperature: Positive = 1.0
-
-
-def _switch(value: Any) -> Any:
-    """True and false for a section: its defaults, or none of it."""
-    return {True: {}, False: None}[value] if isinstance(value, bool) else value
-
-
-class Recipe(_Section):
+class Recipe(Section):
     """One experiment: a model, pairs (the user's or a known target's), and the methods to compare on them."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -118,13 +65,17 @@ class Recipe(_Section):
     model: str
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False
-    lora: Annotated[Lora | None, BeforeValidator(_switch)] = None
+    lora: Annotated[Lora | None, BeforeValidator(switch)] = None
     data: DataSettings | None = None
     target: TargetSettings | None = None
     methods: dict[str, Any]
-    training: dict[str, Any] = {}
+    compare: list[str] | None = None
+    rollout: RolloutSettings = RolloutSettings()
+    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(_several)] = ()
+    health: HealthSettings = HealthSettings()
+    training: Annotated[dict[str, Any], Field(default_factory=dict)]
     token_budget: Count = 4096
-    early_stopping: Annotated[EarlyStopping | None, BeforeValidator(_switch)] = EarlyStopping()
+    early_stopping: Annotated[EarlyStopping | None, BeforeValidator(switch)] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @field_validator("training", mode="before")
@@ -136,6 +87,13 @@ class Recipe(_Section):
     @classmethod
     def _check_methods(cls, entries: Any) -> Any:
         return _methods(entries)
+
+    @model_validator(mode="after")
+    def _known_methods(self) -> Recipe:
+        for name in self.compare or ():
+            if name not in self.methods:
+                raise ValueError(f"compare: {_unknown_method(name, self.methods, 'recipe')}")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_pairs(self) -> Recipe:
@@ -185,7 +143,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | N
         if method not in raw["methods"]:
             raise RecipeError(f"{where}: {_unknown_method(method, raw['methods'], 'recipe')}; add it under methods")
         raw["methods"] = {method: raw["methods"][method]}
-    for section, keys in (("data", ("train", "eval")), ("target", ("prompts",))):
+    for section, keys in (("data", ("train", "eval", "prompts")), ("target", ("prompts",))):
         _find_files(raw.get(section), keys, path.parent)
     try:
         return Recipe.model_validate(raw)
@@ -311,7 +269,7 @@ def _unknown(section: str, key: str, names: Sequence[str], elsewhere: str | None
     elif near:
         hint = f'did you mean "{near[0]}"?'
     else:
-        hint = f"it has {', '.join(names)}" if len(names) <= 20 else "see its documentation for the settings it has"
+        hint = f"it has {', '.join(names)}" if len(names) <= 24 else "see its documentation for the settings it has"
     return f'{section} has no setting "{key}"; {hint}'
 
 
@@ -338,8 +296,10 @@ def _explain(error: Any) -> list[str]:
 def _names_at(sections: Iterable[Any]) -> list[str]:
     model: type[BaseModel] = Recipe
     for section in sections:
+        if isinstance(section, int):
+            continue
         annotation = model.model_fields[section].annotation
-        options = [annotation, *get_args(annotation)]
+        options = [annotation, *get_args(annotation), *(o for a in get_args(annotation) for o in get_args(a))]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
     return list(model.model_fields)
 

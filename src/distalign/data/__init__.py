@@ -21,6 +21,7 @@ from distalign.data.sources import DataError, Problem, Source
 from distalign.data.tokens import (
     Counts,
     EncodedPair,
+    EncodedPrompt,
     Tokenizer,
     encode_pair,
     encode_pairs,
@@ -33,6 +34,7 @@ __all__ = [
     "Data",
     "DataError",
     "EncodedPair",
+    "EncodedPrompt",
     "Inspection",
     "Message",
     "Pair",

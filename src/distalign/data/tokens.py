@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from distalign.data.pairs import Data, Pair, Prompt, Text
@@ -30,7 +30,7 @@ class EncodedPair:
     """One pair as ids: the model reads prompt + chosen and prompt + rejected.
 
     Responses end with the token that ends a response (unless cut by max_response_tokens), so ln π counts it. There is
-    no padding, hence no mask to confuse with a pad token that is also the end token.
+    no padding, hence no mask to confuse with a pad token that is also the end token. `row` is what it was made of.
     """
 
     prompt: list[int]
@@ -38,11 +38,21 @@ class EncodedPair:
     rejected: list[int]
     probability: float | None
     where: str
+    row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
 
     @property
     def key(self) -> tuple[tuple[int, ...], ...]:
         """What any model reads of it: equal for equal pairs, also for a copy from another process."""
         return tuple(map(tuple, (self.prompt, self.chosen, self.rejected)))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as ids, and the row that it came from."""
+
+    prompt: list[int]
+    where: str = "prompt"
+    row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass
@@ -125,7 +135,7 @@ def encode_pair(
     for name, text in (("chosen", row.chosen), ("rejected", row.rejected)):
         response = _response(tokenizer, row, text, prompt, name, end_id)
         responses.append(response[:max_response_tokens])
-    return EncodedPair(prompt, responses[0], responses[1], row.probability, row.where)
+    return EncodedPair(prompt, responses[0], responses[1], row.probability, row.where, row)
 
 
 def encode_pairs(
