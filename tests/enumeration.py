@@ -93,16 +93,22 @@ class Enumeration:
         p = self.logps(parameters).exp().detach()
         return (torch.outer(p, p).reshape(-1) / 2).repeat_interleave(2)
 
-    def samples(self, parameters, reference, rewards, rows, group) -> Samples:
-        """The responses `rows` as a method sees them, every field filled."""
+    def samples(self, parameters, reference, rewards, rows, group, behavior=None) -> Samples:
+        """The responses `rows` as a method sees them, every field filled; `behavior` drew them (None: the policy)."""
+        n = len(self.responses)
+        advantages = torch.linspace(-1, 1, n * self.length, dtype=torch.float64).view(n, self.length).sin()
         return Samples(
             token_logps=self.token_logps(parameters)[rows],
             mask=self.mask[rows],
+            behavior_token_logps=None if behavior is None else self.token_logps(behavior.detach())[rows],
             reference_token_logps=self.token_logps(reference.detach())[rows],
             step_kl=self.step_kl(parameters, reference.detach())[rows],
             step_entropy=self.step_entropy(parameters)[rows],
             rewards=rewards[rows],
             group=group,
+            values=torch.where(self.mask, parameters.sum(-1)[self.prefix], torch.nan)[rows],
+            advantages=advantages[rows],
+            returns=2 * advantages[rows],
         )
 
     def pairs(self, parameters, reference, rewards, rows, probability=None) -> Pairs:

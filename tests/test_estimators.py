@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from distalign.estimators import (
     entropy_full,
     entropy_plain,
     gae,
+    importance_weights,
     kl_full,
     kl_plain,
     leave_one_out,
@@ -39,12 +41,16 @@ def _reward(world, policy, reference, rewards):
     return world.reward(policy, rewards)
 
 
+def _rest(samples):
+    return samples.mask, samples.group, samples.behavior_token_logps
+
+
 ESTIMATORS = {
-    "kl_plain": (lambda s: kl_plain(s.token_logps, s.reference_token_logps, s.mask, s.group), _kl),
-    "kl_full": (lambda s: kl_full(s.token_logps, s.step_kl, s.mask, s.group), _kl),
-    "entropy_plain": (lambda s: entropy_plain(s.token_logps, s.mask, s.group), _entropy),
-    "entropy_full": (lambda s: entropy_full(s.token_logps, s.step_entropy, s.mask, s.group), _entropy),
-    "reward_plain": (lambda s: reward_plain(s.token_logps, s.rewards, s.mask, s.group), _reward),
+    "kl_plain": (lambda s: kl_plain(s.token_logps, s.reference_token_logps, *_rest(s)), _kl),
+    "kl_full": (lambda s: kl_full(s.token_logps, s.step_kl, *_rest(s)), _kl),
+    "entropy_plain": (lambda s: entropy_plain(s.token_logps, *_rest(s)), _entropy),
+    "entropy_full": (lambda s: entropy_full(s.token_logps, s.step_entropy, *_rest(s)), _entropy),
+    "reward_plain": (lambda s: reward_plain(s.token_logps, s.rewards, *_rest(s)), _reward),
 }
 
 
@@ -55,15 +61,16 @@ def _setting(shape, seed=0):
     return world, policy, reference.detach(), rewards
 
 
-def _expectation(world, policy, reference, rewards, estimator, *, group):
-    """The estimator's surrogate averaged over every draw, weighted by its detached probability."""
+def _expectation(world, policy, reference, rewards, estimator, *, group, behavior=None):
+    """The surrogate averaged over every draw of `behavior` (None: the policy), weighted by its detached probability."""
+    drawing = policy if behavior is None else behavior
     if group:
         rows, groups = world.groups_of_two()
-        weights = world.group_weights(policy)
+        weights = world.group_weights(drawing)
     else:
         rows, groups = torch.arange(len(world.responses)), None
-        weights = world.logps(policy).exp().detach()
-    return (weights * estimator(world.samples(policy, reference, rewards, rows, groups))).sum()
+        weights = world.logps(drawing).exp().detach()
+    return (weights * estimator(world.samples(policy, reference, rewards, rows, groups, behavior))).sum()
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 3)])
@@ -87,6 +94,45 @@ def test_value_and_gradient_equal_enumeration(name, shape, group):
     wanted = exact(world, policy, reference, rewards)
     torch.testing.assert_close(estimate, wanted, **EXACT)
     torch.testing.assert_close(gradient(estimate, policy), gradient(wanted, policy), **EXACT)
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["no baseline", "leave-one-out"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_stale_responses_are_weighted_without_bias(name, shape, group):
+    """Drawn by another policy and weighted, value and gradient are still exact; unweighted, both are wrong."""
+    world, policy, reference, rewards = _setting(shape)
+    behavior = (policy + 0.5 * world.parameters(7)).detach()
+    estimator, exact = ESTIMATORS[name]
+    estimate = _expectation(world, policy, reference, rewards, estimator, group=group, behavior=behavior)
+    wanted = exact(world, policy, reference, rewards)
+    torch.testing.assert_close(estimate, wanted, **EXACT)
+    torch.testing.assert_close(gradient(estimate, policy), gradient(wanted, policy), **EXACT)
+    unweighted = _expectation(
+        world,
+        policy,
+        reference,
+        rewards,
+        lambda s: estimator(replace(s, behavior_token_logps=None)),
+        group=group,
+        behavior=behavior,
+    )
+    # One step of known value has nothing before it to weight.
+    if shape[1] > 1 or name.endswith("plain"):
+        error = gradient(unweighted, policy) - gradient(wanted, policy)
+        assert error.norm() > 0.02 * gradient(wanted, policy).norm()
+
+
+def test_importance_weights_are_ratios_of_probabilities():
+    """The last column is π(y)/π_t(y) of the whole response; without a behavior policy every weight is one."""
+    world, policy, _, _ = _setting((3, 3))
+    behavior = world.parameters(7)
+    weights = importance_weights(world.token_logps(policy), world.token_logps(behavior), world.mask)
+    torch.testing.assert_close(weights[:, -1], (world.logps(policy) - world.logps(behavior)).exp().detach(), **EXACT)
+    assert not weights.requires_grad
+    assert bool((importance_weights(world.token_logps(policy), None, world.mask) == 1).all())
+    mean = (world.logps(behavior).exp() * weights[:, -1]).sum()
+    assert mean.item() == pytest.approx(1.0)
 
 
 @settings(max_examples=10, deadline=None)

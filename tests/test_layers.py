@@ -59,7 +59,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Within a package: the file, and the siblings that it may import. Files that are not named are free.
 SIBLINGS: dict[str, set[str]] = {
     "methods.base": set(),
-    "methods.rlhf": {"methods.base", "methods.rkl"},
+    "methods.policy_gradient": {"methods.base"},
+    "methods.rkl": {"methods.base", "methods.policy_gradient"},
+    "methods.rlhf": {"methods.base", "methods.policy_gradient", "methods.rkl"},
     "lab.world": set(),
     "lab.exact": {"lab.world"},
 }

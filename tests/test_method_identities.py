@@ -134,15 +134,17 @@ def test_implied_rewards():
         "pd": GAMMA * logps,
         "rkl": GAMMA * logps + BETA * ratio,
         "dpo": GAMMA * ratio,
-        "rebel": ratio / ETA,
+        "rebel": BETA * ratio,
         "rlhf": BETA * ratio,
     }
-    built = [PMLE(GAMMA, BETA), PD(GAMMA, BETA), RKL(GAMMA, BETA), DPO(GAMMA), REBEL(ETA), RLHF(BETA)]
+    built = [PMLE(GAMMA, BETA), PD(GAMMA, BETA), RKL(GAMMA, BETA), DPO(GAMMA), REBEL(ETA, BETA), RLHF(BETA)]
     for name, method in zip(wanted, built, strict=True):
         assert type(method) is METHODS[name]
         torch.testing.assert_close(method.implied_reward(logps, reference), wanted[name])
     for method in (PMLE(GAMMA, BETA), PD(GAMMA, BETA), RKL(GAMMA, 0.0)):
         torch.testing.assert_close(method.implied_reward(logps, None), GAMMA * logps)
+    torch.testing.assert_close(REBEL(ETA, 0.0).implied_reward(logps, reference), ratio / ETA)
+    assert bool((RLHF(beta=0.0).implied_reward(logps, None) == 0).all())
     with pytest.raises(ValueError, match="reference_logps is missing"):
         DPO().implied_reward(logps, None)
 

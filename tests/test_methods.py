@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -27,10 +28,14 @@ SAMPLE_FIELDS = {
     "token_logps": lambda n: n.samples,
     "mask": lambda n: n.samples,
     "group": lambda n: n.samples,
-    "step_entropy": lambda n: n.samples,
+    "behavior_token_logps": lambda n: n.samples,
+    "step_entropy": lambda n: n.entropy,
     "reference_token_logps": lambda n: n.samples and n.reference,
-    "step_kl": lambda n: n.samples and n.reference,
+    "step_kl": lambda n: n.kl,
     "rewards": lambda n: n.samples and n.reward,
+    "values": lambda n: n.values,
+    "advantages": lambda n: n.values,
+    "returns": lambda n: n.values,
 }
 
 
@@ -65,24 +70,24 @@ class Setting:
         behavior = self.world.logps(self.policy.detach() + 0.3 * self.reference)[self.rows]
         return only_declared(dataclasses.replace(full, behavior_logps=behavior), PAIR_FIELDS, needs)
 
-    def samples(self, needs, rows, group, policy=None):
-        """The responses `rows` with exactly the declared fields."""
+    def samples(self, needs, rows, group, policy=None, behavior=None):
+        """The responses `rows` with exactly the declared fields, drawn by `behavior` (None: the policy)."""
         if not needs.samples:
             return None
         policy = self.policy if policy is None else policy
-        full = self.world.samples(policy, self.reference, self.rewards, rows, group)
+        full = self.world.samples(policy, self.reference, self.rewards, rows, group, behavior)
         return only_declared(full, SAMPLE_FIELDS, needs)
 
-    def expected_loss(self, method, policy=None):
+    def expected_loss(self, method, policy=None, behavior=None):
         """The method's loss on the pairs, its samples averaged over every draw of two responses, one call per draw."""
         policy = self.policy if policy is None else policy
         pairs = self.pairs(method.needs, policy)
         if not method.needs.samples:
             return method.loss(pairs, None)
         rows, group = self.world.groups_of_two()
-        weights = self.world.group_weights(policy)[::2] * 2
+        weights = self.world.group_weights(policy if behavior is None else behavior)[::2] * 2
         losses = [
-            method.loss(pairs, self.samples(method.needs, r, g, policy))
+            method.loss(pairs, self.samples(method.needs, r, g, policy, behavior))
             for r, g in zip(rows.view(-1, 2), group.view(-1, 2), strict=True)
         ]
         return (weights * torch.stack(losses)).sum()
@@ -100,6 +105,7 @@ def exact_objectives(s):
     a, b = s.rows.T
     ratio, behavior_ratio, p = logps - reference, logps - behavior, s.probability
     kl, entropy = s.world.kl(s.policy, s.reference), s.world.entropy(s.policy)
+    penalised = s.rewards - BETA * (behavior - reference)
     expected_reward = s.world.reward(s.policy, s.rewards)
 
     def cross_entropy(label, logit):
@@ -114,19 +120,20 @@ def exact_objectives(s):
         "pd": cross_entropy(soft, GAMMA * (logps[a] - logps[b])) - soft_entropy + BETA * kl,
         "rkl": -expected_reward - GAMMA * entropy + BETA * kl,
         "dpo": cross_entropy(p, GAMMA * (ratio[a] - ratio[b])),
-        "rebel": ((gap - ETA * (s.rewards[a] - s.rewards[b])) ** 2).mean(),
+        "rebel": ((gap - ETA * (penalised[a] - penalised[b])) ** 2).mean(),
         "rlhf": -expected_reward + BETA * kl,
     }
 
 
+@pytest.mark.parametrize("stale", [False, True], ids=["fresh", "stale"])
 @pytest.mark.parametrize("length", [2, 3])
-def test_gradient_equals_enumeration(request, method, length):
-    """Value and gradient of the mean loss are those of the paper's objective, by enumeration."""
+def test_gradient_equals_enumeration(request, method, length, stale):
+    """Value and gradient of the mean loss are those of the paper's objective, by enumeration, for old samples too."""
     exact = exact_objectives(s := Setting(length=length))
     name = request.node.callspec.params["method"]
     if name not in exact:
         pytest.skip("no closed form here; the next test covers every method")
-    estimate = s.expected_loss(method)
+    estimate = s.expected_loss(method, behavior=s.policy.detach() + 0.3 * s.reference if stale else None)
     torch.testing.assert_close(estimate, exact[name], **EXACT)
     torch.testing.assert_close(gradient(estimate, s.policy), gradient(exact[name], s.policy), **EXACT)
 
@@ -165,6 +172,11 @@ def variants():
     for name, factory in METHODS.items():
         if {"gamma", "beta"} <= {f.name for f in dataclasses.fields(factory)}:
             cases.append(pytest.param(factory(beta=0.0), id=f"{name}-beta=0"))
+    cases.append(pytest.param(PD(kl_in="reward"), id="pd-reward"))
+    cases.append(pytest.param(REBEL(beta=0.0), id="rebel-beta=0"))
+    for settings in ({"advantage": "gae"}, {"estimator": "split"}):
+        label = "-".join(settings.values())
+        cases += [pytest.param(factory(**settings), id=f"{factory.__name__}-{label}") for factory in (RKL, RLHF)]
     return cases
 
 
@@ -196,26 +208,34 @@ def test_missing_data_is_named(method):
 def test_needs_follow_the_settings():
     """A term that is switched off asks for nothing: offline PMLE does not even want a reference."""
     assert PMLE(beta=0.0).needs == Needs(pairs="labelled")
-    assert PMLE().needs == Needs(pairs="labelled", samples=True, reference=True)
+    assert PMLE().needs == Needs(pairs="labelled", samples=True, reference=True, kl=True)
     assert PD(beta=0.0).needs == Needs(pairs="sampled", reward=True)
-    assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, reference=True)
+    assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, reference=True, kl=True)
+    assert PD(kl_in="reward").needs == Needs(pairs="sampled", reward=True, reference=True)
     assert RKL(beta=0.0).needs == Needs(samples=True, reward=True)
     assert RKL().needs == Needs(samples=True, reward=True, reference=True)
     assert DPO().needs == Needs(pairs="labelled", reference=True)
-    assert REBEL().needs == Needs(pairs="sampled", reward=True)
+    assert REBEL().needs == Needs(pairs="sampled", reward=True, reference=True)
+    assert REBEL(beta=0.0).needs == Needs(pairs="sampled", reward=True)
     assert RLHF().needs == Needs(samples=True, reward=True, reference=True)
+    assert RLHF(beta=0.0).needs == Needs(samples=True, reward=True)
+    assert RKL(advantage="gae").needs == Needs(samples=True, reward=True, reference=True, values=True)
+    split = Needs(samples=True, reward=True, reference=True, kl=True, entropy=True)
+    assert RKL(estimator="split").needs == split
+    assert RLHF(estimator="split").needs == dataclasses.replace(split, entropy=False)
 
 
 def test_registry_is_in_the_papers_order_with_its_tldr_settings():
     """Names, order and defaults of the first six are the paper's."""
     defaults = [(name, dataclasses.asdict(factory())) for name, factory in METHODS.items()]
+    gradient = {"advantage": "loo", "estimator": "joint", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1}
     papers = {
         "pmle": {"gamma": 1e-2, "beta": 1e-5},
-        "pd": {"gamma": 0.1, "beta": 0.05},
-        "rkl": {"gamma": 0.01, "beta": 0.05},
+        "pd": {"gamma": 0.1, "beta": 0.05, "kl_in": "loss"},
+        "rkl": {**gradient, "whiten": True, "gamma": 0.01, "beta": 0.05},
         "dpo": {"gamma": 0.05},
-        "rebel": {"eta": 1.0},
-        "rlhf": {"beta": 0.05},
+        "rebel": {"eta": 1.0, "beta": 0.05},
+        "rlhf": {**gradient, "whiten": True, "beta": 0.05},
     }
     assert defaults[:6] == list(papers.items())
 
@@ -234,20 +254,85 @@ def test_settings_outside_their_range_are_refused(value):
     """Every setting of every method: the error says which, what was found, and what to do."""
     for name, factory in METHODS.items():
         for setting in dataclasses.fields(factory):
+            if type(setting.default) is not float:
+                continue
             with pytest.raises(ValueError, match=f"{factory.__name__}: {setting.name} is {value}; set it to"):
                 METHODS[name](**{setting.name: value})
 
 
 def test_zero_is_refused_where_nothing_would_be_left():
-    """γ = 0 in a likelihood, η = 0, β = 0 in RLHF; RKL needs one of its two."""
+    """γ = 0 in a likelihood, η = 0; RKL needs one of its two."""
     for build in (lambda: PMLE(gamma=0.0), lambda: PD(gamma=0.0), lambda: DPO(gamma=0.0), lambda: REBEL(eta=0.0)):
         with pytest.raises(ValueError, match="more than zero"):
             build()
-    with pytest.raises(ValueError, match="more than zero"):
-        RLHF(beta=0.0)
     with pytest.raises(ValueError, match="both 0"):
         RKL(gamma=0.0, beta=0.0)
     assert RKL(gamma=0.0, beta=0.1).needs.reference
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RKL(advantage="ppo"), "RKL: advantage is 'ppo'; set it to one of loo, gae"),
+        (lambda: RLHF(estimator="full"), "RLHF: estimator is 'full'; set it to one of joint, split"),
+        (lambda: RLHF(gae_lambda=1.5), "RLHF: gae_lambda is 1.5; set it between 0 and 1"),
+        (lambda: RKL(advantage="gae", estimator="split"), 'estimator "split" goes with advantage "loo"'),
+    ],
+)
+def test_a_choice_that_there_is_not_is_refused(build, message):
+    """The error names the setting, what was found, and the choices."""
+    with pytest.raises(Exception, match="kl_in"):
+        PD(kl_in="both")  # pyright: ignore
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build()
+
+
+def test_split_and_joint_have_the_same_expectation():
+    """Two estimators of one gradient, whatever drew the samples."""
+    s = Setting(length=3)
+    behavior = s.policy.detach() + 0.3 * s.reference
+    for drawn_by in (None, behavior):
+        joint = s.expected_loss(RKL(GAMMA, BETA), behavior=drawn_by)
+        split = s.expected_loss(RKL(GAMMA, BETA, estimator="split"), behavior=drawn_by)
+        torch.testing.assert_close(joint, split, **EXACT)
+        torch.testing.assert_close(gradient(joint, s.policy), gradient(split, s.policy), **EXACT)
+
+
+@pytest.mark.parametrize("method", [RKL(GAMMA, BETA), RLHF(BETA)], ids=["rkl", "rlhf"])
+def test_ppo_starts_as_the_policy_gradient(method):
+    """With λ = 1 and unscaled advantages the first PPO step follows the exact gradient, whatever the value function."""
+    s = Setting(length=3)
+    ppo = dataclasses.replace(method, advantage="gae", gae_lambda=1.0, whiten=False)
+    rows = torch.arange(len(s.world.responses))
+    drawn = s.world.samples(s.policy, s.reference, s.rewards, rows, None, behavior=s.policy)
+    credit = ppo.credit(drawn)
+    drawn = dataclasses.replace(
+        drawn, advantages=credit.advantages, returns=credit.returns, values=drawn.values.detach()
+    )
+    p = s.world.logps(s.policy).exp().detach()
+    losses = torch.stack([ppo.loss(None, one_row(drawn, row)) for row in rows])
+    wanted = exact_objectives(s)["rkl" if isinstance(method, RKL) else "rlhf"]
+    torch.testing.assert_close(gradient((p * losses).sum(), s.policy), gradient(wanted, s.policy), **EXACT)
+    logps = s.world.logps(s.policy)
+    worth = s.rewards - getattr(method, "gamma", 0.0) * logps - BETA * (logps - s.world.logps(s.reference))
+    torch.testing.assert_close(credit.returns[:, 0], worth.detach(), **EXACT)
+    assert bool((credit.advantages[~drawn.mask] == 0).all())
+
+
+def one_row(samples, row):
+    """The samples of one response."""
+    values = {f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)}
+    return Samples(**{name: None if value is None else value[row : row + 1] for name, value in values.items()})
+
+
+def test_whitened_advantages_have_mean_zero_and_variance_one():
+    """Over the response tokens of a round; what lies behind the end takes no part."""
+    s = Setting(length=3)
+    rows = torch.arange(len(s.world.responses))
+    drawn = s.world.samples(s.policy, s.reference, s.rewards, rows, None, behavior=s.policy)
+    tokens = RKL(GAMMA, BETA, advantage="gae").credit(drawn).advantages[drawn.mask]
+    assert tokens.mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert tokens.var(correction=0).item() == pytest.approx(1.0)
 
 
 def test_a_constant_per_prompt_in_the_reward_changes_nothing(method):

@@ -185,7 +185,8 @@ REFUSALS = {
     "methods: {dpo: }\nevaluation: {sample: 2}": 'x.yaml: evaluation has no setting "sample"; did you mean "samples"?',
     "methods: {dpo: }\nlora: {r: 0}": "x.yaml: lora.r is 0; input should be greater than 0",
     "methods: {dpo: }\nqqq: 1": 'x.yaml: recipe has no setting "qqq"; it has name, output_dir, seed, model, dtype, '
-    "trust_remote_code, lora, data, target, methods, training, token_budget, early_stopping, evaluation",
+    "trust_remote_code, lora, data, target, methods, compare, rollout, reward, health, training, token_budget, "
+    "early_stopping, evaluation",
     "methods: {dpo: }\ndata: {train: a}": "x.yaml: recipe has both data and target; "
     "give one of them: your pairs, or a known target that makes pairs",
     "methods: {dpo: }\nname: a/b": "x.yaml: name is 'a/b'; string should match pattern '^\\w[\\w.-]*$'",

@@ -17,6 +17,9 @@ Tensors are laid out as in `methods.base.Samples`: a row a response, a column a 
 tokens (end-of-sequence included). Columns off the mask may hold anything, NaN included. `group` numbers the prompt
 that a row answers and selects the leave-one-out baselines; None means no baseline. A baseline does not move the mean
 of the gradient, only its noise.
+
+Responses that an earlier policy π_t drew (`behavior_token_logps`) are weighted by `importance_weights`: value and
+gradient stay unbiased, and at π = π_t nothing changes. None means that π itself drew them.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ __all__ = [
     "entropy_full",
     "entropy_plain",
     "gae",
+    "importance_weights",
     "kl_full",
     "kl_plain",
     "leave_one_out",
@@ -65,11 +69,29 @@ def leave_one_out(
     return torch.where(others > 0, (total[index] - values) / others.clamp(min=1), 0.0)
 
 
+def importance_weights(
+    token_logps: Float[Tensor, "samples steps"],
+    behavior_token_logps: Float[Tensor, "samples steps"] | None,
+    mask: Bool[Tensor, "samples steps"],
+) -> Float[Tensor, "samples steps"]:
+    """Probability of each response up to and including token t under π, relative to the policy π_t that drew it.
+
+        w_t = Π_{u≤t} π(y_u|s_u) / π_t(y_u|s_u)
+
+    Constants; after the end a row keeps its last value, which is the weight of the whole response. All 1 without
+    `behavior_token_logps`. Their mean is 1; far from π_t few responses carry all of it.
+    """
+    if behavior_token_logps is None:
+        return torch.ones_like(token_logps)
+    return _masked((token_logps - behavior_token_logps).detach(), mask).cumsum(-1).exp()
+
+
 def kl_plain(
     token_logps: Float[Tensor, "samples steps"],
     reference_token_logps: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None = None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None = None,
 ) -> Float[Tensor, "samples"]:
     """KL(π ‖ π₀) per sequence from the sampled tokens' log-ratio, in nats.
 
@@ -80,7 +102,7 @@ def kl_plain(
 
     Source: arXiv 2506.01523v2, the regulariser of eq. 5, 12, 14.
     """
-    return _plain(token_logps, token_logps - reference_token_logps, mask, group)
+    return _plain(token_logps, token_logps - reference_token_logps, mask, group, behavior_token_logps)
 
 
 def kl_full(
@@ -88,6 +110,7 @@ def kl_full(
     step_kl: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None = None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None = None,
 ) -> Float[Tensor, "samples"]:
     """KL(π ‖ π₀) per sequence from its full-vocabulary value at each step, KL_t = KL(π(·|s_t) ‖ π₀(·|s_t)), in nats.
 
@@ -99,13 +122,14 @@ def kl_full(
 
     Source: arXiv 2506.01523v2, the regulariser of eq. 5, 12, 14.
     """
-    return _full(token_logps, step_kl, mask, group)
+    return _full(token_logps, step_kl, mask, group, behavior_token_logps)
 
 
 def entropy_plain(
     token_logps: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None = None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None = None,
 ) -> Float[Tensor, "samples"]:
     """Entropy H(π) per sequence from the sampled tokens, in nats.
 
@@ -114,7 +138,7 @@ def entropy_plain(
 
     Source: arXiv 2506.01523v2, the entropy of eq. 14.
     """
-    return _plain(token_logps, -token_logps, mask, group)
+    return _plain(token_logps, -token_logps, mask, group, behavior_token_logps)
 
 
 def entropy_full(
@@ -122,6 +146,7 @@ def entropy_full(
     step_entropy: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None = None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None = None,
 ) -> Float[Tensor, "samples"]:
     """Entropy H(π) per sequence from its full-vocabulary value at each step, H_t = H(π(·|s_t)), in nats.
 
@@ -132,7 +157,7 @@ def entropy_full(
 
     Source: arXiv 2506.01523v2, the entropy of eq. 14.
     """
-    return _full(token_logps, step_entropy, mask, group)
+    return _full(token_logps, step_entropy, mask, group, behavior_token_logps)
 
 
 def reward_plain(
@@ -140,6 +165,7 @@ def reward_plain(
     rewards: Float[Tensor, "samples"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None = None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None = None,
 ) -> Float[Tensor, "samples"]:
     """Expected reward E[R(x,y)] from scored responses, in the unit of `rewards`.
 
@@ -152,8 +178,9 @@ def reward_plain(
     Source: arXiv 2506.01523v2, the first term of eq. 14.
     """
     rewards = rewards.detach()
-    score = sequence_sum(token_logps, mask) * (rewards - leave_one_out(rewards, group))
-    return rewards + _gradient_only(score)
+    weights = importance_weights(token_logps, behavior_token_logps, mask)[:, -1]
+    score = weights * sequence_sum(token_logps, mask) * (rewards - leave_one_out(rewards, group))
+    return weights * rewards + _gradient_only(score)
 
 
 def clipped_surrogate(
@@ -218,10 +245,12 @@ def _plain(
     step_values: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None,
 ) -> Float[Tensor, "samples"]:
     # The direct derivative of the sampled values has expectation zero: noise without signal, so it is cut off.
-    step_values = _masked(step_values.detach(), mask)
-    score = _score(token_logps, _sum_from_here(step_values), mask, group)
+    weights = importance_weights(token_logps, behavior_token_logps, mask)
+    step_values = _masked(step_values.detach(), mask) * weights
+    score = _score(token_logps, _sum_from_here(step_values), weights, mask, group)
     return step_values.sum(-1) + _gradient_only(score)
 
 
@@ -230,20 +259,25 @@ def _full(
     step_values: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None,
+    behavior_token_logps: Float[Tensor, "samples steps"] | None,
 ) -> Float[Tensor, "samples"]:
-    step_values = _masked(step_values, mask)
+    weights = importance_weights(token_logps, behavior_token_logps, mask)
+    # A step's value is known before its token is drawn: it is weighted by what came before.
+    before = torch.cat([torch.ones_like(weights[:, :1]), weights[:, :-1]], 1)
+    step_values = _masked(step_values, mask) * before
     later = _sum_from_here(step_values.detach()) - step_values.detach()
-    return step_values.sum(-1) + _gradient_only(_score(token_logps, later, mask, group))
+    return step_values.sum(-1) + _gradient_only(_score(token_logps, later, weights, mask, group))
 
 
 def _score(
     token_logps: Float[Tensor, "samples steps"],
     to_go: Float[Tensor, "samples steps"],
+    weights: Float[Tensor, "samples steps"],
     mask: Bool[Tensor, "samples steps"],
     group: Int[Tensor, "samples"] | None,
 ) -> Float[Tensor, "samples"]:
-    """Σ_t ln π(y_t|s_t) · (to_go_t − baseline_t): its gradient is the score term, its value means nothing."""
-    return (_masked(token_logps, mask) * (to_go - leave_one_out(to_go, group))).sum(-1)
+    """Σ_t ln π(y_t|s_t) · (to_go_t − w_t baseline_t): its gradient is the score term, its value means nothing."""
+    return (_masked(token_logps, mask) * (to_go - weights * leave_one_out(to_go, group))).sum(-1)
 
 
 def _sum_from_here(values: Float[Tensor, "samples steps"]) -> Float[Tensor, "samples steps"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -23,16 +23,22 @@ class Needs:
     policy.
     samples: single responses drawn from the policy, token by token.
     reward: a score for every sampled response, in nats.
-    reference: log-probabilities under the model that training starts from, and `step_kl` against it.
+    reference: log-probabilities under the model that training starts from.
+    kl, entropy: full-vocabulary values at each step of the samples, which cost more than those of the drawn tokens.
+    values: a value function, trained with the policy; the method then has `credit` too.
 
-    Always filled: `Pairs.logps`; `Samples.token_logps`, `mask`, `step_entropy` and `group`. `Pairs.probability` comes
-    with labelled pairs that carry one, `Pairs.behavior_logps` with sampled pairs.
+    Always filled: `Pairs.logps`; `Samples.token_logps`, `mask` and `group`. `Pairs.probability` comes with labelled
+    pairs that carry one, `Pairs.behavior_logps` with sampled pairs. `Samples.behavior_token_logps` is None while the
+    policy is still the one that drew the samples.
     """
 
     pairs: Literal["", "labelled", "sampled"] = ""
     samples: bool = False
     reward: bool = False
     reference: bool = False
+    kl: bool = False
+    entropy: bool = False
+    values: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,18 +62,23 @@ class Samples:
     """Responses drawn from the policy, a row a response, token by token, in nats.
 
     `mask` is True on response tokens, the end-of-sequence token included. `group` numbers the prompt that a row
-    answers: leave-one-out baselines are taken within it (None: no baseline). `step_kl` and `step_entropy` are
-    full-vocabulary values at each step. `reference_token_logps` are constants; `token_logps`, `step_kl` and
-    `step_entropy` carry the gradient.
+    answers: leave-one-out baselines are taken within it (None: no baseline). `behavior_token_logps` are those of the
+    policy that drew the samples. `step_kl` and `step_entropy` are full-vocabulary values at each step, `values` those
+    of the value function before each token; `advantages` and `returns` are what `credit` made of them when the samples
+    were drawn. `token_logps`, `step_kl`, `step_entropy` and `values` carry the gradient, everything else is constant.
     """
 
     token_logps: Float[Tensor, "samples steps"]
     mask: Bool[Tensor, "samples steps"]
+    behavior_token_logps: Float[Tensor, "samples steps"] | None = None
     reference_token_logps: Float[Tensor, "samples steps"] | None = None
     step_kl: Float[Tensor, "samples steps"] | None = None
     step_entropy: Float[Tensor, "samples steps"] | None = None
     rewards: Float[Tensor, "samples"] | None = None
     group: Int[Tensor, "samples"] | None = None
+    values: Float[Tensor, "samples steps"] | None = None
+    advantages: Float[Tensor, "samples steps"] | None = None
+    returns: Float[Tensor, "samples steps"] | None = None
 
 
 @runtime_checkable
@@ -95,6 +106,21 @@ class Method(Protocol):
         ...
 
 
+class Credit(NamedTuple):
+    """What each token of a round of samples is worth, and what the value function should have said, in nats."""
+
+    advantages: Float[Tensor, "samples steps"]
+    returns: Float[Tensor, "samples steps"]
+
+
+class UsesValues(Protocol):
+    """The further face of a method that declares `values`."""
+
+    def credit(self, samples: Samples) -> Credit:
+        """Advantages and returns of all samples of a round, computed once, when they have been drawn."""
+        ...
+
+
 MethodFactory = Callable[..., Method]
 
 T = TypeVar("T")
@@ -105,6 +131,22 @@ def declared(value: T | None, name: str) -> T:
     if value is None:
         raise ValueError(f"{name} is missing; pass what the method's `needs` declares")
     return value
+
+
+def penalised_rewards(pairs: Pairs, beta: float) -> Float[Tensor, "pairs 2"]:
+    """Rewards of sampled pairs with the KL term folded in, in nats: R̂ − β ln π_t/π₀, π_t being what drew the pair."""
+    rewards = declared(pairs.rewards, "pairs.rewards")
+    if beta == 0:
+        return rewards
+    behavior = declared(pairs.behavior_logps, "pairs.behavior_logps")
+    return rewards - beta * (behavior - declared(pairs.reference_logps, "pairs.reference_logps"))
+
+
+def check_choice(method: object, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the setting is one of `choices`."""
+    value = getattr(method, name)
+    if value not in choices:
+        raise ValueError(f"{type(method).__name__}: {name} is {value!r}; set it to one of {', '.join(choices)}")
 
 
 def check_setting(method: object, name: str, *, zero: bool = False) -> None:

@@ -8,13 +8,13 @@ own; like RKL it needs a reward model, but no policy gradient.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from distalign.estimators import kl_full
-from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
+from distalign.methods.base import Needs, Pairs, Samples, check_choice, check_setting, declared, penalised_rewards
 from distalign.preference import bernoulli_kl, induced_reward, preference_logit
 
 
@@ -35,10 +35,15 @@ def pd_loss(
 
 @dataclass(frozen=True)
 class PD:
-    """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`."""
+    """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`.
+
+    `kl_in` says where the KL term is: in the "loss" (eq. 12), or as REBEL does it in the "reward", R̂ − β ln π_t/π₀ of
+    the policy π_t that drew the pair.
+    """
 
     gamma: float = 0.1
     beta: float = 0.05
+    kl_in: Literal["loss", "reward"] = "loss"
 
     equation: ClassVar[str] = "KL(Bern(σ(ΔR̂)) ‖ Bern(σ(γ Δ ln π))) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 9-12"
@@ -47,21 +52,28 @@ class PD:
     def __post_init__(self) -> None:
         check_setting(self, "gamma")
         check_setting(self, "beta", zero=True)
+        check_choice(self, "kl_in", ("loss", "reward"))
 
     @property
     def needs(self) -> Needs:
-        """Scored pairs sampled from the policy; with β > 0 also samples, and the reference for their KL."""
-        return Needs(pairs="sampled", samples=self.beta > 0, reward=True, reference=self.beta > 0)
+        """Scored pairs sampled from the policy; with β > 0 the reference, in the loss with its full-vocabulary KL."""
+        kl = self._kl_in_loss
+        return Needs(pairs="sampled", samples=kl, reward=True, reference=self.beta > 0, kl=kl)
+
+    @property
+    def _kl_in_loss(self) -> bool:
+        return self.beta > 0 and self.kl_in == "loss"
 
     def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
         """Mean distillation loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""
         pairs = declared(pairs, "pairs")
-        rewards = declared(pairs.rewards, "pairs.rewards")
+        rewards = penalised_rewards(pairs, 0.0 if self.kl_in == "loss" else self.beta)
         loss = pd_loss(pairs.logps, (rewards[:, 0] - rewards[:, 1]).sigmoid(), gamma=self.gamma).mean()
-        if self.beta > 0:
+        if self._kl_in_loss:
             samples = declared(samples, "samples")
             step_kl = declared(samples.step_kl, "samples.step_kl")
-            loss = loss + self.beta * kl_full(samples.token_logps, step_kl, samples.mask, samples.group).mean()
+            kl = kl_full(samples.token_logps, step_kl, samples.mask, samples.group, samples.behavior_token_logps)
+            loss = loss + self.beta * kl.mean()
         return loss
 
     def implied_reward(

@@ -50,8 +50,8 @@ class PMLE:
 
     @property
     def needs(self) -> Needs:
-        """Labelled pairs; with β > 0 also samples, and the reference for their KL."""
-        return Needs(pairs="labelled", samples=self.beta > 0, reference=self.beta > 0)
+        """Labelled pairs; with β > 0 also samples, and their full-vocabulary KL to the reference."""
+        return Needs(pairs="labelled", samples=self.beta > 0, reference=self.beta > 0, kl=self.beta > 0)
 
     def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
         """Mean likelihood loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""
@@ -60,7 +60,8 @@ class PMLE:
         if self.beta > 0:
             samples = declared(samples, "samples")
             step_kl = declared(samples.step_kl, "samples.step_kl")
-            loss = loss + self.beta * kl_full(samples.token_logps, step_kl, samples.mask, samples.group).mean()
+            kl = kl_full(samples.token_logps, step_kl, samples.mask, samples.group, samples.behavior_token_logps)
+            loss = loss + self.beta * kl.mean()
         return loss
 
     def implied_reward(

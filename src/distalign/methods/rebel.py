@@ -2,8 +2,7 @@
 
 Each round samples pairs from the current policy π_t and then moves away from it so that its log-ratio gap reproduces
 the reward gap. A squared loss on the gap where PD has a divergence between preferences; relative to π_t, which moves
-with every round: nothing here holds the policy near π₀, so many rounds collapse unless the reward carries a KL
-penalty.
+with every round: what holds the policy near π₀ is a KL penalty in the reward, without which many rounds collapse.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
+from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared, penalised_rewards
 
 
 def rebel_loss(
@@ -42,30 +41,37 @@ def rebel_loss(
 
 @dataclass(frozen=True)
 class REBEL:
-    """REBEL with the paper's TL;DR setting: step size `eta` (its chat experiment has 1e6)."""
+    """REBEL with the paper's TL;DR settings: step size `eta` (its chat experiment has 1e6), KL weight `beta`.
+
+    With β > 0 the reward of a response is R̂ − β ln π_t/π₀, and rounds settle at π₀ exp(R̂/β), where RLHF's optimum is;
+    with β = 0 nothing holds the policy near π₀.
+    """
 
     eta: float = 1.0
+    beta: float = 0.05
 
-    equation: ClassVar[str] = "(Δ ln π/π_t − η ΔR̂)²"
+    equation: ClassVar[str] = "(Δ ln π/π_t − η Δ[R̂ − β ln π_t/π₀])²"
     source: ClassVar[str] = "arXiv 2404.16767; arXiv 2506.01523v2, eq. 10"
     rate: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         check_setting(self, "eta")
+        check_setting(self, "beta", zero=True)
 
     @property
     def needs(self) -> Needs:
-        """Scored pairs sampled from the policy."""
-        return Needs(pairs="sampled", reward=True)
+        """Scored pairs sampled from the policy; with β > 0 the reference."""
+        return Needs(pairs="sampled", reward=True, reference=self.beta > 0)
 
     def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
         """Mean squared error of the pairs, in nats squared."""
         pairs = declared(pairs, "pairs")
         behavior_logps = declared(pairs.behavior_logps, "pairs.behavior_logps")
-        return rebel_loss(pairs.logps, behavior_logps, declared(pairs.rewards, "pairs.rewards"), eta=self.eta).mean()
+        return rebel_loss(pairs.logps, behavior_logps, penalised_rewards(pairs, self.beta), eta=self.eta).mean()
 
     def implied_reward(
         self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
     ) -> Float[Tensor, "*shape"]:
-        """(1/η) ln π(a|x)/π₀(a|x), in nats: the reward that one round from the reference would have fitted."""
-        return (logps - declared(reference_logps, "reference_logps")) / self.eta
+        """β ln π(a|x)/π₀(a|x), in nats: the reward that rounds settle at; at β = 0 that of one round, (1/η) ln π/π₀."""
+        weight = self.beta if self.beta > 0 else 1 / self.eta
+        return weight * (logps - declared(reference_logps, "reference_logps"))
