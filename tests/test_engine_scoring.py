@@ -299,3 +299,31 @@ def test_reference_that_differs_in_the_head_alone_costs_no_second_pass():
     calls.clear()
     score(model, GROUPS, reference=other)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("path", ["shared", "padded"])
+def test_values_are_of_the_state_before_each_token(path):
+    """A value head reads the hidden state that predicts the token, on both paths, in one pass or in batches."""
+    model = served_by(path)
+    torch.manual_seed(3)
+    head = torch.nn.Linear(model.config.hidden_size, 1).double()
+    wanted = []
+    for group in GROUPS:
+        for response in group.responses:
+            ids = torch.tensor([group.prompt + response[:-1]])
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False)[0][0]
+            wanted.append(head(hidden[-len(response) :].double()).squeeze(-1))
+    scores = score(model, GROUPS, value_head=head)
+    batched = score_in_batches(model, GROUPS, token_budget=30, value_head=head)
+    for found, again, exact in zip(rows(scores, scores.values), rows(batched, batched.values), wanted, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(again, exact.detach(), rtol=1e-5, atol=1e-5)
+    scores.values.sum().backward()
+    assert head.weight.grad is not None
+    assert any(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_values_need_hidden_states():
+    """A model that is served by its logits has no hidden states to read; the error says so."""
+    with pytest.raises(ValueError, match="it has no value head"):
+        score(served_by("plain"), GROUPS, value_head=torch.nn.Linear(4, 1))

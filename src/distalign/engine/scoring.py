@@ -26,7 +26,8 @@ class Scores:
 
     token_logps: ln π(y_t | s_t). mask: True on response tokens. group: index of the group that a row belongs to.
     step_entropy: entropy of π(· | s_t). step_kl: KL(π(· | s_t) ‖ π₀(· | s_t)) over the full vocabulary.
-    reference_token_logps: ln π₀(y_t | s_t), a constant. The last three are None unless asked for.
+    reference_token_logps: ln π₀(y_t | s_t), a constant. values: what the value head says of s_t. The last four are None
+    unless asked for.
     """
 
     token_logps: Float[Tensor, "responses steps"]
@@ -35,6 +36,7 @@ class Scores:
     step_entropy: Float[Tensor, "responses steps"] | None = None
     step_kl: Float[Tensor, "responses steps"] | None = None
     reference_token_logps: Float[Tensor, "responses steps"] | None = None
+    values: Float[Tensor, "responses steps"] | None = None
 
     @property
     def logps(self) -> Float[Tensor, "responses"]:
@@ -59,15 +61,17 @@ def score(
     reference: Reference | None = None,
     entropy: bool = False,
     temperature: float = 1.0,
+    value_head: nn.Module | None = None,
 ) -> Scores:
     """Log-probabilities of all responses in one pass, differentiable when gradients are enabled.
 
     `model` runs in the mode it is in (dropout in training mode), the reference without dropout and without gradient.
     With a temperature, everything is that of softmax(logits / temperature), for the model and the reference alike.
+    `value_head` maps hidden states [rows, hidden] to one number a row: values before each token.
 
     At its first use a model is checked (`check`), and served by a slower path if its prompts cannot be shared. Raises
-    ValueError for groups that cannot be scored, a temperature that is not positive, or a reference with another
-    vocabulary.
+    ValueError for groups that cannot be scored, a temperature that is not positive, a reference with another vocabulary,
+    or values of a model whose hidden states cannot be told from its logits.
     """
     if not temperature > 0:
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
@@ -82,7 +86,15 @@ def score(
         step_entropy=None if values.entropy is None else _lay_out(values.entropy, places),
         step_kl=None if values.kl is None else _lay_out(values.kl, places),
         reference_token_logps=None if values.reference_logps is None else _lay_out(values.reference_logps, places),
+        values=None if value_head is None else _lay_out(_values(rows, value_head), places),
     )
+
+
+def _values(rows: Rows, value_head: nn.Module) -> Float[Tensor, "rows"]:
+    if not isinstance(rows, HiddenRows):
+        raise ValueError("score: this model's hidden states cannot be told from its logits, so it has no value head.")
+    parameter = next(value_head.parameters())
+    return value_head(rows.hidden.to(parameter.dtype)).view(-1)
 
 
 def score_in_batches(
@@ -93,6 +105,7 @@ def score_in_batches(
     reference: Reference | None = None,
     entropy: bool = False,
     temperature: float = 1.0,
+    value_head: nn.Module | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Scores:
     """`score` without gradient, in micro-batches of at most `token_budget` tokens, the longest groups first.
@@ -108,7 +121,9 @@ def score_in_batches(
     for batch in micro_batches(groups, token_budget):
         chosen = [groups[index] for index in batch]
         with torch.no_grad():
-            part = score(model, chosen, reference=reference, entropy=entropy, temperature=temperature)
+            part = score(
+                model, chosen, reference=reference, entropy=entropy, temperature=temperature, value_head=value_head
+            )
         rows = torch.tensor([row for index in batch for row in range(starts[index], starts[index + 1])])
         rows = rows.to(places.mask.device)
         for name in _VALUES:
