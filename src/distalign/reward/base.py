@@ -1,0 +1,105 @@
+"""What a reward is: requests in the policy's token ids go in, one number a response comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distalign.data import Pair, Prompt, Text
+from distalign.engine import Group
+from distalign.errors import InputError
+
+
+class RewardError(InputError):
+    """A reward that cannot be made or gave no number: says which, what was found, and what to do."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and the responses to be rewarded, as ids of the POLICY's tokenizer.
+
+    `row` is what the prompt was made of: rewards that read text take it from there, and functions its other columns.
+    Without it the ids are decoded. Raises ValueError for an empty prompt, no responses, or an empty one.
+    """
+
+    prompt: list[int]
+    responses: list[list[int]]
+    row: Prompt | Pair | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.responses or not all(self.responses):
+            raise ValueError("a reward is asked for an empty prompt or response, or for none; leave it out")
+
+    @property
+    def group(self) -> Group:
+        """The same ids as the engine takes them."""
+        return Group(self.prompt, self.responses)
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """R(x, a), in nats where it stands for a preference model; defined up to a constant per prompt."""
+
+    def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
+        """Rewards of all responses in order: request by request, float32, on the CPU, constants. Raises RewardError."""
+        ...
+
+    def facts(self) -> dict[str, float]:
+        """What was counted since the start, such as the texts scored and those that were cut."""
+        ...
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """One response as text: strings, or lists of messages where the row is a chat. `extra` are the row's columns."""
+
+    prompt: Text
+    completion: Text
+    ids: list[int]
+    extra: dict[str, Any]
+
+
+def spoken(requests: Sequence[Request], tokenizer: Any) -> list[Spoken]:
+    """Every response as text, without special tokens, in order. `tokenizer` is the policy's."""
+    found: list[Spoken] = []
+    for request in requests:
+        row = request.row
+        prompt = tokenizer.decode(request.prompt, skip_special_tokens=True) if row is None else row.prompt
+        extra = {} if row is None else row.extra
+        for ids in request.responses:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            found.append(Spoken(prompt, completion, ids, extra))
+    return found
+
+
+def constants(values: Tensor, name: str) -> Float[Tensor, "responses"]:
+    """Rewards as the protocol promises them. Raises RewardError if one is not finite."""
+    values = values.detach().to("cpu", torch.float32)
+    wrong = (~values.isfinite()).nonzero().flatten().tolist()
+    if wrong:
+        raise RewardError(
+            f"reward {name}: {len(wrong)} of {len(values)} rewards are not finite, first response {wrong[0]} "
+            f"({float(values[wrong[0]])}); a model that diverged or overflows in half precision cannot reward"
+        )
+    return values
+
+
+class WeightedSum:
+    """Σ_k weight_k R_k(x, a): several rewards as one. Its facts carry the name of the part they belong to."""
+
+    def __init__(self, parts: Sequence[tuple[str, float, Reward]]) -> None:
+        self.parts = list(parts)
+
+    def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
+        """The sum over the parts."""
+        return torch.stack([weight * reward(requests) for _, weight, reward in self.parts]).sum(0)
+
+    def facts(self) -> dict[str, float]:
+        """Of every part, as `name/fact`."""
+        return {f"{name}/{key}": value for name, _, reward in self.parts for key, value in reward.facts().items()}
