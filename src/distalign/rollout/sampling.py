@@ -1,13 +1,16 @@
 """Responses sampled from a policy: each prompt is encoded once, its cache forked for all responses to it.
 
 Rows that have ended leave the batch; prompts are batched by length. The distribution sampled from is the model's own
-(temperature and top-p as given here; the sampling defaults that a checkpoint may carry are not applied).
+(temperature, top-p and length limits as given here; the sampling defaults that a checkpoint may carry are not applied).
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +22,28 @@ from distalign.engine.encoding import evaluating
 from distalign.errors import InputError
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are drawn. Raises ValueError for settings out of range."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_p: float
+    end_id: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"sample: max_new_tokens is {self.max_new_tokens} and min_new_tokens {self.min_new_tokens}; the first "
+                "must be at least 1 and the second between 0 and the first"
+            )
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sample: temperature is {self.temperature} and top_p {self.top_p}; take ≥ 0 and above 0 up to 1"
+            )
+
+
 @torch.no_grad()
 def sample(
     model: Any,
@@ -26,6 +51,7 @@ def sample(
     *,
     n: int = 1,
     max_new_tokens: int,
+    min_new_tokens: int = 0,
     temperature: float = 1.0,
     top_p: float = 1.0,
     end_id: int,
@@ -35,12 +61,15 @@ def sample(
 ) -> list[list[list[int]]]:
     """`n` responses to every prompt, as token ids: result[prompt][response].
 
-    A response ends with `end_id`, or has `max_new_tokens` tokens and no end. Temperature 0 takes the most likely token.
-    With `top_p` < 1 only the most likely tokens that together reach that probability are sampled, renormalised.
-    `rows` bounds the responses decoded at once. The same arguments and seed give the same responses on one machine; the
-    global random state is left alone. Raises ValueError for an empty prompt or settings out of range.
+    A response ends with `end_id`, or has `max_new_tokens` tokens and no end. At least `min_new_tokens` come before the
+    end: until then it is not drawn, and the other tokens keep their proportion. Temperature 0 takes the most likely
+    token. With `top_p` < 1 only the most likely tokens that together reach it are sampled, renormalised.
+    `rows` bounds the responses decoded at once; where `n` exceeds it they are decoded in parts, from one encoding of
+    the prompt. The same arguments and seed give the same responses on one machine; the global random state is left
+    alone. Raises ValueError for an empty prompt or settings out of range.
     """
-    _check(prompts, n, max_new_tokens, temperature, top_p)
+    drawing = Drawing(max_new_tokens, min_new_tokens, temperature, top_p, end_id)
+    _check(prompts, n, rows)
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -49,7 +78,7 @@ def sample(
     with evaluating(model):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            flat = _decode(model, [prompts[i] for i in batch], n, max_new_tokens, temperature, top_p, end_id, generator)
+            flat = _respond(model, [prompts[i] for i in batch], n, rows, drawing, generator)
             for position, index in enumerate(batch):
                 results[index] = flat[position * n : (position + 1) * n]
             if progress is not None:
@@ -57,44 +86,52 @@ def sample(
     return results
 
 
-def _check(prompts: Sequence[list[int]], n: int, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def _check(prompts: Sequence[list[int]], n: int, rows: int) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"sample: prompts[{index}] is empty; start it with any token")
-    if n < 1 or max_new_tokens < 1:
-        raise ValueError(f"sample: n is {n} and max_new_tokens {max_new_tokens}; both must be at least 1")
-    if not temperature >= 0 or not 0 < top_p <= 1:
-        raise ValueError(f"sample: temperature is {temperature} and top_p {top_p}; take ≥ 0 and above 0 up to 1")
+    if n < 1 or rows < 1:
+        raise ValueError(f"sample: n is {n} and rows {rows}; both must be at least 1")
+
+
+def _respond(
+    model: Any, prompts: list[list[int]], n: int, rows: int, drawing: Drawing, generator: torch.Generator
+) -> list[list[int]]:
+    """`n` responses a prompt, in order: one forward over the prompts, whose cache is forked, at most `rows` at once."""
+    device = generator.device
+    width = max(len(prompt) for prompt in prompts)
+    # Padding on the left, so that every row continues at its end.
+    ids = torch.tensor([[drawing.end_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    logits, cache = _step(model, ids, mask, None)
+    parts = torch.arange(len(prompts), device=device).repeat_interleave(n).split(rows)
+    responses: list[list[int]] = []
+    for index, fork in enumerate(parts):
+        own = cache if index == len(parts) - 1 else copy.deepcopy(cache)
+        _reorder(own, fork)
+        responses += _decode(model, logits[fork], mask[fork], own, drawing, generator)
+    return responses
 
 
 def _decode(
     model: Any,
-    prompts: list[list[int]],
-    n: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    end_id: int,
+    logits: Float[Tensor, "rows vocabulary"],
+    mask: Int[Tensor, "rows width"],
+    cache: Cache,
+    drawing: Drawing,
     generator: torch.Generator,
 ) -> list[list[int]]:
-    """`n` responses a prompt, in order: one forward over the prompts, then one token a step for the rows not ended."""
-    device = generator.device
-    width = max(len(prompt) for prompt in prompts)
-    # Padding on the left, so that every row continues at its end.
-    ids = torch.tensor([[end_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    logits, cache = _step(model, ids, mask, None)
-    fork = torch.arange(len(prompts), device=device).repeat_interleave(n)
-    _reorder(cache, fork)
-    logits, mask = logits[fork], mask[fork]
-    responses: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-    alive = torch.arange(len(responses), device=device)
-    for step in range(max_new_tokens):
-        tokens = choose(logits, temperature, top_p, generator)
+    """One token a step for the rows not ended, from the prompts' cache and the logits of the first token."""
+    responses: list[list[int]] = [[] for _ in range(len(logits))]
+    alive = torch.arange(len(responses), device=logits.device)
+    for step in range(drawing.max_new_tokens):
+        if step < drawing.min_new_tokens:
+            logits[:, drawing.end_id] = -math.inf
+        tokens = choose(logits, drawing.temperature, drawing.top_p, generator)
         for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
             responses[row].append(token)
-        going = (tokens != end_id).nonzero().squeeze(1)
-        if not len(going) or step == max_new_tokens - 1:
+        going = (tokens != drawing.end_id).nonzero().squeeze(1)
+        if not len(going) or step == drawing.max_new_tokens - 1:
             break
         if len(going) < len(alive):
             _reorder(cache, going)
