@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import tiny
 import torch
@@ -135,6 +137,91 @@ def test_sampled_responses_can_be_scored():
     assert abs(float(gap.mean())) < 4 * float(gap.std()) / 2000**0.5
 
 
+class Calls:
+    """Shapes of the ids of every call of a model."""
+
+    def __init__(self, model):
+        self.shapes = []
+        model.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module, args, kwargs):
+        self.shapes.append(tuple(kwargs["input_ids"].shape))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mamba", "qwen3_next"])
+def test_rows_bound_what_is_decoded_at_once(family):
+    """Never more than `rows`, every prompt still encoded exactly once, and every response the one it would be alone."""
+    model, prompts = build(family, torch.float32), [*PROMPTS[:3], [61, 62]]
+    with torch.no_grad():
+        expected = [one_at_a_time(model, prompt, 6) for prompt in prompts]
+    calls = Calls(model)
+    for rows, prefills in ((3, [1, 1, 1, 1]), (10, [2, 2]), (64, [4])):
+        calls.shapes.clear()
+        found = sample(model, prompts, n=5, max_new_tokens=6, temperature=0.0, end_id=2, seed=0, rows=rows)
+        assert found == [[own] * 5 for own in expected]
+        # A call with more than one token a row encodes prompts, the others continue responses.
+        assert [count for count, width in calls.shapes if width > 1] == prefills
+        assert max(count for count, _ in calls.shapes) <= rows
+
+
+def test_a_fork_in_parts_has_the_same_distribution():
+    """Decoding 4,000 responses 700 at a time gives the frequencies of decoding them at once."""
+    model = tiny.model(vocab_size=8, eos_token_id=7)
+    settings = {"n": 4000, "max_new_tokens": 2, "end_id": 7, "seed": 0}
+    whole, parts = (sample(model, [[1, 2]], rows=rows, **settings)[0] for rows in (4000, 700))
+    assert len(parts) == 4000
+    for response in {tuple(own) for own in whole}:
+        p = whole.count(list(response)) / 4000
+        assert abs(parts.count(list(response)) / 4000 - p) <= 5 * (2 * p * (1 - p) / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.0, 1.0), (1.0, 0.5)])
+def test_the_end_is_held_back(temperature, top_p):
+    """Responses have at least min_new_tokens before their end, even of a model that wants to end at once."""
+    model = tiny.model(vocab_size=8, eos_token_id=7, tie_word_embeddings=False)
+    hidden = model.model(input_ids=torch.tensor([[1]])).last_hidden_state[0, -1]
+    model.lm_head.weight.data[7] = hidden
+    settings = {"max_new_tokens": 5, "temperature": temperature, "top_p": top_p, "end_id": 7, "seed": 0}
+    assert [7] in sample(model, [[1]], n=50, **settings)[0]
+    drawn = sample(model, [[1]], n=50, min_new_tokens=2, **settings)[0]
+    assert all(len(own) > 2 and 7 not in own[:2] for own in drawn)
+    assert all(7 not in own for own in sample(model, [[1]], n=50, min_new_tokens=5, **settings)[0])
+
+
+def test_without_the_end_the_other_tokens_keep_their_proportion():
+    """First tokens have the distribution of the model given that it does not end, within five binomial errors."""
+    model, n = tiny.model(vocab_size=8, eos_token_id=7), 8000
+    drawn = sample(model, [[1, 2]], n=n, max_new_tokens=1, min_new_tokens=1, end_id=7, seed=0, rows=n)[0]
+    with torch.no_grad():
+        exact = model(torch.tensor([[1, 2]])).logits[0, -1].softmax(-1)
+    assert exact[7] > 0.02
+    exact = exact[:7] / exact[:7].sum()
+    found = torch.bincount(torch.tensor(drawn).flatten(), minlength=8)
+    assert found[7] == 0
+    assert ((found[:7] / n - exact).abs() <= 5 * (exact * (1 - exact) / n).sqrt()).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_scores_at_the_temperature_are_those_of_the_distribution_sampled_from(temperature):
+    """Every response of up to three tokens, enumerated: its frequency is exp(score) within five binomial errors."""
+    model, end, n = tiny.model(vocab_size=6, eos_token_id=5).double(), 5, 30_000
+    words = range(5)
+    cut = [list(own) for own in product(words, repeat=3)]
+    responses = [[*own, end] for length in range(3) for own in product(words, repeat=length)] + cut
+    with torch.no_grad():
+        exact = score(model, [Group([1, 2, 3], responses)], temperature=temperature).logps.exp()
+    assert abs(float(exact.sum()) - 1) < 1e-6
+    settings = {"n": n, "max_new_tokens": 3, "temperature": temperature, "end_id": end, "seed": 5, "rows": n}
+    place = {tuple(own): i for i, own in enumerate(responses)}
+    drawn = torch.tensor([place[tuple(own)] for own in sample(model, [[1, 2, 3]], **settings)[0]])
+    found = torch.bincount(drawn, minlength=len(responses)) / n
+    assert ((found - exact).abs() <= 5 * (exact * (1 - exact) / n).sqrt() + 1 / n).all()
+    # The test sees a wrong temperature: at another one, some frequency is far outside.
+    with torch.no_grad():
+        other = score(model, [Group([1, 2, 3], responses)], temperature=1.2 * temperature).logps.exp()
+    assert ((found - other).abs() > 5 * (other * (1 - other) / n).sqrt() + 1 / n).any()
+
+
 def test_logits_that_are_no_numbers_are_refused():
     """A model that diverged is not sampled from as if it preferred token 0."""
     model = tiny.model()
@@ -149,7 +236,11 @@ def test_logits_that_are_no_numbers_are_refused():
         ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
         ({"n": 0}, "at least 1"),
         ({"max_new_tokens": 0}, "at least 1"),
+        ({"rows": 0}, "rows 0"),
+        ({"min_new_tokens": -1}, "min_new_tokens -1"),
+        ({"min_new_tokens": 3}, "max_new_tokens is 2 and min_new_tokens 3"),
         ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, "top_p 0"),
     ],
 )
