@@ -8,6 +8,8 @@ from distalign.reward.function import FunctionReward
 from distalign.reward.judge import JudgeReward
 from distalign.reward.make import check_rewards, make_reward
 from distalign.reward.saved import load_reward
+from distalign.reward.trained import TrainedReward
+from distalign.reward.training import Trained, train_reward
 
 __all__ = [
     "ExactReward",
@@ -16,8 +18,11 @@ __all__ = [
     "Request",
     "Reward",
     "RewardError",
+    "Trained",
+    "TrainedReward",
     "WeightedSum",
     "check_rewards",
     "load_reward",
     "make_reward",
+    "train_reward",
 ]
