@@ -41,18 +41,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": DISPLAY | MATHEMATICS | {"engine", "policy", "methods.base"},
     "targets": DISPLAY | MATHEMATICS | {"engine", "policy", "rollout", "data"},
     # 4 doing
-    "trainer": BELOW_DOING,
+    "health": DISPLAY | MATHEMATICS,
+    "trainer": BELOW_DOING | {"health"},
     "bench": BELOW_DOING | {"evaluate"},
-    "experiment": BELOW_DOING | {"trainer", "evaluate", "bench", "card"},
-    "comparison": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "experiment"},
+    "experiment": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "health"},
+    "comparison": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
-    "evaluate": BELOW_DOING | {"judge"},
+    "evaluate": BELOW_DOING | {"judge", "health"},
     "frontier": BELOW_DOING | {"evaluate"},
     "lab": DISPLAY | MATHEMATICS | {"methods"},
     # 5 telling
     "report": {"metrics"},
     # 6 the door, and the list of public names
-    "cli": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
+    "cli": BELOW_DOING
+    | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison", "health"},
     "__init__": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
 }
 
