@@ -131,7 +131,10 @@ def find_function(name: str) -> Callable[..., Any]:
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = (get_close_matches(attribute, functions, 1) or functions or ["none"])[0]
         raise RewardError(f'reward function {name}: {place} has no function "{attribute}"; did you mean "{near}"?')
-    parameters = _parameters(function)
+    try:
+        parameters = _parameters(function)
+    except ValueError as error:
+        raise RewardError(f"reward function {name}: {error}; write it as {SIGNATURE}") from None
     names = {p.name for p in parameters}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if ("completions" not in names and not takes_all) or any(

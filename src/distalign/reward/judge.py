@@ -41,7 +41,12 @@ class JudgeSource:
         path, adapter = self.source.path, self.source.adapter
         try:
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                path, num_labels=1, dtype=dtype, use_safetensors=True, output_loading_info=True
+                path,
+                num_labels=1,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
@@ -60,11 +65,12 @@ def find_judge(name: str, *, max_length: int | None = None) -> JudgeSource:
     """
     source = find_model(name)
     try:
-        config: Any = AutoConfig.from_pretrained(source.path, **({"num_labels": 1} if source.adapter else {}))
+        labels = {"num_labels": 1} if source.adapter else {}
+        config: Any = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **labels)
         folder = (
             source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").is_file() else None
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder or source.path)
+        tokenizer = AutoTokenizer.from_pretrained(folder or source.path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unusable(name, error) from error
     if source.adapter is not None:
