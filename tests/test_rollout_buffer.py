@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import doctest
+from pathlib import Path
+
 import pytest
 import torch
 
 from distalign.errors import InputError
+from distalign.recipe_sections import HealthSettings, RolloutSettings
 from distalign.rollout import Buffer, apply_missing_end
 from distalign.rollout.buffer import FILE
 
@@ -138,3 +142,21 @@ def test_missing_end_rule(rule, expected, dtype):
     assert found.tolist() == expected
     assert found.dtype == dtype
     assert rewards.tolist() == [1.0, -2.0, 3.0]
+
+
+def test_the_documentation_is_true():
+    """The snippet of docs/rollouts.md gives what it shows."""
+    page = Path(__file__).parents[1] / "docs" / "rollouts.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_the_documentation_names_every_setting_with_its_default():
+    """The tables of docs/rollouts.md and the sections of a recipe agree."""
+    page = (Path(__file__).parents[1] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    for section in (RolloutSettings, HealthSettings):
+        for name, field in section.model_fields.items():
+            assert f"{name}`" in page or f"`{name}:" in page, name
+            if isinstance(field.default, float) and section is HealthSettings:
+                assert f"| `{name}` | {field.default:g} |" in page, name
