@@ -42,9 +42,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": DISPLAY | MATHEMATICS | {"engine", "policy", "rollout", "data"},
     # 4 doing
     "health": DISPLAY | MATHEMATICS,
-    "trainer": BELOW_DOING | {"health"},
-    "bench": BELOW_DOING | {"evaluate"},
-    "experiment": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "health"},
+    "collected": BELOW_DOING,
+    "rounds": BELOW_DOING,
+    "actor": BELOW_DOING | {"rounds", "collected", "health"},
+    "trainer": BELOW_DOING | {"rounds", "collected", "actor", "health"},
+    "bench": BELOW_DOING | {"evaluate", "rounds"},
+    "experiment": BELOW_DOING | {"trainer", "rounds", "evaluate", "bench", "card", "health"},
     "comparison": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
     "evaluate": BELOW_DOING | {"judge", "health"},
@@ -54,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"metrics"},
     # 6 the door, and the list of public names
     "cli": BELOW_DOING
-    | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison", "health"},
+    | {"bench", "trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison", "health"},
     "__init__": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
 }
 

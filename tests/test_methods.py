@@ -208,9 +208,9 @@ def test_missing_data_is_named(method):
 def test_needs_follow_the_settings():
     """A term that is switched off asks for nothing: offline PMLE does not even want a reference."""
     assert PMLE(beta=0.0).needs == Needs(pairs="labelled")
-    assert PMLE().needs == Needs(pairs="labelled", samples=True, reference=True, kl=True)
+    assert PMLE().needs == Needs(pairs="labelled", samples=True, kl=True)
     assert PD(beta=0.0).needs == Needs(pairs="sampled", reward=True)
-    assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, reference=True, kl=True)
+    assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, kl=True)
     assert PD(kl_in="reward").needs == Needs(pairs="sampled", reward=True, reference=True)
     assert RKL(beta=0.0).needs == Needs(samples=True, reward=True)
     assert RKL().needs == Needs(samples=True, reward=True, reference=True)
@@ -220,7 +220,7 @@ def test_needs_follow_the_settings():
     assert RLHF().needs == Needs(samples=True, reward=True, reference=True)
     assert RLHF(beta=0.0).needs == Needs(samples=True, reward=True)
     assert RKL(advantage="gae").needs == Needs(samples=True, reward=True, reference=True, values=True)
-    split = Needs(samples=True, reward=True, reference=True, kl=True, entropy=True)
+    split = Needs(samples=True, reward=True, kl=True, entropy=True)
     assert RKL(estimator="split").needs == split
     assert RLHF(estimator="split").needs == dataclasses.replace(split, entropy=False)
 

@@ -15,7 +15,8 @@ from distalign.engine import Group, score
 from distalign.methods import METHODS, Needs, Pairs
 from distalign.policy import ModelError, Source, make_policy
 from distalign.recipe import Lora
-from distalign.trainer import AlignmentTrainer, TrainingError, check_trainable
+from distalign.rounds import TrainingError, acts
+from distalign.trainer import AlignmentTrainer
 
 PMLE, DPO = METHODS["pmle"](gamma=0.5, beta=0.0), METHODS["dpo"](gamma=0.5)
 SOURCE = Source("tiny", "tiny", "made here")
@@ -161,7 +162,7 @@ def test_the_reference_is_scored_once_and_not_touched(tmp_path, lora):
         expected = score(tiny.model(), groups).logps.view(-1, 2)
         torch.testing.assert_close(score(base, groups).logps.view(-1, 2), expected)
         assert not torch.allclose(score(made.model.eval(), groups).logps.view(-1, 2), expected, atol=1e-2)
-    rows = made.collect(pairs)
+    rows = made.labelled(pairs, reference=True)
     torch.testing.assert_close(torch.stack([row.reference_logps for row in rows]), expected, rtol=0, atol=1e-4)
     assert len(cache) == 8
 
@@ -321,15 +322,16 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, lora):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_that_wants_samples_is_refused_by_its_needs(name):
-    """With the reason and a way out; the others pass. No method is known by its name."""
+def test_a_method_that_acts_wants_to_know_how(tmp_path, name):
+    """Without rollout it is refused, with the way out; the others pass. No method is known by its name."""
     method = METHODS[name]()
-    wants = method.needs.samples or method.needs.pairs == "sampled"
-    if not wants:
-        check_trainable(name, method)
+    torch.manual_seed(0)
+    policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, reference=True)
+    if not acts(method):
+        trainer(tmp_path, method, policy=policy)
         return
-    with pytest.raises(TrainingError, match=rf"^{name}: .* needs sampled responses.*; (set beta to 0|take a method)"):
-        check_trainable(name, method)
+    with pytest.raises(TrainingError, match="learns from responses of the policy; pass rollout"):
+        trainer(tmp_path, method, policy=policy)
 
 
 def test_a_method_that_no_one_has_heard_of_is_trained(tmp_path):

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from distalign.data import (
     Data,
     EncodedPair,
+    EncodedPrompt,
     Prompt,
     encode_pairs,
     encode_prompt,
@@ -35,7 +36,9 @@ from distalign.evaluate import Task
 from distalign.policy import Source, find_model
 from distalign.progress import progress
 from distalign.recipe import Recipe
+from distalign.reward import Reward, check_rewards
 from distalign.rollout import sample
+from distalign.rounds import acts
 from distalign.targets import Target, TargetPairs, Tilt, make_pairs
 
 logger = logging.getLogger("distalign.bench")
@@ -56,10 +59,13 @@ class Bench:
     train: list[EncodedPair]
     held: list[EncodedPair]
     task: Task
+    prompts: list[EncodedPrompt]
+    held_prompts: list[EncodedPrompt]
     facts: dict[str, Any] = field(default_factory=dict)
     prompt_texts: list[str] = field(default_factory=list)
     reference_cache: dict[tuple, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    reward: Reward | None = None
 
 
 def prepare(recipe: Recipe, seed: int, *, measured: bool, target: Target | None = None) -> Bench:
@@ -73,11 +79,21 @@ def prepare(recipe: Recipe, seed: int, *, measured: bool, target: Target | None 
     if recipe.target is not None:
         tilt = Tilt(tuple(recipe.target.words), recipe.target.bonus, recipe.target.end_bonus)
         return _prepare_target(recipe, seed, source, tokenizer, measured, target or tilt)
-    train, held, prompts, counts = _read_data(recipe, source, tokenizer, measured)
-    base = _load(source, recipe)
+    train, held, held_prompts, counts = _read_data(recipe, source, tokenizer, measured)
     conversational = bool(tokenizer.chat_template) and counts["format"] == "conversational"
-    task = _task(recipe, seed, base, prompts, held, end_token_id(tokenizer, conversational=conversational))
-    return Bench(recipe, seed, source, tokenizer, base, train, held, task, counts)
+    _check_rewards(recipe, conversational)
+    prompts = _prompts_to_answer(recipe, source, tokenizer, train, counts)
+    base = _load(source, recipe)
+    end_id = end_token_id(tokenizer, conversational=conversational)
+    task = _task(recipe, seed, base, [one.prompt for one in held_prompts], held, end_id)
+    return Bench(recipe, seed, source, tokenizer, base, train, held, task, prompts, held_prompts, counts)
+
+
+def _check_rewards(recipe: Recipe, conversational: bool) -> None:
+    if any(recipe.method(name).needs.reward for name in recipe.methods):
+        target = recipe.target
+        gamma = None if target is None else target.gamma
+        check_rewards(recipe.reward, conversational=conversational, target=target is not None, gamma=gamma)
 
 
 def _load(source: Source, recipe: Recipe) -> PreTrainedModel:
@@ -137,7 +153,7 @@ def _check_room(source: Source, prompts: list[list[int]], new_tokens: int, setti
 
 def _read_data(
     recipe: Recipe, source: Source, tokenizer: Any, measured: bool
-) -> tuple[list[EncodedPair], list[EncodedPair], list[list[int]], dict[str, Any]]:
+) -> tuple[list[EncodedPair], list[EncodedPair], list[EncodedPrompt], dict[str, Any]]:
     settings = recipe.data
     assert settings is not None
     data = read_pairs(settings.train, split=settings.split, drop_ties=settings.drop_ties, limit=settings.limit)
@@ -162,11 +178,12 @@ def _read_data(
     pairs, counts = encode_pairs(tokenizer, train, **limits)
     held_pairs, held_counts = encode_pairs(tokenizer, held, **limits) if held.rows else ([], None)
     _check_ids(source, (ids for pair in [*pairs, *held_pairs] for ids in (pair.prompt, pair.chosen, pair.rejected)))
-    distinct = {tuple(pair.prompt): pair.prompt for pair in held_pairs}
+    distinct = {tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in held_pairs}
     prompts = list(distinct.values())[: recipe.evaluation.prompts]
     if measured:
-        _check_held_out(prompts, len(held_pairs))
-        _check_room(source, prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
+        ids = [one.prompt for one in prompts]
+        _check_held_out(ids, len(held_pairs))
+        _check_room(source, ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     shared = {prompt_key(row.prompt) for row in train} & {prompt_key(row.prompt) for row in held}
     if shared:
         logger.warning("%d prompts of %s are in %s too: held out they are not", len(shared), held.source, train.source)
@@ -181,6 +198,32 @@ def _read_data(
         **({"held-out encoding": str(held_counts)} if held_counts else {}),
     }
     return pairs, held_pairs, prompts, facts
+
+
+def _prompts_to_answer(
+    recipe: Recipe, source: Source, tokenizer: Any, train: list[EncodedPair], facts: dict[str, Any]
+) -> list[EncodedPrompt]:
+    """The prompts of the training pairs, each once, and those of `data.prompts`, if a method answers prompts at all."""
+    settings = recipe.data
+    assert settings is not None
+    if not any(acts(recipe.method(name)) for name in recipe.methods):
+        return []
+    found = {tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in train}
+    if settings.prompts is not None:
+        data = read_prompts(settings.prompts)
+        if data.format != facts["format"]:
+            raise InputError(
+                f"data.prompts {settings.prompts} holds {data.format} prompts and the pairs are {facts['format']}; "
+                "write both as strings or both as messages"
+            )
+        for row in data:
+            ids = encode_prompt(tokenizer, row)
+            found.setdefault(tuple(ids), EncodedPrompt(ids, row.where, row))
+    prompts = list(found.values())
+    _check_ids(source, (one.prompt for one in prompts))
+    _check_room(source, [one.prompt for one in prompts], recipe.rollout.max_new_tokens, "rollout.max_new_tokens")
+    facts["prompts to answer"] = len(prompts)
+    return prompts
 
 
 def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
@@ -224,10 +267,13 @@ def _draw(recipe: Recipe, target: Target, base: Any, tokenizer: Any, prompts: An
 def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, measured: bool, target: Target) -> Bench:
     settings = recipe.target
     assert settings is not None
+    _check_rewards(recipe, bool(tokenizer.chat_template))
     train_rows, held_rows = _target_prompts(recipe, tokenizer)
     train_prompts, held_prompts = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
     _check_ids(source, [*train_prompts, *held_prompts])
     _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
+    if any(acts(recipe.method(name)) for name in recipe.methods):
+        _check_room(source, train_prompts, recipe.rollout.max_new_tokens, "rollout.max_new_tokens")
     if measured:
         _check_held_out(held_prompts, settings.eval_pairs)
         _check_room(source, held_prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
@@ -261,7 +307,9 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
         )
         groups = [Group(prompt, own) for prompt, own in zip(held_prompts, responses, strict=True)]
         task = replace(task, target_groups=groups)
-    bench = Bench(recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task)
+    prompts = [EncodedPrompt(ids, row.where, row) for ids, row in zip(train_prompts, train_rows, strict=True)]
+    held_out = [EncodedPrompt(ids, row.where, row) for ids, row in zip(held_prompts, held_rows, strict=True)]
+    bench = Bench(recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task, prompts, held_out)
     bench.facts = _facts(train, held, settings.gamma)
     bench.prompt_texts = [plain_text(row.prompt) for row in held_rows]
     for part in (train, held):

@@ -76,9 +76,31 @@ def train(
 
 
 @app.command()
+def reward(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Train a reward model on a recipe's pairs; writes it to the run's folder, where a recipe can name it."""
+    settings = _recipe(recipe, set_, model, data)
+    _check_json(json_path)
+    _quiet()
+    from distalign.experiment import train_reward_model
+
+    results = train_reward_model(settings).results
+    rows = [[name, f"{one.mean:.3f} ± {one.se:.3f}", one.n] for name, one in results.items()]
+    _table(["held-out pairs", "reward", "n"], rows)
+    _write_json(json_path, {name: one._asdict() for name, one in results.items()})
+    print(f"reward: {settings.run_dir / 'reward'}")
+
+
+@app.command()
 def compare(
     recipe: RecipeArgument,
     methods: Annotated[str | None, typer.Option(help="Some of the recipe's methods, with commas.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All methods, not only those that the recipe compares.")] = False,
     seeds: Annotated[str | None, typer.Option(help="How many seeds, or which, with commas: 3 means 0,1,2.")] = None,
     set_: SetOption = None,
     model: ModelOption = None,
@@ -87,7 +109,10 @@ def compare(
 ) -> None:
     """Train a recipe's methods on the same pairs and measure them on held-out prompts."""
     settings = _recipe(recipe, set_, model, data)
-    chosen = [name.strip() for name in methods.split(",")] if methods else list(settings.methods)
+    if methods and full:
+        _refuse("--methods and --full: give one of them")
+    default = list(settings.methods) if full else (settings.compare or list(settings.methods))
+    chosen = [name.strip() for name in methods.split(",")] if methods else default
     for name in chosen:
         if name not in settings.methods:
             _refuse(f'{recipe}: recipe has no method "{name}"; it has {", ".join(settings.methods)}')
@@ -168,10 +193,13 @@ def list_methods(json_path: JsonOption = None) -> None:
     rows = []
     for name, method in METHODS.items():
         default = method()
-        settings = ", ".join(f"{key} {value:g}" for key, value in dataclasses.asdict(default).items())
+        settings = ", ".join(
+            f"{key} {value:g}" if type(value) is float else f"{key} {value}"
+            for key, value in dataclasses.asdict(default).items()
+        )
         needs = default.needs
         words = [f"{needs.pairs} pairs" if needs.pairs else "", "samples" if needs.samples else ""]
-        words += ["reward" if needs.reward else "", "reference" if needs.reference else ""]
+        words += ["reward" if needs.reward else "", "reference" if needs.reference or needs.kl else ""]
         rows.append(
             {
                 "method": name,

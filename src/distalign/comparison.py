@@ -23,11 +23,12 @@ from distalign.evaluate import (
     calibration,
     differences,
     measure_pairs,
+    measure_rewards,
     measure_samples,
     summarise,
     win_probability,
 )
-from distalign.experiment import check, forget_results, train_method
+from distalign.experiment import check, forget_results, reward_of, train_method
 from distalign.progress import progress
 from distalign.recipe import Recipe
 from distalign.targets import Target
@@ -45,6 +46,7 @@ def compare(
     several. `target` stands in for the recipe's tilt of words, whose other settings (gamma, pairs, strengths) hold.
     Returns what `results.json` holds.
     """
+    recipe = recipe.only(methods)
     check(recipe, methods)
     forget_results(recipe.run_dir)
     root = recipe.run_dir
@@ -101,6 +103,8 @@ def _compare_seed(
             # How sure π₀ is of its preference depends on gamma, and each method has its own: only the side is π₀'s.
             del found["reference"].values["nll"]
             found["reference"].confidence = torch.zeros(0)
+    if any(bench.recipe.method(name).needs.reward for name in methods):
+        reward_of(bench, folder / "reward")
     for name in methods:
         policy, trainer = train_method(bench, name, folder / name)
         _note_training(trainer, name, bench.seed, extra)
@@ -120,6 +124,8 @@ def _compare_seed(
         bench.seconds[f"measure {name}"] = time.monotonic() - started
         del policy, trainer
     for name, measured in found.items():
+        if bench.reward is not None:
+            measure_rewards(measured, bench.reward, bench.held_prompts)
         if task.target is not None and name != "reference":
             measured.values["win_rate"] = win_probability(measured, found["reference"], task)
         runs.setdefault(name, []).append(measured)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distalign.data import EncodedPair
+from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, Reference, Scores, score_in_batches
 from distalign.metrics import (
     Bin,
@@ -27,6 +27,7 @@ from distalign.metrics import (
     paired_difference,
     reliability_table,
 )
+from distalign.reward import Request, Reward
 from distalign.rollout import sample
 
 # From log-probabilities [pairs, 2] to the reward that a policy stands for, of the same shape, in nats.
@@ -61,6 +62,13 @@ COLUMNS: list[dict[str, Any]] = [
         ),
         ("ece", "ECE", None, "lower", "Expected calibration error of the policy's preference probabilities."),
         ("win_rate", "win rate", None, "higher", "P(response of π ≻ response of π₀) by the target's own preference."),
+        (
+            "reward",
+            "reward",
+            "nats",
+            None,
+            "Mean reward of the policy's responses by the reward that was learned; a collapse maximises it.",
+        ),
         ("distinct_2", "distinct-2", None, None, "Distinct pairs of neighbouring tokens over all of them."),
         ("length", "tokens", None, None, "Length of a response, in tokens."),
         ("missing_end", "no end", None, None, "Share of responses cut by the length limit before they ended."),
@@ -168,6 +176,12 @@ def measure_pairs(measured: Measured, logps: Float[Tensor, "pairs 2"], task: Tas
     measured.correct = torch.where(first, truth, 1 - truth)
     measured.values["accuracy"] = torch.where(logit == 0, torch.full_like(truth, 0.5), measured.correct)
     measured.values["nll"] = -(truth * nn.functional.logsigmoid(logit) + (1 - truth) * nn.functional.logsigmoid(-logit))
+
+
+def measure_rewards(measured: Measured, reward: Reward, prompts: Sequence[EncodedPrompt]) -> None:
+    """Add the reward of the policy's responses to the held-out prompts, a mean over the samples of each prompt."""
+    requests = [Request(one.prompt, own, one.row) for one, own in zip(prompts, measured.responses, strict=True)]
+    measured.values["reward"] = _per_prompt(reward(requests), len(measured.responses[0]))
 
 
 def win_probability(measured: Measured, baseline: Measured, task: Task) -> Float[Tensor, "prompts"]:

@@ -19,12 +19,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from distalign.bench import Bench, prepare
 from distalign.card import model_card
 from distalign.errors import InputError
-from distalign.evaluate import (
-    forward_kl,
-)
+from distalign.evaluate import forward_kl
 from distalign.policy import Policy, make_policy
-from distalign.recipe import Recipe, RecipeError, load_recipe
-from distalign.trainer import AlignmentTrainer, check_trainable
+from distalign.recipe import Recipe, RecipeError, RewardSettings, RewardTraining, load_recipe
+from distalign.reward import Reward, RewardError, Trained, check_rewards, load_reward, make_reward, train_reward
+from distalign.rollout import check_backend
+from distalign.rounds import Rollout, acts, check_rollout
+from distalign.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiment")
 
@@ -85,8 +86,16 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
     """All that can be known to be wrong before a model is loaded. Raises InputError saying where and what to do."""
     held_out = recipe.data is None or recipe.data.eval is not None or recipe.data.held_out > 0
     for name in methods:
-        check_trainable(name, recipe.method(name))
+        method = recipe.method(name)
         training_arguments(recipe, name, Path("unused"), held_out=held_out)
+        if acts(method):
+            check_backend(recipe.rollout)
+            check_rollout(name, method, recipe.rollout)
+        if method.needs.reward and not recipe.reward:
+            raise RewardError(
+                f"{recipe.name}: {name} needs a reward for the responses that it draws; add reward to the recipe "
+                "(train: true trains one on the pairs)"
+            )
     writable(recipe.run_dir)
 
 
@@ -112,6 +121,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     `resume` continues from the last checkpoint of the folder, `overwrite` removes what an earlier run left there.
     Raises InputError before a model is loaded for settings and data that cannot be used.
     """
+    recipe = recipe.only([name])
     check(recipe, [name])
     if resume:
         _last_checkpoint(recipe.run_dir)
@@ -122,6 +132,8 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
             "--overwrite, or give another name with --set name=…"
         )
     bench = prepare(recipe, recipe.seed, measured=False)
+    if recipe.method(name).needs.reward:
+        reward_of(bench, recipe.run_dir / "reward", keep=resume)
     _, trainer = train_method(bench, name, recipe.run_dir, resume=resume)
     return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
 
@@ -129,12 +141,73 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
 def _check_same_run(recipe: Recipe) -> None:
     """Raise InputError if the folder's run had another model, data or method: its weights are not this recipe's."""
     before, now = (one.model_dump() for one in (load_recipe(recipe.run_dir / "recipe.yaml"), recipe))
-    for key in ("model", "dtype", "lora", "data", "target", "methods", "seed"):
+    for key in ("model", "dtype", "lora", "data", "target", "methods", "rollout", "reward", "seed"):
         if before[key] != now[key]:
             raise InputError(
                 f"{recipe.run_dir}: the run to go on with had {key} {before[key]}, the recipe has {now[key]}; "
                 "give the same, or start over with --overwrite"
             )
+
+
+def reward_of(bench: Bench, folder: Path, *, keep: bool = False) -> Reward:
+    """The recipe's reward, made once for all methods. One that is to be trained is trained, and saved in `folder`.
+
+    `keep` takes one that is there already. Raises RewardError.
+    """
+    if bench.reward is None:
+        recipe, trained = bench.recipe, None
+        if any(one.train is not None for one in recipe.reward):
+            if keep and folder.is_dir():
+                trained = load_reward(
+                    folder, base=bench.base, tokenizer=bench.tokenizer, token_budget=recipe.token_budget
+                )
+            else:
+                trained = reward_model(bench, folder).reward
+        bench.reward = make_reward(
+            recipe.reward,
+            base=bench.base,
+            tokenizer=bench.tokenizer,
+            token_budget=recipe.token_budget,
+            target=bench.task.target,
+            gamma=None if recipe.target is None else recipe.target.gamma,
+            trained=trained,
+        )
+    return bench.reward
+
+
+def train_reward_model(recipe: Recipe) -> Trained:
+    """Train the recipe's reward model alone, into the folder `reward` of its run. Raises InputError."""
+    one = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
+    target = recipe.target
+    gamma = None if target is None else target.gamma
+    check_rewards([one], conversational=False, target=target is not None, gamma=gamma)
+    writable(recipe.run_dir)
+    bench = prepare(recipe.only([]), recipe.seed, measured=False)
+    return reward_model(bench, recipe.run_dir / "reward")
+
+
+def reward_model(bench: Bench, folder: Path) -> Trained:
+    """Train a reward on the recipe's pairs and save it in `folder`. Raises RewardError."""
+    recipe = bench.recipe
+    settings = next((one.train for one in recipe.reward if one.train is not None), RewardTraining())
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.monotonic()
+    trained = train_reward(
+        settings,
+        bench.base,
+        bench.tokenizer,
+        bench.source,
+        bench.train,
+        bench.held,
+        gamma=None if recipe.target is None else recipe.target.gamma,
+        token_budget=recipe.token_budget,
+        seed=bench.seed,
+        folder=folder,
+    )
+    bench.seconds["reward"] = time.monotonic() - started
+    told = ", ".join(f"{name} {found.mean:.3f} ± {found.se:.3f}" for name, found in trained.results.items())
+    logger.info("reward: %s on %d held-out pairs", told, len(bench.held))
+    return trained
 
 
 def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False) -> tuple[Policy, AlignmentTrainer]:
@@ -150,12 +223,15 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
     reference = method.needs.reference or recipe.lora is not None
     policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=reference)
     stopping = recipe.early_stopping
+    labelled = method.needs.pairs == "labelled"
     trainer = AlignmentTrainer(
         policy,
         method,
         args,
-        bench.train,
+        bench.train if labelled else bench.prompts,
         bench.held,
+        rollout=Rollout(recipe.rollout, bench.task.end_id, bench.reward if method.needs.reward else None),
+        health=recipe.health,
         token_budget=recipe.token_budget,
         label=f"train {name}",
         patience=stopping.patience if stopping and args.load_best_model_at_end else None,
@@ -201,17 +277,23 @@ def _last_checkpoint(folder: Path) -> Path:
 
 def _forget_after(folder: Path, checkpoint: Path | None) -> None:
     """Remove what a run told after the checkpoint that it goes on from; without one, all of the run before."""
-    forget_results(folder)
-    metrics = folder / "metrics.jsonl"
+    told = [folder / "metrics.jsonl", folder / "samples.jsonl"]
     if checkpoint is None:
-        metrics.unlink(missing_ok=True)
+        forget_results(folder)
+        told[0].unlink(missing_ok=True)
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
-    elif metrics.is_file():
-        step = int(checkpoint.name.removeprefix("checkpoint-"))
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-        kept = [row for row in rows if row["step"] <= step and "train_runtime" not in row]
-        metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        return
+    (folder / "results.json").unlink(missing_ok=True)
+    (folder / "report.html").unlink(missing_ok=True)
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    for path in told:
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # Metrics of a step are written after it, samples before it.
+            last = step if path == told[0] else step - 1
+            kept = [row for row in rows if row["step"] <= last and "train_runtime" not in row]
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
 
 
 def forget_results(folder: Path) -> None:

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
+from distalign.engine.encoding import evaluating
 from distalign.errors import InputError
 
 # Short names of models that a package ships as a GGUF file: package, file, and the hub id used without the package.
@@ -131,13 +132,38 @@ class Policy:
     """The model being trained (`model`), its tokenizer, and the model that it starts from (`reference`).
 
     `reference` is what `engine.score` takes: a context that turns the adapter off, a frozen copy, or None if the policy
-    was made without one.
+    was made without one. `value_head` is there while a method that declares `values` trains it.
     """
 
     model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     source: Source
     reference: Reference | None = None
+    value_head: nn.Linear | None = None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[nn.Module]:
+        """The reference as a model, without dropout and without gradient, while the context lasts."""
+        assert self.reference is not None
+        reference = self.reference
+        with nullcontext(reference) if isinstance(reference, nn.Module) else reference() as model, evaluating(model):
+            yield model
+
+    def add_value_head(self) -> None:
+        """Attach a value function on the hidden states, 0 everywhere at first, to be trained with the model."""
+        size = self.model.config.get_text_config().hidden_size
+        weight: Any = self.model.get_input_embeddings().weight
+        self.value_head = nn.Linear(size, 1, device=weight.device, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        # A part of the model while it is trained, so that the optimizer and the clipping see it.
+        self.model.add_module("value_head", self.value_head)
+
+    def remove_value_head(self) -> None:
+        """Detach it: the policy that is saved and used has none."""
+        if self.value_head is not None:
+            delattr(self.model, "value_head")
+            self.value_head = None
 
     def assert_starts_at_reference(self, groups: Sequence[Group]) -> None:
         """Check that KL(π ‖ π₀) is 0 on `groups` before training. Raises ModelError if it is not."""

@@ -31,12 +31,15 @@ from distalign.recipe_sections import (
     HealthSettings,
     Lora,
     RewardSettings,
+    RewardTraining,
     RolloutSettings,
     Section,
     TargetSettings,
     switch,
 )
 from distalign.recipe_yaml import RecipeError, dump_yaml, parse_value, read_yaml
+
+__all__ = ["Recipe", "RecipeError", "RewardSettings", "RewardTraining", "load_recipe"]
 
 if TYPE_CHECKING:
     from distalign.methods import Method, MethodFactory
@@ -78,6 +81,17 @@ class Recipe(Section):
     early_stopping: Annotated[EarlyStopping | None, BeforeValidator(switch)] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _same_length(cls, raw: Any) -> Any:
+        """Responses are as long in rollouts as in evaluations, unless the recipe says otherwise."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("rollout", {}), dict):
+            return raw
+        evaluation = raw.get("evaluation")
+        length = evaluation.get("max_new_tokens") if isinstance(evaluation, dict) else None
+        default = EvaluationSettings().max_new_tokens if length is None else length
+        return {**raw, "rollout": {"max_new_tokens": default, **raw.get("rollout", {})}}
+
     @field_validator("training", mode="before")
     @classmethod
     def _check_training(cls, values: Any) -> Any:
@@ -105,6 +119,11 @@ class Recipe(Section):
     def method(self, name: str) -> Method:
         """The method with this recipe's settings."""
         return _build(name, {key: value for key, value in self._entry(name).items() if key != "training"})
+
+    def only(self, names: Sequence[str]) -> Recipe:
+        """This recipe with some of its methods. Raises RecipeError for one that it does not have."""
+        methods = {name: self._entry(name) for name in names}
+        return self.model_copy(update={"methods": methods, "compare": None})
 
     def training_for(self, name: str) -> dict[str, Any]:
         """The `TrainingArguments` settings of one method: `training`, and what its own `training` changes."""

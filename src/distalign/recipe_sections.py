@@ -96,7 +96,8 @@ class RolloutSettings(Section):
 
     A round samples for `minibatches` optimizer steps and goes through them `inner_epochs` times. `stale` says what
     becomes of the KL term once the policy has moved: importance weights, or fresh responses. `pairing` makes pairs of
-    more than two samples. `show` completions a round are written to samples.jsonl, one of them to the terminal.
+    more than two samples. `max_new_tokens` is the evaluation's unless it is given. `show` completions a round are
+    written to samples.jsonl, one of them to the terminal.
     """
 
     backend: Literal["transformers", "continuous", "vllm"] = "transformers"
@@ -104,7 +105,7 @@ class RolloutSettings(Section):
     samples: Annotated[int, Field(ge=2)] = 2
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: Count = 64
+    max_new_tokens: Count = 20
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
     rows: Count = 64
     missing_end: MissingEnd = MissingEnd()

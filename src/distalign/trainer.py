@@ -8,67 +8,52 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
+from distalign.actor import Actor, effective_samples, observe
+from distalign.collected import Collected, beside, labelled_pairs, look, pair_metrics, warn_about_sharpness
 from distalign.data import EncodedPair
-from distalign.engine import Group, micro_batches, score, score_in_batches
+from distalign.engine import Group, Scores, micro_batches, score, score_in_batches
 from distalign.errors import InputError
-from distalign.methods import Method, Pairs
+from distalign.health import Monitor
+from distalign.methods import Method
 from distalign.policy import Policy
 from distalign.preference import preference_logit, preference_nll
 from distalign.progress import progress
+from distalign.rounds import Rollout, RoundBatches, TrainingError, acts, check_rollout
 
 logger = logging.getLogger("distalign.trainer")
 
-# |implied reward gap| at which labels carry information, in nats: below it every pair is a fair coin, above it certain.
-INFORMATIVE = (0.1, 5.0)
-
-
-class TrainingError(InputError):
-    """Training cannot start: says what was found and what to do."""
-
-
-@dataclass(frozen=True)
-class Collected:
-    """One prompt of a round with all that stays constant while its loss is computed."""
-
-    group: Group
-    probability: float | None = None
-    reference_logps: Float[Tensor, "2"] | None = None
-
-
-def check_trainable(name: str, method: Method) -> None:
-    """Raise TrainingError if `method` needs what this trainer cannot collect: responses sampled from the policy."""
-    needs = method.needs
-    if needs.pairs == "sampled" or needs.samples:
-        wanted = "sampled responses and a reward" if needs.reward else "sampled responses"
-        hint = "set beta to 0" if needs.pairs == "labelled" else "take a method that learns from labelled pairs"
-        raise TrainingError(f"{name}: {method} needs {wanted}, which this version does not collect; {hint}")
-
 
 class AlignmentTrainer(Trainer):
-    """Train a policy by any method whose needs are labelled pairs, or labelled pairs and the reference.
+    """Train a policy by any method, on labelled pairs or on responses that it draws itself, or on both.
 
-    Metrics, besides the Trainer's own, are means over pairs: `rewards/chosen`, `rewards/rejected`, `rewards/margins`
-    (the method's implied reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats), and
-    `tokens_per_second`, `step_time` (s). Every log line is also a line of `metrics.jsonl`.
+    `train_rows` are labelled pairs where the method needs them, else prompts. Methods that draw responses need
+    `rollout`, with a reward if they read one; with it, others are watched by a few samples at each evaluation.
+
+    Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
+    method's implied reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats); over the
+    responses of a round, fresh from the policy, `objective/reward`, `objective/kl`, `objective/entropy` (per sequence,
+    nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them;
+    `tokens_per_second`, `step_time`, `rollout_time`, `reward_time` (s). Log lines are lines of `metrics.jsonl`.
 
     `extra_evaluation` is called at each evaluation and adds to its metrics. `reference_cache` keeps the reference's
     log-probabilities of pairs seen (by their `key`); trainers with the same reference and pairs may share it.
@@ -80,57 +65,122 @@ class AlignmentTrainer(Trainer):
         policy: Policy,
         method: Method,
         args: TrainingArguments,
-        train_pairs: Sequence[EncodedPair],
+        train_rows: Sequence[Any],
         eval_pairs: Sequence[EncodedPair] | None = None,
         *,
         token_budget: int,
         label: str = "train",
         patience: int | None = None,
         min_delta: float = 0.0,
+        rollout: Rollout | None = None,
+        health: Any = None,
         extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         reference_cache: dict[tuple, Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        check_trainable(label, method)
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise TrainingError(
-                f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
-                "show it one device (CUDA_VISIBLE_DEVICES=0)"
-            )
-        if method.needs.reference and policy.reference is None:
-            raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
+        self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
+        self.rollout, self.acts = rollout, acts(method)
+        self._check(args)
         args.remove_unused_columns = False
         stopping: list[TrainerCallback] = []
         if patience is not None and eval_pairs:
             stopping.append(EarlyStoppingCallback(patience, min_delta))
+        if method.needs.values:
+            policy.add_value_head()
+        self.rows = list(train_rows)
         super().__init__(
             model=policy.model,
             args=args,
-            data_collator=lambda rows: {"rows": rows},
-            train_dataset=list(train_pairs),  # pyright: ignore[reportArgumentType]
+            data_collator=lambda items: {"indices": [i for i, _ in items], "rows": [row for _, row in items]},
+            train_dataset=list(enumerate(self.rows)),  # pyright: ignore[reportArgumentType]
             eval_dataset=list(eval_pairs) if eval_pairs else None,  # pyright: ignore[reportArgumentType]
             processing_class=policy.tokenizer,
             callbacks=[*(callbacks or []), *stopping],
         )
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
         self.extra_evaluation = extra_evaluation
-        self.reference_cache = {} if reference_cache is None else reference_cache
+        # The policy of a run that samples is softmax(logits / temperature), in every term.
+        self.temperature = rollout.settings.temperature if rollout is not None and self.acts else 1.0
+        shared = reference_cache is not None and self.temperature == 1
+        self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
+        self.monitor = Monitor(health, label) if health is not None else None
+        self.actor = self._actor() if self.acts else None
         self.start: dict[str, float] = {}
         self._noted: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
+    def _check(self, args: TrainingArguments) -> None:
+        needs, label = self.method.needs, self.label
+        if args.world_size > 1 or args.n_gpu > 1:
+            raise TrainingError(
+                f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
+                "show it one device (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if (needs.reference or needs.kl) and self.policy.reference is None:
+            raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
+        if not self.acts:
+            return
+        if self.rollout is None:
+            raise TrainingError(
+                f"{label} learns from responses of the policy; pass rollout, which says how to draw them"
+            )
+        if needs.reward and self.rollout.reward is None:
+            raise TrainingError(f"{label} needs a reward for the responses; give one: reward in the recipe")
+        check_rollout(label, self.method, self.rollout.settings)
+
+    def _actor(self) -> Actor:
+        assert self.rollout is not None
+        args, settings = self.args, self.rollout.settings
+        batches = RoundBatches(
+            len(self.rows),
+            batch_size=args.per_device_train_batch_size,
+            batches=settings.minibatches * args.gradient_accumulation_steps,
+            inner_epochs=settings.inner_epochs,
+            seed=args.seed,
+        )
+        return Actor(
+            self.policy,
+            self.method,
+            self.rollout,
+            self.rows,
+            batches,
+            accumulated=args.gradient_accumulation_steps,
+            token_budget=self.token_budget,
+            seed=args.seed,
+            monitor=self.monitor,
+            note=self._note,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As the Trainer's; by rounds for a method that draws responses."""
+        if self.actor is None:
+            return super().get_train_dataloader()
+        data: Any = self.train_dataset
+        return self.accelerator.prepare(
+            DataLoader(data, batch_sampler=self.actor.batches, collate_fn=self.data_collator)
+        )
+
     # What a step reads ------------------------------------------------------------------------------------------------
 
-    def collect(self, rows: Sequence[EncodedPair]) -> list[Collected]:
-        """All that the method needs for these prompts, computed without gradient: here, reference log-probabilities."""
-        if self.method.needs.reference:
+    def collect(self, model: nn.Module, rows: Sequence[Any], indices: Sequence[int]) -> list[Collected]:
+        """All that the method needs for these prompts, computed without gradient. `indices` are their row numbers."""
+        step = self.state.global_step
+        drawn = [] if self.actor is None else self.actor.collect(model, indices, step)
+        if self.method.needs.pairs != "labelled":
+            return drawn
+        pairs = self.labelled(rows, reference=self.method.needs.reference)
+        return pairs if self.actor is None else [beside(pair, own) for pair, own in zip(pairs, drawn, strict=True)]
+
+    def labelled(self, rows: Sequence[EncodedPair], *, reference: bool) -> list[Collected]:
+        """Labelled pairs; with log-probabilities under the reference if they are asked for."""
+        if reference:
             self._score_reference(rows)
         return [
             Collected(
                 Group(row.prompt, [row.chosen, row.rejected]),
-                row.probability,
-                self.reference_cache[row.key] if self.method.needs.reference else None,
+                labelled=2,
+                probability=row.probability,
+                reference_logps=self.reference_cache[row.key] if reference else None,
             )
             for row in rows
         ]
@@ -139,32 +189,22 @@ class AlignmentTrainer(Trainer):
         missing = [row for row in rows if row.key not in self.reference_cache]
         if not missing:
             return
-        assert self.policy.reference is not None
         groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in missing]
-        reference = self.policy.reference
-        if isinstance(reference, nn.Module):
-            logps = score_in_batches(reference, groups, token_budget=self.token_budget).logps
-        else:
-            with reference() as model:
-                training = model.training
-                logps = score_in_batches(model.eval(), groups, token_budget=self.token_budget).logps
-                model.train(training)
+        with self.policy.as_reference() as model:
+            logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
         for row, pair in zip(missing, logps.view(-1, 2), strict=True):
             self.reference_cache[row.key] = pair
 
-    def pairs(self, model: nn.Module, collected: Sequence[Collected]) -> Pairs:
-        """What the loss is given: one pass of the policy over the collected prompts."""
-        logps = score(model, [one.group for one in collected]).logps.view(-1, 2)
-        return self._labelled(logps, collected)
-
-    def _labelled(self, logps: Float[Tensor, "pairs 2"], collected: Sequence[Collected]) -> Pairs:
-        soft = any(one.probability is not None for one in collected)
-        labels = [1.0 if one.probability is None else one.probability for one in collected]
-        references = [one.reference_logps for one in collected if one.reference_logps is not None]
-        return Pairs(
-            logps=logps,
-            reference_logps=torch.stack(references).to(logps) if references else None,
-            probability=logps.new_tensor(labels) if soft else None,
+    def score(self, model: nn.Module, collected: Sequence[Collected]) -> Scores:
+        """One pass of the policy over the collected prompts, with what the method's loss reads of it."""
+        needs = self.method.needs
+        return score(
+            model,
+            [one.group for one in collected],
+            reference=self.policy.reference if needs.kl else None,
+            entropy=needs.entropy,
+            temperature=self.temperature,
+            value_head=self.policy.value_head,
         )
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -172,11 +212,26 @@ class AlignmentTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
-        if not resume_from_checkpoint:
-            rows: Any = self.train_dataset
-            self.policy.assert_starts_at_reference([Group(row.prompt, [row.chosen]) for row in rows[:2]])
+        if resume_from_checkpoint:
+            self._resume(Path(str(resume_from_checkpoint)))
+        else:
+            self.policy.assert_starts_at_reference([Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]])
         with progress(self.label, 1) as self._advance:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                self.policy.remove_value_head()
+
+    def _resume(self, checkpoint: Path) -> None:
+        if self.actor is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self.actor.load(checkpoint, state.global_step)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = self._folder / f"checkpoint-{self.state.global_step}"
+        if self.actor is not None and folder.is_dir():
+            self.actor.save(folder, self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
         return sum(len(batch["rows"]) for batch in batch_samples)
@@ -184,43 +239,67 @@ class AlignmentTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
         started = time.perf_counter()
-        rows = inputs["rows"]
+        rows, indices = inputs["rows"], inputs["indices"]
         model.train()
-        collected = self.collect(rows)
+        self._enter_round(model, indices)
+        collected = self.collect(model, rows, indices)
         whole = num_items_in_batch or len(rows) * self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.args.device)
-        for indices in micro_batches([one.group for one in collected], self.token_budget):
-            micro = [collected[index] for index in indices]
-            with self.compute_loss_context_manager():
-                pairs = self.pairs(model, micro)
-                loss = self.method.loss(pairs, None) * (len(micro) / whole)
-            self.accelerator.backward(loss)
-            total += loss.detach().to(total.dtype)
-            self._note(self._pair_metrics(pairs), len(micro))
+        for batch in micro_batches([one.group for one in collected], self.token_budget):
+            loss = self._micro_batch(model, [collected[index] for index in batch], whole)
+            total += loss.to(total.dtype)
+        if self.actor is not None:
+            self.actor.finish_batch(self.state.global_step)
+            self._stop_if_collapsed()
         self._note_time(started, collected)
         self._advance(self.state.global_step + 1, self.state.max_steps, f"loss {total * whole / len(rows):.3f}")
         return total
+
+    def _micro_batch(self, model: nn.Module, micro: Sequence[Collected], whole: int) -> Tensor:
+        with self.compute_loss_context_manager():
+            scores = self.score(model, micro)
+            pairs, samples = look(scores, micro, self.method.needs, self._pairing)
+            loss = self.method.loss(pairs, samples) * (len(micro) / whole)
+        self.accelerator.backward(loss)
+        if pairs is not None and self.method.needs.pairs == "labelled":
+            self._note(pair_metrics(self.method, pairs), len(micro))
+        if samples is not None and samples.behavior_token_logps is not None:
+            self._note({"rollout/effective_samples": effective_samples(samples)}, len(micro))
+        if self.actor is not None:
+            self.actor.saw(scores, micro, self.state.global_step)
+        return loss.detach()
+
+    @property
+    def _pairing(self) -> str:
+        return "all" if self.rollout is None else self.rollout.settings.pairing
+
+    def _enter_round(self, model: nn.Module, indices: Sequence[int]) -> None:
+        """Draw and reward the round of these rows if it is a new one. If that fails, what there is is saved first."""
+        if self.actor is None:
+            return
+        try:
+            self.actor.enter(model, indices, self.state.global_step, self._folder / "samples.jsonl")
+        except Exception as error:
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            place = self._folder / f"checkpoint-{self.state.global_step}"
+            if isinstance(error, InputError):
+                what = (
+                    f"{error}; {place} holds the run and the responses of this round: mend it and go on with --resume"
+                )
+                raise type(error)(what) from error
+            raise
+
+    def _stop_if_collapsed(self) -> None:
+        monitor = self.monitor
+        if monitor is None or monitor.collapsed is None or not monitor.settings.stop_on_collapse:
+            return
+        logger.warning("%s stops at step %d: %s", self.label, self.state.global_step, monitor.collapsed)
+        self.control.should_save = self.control.should_training_stop = True
 
     def _note_time(self, started: float, collected: Sequence[Collected]) -> None:
         seconds = time.perf_counter() - started
         tokens = sum(one.group.tokens for one in collected)
         self._note({"step_time": seconds, "tokens_per_second": tokens / seconds}, 1)
-
-    def _pair_metrics(self, pairs: Pairs) -> dict[str, float]:
-        with torch.no_grad():
-            rewards = self.method.implied_reward(pairs.logps, pairs.reference_logps)
-            margins = rewards[:, 0] - rewards[:, 1]
-            first = (margins.sign() + 1) / 2
-            label = torch.ones_like(first) if pairs.probability is None else pairs.probability
-            means = {
-                "rewards/chosen": rewards[:, 0],
-                "rewards/rejected": rewards[:, 1],
-                "rewards/margins": margins,
-                "rewards/accuracies": label * first + (1 - label) * (1 - first),
-                "logps/chosen": pairs.logps[:, 0],
-                "logps/rejected": pairs.logps[:, 1],
-            }
-            return {name: float(values.detach().mean()) for name, values in means.items()}
 
     def _note(self, metrics: dict[str, float], weight: int) -> None:
         for name, value in metrics.items():
@@ -237,32 +316,52 @@ class AlignmentTrainer(Trainer):
         """Held-out pairs: `loss` is the negative log-likelihood of the labels, in nats a pair; and the pair metrics."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         assert rows is not None
-        collected = self.collect(list(rows))  # pyright: ignore[reportArgumentType]
+        collected = self.labelled(list(rows), reference=self.policy.reference is not None)  # pyright: ignore
         model: Any = self.model
         training = model.training
         model.eval()
-        logps = score_in_batches(model, [one.group for one in collected], token_budget=self.token_budget).logps
-        pairs = self._labelled(logps.view(-1, 2), collected)
+        groups = [one.group for one in collected]
+        logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
+        pairs = labelled_pairs(logps.view(-1, 2), collected)
         extra = self.extra_evaluation(model) if self.extra_evaluation else {}
         model.train(training)
         rewards = self.method.implied_reward(pairs.logps, pairs.reference_logps)
         logit = preference_logit(rewards, gamma=1.0)
         found = {
             "loss": float(preference_nll(logit, pairs.probability).mean()),
-            **self._pair_metrics(pairs),
+            **pair_metrics(self.method, pairs),
             "preference/median_logit": float(logit.abs().median()),
         }
         if not self.start:
             # A run that goes on remembers where it started.
             told = [row for row in self.state.log_history if f"{metric_key_prefix}_logps/chosen" in row]
             self.start = {name: told[0][f"{metric_key_prefix}_{name}"] for name in found} if told else found
-            self._warn_about_sharpness(self.start["preference/median_logit"])
+            warn_about_sharpness(self.label, self.start["preference/median_logit"])
         found["health/chosen_logps_change"] = found["logps/chosen"] - self.start["logps/chosen"]
+        found |= self._watch(model, found)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**found, **extra}.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.state.global_step == 0 and self.args.load_best_model_at_end:
             self._keep_start(metrics)
+        return metrics
+
+    def _watch(self, model: nn.Module, found: dict[str, float]) -> dict[str, float]:
+        """Health at an evaluation. A method that draws no responses itself has some drawn, only to be looked at."""
+        if self.rollout is None or self.monitor is None:
+            return {}
+        if self.acts:
+            return self.monitor.update({"logps/chosen": found["logps/chosen"]}, self.state.global_step)
+        rows: Any = self.eval_dataset
+        limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        longest = limit - self.rollout.settings.max_new_tokens
+        prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())
+        prompts = prompts[: self.monitor.settings.prompts]
+        if not prompts:
+            return {}
+        metrics = observe(self.policy, self.rollout, model, prompts, self.token_budget, self.args.seed)
+        metrics |= self.monitor.update({**metrics, "logps/chosen": found["logps/chosen"]}, self.state.global_step)
+        self._stop_if_collapsed()
         return metrics
 
     def _keep_start(self, metrics: dict[str, float]) -> None:
@@ -275,23 +374,6 @@ class AlignmentTrainer(Trainer):
         self.state.best_metric = metrics[best]
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
-
-    def _warn_about_sharpness(self, median: float) -> None:
-        low, high = INFORMATIVE
-        if median > high:
-            logger.warning(
-                "%s: the median held-out pair has |logit| %.3g at the start: labels look certain and gradients vanish; "
-                "lower gamma by about %.2g times",
-                self.label,
-                median,
-                median,
-            )
-        elif 1e-6 < median < low:
-            logger.warning(
-                "%s: the median held-out pair has |logit| %.3g at the start: labels look like coins; raise gamma",
-                self.label,
-                median,
-            )
 
     # Telling ----------------------------------------------------------------------------------------------------------
 

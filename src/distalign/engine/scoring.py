@@ -70,8 +70,8 @@ def score(
     `value_head` maps hidden states [rows, hidden] to one number a row: values before each token.
 
     At its first use a model is checked (`check`), and served by a slower path if its prompts cannot be shared. Raises
-    ValueError for groups that cannot be scored, a temperature that is not positive, a reference with another vocabulary,
-    or values of a model whose hidden states cannot be told from its logits.
+    ValueError for groups that cannot be scored, a temperature that is not positive, a reference with another
+    vocabulary, or values of a model whose hidden states cannot be told from its logits.
     """
     if not temperature > 0:
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")

@@ -23,8 +23,8 @@ class Needs:
     policy.
     samples: single responses drawn from the policy, token by token.
     reward: a score for every sampled response, in nats.
-    reference: log-probabilities under the model that training starts from.
-    kl, entropy: full-vocabulary values at each step of the samples, which cost more than those of the drawn tokens.
+    reference: log-probabilities of these responses under the model that training starts from.
+    kl, entropy: full-vocabulary values at each step of the samples, the KL being to that model; they cost more.
     values: a value function, trained with the policy; the method then has `credit` too.
 
     Always filled: `Pairs.logps`; `Samples.token_logps`, `mask` and `group`. `Pairs.probability` comes with labelled

@@ -56,9 +56,9 @@ class PD:
 
     @property
     def needs(self) -> Needs:
-        """Scored pairs sampled from the policy; with β > 0 the reference, in the loss with its full-vocabulary KL."""
+        """Scored pairs sampled from the policy; with β > 0 also their KL to the reference, as `kl_in` says."""
         kl = self._kl_in_loss
-        return Needs(pairs="sampled", samples=kl, reward=True, reference=self.beta > 0, kl=kl)
+        return Needs(pairs="sampled", samples=kl, reward=True, reference=self.beta > 0 and not kl, kl=kl)
 
     @property
     def _kl_in_loss(self) -> bool:

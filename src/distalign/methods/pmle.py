@@ -51,7 +51,7 @@ class PMLE:
     @property
     def needs(self) -> Needs:
         """Labelled pairs; with β > 0 also samples, and their full-vocabulary KL to the reference."""
-        return Needs(pairs="labelled", samples=self.beta > 0, reference=self.beta > 0, kl=self.beta > 0)
+        return Needs(pairs="labelled", samples=self.beta > 0, kl=self.beta > 0)
 
     def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
         """Mean likelihood loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""

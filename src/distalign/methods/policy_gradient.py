@@ -97,7 +97,7 @@ class PolicyGradient:
         return Needs(
             samples=True,
             reward=True,
-            reference=beta > 0,
+            reference=beta > 0 and not split,
             kl=split and beta > 0,
             entropy=split and gamma > 0,
             values=self.advantage == "gae",
