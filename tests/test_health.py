@@ -169,6 +169,14 @@ def test_numbers_to_log_and_parts_of_a_round():
     assert found == {"health/kl_change": 3.0, "health/chosen_logps_change": -2.5}
 
 
+def test_the_start_of_noisy_numbers_is_the_mean_of_three_rounds():
+    """Of a share; entropy starts at its first round."""
+    watch = monitor()
+    feed(watch, *[{**WELL, "completions/clipped_ratio": x, "objective/entropy": 100 * x} for x in (0.2, 0.6, 0.1, 0.9)])
+    assert watch.start["missing_end"] == pytest.approx(0.3)
+    assert watch.start["entropy"] == pytest.approx(1.0)
+
+
 def test_a_run_that_goes_on_warns_as_if_it_had_not_stopped(caplog):
     """Start, rounds in a row and what has been said survive, as JSON."""
     first, ill = monitor(), {**WELL, "objective/entropy": 1.0, "objective/kl": 99.0}

@@ -78,7 +78,7 @@ class Finding(NamedTuple):
 
     crossed: bool
     text: str
-    metrics: dict[str, float] = {}  # noqa: RUF012
+    metrics: dict[str, float]
 
 
 class Monitor:
@@ -167,7 +167,7 @@ def _readings(metrics: dict[str, float]) -> Readings:
 
 def _entropy(now: Readings, start: Readings, settings: Any) -> Finding:
     if start["entropy"] < LITTLE_ENTROPY:
-        return Finding(False, "")
+        return Finding(False, "", {})
     ratio = now["entropy"] / start["entropy"]
     text = (
         f"entropy fell to {ratio:.0%} of its start: the policy is collapsing onto few responses; raise gamma "
@@ -182,7 +182,7 @@ def _repetition(now: Readings, start: Readings, settings: Any) -> Finding:
         "start): the policy is caught in loops; raise beta, lower training.learning_rate, or see whether the reward "
         "likes repetition"
     )
-    return Finding(_risen("repetition", now, start, settings.repetition), text)
+    return Finding(_risen("repetition", now, start, settings.repetition), text, {})
 
 
 def _distinct(now: Readings, start: Readings, settings: Any) -> Finding:
@@ -218,7 +218,7 @@ def _missing_end(now: Readings, start: Readings, settings: Any) -> Finding:
         f"{now['missing_end']:.0%} of the responses are cut before their end ({start['missing_end']:.0%} at the "
         "start): rewards are those of fragments; set rollout.missing_end, or raise rollout.max_new_tokens"
     )
-    return Finding(_risen("missing_end", now, start, settings.missing_end), text)
+    return Finding(_risen("missing_end", now, start, settings.missing_end), text, {})
 
 
 def _length_correlation(now: Readings, start: Readings, settings: Any) -> Finding:
@@ -229,7 +229,7 @@ def _length_correlation(now: Readings, start: Readings, settings: Any) -> Findin
     )
     # Fisher's transform of a correlation has standard error 1 / √(n − 3).
     moved = abs(_fisher(value) - _fisher(first)) * math.sqrt(max(now["number"] - 3, 1) / _TWO_SAMPLES)
-    return Finding(abs(value) > settings.length_correlation and moved > ERRORS, text)
+    return Finding(abs(value) > settings.length_correlation and moved > ERRORS, text, {})
 
 
 def _risen(name: str, now: Readings, start: Readings, threshold: float) -> bool:

@@ -58,7 +58,7 @@ class TransformersBackend:
 
 @dataclass(frozen=True)
 class ContinuousBackend:
-    """transformers' continuous batching: pays on a GPU with flash attention; on a CPU it is half as fast as `sample`.
+    """transformers' continuous batching, made for GPUs with flash attention; on a CPU half as fast as `sample`.
 
     At most `rows` responses are decoded at once, and the paged cache is made for that many. The tokens that a request
     gets depend on which others ran beside it, so the same seed need not give the same responses.
