@@ -97,12 +97,12 @@ def _check_adapter(name: str, folder: Path) -> None:
 
 
 def _unusable(name: str, error: Exception) -> RewardError:
-    reason = " ".join(str(error).split())[:300]
+    reason = " ".join(str(error).split())
     if "trust_remote_code" in reason:
         return RewardError(f"reward model {name}: it brings code of its own, which is never run for a reward")
     return RewardError(
         f"reward model {name}: cannot be loaded; give a folder made by save_pretrained (safetensors), or a hub id and "
-        f"a network. transformers says: {reason}"
+        f"a network. transformers says: {reason[:300]}"
     )
 
 

@@ -1,6 +1,6 @@
 """Trained rewards in a folder.
 
-reward.json         settings, γ, tokens, and one scored response by which a wrong base model is noticed
+reward.json         settings, γ, tokens, and ln π₀ of one response by which a wrong base model is noticed
 results.json        held-out results with their standard errors, and the history of the training
 README.md           a card
 reward.safetensors  init: policy: the head, and what was trained of the trunk
@@ -26,9 +26,10 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from distalign.data import EncodedPair
+from distalign.engine import Group, score_in_batches
 from distalign.metrics import Estimate
-from distalign.policy import make_policy
-from distalign.reward.base import Request, RewardError
+from distalign.policy import Source, make_policy
+from distalign.reward.base import RewardError
 from distalign.reward.heads import Correction, LastToken
 from distalign.reward.trained import TrainedReward
 
@@ -54,7 +55,7 @@ def save_reward(
     folder: Path,
     reward: TrainedReward,
     results: Mapping[str, Estimate],
-    history: list[dict[str, float]],
+    history: list[dict[str, Any]],
     origin: Origin,
 ) -> None:
     """Write the files of this module's docstring."""
@@ -62,7 +63,6 @@ def save_reward(
     store = _STORES[origin.settings.init]
     store.save(folder, reward, origin)
     pair = origin.held[0]
-    with_one = Request(pair.prompt, [pair.chosen])
     about = {
         "init": origin.settings.init,
         "backbone": origin.settings.backbone,
@@ -70,7 +70,7 @@ def save_reward(
         "base_model": origin.source.name,
         "lora": origin.settings.lora.model_dump() if origin.settings.backbone == "lora" else None,
         "vocabulary": _fingerprint(origin.tokenizer),
-        "probe": {"prompt": pair.prompt, "response": pair.chosen, "reward": float(reward([with_one])[0])},
+        "probe": {"prompt": pair.prompt, "response": pair.chosen, "logp": _logp(reward.base, pair.prompt, pair.chosen)},
     }
     _write(folder / MARK, about)
     numbers = {key: value._asdict() for key, value in results.items()}
@@ -98,12 +98,12 @@ def load_reward(folder: str | Path, *, base: Any, tokenizer: Any, token_budget: 
             raise
         raise RewardError(f"reward {folder}: it cannot be read ({error}); train it again") from error
     probe = about["probe"]
-    found = float(reward([Request(probe["prompt"], [probe["response"]])])[0])
-    reward.responses = 0
-    if abs(found - probe["reward"]) > 0.05 + 0.02 * abs(probe["reward"]):
+    found = _logp(base, probe["prompt"], probe["response"])
+    # Half precision moves a sequence by a fraction of a nat, another model by many.
+    if not abs(found - probe["logp"]) < 0.5 + 0.01 * abs(probe["logp"]):
         raise RewardError(
-            f"reward {folder}: a response that was worth {probe['reward']:.3f} is worth {found:.3f} on this model; it "
-            f"was trained on {about['base_model']}: load that, or train again"
+            f"reward {folder}: ln π₀ of a response was {probe['logp']:.2f} and is {found:.2f} on this model; it "
+            f"belongs to {about['base_model']}: load that, or train again"
         )
     return reward
 
@@ -210,7 +210,7 @@ def _trunk(about: dict[str, Any], base: Any, tokenizer: Any) -> Any:
     if about["backbone"] == "frozen":
         return base
     lora = None if about["lora"] is None else SimpleNamespace(**about["lora"])
-    source: Any = SimpleNamespace(name=about["base_model"])
+    source = Source(about["base_model"], "", "the base of a saved reward")
     return make_policy(base, tokenizer, source, lora=lora, reference=False).model.eval()
 
 
@@ -221,6 +221,10 @@ def _padding(tokenizer: Any, pairs: list[EncodedPair]) -> int | None:
     candidates = [tokenizer.pad_token_id, *(index for index, token in added.items() if token.special)]
     end = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     return next((index for index in candidates if index is not None and index not in used | end), None)
+
+
+def _logp(base: Any, prompt: list[int], response: list[int]) -> float:
+    return float(score_in_batches(base, [Group(prompt, [response])], token_budget=1).logps[0])
 
 
 def _fingerprint(tokenizer: Any) -> str:

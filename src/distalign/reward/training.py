@@ -1,17 +1,19 @@
 """Training a reward model on pairs by maximum likelihood (eq. 9), stopped where held-out pairs are predicted best.
 
-With a frozen backbone the features of every response are computed once, and what is left takes seconds; LoRA and full
-training run the same loop with the model in it.
+With a frozen backbone the features of every response are computed once, and what is left takes seconds. LoRA and full
+training start from the head that this gives, and run the same loop with the model in it (linear probing, then fine-
+tuning: arXiv 2202.10054).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -33,15 +35,16 @@ _BLOCKS = 100  # the jackknife of the calibration error leaves out one of so man
 
 
 @dataclass(frozen=True)
-class Defaults:
-    """What null settings stand for, with one kind of backbone. `ridge` is the prior of `Head`."""
+class Plan:
+    """How long and how fast; `ridge` is the prior of `Head`."""
 
     learning_rate: float
     epochs: int
     ridge: float = 1.0
 
 
-DEFAULTS = {"frozen": Defaults(1e-2, 60), "lora": Defaults(3e-4, 3), "full": Defaults(1e-5, 2)}
+# What null settings stand for, with each kind of backbone.
+PLANS = {"frozen": Plan(1e-2, 60), "lora": Plan(3e-4, 3), "full": Plan(1e-5, 2)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Trained:
 
     reward: TrainedReward
     results: dict[str, Estimate]
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     origin: Origin
 
     def save(self, folder: str | Path) -> None:
@@ -92,19 +95,24 @@ def train_reward(
         raise RewardError("reward.train: init is policy, which needs gamma; set reward.train.gamma")
     if settings.init == "scratch":
         check_export(base)
-    reward = _start(settings, base, tokenizer, source, gamma, token_budget)
+    with _seeded(base, seed):
+        reward = _start(settings, base, tokenizer, source, gamma, token_budget)
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in (*train, *held)]
     with progress("reward: encode pairs", len(groups)) as advance:
         offset, features = reward.encode(groups, advance)
     offset, features = offset.view(-1, 2), features.view(len(groups), 2, -1)
     reward.head.standardise(features[: len(train)])
     labels = torch.tensor([1.0 if p.probability is None else p.probability for p in (*train, *held)]).double()
-    kind = Cached if reward.frozen else Live
-    fit = Fit(kind(reward, groups, offset, features), labels, len(train), settings, DEFAULTS[settings.backbone])
-    start = fit.held_nll()
-    fit.run(seed)
-    results = {**measure(_finished(fit, reward), labels[len(train) :]), "start_nll": start}
-    made = Trained(reward, results, fit.history, Origin(settings, gamma, source, tokenizer, list(train), list(held)))
+    history: list[dict[str, Any]] = []
+    start = None
+    for kind, plan in _stages(settings):
+        fit = Fit(kind(reward, groups, offset, features), labels, len(train), plan, settings, history)
+        start = start or fit.held_nll()
+        with _seeded(base, seed):
+            fit.run(seed)
+    reward.head.finish(fit.items.final(range(len(train))))
+    results = {**measure(fit.held_rewards(), labels[len(train) :]), "start_nll": start}
+    made = Trained(reward, results, history, Origin(settings, gamma, source, tokenizer, list(train), list(held)))
     if folder is not None:
         made.save(folder)
     return made
@@ -121,16 +129,27 @@ def _start(settings: Any, base: Any, tokenizer: Any, source: Any, gamma: float |
     return TrainedReward(base, trunk, head(head.width(hidden)), gamma=gamma, token_budget=budget)
 
 
-def _finished(fit: Fit, reward: TrainedReward) -> Float[Tensor, "held 2"]:
-    """Bring the head into its final form and give the held-out rewards in that form."""
-    reward.head.finish(fit.items.final(range(fit.train)))
-    with torch.no_grad():
-        held = range(fit.train, len(fit.labels))
-        return fit.items.offset[fit.train :] + reward.head(fit.items.final(held)).cpu().double()
+def _stages(settings: Any) -> list[tuple[type[Items], Plan]]:
+    """The head on cached features; then, unless the backbone is frozen, both, which is what the settings are for."""
+    given = {"learning_rate": settings.learning_rate, "epochs": settings.epochs, "ridge": settings.weight_decay}
+    last = replace(PLANS[settings.backbone], **{key: value for key, value in given.items() if value is not None})
+    if settings.backbone == "frozen":
+        return [(Cached, last)]
+    return [(Cached, replace(PLANS["frozen"], ridge=last.ridge)), (Live, last)]
+
+
+@contextmanager
+def _seeded(base: Any, seed: int) -> Iterator[None]:
+    """New adapters and dropout follow the seed; the global random state is left alone."""
+    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Items(ABC):
     """The pairs, numbered, with what is known of them before training: γ ln π₀ and the features of the start."""
+
+    stage: ClassVar[str]
 
     def __init__(
         self,
@@ -149,6 +168,14 @@ class Items(ABC):
     def parts(self, indices: Sequence[int]) -> list[list[int]]:
         """The same indices, in parts that fit into one pass."""
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {"head.weight": self.reward.head.weight}
+
+    @abstractmethod
+    def train(self, on: bool) -> None:
+        """Switch dropout on or off, where there is some."""
+
     def rewards(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2"]:
         """R of both responses, in nats."""
         return self.offset[list(indices)] + self.reward.head(self.features(indices)).cpu().double()
@@ -166,6 +193,8 @@ class Items(ABC):
 class Cached(Items):
     """A frozen backbone: the features never change."""
 
+    stage = "head"
+
     def features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
         """From the cache."""
         return self.start[list(indices)]
@@ -174,9 +203,22 @@ class Cached(Items):
         """All at once."""
         return [list(indices)]
 
+    def train(self, on: bool) -> None:
+        """A cache has no dropout."""
+
 
 class Live(Items):
     """A backbone that is trained along."""
+
+    stage = "all"
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The head and what of the trunk is not frozen."""
+        return super().parameters() | self.reward.trained()
+
+    def train(self, on: bool) -> None:
+        """The trunk's dropout."""
+        self.reward.trunk.train(on)
 
     def features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
         """By a pass of the trunk."""
@@ -195,17 +237,14 @@ class Fit:
     items: Items
     labels: Float[Tensor, "pairs"]
     train: int
+    plan: Plan
     settings: Any
-    defaults: Defaults
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, seed: int) -> None:
         """Epochs of minibatches, each followed by an evaluation; the start is a candidate too. Raises RewardError."""
-        epochs = self.settings.epochs or self.defaults.epochs
-        rate = self.defaults.learning_rate if self.settings.learning_rate is None else self.settings.learning_rate
-        reward = self.items.reward
-        parameters = {"head.weight": reward.head.weight, **reward.trained()}
-        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
+        parameters, epochs = self.items.parameters(), self.plan.epochs
+        optimizer = torch.optim.AdamW(parameters.values(), lr=self.plan.learning_rate, weight_decay=0.0)
         steps = epochs * math.ceil(self.train / self.settings.batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         order = torch.Generator().manual_seed(seed)
@@ -233,21 +272,21 @@ class Fit:
 
     def ridge(self) -> Float[Tensor, ""]:
         """The prior on the head: ridge/2n |w|²."""
-        given = self.settings.weight_decay
-        strength = self.defaults.ridge if given is None else given
-        return strength / (2 * self.train) * self.items.reward.head.weight.square().sum()
+        return self.plan.ridge / (2 * self.train) * self.items.reward.head.weight.square().sum()
 
     def held_nll(self) -> Estimate:
         """Mean NLL of the held-out pairs, in nats, with its standard error."""
-        held = range(self.train, len(self.labels))
-        with torch.no_grad():
-            rewards = self.items.offset[self.train :] + self.items.reward.head(self.items.final(held)).cpu().double()
-        return mean_and_se(bradley_terry_nll(rewards, self.labels[self.train :]))
+        return mean_and_se(bradley_terry_nll(self.held_rewards(), self.labels[self.train :]))
+
+    @torch.no_grad()
+    def held_rewards(self) -> Float[Tensor, "held 2"]:
+        """Rewards of the held-out pairs, in nats."""
+        features = self.items.final(range(self.train, len(self.labels)))
+        return self.items.offset[self.train :] + self.items.reward.head(features).cpu().double()
 
     def _epoch(self, optimizer: Any, schedule: Any, order: torch.Generator) -> float:
-        trunk, total = self.items.reward.trunk, 0.0
-        if not self.items.reward.frozen:
-            trunk.train()
+        total = 0.0
+        self.items.train(True)
         for batch in torch.randperm(self.train, generator=order).split(self.settings.batch_size):
             for part in self.items.parts(batch.tolist()):
                 loss = self.loss(part, len(batch))
@@ -258,14 +297,17 @@ class Fit:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        trunk.eval()
+        self.items.train(False)
         return total / self.train
 
     def _evaluate(self, epoch: int, more: dict[str, float]) -> float:
         nll, se, n = self.held_nll()
         if not math.isfinite(nll):
-            raise RewardError("reward.train: the held-out loss is not finite; lower reward.train.learning_rate")
-        self.history.append({"epoch": float(epoch), **more, "held_nll": nll, "held_nll_se": se, "n": float(n)})
+            cause = "lower reward.train.learning_rate" if epoch else "the model itself gives no numbers: take another"
+            raise RewardError(f"reward.train: the held-out loss is {nll} after {epoch} epochs; {cause}")
+        self.history.append(
+            {"stage": self.items.stage, "epoch": epoch, **more, "held_nll": nll, "held_nll_se": se, "n": n}
+        )
         return nll
 
 
