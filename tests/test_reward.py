@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import yaml
 
 from distalign.data import Prompt
 from distalign.engine import score
@@ -222,3 +224,14 @@ def test_the_example_of_a_function_runs():
     ids = [[7, 8, 9, tiny.END]]
     assert reward([Request([5], ids, ask)]).tolist() == pytest.approx([1.0 - 0.2])
     assert reward([Request([5], ids, plain)]).tolist() == [1.0]
+
+
+def test_the_blocks_of_the_docs_are_settings():
+    """Every reward that docs/rewards.md shows is accepted by the recipe."""
+    text = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    shown = [
+        one for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) for one in yaml.safe_load(block)["reward"]
+    ]
+    kinds = [RewardSettings(**one) for one in shown]
+    assert len(kinds) == 4
+    assert sum(one.exact for one in kinds) == sum(one.train is not None for one in kinds) == 1
