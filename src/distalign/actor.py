@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distalign.collected import Collected
+from distalign.data import plain_text
 from distalign.engine import Group, Scores, score_in_batches
 from distalign.engine.encoding import evaluating
 from distalign.estimators import sequence_sum
@@ -181,7 +182,7 @@ class Actor:
         rewards = buffer.tensors.get("rewards")
         texts = [
             (
-                self._text(buffer.prompts[i]),
+                self._prompt(buffer, i),
                 [self._text(own) for own in buffer.responses[i]],
                 None if rewards is None else rewards[buffer.rows(i)].tolist(),
             )
@@ -210,6 +211,10 @@ class Actor:
         if self.monitor is not None:
             metrics |= self.monitor.update(metrics, step)
         self.note(metrics, 1)
+
+    def _prompt(self, buffer: Buffer, i: int) -> str:
+        row = self.rows[buffer.indices[i]].row
+        return self._text(buffer.prompts[i]) if row is None else plain_text(row.prompt)
 
     def _text(self, ids: list[int]) -> str:
         tokenizer: Any = self.policy.tokenizer

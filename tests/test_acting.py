@@ -1,0 +1,416 @@
+"""Methods that learn from their own responses: one gradient however computed, and a run that can stop anywhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from distalign.collected import look
+from distalign.data import EncodedPrompt, Prompt
+from distalign.engine import Group, score
+from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
+from distalign.policy import Source, make_policy
+from distalign.recipe import load_recipe
+from distalign.recipe_sections import HealthSettings, Lora, RolloutSettings
+from distalign.reward import FunctionReward, RewardError
+from distalign.rounds import Rollout, RoundBatches, TrainingError
+from distalign.trainer import AlignmentTrainer
+
+METHODS = {
+    "pmle": PMLE(0.5, 0.3),
+    "pd": PD(0.5, 0.3),
+    "pd-reward": PD(0.5, 0.3, kl_in="reward"),
+    "rkl": RKL(0.5, 0.3),
+    "rkl-split": RKL(0.5, 0.3, estimator="split"),
+    "rkl-gae": RKL(0.5, 0.3, advantage="gae"),
+    "rebel": REBEL(1.0, 0.3),
+    "rlhf": RLHF(0.3),
+}
+SOURCE = Source("tiny", "tiny", "made here")
+
+
+class Warmth:
+    """Rewards warm words: a nat for each id from 7 to 9, and half a one for an end."""
+
+    def __call__(self, requests):
+        """A reward a response."""
+        texts = [own for request in requests for own in request.responses]
+        return torch.tensor([sum(7 <= t <= 9 for t in own) + 0.5 * (own[-1] == tiny.END) for own in texts])
+
+    def facts(self):
+        """Nothing to tell."""
+        return {}
+
+
+def prompts(n=8):
+    """Prompts of unequal length."""
+    return [EncodedPrompt(pair.prompt, row=Prompt(f"tell me {i}")) for i, pair in enumerate(tiny.encoded_pairs(n))]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of every optimizer step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        """Before the step."""
+        self.found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+
+def trainer(folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, **settings):
+    """A trainer on the tiny model. Settings of a rollout are known by their names, the rest are TrainingArguments'."""
+    torch.manual_seed(0)
+    policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
+    token_budget = settings.pop("token_budget", 4096)
+    own = {key: settings.pop(key) for key in RolloutSettings.model_fields if key in settings}
+    rollout = RolloutSettings(**{"samples": 4, "max_new_tokens": 5, "show": 1, **own})
+    arguments = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "max_grad_norm": 0.0,
+        **settings,
+    }
+    labelled = method.needs.pairs == "labelled"
+    return AlignmentTrainer(
+        policy,
+        method,
+        TrainingArguments(output_dir=str(folder), **arguments),
+        (tiny.encoded_pairs(8) if labelled else prompts()) if rows is None else rows,
+        token_budget=token_budget,
+        rollout=Rollout(rollout, tiny.END, (reward or Warmth()) if method.needs.reward else None),
+        health=health,
+        callbacks=callbacks,
+    )
+
+
+def parameters(made):
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in made.model.parameters()])
+
+
+def metrics(folder):
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# One gradient ---------------------------------------------------------------------------------------------------------
+
+
+def gradient(folder, method, steps, **settings):
+    """Mean gradient over the steps of one round, nothing being moved in between."""
+    kept = Gradients()
+    made = trainer(folder, method, callbacks=[kept], max_steps=steps, learning_rate=0.0, optim="sgd", **settings)
+    made.train()
+    assert len(kept.found) == steps
+    return torch.stack(kept.found).mean(0)
+
+
+SPLITS = [
+    ("accumulated", 1, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+    ("one by one", 1, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}),
+    ("micro-batches", 1, {"token_budget": 1}),
+    ("minibatches", 2, {"per_device_train_batch_size": 4, "minibatches": 2}),
+    ("both", 4, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "minibatches": 4}),
+    ("inner epochs", 2, {"inner_epochs": 2}),
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_gradient_does_not_depend_on_the_split(tmp_path, name):
+    """Accumulation, micro-batches, minibatches and inner epochs leave the gradient of a round alone (1e-5, float32)."""
+    method = METHODS[name]
+    # PPO's round has no single-step form without its pass before; the others must not notice that pass.
+    whole = gradient(tmp_path / "whole", method, 1)
+    assert whole.norm() > 1e-2
+    for label, steps, settings in SPLITS:
+        found = gradient(tmp_path / label.replace(" ", "-"), method, steps, **settings)
+        assert (found - whole).norm() < 1e-5 * whole.norm(), label
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_order_of_prompts_does_not_change_the_loss(tmp_path, name):
+    """The mean over a batch is the same in any order."""
+    method = METHODS[name]
+    made = trainer(tmp_path, method, inner_epochs=2)
+    made.state.global_step = 0
+    model, indices = made.model.eval(), list(range(8))
+    made.actor.enter(model, indices, 0, tmp_path / "samples.jsonl")
+    losses = []
+    for order in (indices, [5, 2, 7, 0, 1, 6, 3, 4]):
+        collected = made.collect(model, [made.rows[i] for i in order], order)
+        with torch.no_grad():
+            pairs, samples = look(made.score(model, collected), collected, method.needs, "all")
+            losses.append(float(method.loss(pairs, samples)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_what_is_collected_is_what_the_engine_says(tmp_path, temperature):
+    """Behavior and reference log-probabilities are those of the drawn responses at the temperature of the draw."""
+    made = trainer(tmp_path, METHODS["rkl"], inner_epochs=2, temperature=temperature)
+    model = made.model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    made.actor.enter(model, [0], 0, tmp_path / "samples.jsonl")
+    buffer = made.actor.buffer
+    groups = [Group(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)]
+    for name, scored in (("behavior", model), ("reference", made.policy.reference)):
+        with torch.no_grad():
+            wanted = score(scored, groups, temperature=temperature).token_logps
+        torch.testing.assert_close(buffer.tensors[f"{name}_token_logps"], wanted, rtol=1e-5, atol=1e-5)
+    assert made.temperature == temperature
+    rewards = Warmth()([made_request(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)])
+    assert torch.equal(buffer.tensors["rewards"], rewards)
+
+
+def made_request(prompt, responses):
+    """A request without its row."""
+    from distalign.reward import Request
+
+    return Request(prompt, responses)
+
+
+def test_more_than_two_samples_make_all_pairs_or_the_extreme_one(tmp_path):
+    """Of four responses six pairs, each once; best and worst by reward is one."""
+    made = trainer(tmp_path, REBEL(1.0, 0.0))
+    model = made.model.eval()
+    made.actor.enter(model, [0], 0, tmp_path / "samples.jsonl")
+    collected = made.collect(model, made.rows[:2], [0, 1])
+    scores = made.score(model, collected)
+    pairs, samples = look(scores, collected, made.method.needs, "all")
+    assert samples is None
+    assert pairs.logps.shape == (12, 2)
+    own = scores.logps[:4]
+    wanted = torch.stack([torch.stack([own[a], own[b]]) for a in range(4) for b in range(a + 1, 4)])
+    torch.testing.assert_close(pairs.logps[:6], wanted)
+    extreme, _ = look(scores, collected, made.method.needs, "best_worst")
+    rewards = torch.stack([one.tensors["rewards"] for one in collected])
+    assert extreme.logps.shape == (2, 2)
+    torch.testing.assert_close(extreme.rewards.float(), torch.stack([rewards.amax(1), rewards.amin(1)], 1))
+    torch.testing.assert_close(extreme.behavior_logps, extreme.logps.detach())
+
+
+def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):
+    """stale: resample draws anew for the KL term once the policy has moved; sampled pairs stay those of the round."""
+    for method in (PMLE(0.5, 0.3), PD(0.5, 0.3)):
+        made = trainer(tmp_path / type(method).__name__, method, inner_epochs=2, stale="resample")
+        model = made.model.eval()
+        made.actor.enter(model, [0], 0, tmp_path / "samples.jsonl")
+        first = made.collect(model, made.rows[:2], [0, 1])
+        made.state.global_step = 1
+        second = made.collect(model, made.rows[:2], [0, 1])
+        pairs, samples = look(made.score(model, second), second, method.needs, "all")
+        assert first[0].fresh == 0
+        assert second[0].fresh == 4
+        assert samples.behavior_token_logps is None
+        assert second[0].group.responses[-4:] != first[0].group.responses[-4:]
+        if method.needs.pairs == "sampled":
+            assert second[0].group.responses[:4] == first[0].group.responses
+            assert pairs.rewards is not None
+    with pytest.raises(TrainingError, match=r"rollout\.stale is resample"):
+        trainer(tmp_path, METHODS["rkl"], stale="resample")
+
+
+def test_rounds_go_through_all_prompts_and_each_inner_epoch_has_its_own_order():
+    """Every row comes up inner_epochs times an epoch, a batch is of one round, and what is left is a smaller round."""
+    batches = RoundBatches(11, batch_size=2, batches=2, inner_epochs=3, seed=5)
+    epochs = []
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        found = list(batches)
+        assert len(found) == len(batches)
+        assert sorted(i for batch in found for i in batch) == sorted(list(range(11)) * 3)
+        for batch in found:
+            assert len({batches.round_of(i)[0] for i in batch}) == 1
+        assert [len(rows) for rows in batches.rounds] == [4, 4, 3]
+        epochs.append(found)
+    assert epochs[0] != epochs[1]
+    assert [i for b in epochs[0][:2] for i in b] != [i for b in epochs[0][2:4] for i in b]
+    batches.set_epoch(0)
+    assert list(batches) == epochs[0]
+    assert batches.round_of(epochs[0][0][0])[0] == 0
+
+
+# A run can stop anywhere ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
+@pytest.mark.parametrize("name", ["pmle", "pd", "rkl", "rkl-gae", "rebel"])
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora):
+    """Stopped after the third of four steps of a round, it ends bit for bit where the run that never stopped does."""
+    settings = {
+        "lora": lora,
+        "per_device_train_batch_size": 2,
+        "minibatches": 2,
+        "inner_epochs": 2,
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "health": HealthSettings(),
+    }
+    whole = trainer(tmp_path / "whole", METHODS[name], **settings)
+    whole.train()
+    again = trainer(tmp_path / "whole", METHODS[name], **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert torch.equal(parameters(again), parameters(whole))
+    told = [row for row in metrics(tmp_path / "whole") if "objective/entropy" in row]
+    first, second = [[row for row in told if row["step"] == 5][k] for k in (0, 1)]
+    assert first["objective/entropy"] == second["objective/entropy"]
+    assert first["health/entropy_ratio"] == second["health/entropy_ratio"]
+
+
+FUNCTIONS = {
+    "raises": ("raise KeyError('lost')", "raised KeyError"),
+    "not a number": ("return [float('nan')] * len(completions)", "nan"),
+    "wrong length": ("return [1.0]", "1"),
+    "too slow": ("time.sleep(60)", "0.3"),
+}
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_a_reward_that_fails_loses_nothing(tmp_path, kind):
+    """The third round's reward fails: checkpoint and responses are saved, and mended the run ends as if nothing was."""
+    body, told = FUNCTIONS[kind]
+    (tmp_path / "calls").mkdir()
+    good = "return [float(len(c)) for c in completions]"
+    source = (
+        "import os, time\nfrom pathlib import Path\n\n\ndef reward(prompts, completions, **columns):\n"
+        f"    folder = Path({str(tmp_path / 'calls')!r})\n"
+        "    (folder / str(len(list(folder.iterdir())))).touch()\n"
+        "    if len(list(folder.iterdir())) == 3:\n        BODY\n    GOOD\n"
+    )
+    (tmp_path / "bad.py").write_text(source.replace("BODY", body).replace("GOOD", good))
+    (tmp_path / "mended.py").write_text(source.replace("BODY", "pass").replace("GOOD", good))
+
+    def run(name):
+        return FunctionReward(f"{tmp_path / name}.py:reward", tiny.tokenizer(), timeout=0.3)
+
+    made = trainer(tmp_path / "run", METHODS["rkl"], reward=run("bad"), max_steps=4, per_device_train_batch_size=4)
+    with pytest.raises(RewardError, match="--resume") as error:
+        made.train()
+    assert told in str(error.value)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert (checkpoint / "rollout.safetensors").is_file()
+    assert (checkpoint / "optimizer.pt").is_file()
+    again = trainer(tmp_path / "run", METHODS["rkl"], reward=run("mended"), max_steps=4, per_device_train_batch_size=4)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    whole = trainer(
+        tmp_path / "whole", METHODS["rkl"], reward=run("mended"), max_steps=4, per_device_train_batch_size=4
+    )
+    whole.train()
+    assert torch.equal(parameters(again), parameters(whole))
+
+
+# Collapse -------------------------------------------------------------------------------------------------------------
+
+
+class LikesOneToken:
+    """Rewards the share of one word, and nothing else."""
+
+    def __call__(self, requests):
+        """A reward a response."""
+        return torch.tensor([own.count(8) / len(own) for request in requests for own in request.responses])
+
+    def facts(self):
+        """Nothing to tell."""
+        return {}
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_collapse_is_caught(tmp_path, caplog, stop):
+    """RLHF at β = 0 on a reward that likes one token: a warning that says so, and with stop_on_collapse it saves."""
+    health = HealthSettings(stop_on_collapse=stop)
+    made = trainer(
+        tmp_path, RLHF(beta=0.0), reward=LikesOneToken(), health=health, max_steps=60, samples=8, learning_rate=3e-2
+    )
+    with caplog.at_level(logging.WARNING, "distalign"):
+        made.train()
+    warned = [record.getMessage() for record in caplog.records if record.name == "distalign.health"]
+    assert any("entropy" in text and "beta" in text for text in warned)
+    assert (made.state.global_step < 60) == stop
+    if stop:
+        assert made.monitor.collapsed
+        assert (tmp_path / f"checkpoint-{made.state.global_step}" / "rollout.safetensors").is_file()
+        assert any(f"stops at step {made.state.global_step - 1}" in r.getMessage() for r in caplog.records)
+    assert metrics(tmp_path)[-2]["health/entropy_ratio"] < 0.3
+
+
+def test_entropy_keeps_its_place_with_its_own_weight(tmp_path, caplog):
+    """The same reward with RKL's entropy term does not collapse, and nothing is said."""
+    made = trainer(
+        tmp_path, RKL(1.0, 0.0), reward=LikesOneToken(), health=HealthSettings(stop_on_collapse=True), max_steps=60,
+        samples=8, learning_rate=3e-2,
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "distalign"):
+        made.train()
+    assert made.state.global_step == 60
+    assert not [record for record in caplog.records if "collapse" in record.getMessage()]
+
+
+# Telling --------------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_a_round_have_their_names(tmp_path):
+    """Reward, KL, entropy, lengths and health of every round, and its completions in samples.jsonl."""
+    made = trainer(tmp_path, METHODS["rkl"], max_steps=3, health=HealthSettings(), inner_epochs=3)
+    made.train()
+    first, second = metrics(tmp_path)[:2]
+    assert set(first) >= {
+        *("loss", "objective/reward", "objective/kl", "objective/entropy", "completions/mean_length"),
+        *("completions/clipped_ratio", "health/entropy_ratio", "rollout/effective_samples", "rollout_time"),
+        *("reward_time", "step_time", "tokens_per_second"),
+    }
+    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert first["rollout/effective_samples"] == pytest.approx(1.0, abs=1e-4)
+    assert "objective/reward" not in second
+    assert 0 < second["rollout/effective_samples"] < 1
+    (line,) = (tmp_path / "samples.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["step"] == 0
+    assert row["prompt"].startswith("tell me")
+    assert len(row["responses"]) == len(row["rewards"]) == 4
+
+
+def test_an_offline_method_is_watched_too(tmp_path):
+    """At each evaluation some responses are drawn on held-out prompts, and entropy and KL are logged."""
+    held = tiny.encoded_pairs(6, seed=1)
+    made = trainer(tmp_path, PMLE(0.5, 0.0), health=HealthSettings(prompts=4), max_steps=2)
+    made.eval_dataset = held
+    found = made.evaluate()
+    assert found["eval_completions/number"] == 4
+    assert found["eval_objective/entropy"] > 0
+    assert found["eval_objective/kl"] == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_missing_end_costs_what_the_recipe_says(tmp_path):
+    """replace: responses that were cut are worth −1 in the buffer, the others what the reward says."""
+    made = trainer(tmp_path, METHODS["rkl"], missing_end={"rule": "replace", "value": -1.0}, max_new_tokens=3)
+    made.actor.enter(made.model.eval(), [0], 0, tmp_path / "samples.jsonl")
+    buffer = made.actor.buffer
+    flat = [own for group in buffer.responses for own in group]
+    cut = torch.tensor([own[-1] != tiny.END for own in flat])
+    assert bool(cut.any())
+    assert bool((buffer.tensors["rewards"][cut] == -1).all())
+    assert bool((buffer.tensors["rewards"][~cut] >= 0).all())
+
+
+def test_a_recipe_says_how_long_responses_are(tmp_path):
+    """rollout.max_new_tokens is the evaluation's unless it is given."""
+    for given, wanted in (({}, 5), ({"rollout": {"max_new_tokens": 7}}, 7)):
+        path = tmp_path / "r.yaml"
+        path.write_text(tiny.recipe_text(tmp_path, **given))
+        assert load_recipe(path).rollout.max_new_tokens == wanted
