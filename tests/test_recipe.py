@@ -187,6 +187,14 @@ REFUSALS = {
     "methods: {dpo: }\nqqq: 1": 'x.yaml: recipe has no setting "qqq"; it has name, output_dir, seed, model, dtype, '
     "trust_remote_code, lora, data, target, methods, compare, rollout, reward, health, training, token_budget, "
     "early_stopping, evaluation",
+    "methods: {rkl: {rollout: {sample: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "sample"; did you mean '
+    '"samples"?',
+    "methods: {rkl: {rollout: {samples: 1}}}": "x.yaml: methods.rkl.rollout.samples is 1; input should be greater than "
+    "or equal to 2",
+    "methods: {dpo: }\ncompare: [pmle]": 'x.yaml: compare: recipe has no method "pmle"; it has dpo',
+    "methods: {dpo: }\nreward: {weight: 2}": "x.yaml: reward names 0 of model, train, function and exact; give "
+    "one each",
+    "methods: {dpo: }\nreward: {modle: a}": 'x.yaml: reward.0 has no setting "modle"; did you mean "model"?',
     "methods: {dpo: }\ndata: {train: a}": "x.yaml: recipe has both data and target; "
     "give one of them: your pairs, or a known target that makes pairs",
     "methods: {dpo: }\nname: a/b": "x.yaml: name is 'a/b'; string should match pattern '^\\w[\\w.-]*$'",
@@ -274,3 +282,23 @@ def test_importing_loads_no_model_library():
     code = "import sys, distalign.recipe, distalign.data\n"
     code += "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_method_may_change_the_rollouts(tmp_path):
+    """methods.X.rollout changes single settings of rollout, for that method alone, and survives the way to YAML."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "model: m\ndata: {train: a}\nrollout: {samples: 4, inner_epochs: 4}\n"
+        "methods: {pmle: {rollout: {inner_epochs: 1}}, rkl: }\n"
+    )
+    recipe = load_recipe(path)
+    assert recipe.rollout_for("pmle").inner_epochs == 1
+    assert (
+        recipe.rollout_for("pmle").samples
+        == recipe.rollout_for("rkl").samples
+        == recipe.rollout_for("rkl").inner_epochs
+    )
+    assert recipe.method("pmle").needs.samples
+    recipe.dump(tmp_path / "y.yaml")
+    assert load_recipe(tmp_path / "y.yaml") == recipe.model_copy(update={"name": "x"})
+    assert list(recipe.only(["rkl"]).methods) == ["rkl"]

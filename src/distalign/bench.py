@@ -200,6 +200,10 @@ def _read_data(
     return pairs, held_pairs, prompts, facts
 
 
+def _longest_rollout(recipe: Recipe) -> int:
+    return max(recipe.rollout_for(name).max_new_tokens for name in recipe.methods)
+
+
 def _prompts_to_answer(
     recipe: Recipe, source: Source, tokenizer: Any, train: list[EncodedPair], facts: dict[str, Any]
 ) -> list[EncodedPrompt]:
@@ -221,7 +225,7 @@ def _prompts_to_answer(
             found.setdefault(tuple(ids), EncodedPrompt(ids, row.where, row))
     prompts = list(found.values())
     _check_ids(source, (one.prompt for one in prompts))
-    _check_room(source, [one.prompt for one in prompts], recipe.rollout.max_new_tokens, "rollout.max_new_tokens")
+    _check_room(source, [one.prompt for one in prompts], _longest_rollout(recipe), "rollout.max_new_tokens")
     facts["prompts to answer"] = len(prompts)
     return prompts
 
@@ -273,7 +277,7 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
     _check_ids(source, [*train_prompts, *held_prompts])
     _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
     if any(acts(recipe.method(name)) for name in recipe.methods):
-        _check_room(source, train_prompts, recipe.rollout.max_new_tokens, "rollout.max_new_tokens")
+        _check_room(source, train_prompts, _longest_rollout(recipe), "rollout.max_new_tokens")
     if measured:
         _check_held_out(held_prompts, settings.eval_pairs)
         _check_room(source, held_prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")

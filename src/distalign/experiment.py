@@ -89,8 +89,8 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
         method = recipe.method(name)
         training_arguments(recipe, name, Path("unused"), held_out=held_out)
         if acts(method):
-            check_backend(recipe.rollout)
-            check_rollout(name, method, recipe.rollout)
+            check_backend(recipe.rollout_for(name))
+            check_rollout(name, method, recipe.rollout_for(name))
         if method.needs.reward and not recipe.reward:
             raise RewardError(
                 f"{recipe.name}: {name} needs a reward for the responses that it draws; add reward to the recipe "
@@ -230,7 +230,7 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
         args,
         bench.train if labelled else bench.prompts,
         bench.held,
-        rollout=Rollout(recipe.rollout, bench.task.end_id, bench.reward if method.needs.reward else None),
+        rollout=Rollout(recipe.rollout_for(name), bench.task.end_id, bench.reward if method.needs.reward else None),
         health=recipe.health,
         token_budget=recipe.token_budget,
         label=f"train {name}",

@@ -53,6 +53,9 @@ _ELSEWHERE = {
     ("training", "neftune_noise_alpha"): "the engine adds no noise to embeddings",
 }
 
+# What stands beside a method's own settings: its changes to these sections.
+_BESIDE = ("training", "rollout")
+
 
 def _several(value: Any) -> Any:
     """One section for a list of one."""
@@ -104,6 +107,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _known_methods(self) -> Recipe:
+        for name in self.methods:
+            self.rollout_for(name)
         for name in self.compare or ():
             if name not in self.methods:
                 raise ValueError(f"compare: {_unknown_method(name, self.methods, 'recipe')}")
@@ -118,12 +123,22 @@ class Recipe(Section):
 
     def method(self, name: str) -> Method:
         """The method with this recipe's settings."""
-        return _build(name, {key: value for key, value in self._entry(name).items() if key != "training"})
+        return _build(name, {key: value for key, value in self._entry(name).items() if key not in _BESIDE})
 
     def only(self, names: Sequence[str]) -> Recipe:
         """This recipe with some of its methods. Raises RecipeError for one that it does not have."""
         methods = {name: self._entry(name) for name in names}
         return self.model_copy(update={"methods": methods, "compare": None})
+
+    def rollout_for(self, name: str) -> RolloutSettings:
+        """The rollouts of one method: `rollout`, and what its own `rollout` changes. Raises ValueError."""
+        own = self._entry(name).get("rollout", {})
+        try:
+            return RolloutSettings.model_validate({**self.rollout.model_dump(), **own})
+        except ValidationError as error:
+            found = [{**one, "loc": ("rollout", *one["loc"])} for one in error.errors()]
+            lines = [f"methods.{name}.{line}" for one in found for line in _explain(one)]
+            raise ValueError("\n".join(lines)) from None
 
     def training_for(self, name: str) -> dict[str, Any]:
         """The `TrainingArguments` settings of one method: `training`, and what its own `training` changes."""
@@ -219,10 +234,14 @@ def _method(name: str, settings: Any) -> dict[str, Any]:
         raise ValueError(_unknown_method(name, METHODS, "distalign"))
     if not isinstance(settings, dict):
         raise ValueError(f"methods.{name} is {settings!r}; write its settings below it, setting: value")
-    own = {key: value for key, value in settings.items() if key != "training"}
+    own = {key: value for key, value in settings.items() if key not in _BESIDE}
     checked = dataclasses.asdict(_build(name, own))  # pyright: ignore[reportArgumentType]
     if settings.get("training"):
         checked["training"] = _training(f"{name}.training", settings["training"])
+    if settings.get("rollout"):
+        if not isinstance(settings["rollout"], dict):
+            raise ValueError(f"methods.{name}.rollout is {settings['rollout']!r}; write setting: value below it")
+        checked["rollout"] = settings["rollout"]
     return checked
 
 
@@ -231,7 +250,7 @@ def _build(name: str, settings: Mapping[str, Any]) -> Method:
 
     factory: MethodFactory = METHODS[name]
     names = [field.name for field in dataclasses.fields(factory)]  # pyright: ignore[reportArgumentType]
-    values = _checked(name, settings, names, get_type_hints(factory).__getitem__, ("training",))
+    values = _checked(name, settings, names, get_type_hints(factory).__getitem__, _BESIDE)
     try:
         return factory(**values)
     except (TypeError, ValueError) as error:
