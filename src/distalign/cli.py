@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; may be repeated."),
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbers of the table to this file, too.")]
+MarkdownOption = Annotated[
+    Path | None, typer.Option("--markdown", help="Write the table and what separates from what to this file.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Another model: a hub id, a folder or a .gguf file.")]
 DataOption = Annotated[
     str | None, typer.Option("--data", help="Your own pairs instead of the recipe's: a file, a folder or a hub id.")
@@ -106,6 +110,7 @@ def compare(
     model: ModelOption = None,
     data: DataOption = None,
     json_path: JsonOption = None,
+    markdown: MarkdownOption = None,
 ) -> None:
     """Train a recipe's methods on the same pairs and measure them on held-out prompts."""
     settings = _recipe(recipe, set_, model, data)
@@ -118,6 +123,7 @@ def compare(
             _refuse(f'{recipe}: recipe has no method "{name}"; it has {", ".join(settings.methods)}')
     chosen_seeds = _seeds(seeds, settings.seed)
     _check_json(json_path)
+    _check_json(markdown, "--markdown")
     _quiet()
     from distalign.comparison import compare as run
     from distalign.report import results_table, write_report
@@ -134,12 +140,15 @@ def compare(
                 f"against the reference (paired, 95 %, {results['methods'][name]['forward_kl']['n']} prompts)"
             )
     _write_json(json_path, results)
+    _write_markdown(markdown, results, shlex.join(["distalign", *sys.argv[1:]]))
     print(f"results: {settings.run_dir / 'results.json'}\nreport: {page}")
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")], json_path: JsonOption = None
+    run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    json_path: JsonOption = None,
+    markdown: MarkdownOption = None,
 ) -> None:
     """Draw the report of a run again, from its folder; loads no model."""
     from distalign.report import results_table, write_report
@@ -150,6 +159,7 @@ def report(
         content = json.loads(results.read_text(encoding="utf-8"))
         _print(results_table(content))
         _write_json(json_path, content)
+        _write_markdown(markdown, content, "")
     print(f"report: {page}")
 
 
@@ -303,21 +313,28 @@ def _print(renderable: Any) -> None:
 
 def _write_json(path: Path | None, content: Any) -> None:
     if path is not None:
-        _open_json(path, json.dumps(content, indent=1, ensure_ascii=False))
+        _open(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
-def _check_json(path: Path | None) -> None:
+def _write_markdown(path: Path | None, content: dict[str, Any], command: str) -> None:
+    from distalign.report import results_markdown
+
+    if path is not None:
+        _open(path, results_markdown(content, command), "--markdown")
+
+
+def _check_json(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that could not be written after the work is done."""
     if path is not None and not path.exists():
-        _open_json(path, "")
+        _open(path, "", option)
         path.unlink()
 
 
-def _open_json(path: Path, text: str) -> None:
+def _open(path: Path, text: str, option: str = "--json") -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        _refuse(f"--json {path}: cannot be written ({error.strerror}); choose another place")
+        _refuse(f"{option} {path}: cannot be written ({error.strerror}); choose another place")
 
 
 if __name__ == "__main__":

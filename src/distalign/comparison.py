@@ -67,6 +67,10 @@ def compare(
         "columns": COLUMNS,
         "methods": {name: _plain(summarise(own)) for name, own in runs.items()},
         "paired": {name: _plain(differences(own, runs["reference"])) for name, own in runs.items() if name in methods},
+        "between": {
+            one: {other: _plain(differences(runs[one], runs[other])) for other in methods if other != one}
+            for one in methods
+        },
         **extra,
         "calibration": {
             name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)

@@ -79,6 +79,8 @@ class Results(BaseModel):
     columns: list[Column] = Field(min_length=1)
     methods: dict[str, dict[str, Measure]] = Field(min_length=1)
     paired: dict[str, dict[str, Difference]] = {}
+    between: dict[str, dict[str, dict[str, Difference]]] = {}
+    by_seed: dict[str, list[dict[str, Measure]]] = {}
     curves: dict[str, list[dict[str, Measure]]] = {}
     kept_step: dict[str, list[int]] = {}
     calibration: dict[str, list[Bin]] = {}

@@ -1,0 +1,127 @@
+"""A comparison as Markdown: the table, and what separates from what, with the intervals that say so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+from .numbers import display_name, format_estimate, format_interval, format_seconds
+from .results import REFERENCE, Difference, Results
+from .tables import counts_text, heading, ordered_rows
+
+__all__ = ["results_markdown"]
+
+# Two-sided 95 % quantile of Student's t by degrees of freedom: few seeds need it, many get the last one.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+MAIN = "forward_kl"
+
+
+def results_markdown(content: dict[str, Any], command: str = "") -> str:
+    """The content of results.json as Markdown. `command` is what made it. Raises ReportError if it is no comparison."""
+    results = Results.parse(content)
+    parts = [f"# Results: {results.name}", _origin(results, command), _table(results)]
+    if any(MAIN in row for row in results.paired.values()):
+        parts += [_changes(results), _separations(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _origin(results: Results, command: str) -> str:
+    about = results.environment
+    versions = ", ".join(f"{name} {about[name]}" for name in ("distalign", "torch", "transformers") if name in about)
+    seeds = ", ".join(map(str, results.seeds))
+    lines = [
+        f"Made by `{command}`." if command else "",
+        f"Seeds {seeds}; {counts_text(results)}; {about.get('device', '')}; {versions}; "
+        f"{format_seconds(sum(results.seconds.values()))} of work.",
+        "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _table(results: Results) -> str:
+    columns = results.filled_columns
+    rows = [["", *(heading(column) for column in columns)]]
+    for name in ordered_rows(results):
+        found = [results.methods[name].get(column.key) for column in columns]
+        rows.append([display_name(name), *("–" if m is None else format_estimate(m.mean, m.se) for m in found)])
+    about = [f"* {column.label}: {column.about}" for column in columns if column.about]
+    return "\n".join([*_lines(rows), "", *about])
+
+
+def _changes(results: Results) -> str:
+    rows = [["KL(π*‖π) against π₀, nats", "over prompts", "by seed", "over seeds", "kept steps"]]
+    for name in results.trained:
+        own = results.paired.get(name, {}).get(MAIN)
+        if own is None:
+            continue
+        gaps = _gaps(results, name, REFERENCE)
+        kept = ", ".join(map(str, results.kept_step.get(name, [])))
+        told = ", ".join(f"{gap:+.2f}" for gap in gaps).replace("-", "−")
+        rows.append([display_name(name), _written(own), told, _over_seeds(gaps), kept])
+    return "\n".join(
+        ["## Change from the start", "", *_lines(rows), "", "Differences with 95 % intervals: paired by prompt, and t."]
+    )
+
+
+def _separations(results: Results) -> str:
+    rows = [["difference in KL(π*‖π), nats", "over prompts", "over seeds", ""]]
+    apart, together = [], []
+    for one, other in combinations(results.trained, 2):
+        found = results.between.get(one, {}).get(other, {}).get(MAIN)
+        if found is None:
+            continue
+        gaps = _gaps(results, one, other)
+        name = f"{display_name(one)} − {display_name(other)}"
+        clear = found.clear and (len(gaps) < 2 or _clear(gaps))
+        (apart if clear else together).append(name)
+        rows.append([name, _written(found), _over_seeds(gaps), "separates" if clear else "does not"])
+    if len(rows) == 1:
+        return ""
+    seeds = len(results.seeds)
+    rule = (
+        "both intervals exclude 0" if seeds > 1 else "its interval excludes 0 (one seed: nothing is known over seeds)"
+    )
+    return "\n".join(
+        [
+            "## What separates",
+            "",
+            *_lines(rows),
+            "",
+            f"A pair separates if {rule}; nothing corrects for the number of pairs.",
+            f"Separate: {'; '.join(apart) or 'none'}.",
+            f"Not told apart by these runs: {'; '.join(together) or 'none'}.",
+        ]
+    )
+
+
+def _gaps(results: Results, one: str, other: str) -> list[float]:
+    """Difference of the means of each seed."""
+    pairs = zip(results.by_seed.get(one, []), results.by_seed.get(other, []), strict=False)
+    return [a[MAIN].mean - b[MAIN].mean for a, b in pairs if MAIN in a and MAIN in b]
+
+
+def _t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    n, mean = len(values), sum(values) / len(values)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    half = _T[min(n - 2, len(_T) - 1)] * spread
+    return mean, mean - half, mean + half
+
+
+def _clear(values: Sequence[float]) -> bool:
+    _, low, high = _t_interval(values)
+    return low > 0 or high < 0
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    return "–" if len(values) < 2 else f"{format_interval(*_t_interval(values))} (n = {len(values)})"
+
+
+def _written(found: Difference) -> str:
+    return format_interval(found.mean, found.low, found.high)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return [head, f"|{' --- |' * len(rows[0])}", *body]
