@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
-
 import pytest
 import tiny
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from acting import METHODS, Warmth, metrics, parameters, trainer
+from transformers import TrainerCallback
 
 from distalign.collected import look
-from distalign.data import EncodedPrompt, Prompt
 from distalign.engine import Group, score
-from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
-from distalign.policy import Source, make_policy
-from distalign.recipe import load_recipe
-from distalign.recipe_sections import HealthSettings, Lora, RolloutSettings
-from distalign.reward import FunctionReward, RewardError
-from distalign.rounds import Rollout, RoundBatches, TrainingError
-from distalign.trainer import AlignmentTrainer
-
-METHODS = {
-    "pmle": PMLE(0.5, 0.3),
-    "pd": PD(0.5, 0.3),
-    "pd-reward": PD(0.5, 0.3, kl_in="reward"),
-    "rkl": RKL(0.5, 0.3),
-    "rkl-split": RKL(0.5, 0.3, estimator="split"),
-    "rkl-gae": RKL(0.5, 0.3, advantage="gae"),
-    "rebel": REBEL(1.0, 0.3),
-    "rlhf": RLHF(0.3),
-}
-SOURCE = Source("tiny", "tiny", "made here")
-
-
-class Warmth:
-    """Rewards warm words: a nat for each id from 7 to 9, and half a one for an end."""
-
-    def __call__(self, requests):
-        """A reward a response."""
-        texts = [own for request in requests for own in request.responses]
-        return torch.tensor([sum(7 <= t <= 9 for t in own) + 0.5 * (own[-1] == tiny.END) for own in texts])
-
-    def facts(self):
-        """Nothing to tell."""
-        return {}
-
-
-def prompts(n=8):
-    """Prompts of unequal length."""
-    return [EncodedPrompt(pair.prompt, row=Prompt(f"tell me {i}")) for i, pair in enumerate(tiny.encoded_pairs(n))]
+from distalign.methods import PD, PMLE, REBEL
+from distalign.recipe_sections import HealthSettings, Lora
+from distalign.reward import FunctionReward, Request, RewardError
+from distalign.rounds import RoundBatches, TrainingError
 
 
 class Gradients(TrainerCallback):
@@ -61,48 +25,6 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **_):
         """Before the step."""
         self.found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-
-
-def trainer(folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, **settings):
-    """A trainer on the tiny model. Settings of a rollout are known by their names, the rest are TrainingArguments'."""
-    torch.manual_seed(0)
-    policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
-    token_budget = settings.pop("token_budget", 4096)
-    own = {key: settings.pop(key) for key in RolloutSettings.model_fields if key in settings}
-    rollout = RolloutSettings(**{"samples": 4, "max_new_tokens": 5, "show": 1, **own})
-    arguments = {
-        "per_device_train_batch_size": 8,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "max_grad_norm": 0.0,
-        **settings,
-    }
-    labelled = method.needs.pairs == "labelled"
-    return AlignmentTrainer(
-        policy,
-        method,
-        TrainingArguments(output_dir=str(folder), **arguments),
-        (tiny.encoded_pairs(8) if labelled else prompts()) if rows is None else rows,
-        token_budget=token_budget,
-        rollout=Rollout(rollout, tiny.END, (reward or Warmth()) if method.needs.reward else None),
-        health=health,
-        callbacks=callbacks,
-    )
-
-
-def parameters(made):
-    """All parameters in one vector."""
-    return torch.cat([p.detach().flatten() for p in made.model.parameters()])
-
-
-def metrics(folder):
-    """Lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # One gradient ---------------------------------------------------------------------------------------------------------
@@ -172,15 +94,8 @@ def test_what_is_collected_is_what_the_engine_says(tmp_path, temperature):
             wanted = score(scored, groups, temperature=temperature).token_logps
         torch.testing.assert_close(buffer.tensors[f"{name}_token_logps"], wanted, rtol=1e-5, atol=1e-5)
     assert made.temperature == temperature
-    rewards = Warmth()([made_request(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)])
+    rewards = Warmth()([Request(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)])
     assert torch.equal(buffer.tensors["rewards"], rewards)
-
-
-def made_request(prompt, responses):
-    """A request without its row."""
-    from distalign.reward import Request
-
-    return Request(prompt, responses)
 
 
 def test_more_than_two_samples_make_all_pairs_or_the_extreme_one(tmp_path):
@@ -313,104 +228,3 @@ def test_a_reward_that_fails_loses_nothing(tmp_path, kind):
     )
     whole.train()
     assert torch.equal(parameters(again), parameters(whole))
-
-
-# Collapse -------------------------------------------------------------------------------------------------------------
-
-
-class LikesOneToken:
-    """Rewards the share of one word, and nothing else."""
-
-    def __call__(self, requests):
-        """A reward a response."""
-        return torch.tensor([own.count(8) / len(own) for request in requests for own in request.responses])
-
-    def facts(self):
-        """Nothing to tell."""
-        return {}
-
-
-@pytest.mark.parametrize("stop", [True, False])
-def test_collapse_is_caught(tmp_path, caplog, stop):
-    """RLHF at β = 0 on a reward that likes one token: a warning that says so, and with stop_on_collapse it saves."""
-    health = HealthSettings(stop_on_collapse=stop)
-    made = trainer(
-        tmp_path, RLHF(beta=0.0), reward=LikesOneToken(), health=health, max_steps=60, samples=8, learning_rate=3e-2
-    )
-    with caplog.at_level(logging.WARNING, "distalign"):
-        made.train()
-    warned = [record.getMessage() for record in caplog.records if record.name == "distalign.health"]
-    assert any("entropy" in text and "beta" in text for text in warned)
-    assert (made.state.global_step < 60) == stop
-    if stop:
-        assert made.monitor.collapsed
-        assert (tmp_path / f"checkpoint-{made.state.global_step}" / "rollout.safetensors").is_file()
-        assert any(f"stops at step {made.state.global_step - 1}" in r.getMessage() for r in caplog.records)
-    assert metrics(tmp_path)[-2]["health/entropy_ratio"] < 0.3
-
-
-def test_entropy_keeps_its_place_with_its_own_weight(tmp_path, caplog):
-    """The same reward with RKL's entropy term does not collapse, and nothing is said."""
-    made = trainer(
-        tmp_path, RKL(1.0, 0.0), reward=LikesOneToken(), health=HealthSettings(stop_on_collapse=True), max_steps=60,
-        samples=8, learning_rate=3e-2,
-    )  # fmt: skip
-    with caplog.at_level(logging.WARNING, "distalign"):
-        made.train()
-    assert made.state.global_step == 60
-    assert not [record for record in caplog.records if "collapse" in record.getMessage()]
-
-
-# Telling --------------------------------------------------------------------------------------------------------------
-
-
-def test_metrics_of_a_round_have_their_names(tmp_path):
-    """Reward, KL, entropy, lengths and health of every round, and its completions in samples.jsonl."""
-    made = trainer(tmp_path, METHODS["rkl"], max_steps=3, health=HealthSettings(), inner_epochs=3)
-    made.train()
-    first, second = metrics(tmp_path)[:2]
-    assert set(first) >= {
-        *("loss", "objective/reward", "objective/kl", "objective/entropy", "completions/mean_length"),
-        *("completions/clipped_ratio", "health/entropy_ratio", "rollout/effective_samples", "rollout_time"),
-        *("reward_time", "step_time", "tokens_per_second"),
-    }
-    assert first["objective/kl"] == pytest.approx(0.0, abs=1e-4)
-    assert first["rollout/effective_samples"] == pytest.approx(1.0, abs=1e-4)
-    assert "objective/reward" not in second
-    assert 0 < second["rollout/effective_samples"] < 1
-    (line,) = (tmp_path / "samples.jsonl").read_text().splitlines()
-    row = json.loads(line)
-    assert row["step"] == 0
-    assert row["prompt"].startswith("tell me")
-    assert len(row["responses"]) == len(row["rewards"]) == 4
-
-
-def test_an_offline_method_is_watched_too(tmp_path):
-    """At each evaluation some responses are drawn on held-out prompts, and entropy and KL are logged."""
-    held = tiny.encoded_pairs(6, seed=1)
-    made = trainer(tmp_path, PMLE(0.5, 0.0), health=HealthSettings(prompts=4), max_steps=2)
-    made.eval_dataset = held
-    found = made.evaluate()
-    assert found["eval_completions/number"] == 4
-    assert found["eval_objective/entropy"] > 0
-    assert found["eval_objective/kl"] == pytest.approx(0.0, abs=1e-4)
-
-
-def test_a_missing_end_costs_what_the_recipe_says(tmp_path):
-    """replace: responses that were cut are worth −1 in the buffer, the others what the reward says."""
-    made = trainer(tmp_path, METHODS["rkl"], missing_end={"rule": "replace", "value": -1.0}, max_new_tokens=3)
-    made.actor.enter(made.model.eval(), [0], 0, tmp_path / "samples.jsonl")
-    buffer = made.actor.buffer
-    flat = [own for group in buffer.responses for own in group]
-    cut = torch.tensor([own[-1] != tiny.END for own in flat])
-    assert bool(cut.any())
-    assert bool((buffer.tensors["rewards"][cut] == -1).all())
-    assert bool((buffer.tensors["rewards"][~cut] >= 0).all())
-
-
-def test_a_recipe_says_how_long_responses_are(tmp_path):
-    """rollout.max_new_tokens is the evaluation's unless it is given."""
-    for given, wanted in (({}, 5), ({"rollout": {"max_new_tokens": 7}}, 7)):
-        path = tmp_path / "r.yaml"
-        path.write_text(tiny.recipe_text(tmp_path, **given))
-        assert load_recipe(path).rollout.max_new_tokens == wanted

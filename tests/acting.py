@@ -1,0 +1,88 @@
+"""A trainer of methods that draw their own responses, on the tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import tiny
+import torch
+from transformers import TrainingArguments
+
+from distalign.data import EncodedPrompt, Prompt
+from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
+from distalign.policy import Source, make_policy
+from distalign.recipe_sections import RolloutSettings
+from distalign.rounds import Rollout
+from distalign.trainer import AlignmentTrainer
+
+METHODS = {
+    "pmle": PMLE(0.5, 0.3),
+    "pd": PD(0.5, 0.3),
+    "pd-reward": PD(0.5, 0.3, kl_in="reward"),
+    "rkl": RKL(0.5, 0.3),
+    "rkl-split": RKL(0.5, 0.3, estimator="split"),
+    "rkl-gae": RKL(0.5, 0.3, advantage="gae"),
+    "rebel": REBEL(1.0, 0.3),
+    "rlhf": RLHF(0.3),
+}
+SOURCE = Source("tiny", "tiny", "made here")
+
+
+class Warmth:
+    """Rewards warm words: a nat for each id from 7 to 9, and half a one for an end."""
+
+    def __call__(self, requests):
+        """A reward a response."""
+        texts = [own for request in requests for own in request.responses]
+        return torch.tensor([sum(7 <= t <= 9 for t in own) + 0.5 * (own[-1] == tiny.END) for own in texts])
+
+    def facts(self):
+        """Nothing to tell."""
+        return {}
+
+
+def prompts(n=8):
+    """Prompts of unequal length."""
+    return [EncodedPrompt(pair.prompt, row=Prompt(f"tell me {i}")) for i, pair in enumerate(tiny.encoded_pairs(n))]
+
+
+def trainer(folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, **settings):
+    """A trainer on the tiny model. Settings of a rollout are known by their names, the rest are TrainingArguments'."""
+    torch.manual_seed(0)
+    policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
+    token_budget = settings.pop("token_budget", 4096)
+    own = {key: settings.pop(key) for key in RolloutSettings.model_fields if key in settings}
+    rollout = RolloutSettings(**{"samples": 4, "max_new_tokens": 5, "show": 1, **own})
+    arguments = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "max_grad_norm": 0.0,
+        **settings,
+    }
+    labelled = method.needs.pairs == "labelled"
+    return AlignmentTrainer(
+        policy,
+        method,
+        TrainingArguments(output_dir=str(folder), **arguments),
+        (tiny.encoded_pairs(8) if labelled else prompts()) if rows is None else rows,
+        token_budget=token_budget,
+        rollout=Rollout(rollout, tiny.END, (reward or Warmth()) if method.needs.reward else None),
+        health=health,
+        callbacks=callbacks,
+    )
+
+
+def parameters(made):
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in made.model.parameters()])
+
+
+def metrics(folder):
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
