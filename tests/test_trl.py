@@ -13,7 +13,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from distalign.methods import DPO, PMLE, RKL, Pairs, Samples
+from distalign.engine import Group, score
+from distalign.methods import DPO, PMLE, RKL, RLHF, Pairs, Samples
 
 # The trainers' own deprecations are not ours to fix.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,59 +132,113 @@ def test_pmle_without_kl_is_trl_cpo(tokenizer, arguments):
     assert_same(ours, trainer.compute_loss(trainer.model, batch), trainer.model)
 
 
-def test_rkl_is_trl_rloo(tokenizer, arguments, tmp_path):
-    """RKL = RLOOTrainer with beta = β + γ and reward R − γ ln π₀: the gradient of its loss on responses it sampled."""
+GAMMA, BETA, TEMPERATURE, SAMPLES = 0.2, 0.1, 0.7, 3
+
+
+def length_and_first(completion_ids):
+    """A reward of the token ids alone, different for almost any two responses."""
+    return [float(len(ids)) - 0.1 * ids[0] for ids in completion_ids]
+
+
+def rloo(tokenizer, arguments, folder, *, beta, shift, **settings):
+    """TRL's trainer in float64, with its own batch of responses, advantages in it, for the reward R − shift · ln π₀."""
     from trl import RLOOConfig, RLOOTrainer
 
-    gamma, beta = 0.2, 0.1
     reference = tiny_model(1)
-    reference.save_pretrained(tmp_path / "reference")
+    reference.save_pretrained(folder / "reference")
+    reference.double()
     policy = tiny_model(0)
-    policy.config._name_or_path = str(tmp_path / "reference")  # where RLOOTrainer looks for its reference
-
-    def score(completion_ids):
-        return [float(len(ids)) - 0.1 * ids[0] for ids in completion_ids]
-
-    def reference_logp(prompt, ids):
-        row = torch.tensor([[*tokenizer(prompt).input_ids, *ids]])
-        logps = reference(input_ids=row).logits[0, :-1].log_softmax(-1)
-        return logps.gather(-1, row[0, 1:, None])[-len(ids) :].sum().item()
+    policy.config._name_or_path = str(folder / "reference")  # where RLOOTrainer looks for its reference
 
     @torch.no_grad()
-    def shifted_reward(prompts, completion_ids, **_):
-        kept = zip(score(completion_ids), prompts, completion_ids, strict=True)
-        return [r - gamma * reference_logp(prompt, ids) for r, prompt, ids in kept]
+    def reward(prompts, completion_ids, **_):
+        groups = [
+            Group(tokenizer(prompt).input_ids, [ids]) for prompt, ids in zip(prompts, completion_ids, strict=True)
+        ]
+        logps = score(reference, groups, temperature=TEMPERATURE).logps
+        return (torch.tensor(length_and_first(completion_ids)) - shift * logps).tolist()
 
     trainer = RLOOTrainer(
         policy,
-        reward_funcs=shifted_reward,
+        reward_funcs=reward,
         args=RLOOConfig(
-            beta=beta + gamma,
-            num_generations=3,
-            per_device_train_batch_size=9,
+            beta=beta,
+            num_generations=SAMPLES,
+            per_device_train_batch_size=SAMPLES * len(ROWS),
             max_completion_length=4,
-            temperature=1.0,
+            temperature=TEMPERATURE,
+            **settings,
             **arguments,
         ),
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
         processing_class=tokenizer,
     )
-    batch = trainer._generate_and_score_completions([{"prompt": row["prompt"]} for row in ROWS for _ in range(3)])
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    mask = torch.cat([torch.zeros_like(batch["prompt_mask"]), batch["completion_mask"]], 1)
-    logps, response = token_logps(trainer.model, ids, attention, mask)
-    with torch.no_grad():
-        reference_logps, _ = token_logps(reference, ids, attention, mask)
-    kept = [row[m.bool()].tolist() for row, m in zip(batch["completion_ids"], batch["completion_mask"], strict=True)]
+    trainer.model.double()
+    trainer.ref_model.double()
+    rows = [{"prompt": row["prompt"]} for row in ROWS for _ in range(SAMPLES)]
+    return trainer, reference, trainer._generate_and_score_completions(rows)
+
+
+def groups_of(batch):
+    """The token ids of TRL's batch as prompts with their responses."""
+
+    def kept(name):
+        rows = zip(batch[f"{name}_ids"], batch[f"{name}_mask"], strict=True)
+        return [ids[mask.bool()].tolist() for ids, mask in rows]
+
+    prompts, responses = kept("prompt"), kept("completion")
+    return [Group(prompts[at], responses[at : at + SAMPLES]) for at in range(0, len(prompts), SAMPLES)]
+
+
+def assert_is_rloo(method, made, *, reused):
+    """The method's advantages and weight gradient are those of TRL's trainer, within 1e-5.
+
+    Both sides score the token ids that TRL sampled, TRL with its own forward pass and we with the engine. The models
+    are float64, so what is left (below 1e-6) is TRL's rounding of rewards and advantages to float32.
+    """
+    trainer, reference, batch = made
+    groups = groups_of(batch)
+    scores = score(trainer.model, groups, reference=reference, temperature=TEMPERATURE)
     samples = Samples(
-        token_logps=logps,
-        mask=response,
-        reference_token_logps=reference_logps,
-        rewards=torch.tensor(score(kept)),
-        group=torch.arange(3).repeat_interleave(3),
+        token_logps=scores.token_logps,
+        mask=scores.mask,
+        behavior_token_logps=scores.token_logps.detach() if reused else None,
+        reference_token_logps=scores.reference_token_logps,
+        rewards=torch.tensor(length_and_first([ids for group in groups for ids in group.responses])).double(),
+        group=scores.group,
     )
-    ours = weight_gradient(RKL(gamma=gamma, beta=beta).loss(None, samples), trainer.model)
+    loss = method.loss(None, samples)
+    # A response enters the loss as −A ln π / n, so its advantage can be read off any of its tokens.
+    (slope,) = torch.autograd.grad(loss, scores.token_logps, retain_graph=True)
+    advantages = -len(slope) * slope
+    expected = batch["advantages"].double()
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(advantages[:, 0], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(advantages, torch.where(scores.mask, expected[:, None], 0.0), rtol=0, atol=1e-5)
+    ours = weight_gradient(loss, trainer.model)
     theirs = weight_gradient(trainer.compute_loss(trainer.model, batch), trainer.model)
     assert theirs.norm() > 1e-3
-    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+reused_or_not = pytest.mark.parametrize("reused", [False, True], ids=["fresh", "reused"])
+
+
+@reused_or_not
+def test_rkl_is_trl_rloo(reused, tokenizer, arguments, tmp_path):
+    """RKL = RLOOTrainer with beta = β + γ and reward R − γ ln π₀.
+
+    `reused` is the first pass over responses that will be used again: there the policy is still the one that drew them.
+    Later passes differ on purpose: TRL keeps the first pass's advantages, whose KL term is then stale, and clips.
+    """
+    settings = {"num_iterations": 2} if reused else {}
+    made = rloo(tokenizer, arguments, tmp_path, beta=BETA + GAMMA, shift=GAMMA, **settings)
+    assert_is_rloo(RKL(gamma=GAMMA, beta=BETA), made, reused=reused)
+
+
+@reused_or_not
+def test_rlhf_is_trl_rloo(reused, tokenizer, arguments, tmp_path):
+    """RLHF = RLOOTrainer with the same beta and the reward as it is."""
+    settings = {"num_iterations": 2} if reused else {}
+    made = rloo(tokenizer, arguments, tmp_path, beta=BETA, shift=0.0, **settings)
+    assert_is_rloo(RLHF(beta=BETA), made, reused=reused)
