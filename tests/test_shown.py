@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from distalign import cli
 from distalign.experiment import check
-from distalign.recipe import load_recipe
+from distalign.recipe import Recipe, load_recipe
 from distalign.targets import Target, make_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -28,20 +30,32 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("distalign ")
 ]
-# What makes any run small: two steps of four pairs.
-SMALL = [
-    *(
-        "training.max_steps=2",
-        "training.per_device_train_batch_size=4",
-        "training.eval_steps=1",
-        "evaluation.prompts=4",
-    ),
-    *("lora.layers=1", "evaluation.max_new_tokens=4"),
-]
-SMALL_TARGET = [
-    *("target.words=[happy, kind]", "target.end_bonus=0", "target.pairs=8", "target.eval_pairs=8"),
-    "target.max_new_tokens=4",
-]
+# What makes any run small: two steps of four pairs, responses of four tokens.
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "eval_steps": 2}
+SMALL = {
+    "lora": "{r: 4, alpha: 8, layers: 1}",
+    "evaluation.prompts": 4,
+    "evaluation.samples": 1,
+    "evaluation.max_new_tokens": 4,
+    "rollout.max_new_tokens": 4,
+    "rollout.min_new_tokens": 0,
+    "health.prompts": 2,
+}
+SMALL_TARGET = {
+    "target.words": "[happy, kind]",
+    "target.end_bonus": 0,
+    "target.pairs": 8,
+    "target.eval_pairs": 8,
+    "target.max_new_tokens": 4,
+}
+# The hub is not asked, and the tiny model has 64 positions.
+SMALL_DATA = {
+    "data.max_length": "null",
+    "data.eval": "null",
+    "data.prompts": "null",
+    "data.held_out": 0.2,
+    "data.eval_limit": 4,
+}
 
 
 @pytest.fixture
@@ -49,6 +63,7 @@ def here(tmp_path, monkeypatch, tiny_folder):
     """A folder with the recipes, the data and the model that the commands name."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     tiny.write_pairs(tmp_path / "pairs.jsonl")
+    (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -61,10 +76,26 @@ def run(monkeypatch, arguments: list[str]) -> None:
     assert not stop.value.code
 
 
-def small(recipe: str, tiny_folder: Path) -> list[str]:
-    """Flags that make a recipe's run small, on the tiny model."""
-    settings = [*SMALL, *(SMALL_TARGET if "quickstart" in recipe else ["data.max_length=null"])]
-    return ["--model", str(tiny_folder), *(part for setting in settings for part in ("--set", setting))]
+def own(recipe: Recipe, section: str, values: dict[str, object]) -> dict[str, object]:
+    """The same values where a method has its own: those come before the recipe's."""
+    return {
+        f"methods.{name}.{section}.{key}": values[key]
+        for name, settings in recipe.methods.items()
+        for key in settings.get(section, ())
+        if key in values
+    }
+
+
+def small(path: str, tiny_folder: Path) -> list[str]:
+    """Flags that make a recipe's run small, on the tiny model, with rewards that need no network."""
+    recipe = load_recipe(path)
+    settings = SMALL | {f"training.{key}": value for key, value in TRAINING.items()}
+    settings |= own(recipe, "training", TRAINING) | own(recipe, "rollout", {"max_new_tokens": 4, "min_new_tokens": 0})
+    settings |= SMALL_DATA if recipe.target is None else SMALL_TARGET
+    if any(one.model or (one.train and one.train.backbone != "frozen") for one in recipe.reward):
+        settings["reward"] = "{train: {init: scratch, backbone: frozen, epochs: 2}}"
+    flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["--model", str(tiny_folder), *flags]
 
 
 def test_there_are_commands_to_run():
@@ -76,19 +107,36 @@ def test_there_are_commands_to_run():
 def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
     """Each command of the pages ends without an error (training ones with a tiny model, two steps)."""
     arguments = shlex.split(command)[1:]
-    if arguments[0] in ("train", "compare"):
-        while "--model" in arguments:
-            at = arguments.index("--model")
-            del arguments[at : at + 2]
+    if arguments[0] in ("train", "compare", "reward"):
+        given = dict(pairwise(arguments))
+        for option in ("--model", "--data", "--seeds"):
+            if option in given:
+                at = arguments.index(option)
+                del arguments[at : at + 2]
+        if load_recipe(arguments[1]).target is None or "--data" in given:
+            arguments += ["--data", "pairs.jsonl"]
         arguments += small(arguments[1], tiny_folder)
+    elif arguments[0] == "report":
+        arguments[1] = make_report(monkeypatch, tiny_folder)
     run(monkeypatch, arguments)
+
+
+def make_report(monkeypatch, tiny_folder: Path) -> str:
+    """A run folder that a report can be drawn from."""
+    flags = ["--methods", "pmle", "--data", "pairs.jsonl", *small("recipes/pairs.yaml", tiny_folder)]
+    run(monkeypatch, ["compare", "recipes/pairs.yaml", *flags])
+    return "runs/pairs"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_runs(recipe, here, monkeypatch, tiny_folder):
-    """Each recipe compares its methods and writes results and report."""
-    run(monkeypatch, ["compare", f"recipes/{recipe.name}", *small(recipe.name, tiny_folder)])
-    assert (here / "runs" / recipe.stem / "results.json").is_file()
+    """Each recipe compares all its methods and writes results and report."""
+    path = f"recipes/{recipe.name}"
+    settings = load_recipe(path)
+    data = ["--data", "pairs.jsonl"] if settings.target is None else []
+    run(monkeypatch, ["compare", path, "--full", *data, *small(path, tiny_folder)])
+    results = json.loads((here / "runs" / recipe.stem / "results.json").read_text(encoding="utf-8"))
+    assert set(settings.methods) < set(results["methods"])
     assert (here / "runs" / recipe.stem / "report.html").is_file()
 
 
