@@ -53,20 +53,34 @@ def compare(
     recipe.dump(root / "recipe.yaml")
     runs: dict[str, list[Measured]] = {}
     extra: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}}
-    facts: dict[str, Any] = {}
-    for seed in seeds:
+    results: dict[str, Any] = {}
+    for number, seed in enumerate(seeds, 1):
         bench = prepare(recipe, seed, measured=True, target=target)
-        facts = bench.facts
-        logger.info("pairs: %s", facts)
+        logger.info("pairs: %s", bench.facts)
         _compare_seed(bench, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, extra)
-        if seed == seeds[0]:
+        if number == 1:
             _write_samples(root / "samples.jsonl", bench, runs)
-    results = {
+        # After every seed: a run that is stopped keeps those that it has.
+        results = _results(bench, methods, seeds[:number], runs, extra)
+        text = json.dumps(_finite(results), indent=1, ensure_ascii=False)
+        (root / "results.json").write_text(text, encoding="utf-8")
+    return results
+
+
+def _results(
+    bench: Bench,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    runs: Mapping[str, Sequence[Measured]],
+    extra: Mapping[str, Any],
+) -> dict[str, Any]:
+    recipe, start = bench.recipe, runs["reference"]
+    return {
         "name": recipe.name,
         "seeds": list(seeds),
         "columns": COLUMNS,
         "methods": {name: _plain(summarise(own)) for name, own in runs.items()},
-        "paired": {name: _plain(differences(own, runs["reference"])) for name, own in runs.items() if name in methods},
+        "paired": {name: _plain(differences(runs[name], start)) for name in methods},
         "between": {
             one: {other: _plain(differences(runs[one], runs[other])) for other in methods if other != one}
             for one in methods
@@ -77,16 +91,14 @@ def compare(
         },
         "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()},
         "paired_by_seed": {
-            name: [_plain(differences([one], [base])) for one, base in zip(runs[name], runs["reference"], strict=True)]
+            name: [_plain(differences([one], [base])) for one, base in zip(runs[name], start, strict=True)]
             for name in methods
         },
-        "pairs": facts,
+        "pairs": bench.facts,
         "settings": recipe.model_dump(mode="json"),
         "environment": environment(),
         "citation": CITATION,
     }
-    (root / "results.json").write_text(json.dumps(_finite(results), indent=1, ensure_ascii=False), encoding="utf-8")
-    return results
 
 
 def _compare_seed(

@@ -207,6 +207,7 @@ def reward_model(bench: Bench, folder: Path) -> Trained:
     bench.seconds["reward"] = time.monotonic() - started
     told = ", ".join(f"{name} {found.mean:.3f} ± {found.se:.3f}" for name, found in trained.results.items())
     logger.info("reward: %s on %d held-out pairs", told, len(bench.held))
+    bench.facts["reward model, held out"] = told
     return trained
 
 
