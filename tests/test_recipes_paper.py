@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 
+from distalign.data import read_pairs, read_prompts
 from distalign.experiment import check, train
 from distalign.recipe import load_recipe
 
@@ -113,6 +114,25 @@ def test_a_recipe_is_accepted_without_network(name, tmp_path):
     check(recipe, list(recipe.methods))
     recipe.dump(tmp_path / "again.yaml")
     assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_the_columns_of_the_hub_sets_fit():
+    """Rows shaped like those of the named sets are read as prompt and two responses, nothing converted."""
+    tldr = {"prompt": "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:", "chosen": " d", "rejected": " e"}
+    assert read_pairs([tldr]).format == "standard"
+    assert read_prompts([{"prompt": tldr["prompt"], "completion": " d"}])[0].prompt == tldr["prompt"]
+    turn = {"role": "user", "content": "a"}
+    feedback = {
+        "prompt": "a",
+        "prompt_id": "0",
+        "chosen": [turn, {"role": "assistant", "content": "b"}],
+        "rejected": [turn, {"role": "assistant", "content": "c"}],
+        "messages": [turn, {"role": "assistant", "content": "b"}],
+        "score_chosen": 8.0,
+        "score_rejected": 5.0,
+    }
+    (pair,) = read_pairs([feedback])
+    assert (pair.prompt, pair.chosen) == ([turn], [{"role": "assistant", "content": "b"}])
 
 
 def small(name: str, folder: Path, model: Path, pairs: Path) -> list[str]:
