@@ -135,6 +135,8 @@ def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):
         if method.needs.pairs == "sampled":
             assert second[0].group.responses[:4] == first[0].group.responses
             assert pairs.rewards is not None
+    with pytest.raises(TrainingError, match=r"rollout\.samples is 1, but pairs"):
+        trainer(tmp_path, METHODS["rebel"], samples=1)
     with pytest.raises(TrainingError, match=r"rollout\.stale is resample"):
         trainer(tmp_path, METHODS["rkl"], stale="resample")
 

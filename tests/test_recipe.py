@@ -189,8 +189,8 @@ REFUSALS = {
     "early_stopping, evaluation",
     "methods: {rkl: {rollout: {sample: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "sample"; did you mean '
     '"samples"?',
-    "methods: {rkl: {rollout: {samples: 1}}}": "x.yaml: methods.rkl.rollout.samples is 1; input should be greater than "
-    "or equal to 2",
+    "methods: {rkl: {rollout: {samples: 0}}}": "x.yaml: methods.rkl.rollout.samples is 0; input should be greater "
+    "than 0",
     "methods: {dpo: }\ncompare: [pmle]": 'x.yaml: compare: recipe has no method "pmle"; it has dpo',
     "methods: {dpo: }\nreward: {weight: 2}": "x.yaml: reward names 0 of model, train, function and exact; give "
     "one each",

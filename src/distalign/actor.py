@@ -55,6 +55,7 @@ class Actor:
         self.accumulated, self.token_budget, self.seed = accumulated, token_budget, seed
         self.monitor, self.note = monitor, note
         self.buffer: Buffer | None = None
+        self._facts = {} if rollout.reward is None else rollout.reward.facts()
         self._start, self._told = 0, -1
         self._seen: list[dict[str, Tensor]] = []
 
@@ -221,8 +222,9 @@ class Actor:
         return tokenizer.decode(ids, skip_special_tokens=True)
 
     def _reward_facts(self) -> dict[str, float]:
+        """What the reward counted in this run; it may have served others before."""
         facts = {} if self.rollout.reward is None else self.rollout.reward.facts()
-        return {f"reward/{name}": value for name, value in facts.items()}
+        return {f"reward/{name}": value - self._facts.get(name, 0.0) for name, value in facts.items()}
 
     # State ------------------------------------------------------------------------------------------------------------
 

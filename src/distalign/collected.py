@@ -22,6 +22,8 @@ logger = logging.getLogger("distalign.trainer")
 
 # |implied reward gap| at which labels carry information, in nats: below it every pair is a fair coin, above it certain.
 INFORMATIVE = (0.1, 5.0)
+# Below this it is 0 but for rounding: a method whose reward is a log-ratio, before its first step.
+AT_START = 1e-3
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,7 @@ def warn_about_sharpness(label: str, median: float) -> None:
             median,
             median,
         )
-    elif 1e-6 < median < low:
+    elif AT_START < median < low:
         logger.warning(
             "%s: the median held-out pair has |logit| %.3g at the start: labels look like coins; raise gamma",
             label,

@@ -128,13 +128,12 @@ def _compare_seed(
         with progress(f"measure {name}", 1) as advance:
             found[name] = measure_samples(policy.model, task, reference=bench.base)
             if bench.held:
-                logps = score_in_batches(policy.model, task.pair_groups(), token_budget=task.token_budget).logps
-                method = bench.recipe.method(name)
+                pairs, method = trainer.held_out(bench.held), trainer.method
                 measure_pairs(
                     found[name],
-                    logps.view(-1, 2),
+                    pairs.logps,
                     task,
-                    lambda logps, method=method: method.implied_reward(logps, reference_logps),
+                    lambda logps, method=method, pairs=pairs: method.implied_reward(logps, pairs.reference_logps),
                 )
             advance(1)
         bench.seconds[f"measure {name}"] = time.monotonic() - started

@@ -220,9 +220,8 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
     _forget_after(folder, checkpoint)
     args = training_arguments(recipe, name, folder, held_out=bool(bench.held), seed=bench.seed)
     torch.manual_seed(bench.seed)
-    # Under LoRA the reference costs nothing, and that the run starts there is checked for every method.
-    reference = method.needs.reference or recipe.lora is not None
-    policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=reference)
+    # The reference costs no memory here, and that the run starts there is checked for every method.
+    policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=True)
     stopping = recipe.early_stopping
     labelled = method.needs.pairs == "labelled"
     trainer = AlignmentTrainer(

@@ -177,6 +177,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | N
         if method not in raw["methods"]:
             raise RecipeError(f"{where}: {_unknown_method(method, raw['methods'], 'recipe')}; add it under methods")
         raw["methods"] = {method: raw["methods"][method]}
+        raw.pop("compare", None)
     for section, keys in (("data", ("train", "eval", "prompts")), ("target", ("prompts",))):
         _find_files(raw.get(section), keys, path.parent)
     try:

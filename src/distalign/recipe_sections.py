@@ -102,7 +102,7 @@ class RolloutSettings(Section):
 
     backend: Literal["transformers", "continuous", "vllm"] = "transformers"
     url: str | None = None
-    samples: Annotated[int, Field(ge=2)] = 2
+    samples: Count = 2
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 20

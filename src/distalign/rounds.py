@@ -35,6 +35,11 @@ def acts(method: Method) -> bool:
 def check_rollout(label: str, method: Method, settings: Any) -> None:
     """Raise TrainingError for `rollout` settings that do not go with the method; `settings` has the recipe's fields."""
     needs = method.needs
+    if settings.samples == 1 and not needs.values:
+        raise TrainingError(
+            f"{label}: rollout.samples is 1, but pairs and leave-one-out baselines are made of several responses to "
+            "one prompt; set it to 2 or more"
+        )
     if settings.stale == "resample" and needs.samples and needs.reward and needs.pairs != "sampled":
         raise TrainingError(
             f"{label}: rollout.stale is resample, which draws fresh responses for a KL term, but this method scores "

@@ -32,9 +32,10 @@ from distalign.actor import Actor, effective_samples, observe
 from distalign.collected import Collected, beside, labelled_pairs, look, pair_metrics, warn_about_sharpness
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, micro_batches, score, score_in_batches
+from distalign.engine.encoding import evaluating
 from distalign.errors import InputError
 from distalign.health import Monitor
-from distalign.methods import Method
+from distalign.methods import Method, Pairs
 from distalign.policy import Policy
 from distalign.preference import preference_logit, preference_nll
 from distalign.progress import progress
@@ -80,6 +81,7 @@ class AlignmentTrainer(Trainer):
     ):
         self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
         self.rollout, self.acts = rollout, acts(method)
+        self.pairing = "all" if rollout is None else rollout.settings.pairing
         self._check(args)
         args.remove_unused_columns = False
         stopping: list[TrainerCallback] = []
@@ -156,9 +158,8 @@ class AlignmentTrainer(Trainer):
         if self.actor is None:
             return super().get_train_dataloader()
         data: Any = self.train_dataset
-        return self.accelerator.prepare(
-            DataLoader(data, batch_sampler=self.actor.batches, collate_fn=self.data_collator)
-        )
+        loader = DataLoader(data, batch_sampler=self.actor.batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
     # What a step reads ------------------------------------------------------------------------------------------------
 
@@ -258,7 +259,7 @@ class AlignmentTrainer(Trainer):
     def _micro_batch(self, model: nn.Module, micro: Sequence[Collected], whole: int) -> Tensor:
         with self.compute_loss_context_manager():
             scores = self.score(model, micro)
-            pairs, samples = look(scores, micro, self.method.needs, self._pairing)
+            pairs, samples = look(scores, micro, self.method.needs, self.pairing)
             loss = self.method.loss(pairs, samples) * (len(micro) / whole)
         self.accelerator.backward(loss)
         if pairs is not None and self.method.needs.pairs == "labelled":
@@ -268,10 +269,6 @@ class AlignmentTrainer(Trainer):
         if self.actor is not None:
             self.actor.saw(scores, micro, self.state.global_step)
         return loss.detach()
-
-    @property
-    def _pairing(self) -> str:
-        return "all" if self.rollout is None else self.rollout.settings.pairing
 
     def _enter_round(self, model: nn.Module, indices: Sequence[int]) -> None:
         """Draw and reward the round of these rows if it is a new one. If that fails, what there is is saved first."""
@@ -307,6 +304,15 @@ class AlignmentTrainer(Trainer):
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
+    def held_out(self, rows: Sequence[EncodedPair]) -> Pairs:
+        """Log-probabilities of labelled pairs under the policy, and under the reference where there is one."""
+        collected = self.labelled(rows, reference=self.policy.reference is not None)
+        model: Any = self.model
+        groups = [one.group for one in collected]
+        with evaluating(model):
+            logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
+        return labelled_pairs(logps.view(-1, 2), collected)
+
     def evaluate(
         self,
         eval_dataset: Any = None,
@@ -314,17 +320,11 @@ class AlignmentTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Held-out pairs: `loss` is the negative log-likelihood of the labels, in nats a pair; and the pair metrics."""
-        rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        assert rows is not None
-        collected = self.labelled(list(rows), reference=self.policy.reference is not None)  # pyright: ignore
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.model
-        training = model.training
-        model.eval()
-        groups = [one.group for one in collected]
-        logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
-        pairs = labelled_pairs(logps.view(-1, 2), collected)
-        extra = self.extra_evaluation(model) if self.extra_evaluation else {}
-        model.train(training)
+        pairs = self.held_out(rows)
+        with evaluating(model):
+            extra = self.extra_evaluation(model) if self.extra_evaluation else {}
         rewards = self.method.implied_reward(pairs.logps, pairs.reference_logps)
         logit = preference_logit(rewards, gamma=1.0)
         found = {
