@@ -58,7 +58,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # 6 the door, and the list of public names
     "cli": BELOW_DOING
     | {"bench", "trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison", "health"},
-    "__init__": BELOW_DOING | {"trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
+    "__init__": BELOW_DOING
+    | {"rounds", "trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
 }
 
 # Within a package: the file, and the siblings that it may import. Files that are not named are free.

@@ -30,7 +30,12 @@ if TYPE_CHECKING:
     from distalign.policy import find_model as find_model
     from distalign.policy import make_policy as make_policy
     from distalign.recipe import load_recipe as load_recipe
+    from distalign.reward import Request as Request
+    from distalign.reward import Reward as Reward
+    from distalign.reward import load_reward as load_reward
+    from distalign.reward import make_reward as make_reward
     from distalign.rollout import sample as sample
+    from distalign.rounds import Rollout as Rollout
     from distalign.targets import Tilt as Tilt
     from distalign.trainer import AlignmentTrainer as AlignmentTrainer
 
@@ -46,7 +51,9 @@ _HOMES = {
     "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Needs", "Pairs", "Samples"),
     "policy": ("Policy", "find_model", "make_policy"),
     "recipe": ("load_recipe",),
+    "reward": ("Request", "Reward", "load_reward", "make_reward"),
     "rollout": ("sample",),
+    "rounds": ("Rollout",),
     "targets": ("Tilt",),
     "trainer": ("AlignmentTrainer",),
 }
