@@ -46,10 +46,12 @@ def prompts(n=8):
     return [EncodedPrompt(pair.prompt, row=Prompt(f"tell me {i}")) for i, pair in enumerate(tiny.encoded_pairs(n))]
 
 
-def trainer(folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, **settings):
+def trainer(
+    folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, kind="llama", **settings
+):
     """A trainer on the tiny model. Settings of a rollout are known by their names, the rest are TrainingArguments'."""
     torch.manual_seed(0)
-    policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
+    policy = make_policy(tiny.model(kind), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
     token_budget = settings.pop("token_budget", 4096)
     own = {key: settings.pop(key) for key in RolloutSettings.model_fields if key in settings}
     rollout = RolloutSettings(**{"samples": 4, "max_new_tokens": 5, "show": 1, **own})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from acting import METHODS, Warmth, metrics, parameters, trainer
+from acting import METHODS, Warmth, metrics, parameters, prompts, trainer
 from transformers import TrainerCallback
 
 from distalign.collected import look
@@ -164,16 +164,63 @@ def test_rounds_go_through_all_prompts_and_each_inner_epoch_has_its_own_order():
 # A run can stop anywhere ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("kind", "lora"), [("gpt2", None), ("llama", Lora(r=4, dropout=0.3))], ids=["gpt2, full", "llama, lora"]
+)
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_dropout_is_off_for_a_policy_that_acts(tmp_path, kind, lora):
+    """What is trained is what was sampled: at learning rate 0 every weight is 1 and KL to the reference is 0."""
+    made = trainer(tmp_path, METHODS["pd"], kind=kind, lora=lora, learning_rate=0.0, max_steps=3, inner_epochs=3)
+    made.train()
+    rows = metrics(tmp_path)[:3]
+    for row in rows:
+        assert row["rollout/effective_samples"] == pytest.approx(1.0, abs=1e-5)
+    assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-4)
+    assert rows[0]["loss"] == pytest.approx(rows[2]["loss"], rel=1e-4)
+
+
+def test_the_share_of_effective_samples_does_not_depend_on_the_split(tmp_path):
+    """It is of all responses of an optimizer step, however they are split; so are its time and its tokens."""
+    found = []
+    for i, settings in enumerate(
+        ({}, {"token_budget": 1}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
+    ):
+        made = trainer(tmp_path / str(i), METHODS["rkl"], inner_epochs=3, max_steps=3, optim="sgd", **settings)
+        made.train()
+        found.append([row["rollout/effective_samples"] for row in metrics(tmp_path / str(i))[:3]])
+    assert found[0][2] < 0.999
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-3)
+
+
+def test_rounds_and_batches_draw_by_different_random_numbers(tmp_path):
+    """Two rounds over one prompt differ, and so do the fresh responses of two batches of one step."""
+    rows = [prompts(1)[0]] * 4
+    made = trainer(tmp_path, METHODS["pd"], rows=rows, per_device_train_batch_size=2, inner_epochs=2, stale="resample")
+    model, drawn = made.model.eval(), []
+    for index in (made.actor.batches.rounds[0][0], made.actor.batches.rounds[1][0]):
+        made.actor.enter(model, [index], 0, tmp_path / "samples.jsonl")
+        drawn.append(made.actor.buffer.responses)
+    assert drawn[0] != drawn[1]
+    made.state.global_step = 1
+    first, second = [made.actor.collect(model, [i], 1)[0].group for i in made.actor.buffer.indices]
+    assert first.responses[-4:] != second.responses[-4:]
+
+
+@pytest.mark.parametrize("stale", ["weights", "resample"])
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["pmle", "pd", "rkl", "rkl-gae", "rebel"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora):
+def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora, stale):
     """Stopped after the third of four steps of a round, it ends bit for bit where the run that never stopped does."""
+    if stale == "resample" and name not in ("pmle", "pd"):
+        pytest.skip("has no KL term of fresh responses")
     settings = {
         "lora": lora,
         "per_device_train_batch_size": 2,
         "minibatches": 2,
         "inner_epochs": 2,
+        "stale": stale,
         "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 3,

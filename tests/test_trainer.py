@@ -245,6 +245,8 @@ def test_training_that_only_hurts_keeps_the_start(tmp_path, lora):
     assert made.state.global_step == 2
     assert made.kept_step == 0
     assert torch.equal(parameters(made), before)
+    state = json.loads((tmp_path / "checkpoint-0" / "trainer_state.json").read_text())
+    assert state["best_metric"] == losses[0], "a run that goes on from here must know that the start is the best yet"
     assert made.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-6)
 
 

@@ -20,15 +20,14 @@ from distalign.collected import Collected
 from distalign.data import plain_text
 from distalign.engine import Group, Scores, score_in_batches
 from distalign.engine.encoding import evaluating
-from distalign.estimators import sequence_sum
 from distalign.health import Monitor, completion_metrics, write_completions
 from distalign.methods import Method, Samples
 from distalign.policy import Policy
 from distalign.rollout import Buffer
 from distalign.rollout.buffer import FILE as ROLLOUT
-from distalign.rounds import Rollout, RoundBatches
+from distalign.rounds import Rollout, RoundBatches, mix
 
-MONITOR, VALUES = "health.json", "value_head.safetensors"
+MONITOR, VALUES, COUNTS = "health.json", "value_head.safetensors", "reward_counts.json"
 
 
 class Actor:
@@ -79,7 +78,8 @@ class Actor:
         if self.method.needs.reward and "rewards" not in buffer.tensors:
             started = time.perf_counter()
             buffer.add("rewards", self.rollout.judge(buffer, rows))
-            self.note({"reward_time": time.perf_counter() - started, **self._reward_facts()}, 1)
+            self.note({"reward_time": time.perf_counter() - started}, 1)
+            self.note(self._reward_facts(), 0)
         self._score_reference(buffer)
         self._score_policy(model, buffer)
         if self._told != number:
@@ -140,7 +140,8 @@ class Actor:
         places = [buffer.find(index) for index in indices]
         fresh: list[list[list[int]]] = [[] for _ in places]
         if needs.samples and step > self._start and self.rollout.settings.stale == "resample":
-            number = buffer.round * 1_000 + step - self._start
+            # Batches of one optimizer step draw by different random numbers.
+            number = mix(buffer.round, step - self._start, indices[0])
             prompts = [buffer.prompts[place] for place in places]
             fresh = self.rollout.sample(model, prompts, seed=self.seed + 1, number=number)
         found = []
@@ -229,7 +230,7 @@ class Actor:
     # State ------------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, step: int) -> None:
-        """Write the buffer, the value head and the monitor's memory into a checkpoint."""
+        """Write the buffer, the value head, the monitor's memory and the reward's counts into a checkpoint."""
         if self.buffer is not None:
             self.buffer.position = step - self._start
             self.buffer.save(folder)
@@ -237,6 +238,7 @@ class Actor:
             save_file(self.policy.value_head.state_dict(), folder / VALUES)
         if self.monitor is not None:
             (folder / MONITOR).write_text(json.dumps(self.monitor.state_dict()), encoding="utf-8")
+        (folder / COUNTS).write_text(json.dumps(self._reward_facts()), encoding="utf-8")
 
     def load(self, folder: Path, step: int) -> None:
         """Go on from what `save` wrote. Raises InputError for a damaged file."""
@@ -248,12 +250,13 @@ class Actor:
             self.policy.value_head.load_state_dict(load_file(folder / VALUES))
         if self.monitor is not None and (folder / MONITOR).is_file():
             self.monitor.load_state_dict(json.loads((folder / MONITOR).read_text(encoding="utf-8")))
+        if (folder / COUNTS).is_file():
+            told = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+            self._facts = {name: value - told.get(f"reward/{name}", 0.0) for name, value in self._facts.items()}
 
 
-def effective_samples(samples: Samples) -> float:
-    """(Σ w)² / (n Σ w²) of the importance weights of whole responses: the share of them that still counts."""
-    assert samples.behavior_token_logps is not None
-    weights = sequence_sum((samples.token_logps - samples.behavior_token_logps).detach(), samples.mask).exp()
+def effective_share(weights: Float[Tensor, "responses"]) -> float:
+    """(Σ w)² / (n Σ w²): the share of the responses that still counts under these importance weights."""
     return float(weights.sum() ** 2 / (len(weights) * weights.square().sum()))
 
 

@@ -118,6 +118,8 @@ def compare(
         _refuse("--methods and --full: give one of them")
     default = list(settings.methods) if full else (settings.compare or list(settings.methods))
     chosen = [name.strip() for name in methods.split(",")] if methods else default
+    if len(set(chosen)) < len(chosen):
+        _refuse(f"--methods {methods}: names a method twice")
     for name in chosen:
         if name not in settings.methods:
             _refuse(f'{recipe}: recipe has no method "{name}"; it has {", ".join(settings.methods)}')
@@ -160,6 +162,8 @@ def report(
         _print(results_table(content))
         _write_json(json_path, content)
         _write_markdown(markdown, content, "")
+    elif markdown is not None or json_path is not None:
+        _refuse(f"{run}: holds no results.json of a comparison to write from; leave --markdown and --json out")
     print(f"report: {page}")
 
 

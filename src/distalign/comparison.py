@@ -17,6 +17,7 @@ import torch
 from distalign.bench import Bench, prepare
 from distalign.card import CITATION
 from distalign.engine import score_in_batches
+from distalign.errors import InputError
 from distalign.evaluate import (
     COLUMNS,
     Measured,
@@ -31,6 +32,7 @@ from distalign.evaluate import (
 from distalign.experiment import check, forget_results, reward_of, train_method
 from distalign.progress import progress
 from distalign.recipe import Recipe
+from distalign.reward import RewardError
 from distalign.targets import Target
 from distalign.trainer import AlignmentTrainer
 
@@ -48,6 +50,10 @@ def compare(
     """
     recipe = recipe.only(methods)
     check(recipe, methods)
+    if (recipe.run_dir / "metrics.jsonl").is_file():
+        raise InputError(
+            f"{recipe.run_dir}: holds a run of distalign train; give the comparison another name with --set name=…"
+        )
     forget_results(recipe.run_dir)
     root = recipe.run_dir
     recipe.dump(root / "recipe.yaml")
@@ -140,7 +146,11 @@ def _compare_seed(
         del policy, trainer
     for name, measured in found.items():
         if bench.reward is not None:
-            measure_rewards(measured, bench.reward, bench.held_prompts)
+            try:
+                measure_rewards(measured, bench.reward, bench.held_prompts)
+            except RewardError as error:
+                # What was trained and measured otherwise is not lost to it.
+                logger.error("%s is left without its column reward: %s", name, error)
         if task.target is not None and name != "reference":
             measured.values["win_rate"] = win_probability(measured, found["reference"], task)
         runs.setdefault(name, []).append(measured)

@@ -233,7 +233,8 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     Seeds share their prompts, so each prompt's values are averaged over the seeds first. So are those of the pairs, if
     the seeds share them; a known target draws new ones for every seed.
     """
-    found = {key: mean_and_se(_over_seeds(runs, key)) for key in runs[0].values}
+    keys = [key for key in runs[0].values if all(key in run.values for run in runs)]
+    found = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
     by_prompt = [[own for run in runs for own in run.responses[index]] for index in range(len(runs[0].responses))]
     found["distinct_2"] = jackknife(lambda prompts: distinct_n([r for own in prompts for r in own], n=2), by_prompt)
     if len(runs[0].confidence):
@@ -245,7 +246,7 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
 
 def differences(runs: Sequence[Measured], baseline: Sequence[Measured]) -> dict[str, Interval]:
     """Paired differences from the baseline with their 95 % intervals, prompt by prompt (pair by pair)."""
-    keys = [key for key in runs[0].values if key in baseline[0].values]
+    keys = [key for key in runs[0].values if all(key in run.values for run in (*runs, *baseline))]
     return {key: paired_difference(_over_seeds(runs, key), _over_seeds(baseline, key)) for key in keys}
 
 

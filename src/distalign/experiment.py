@@ -53,9 +53,10 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         **given,
     }
     if held_out and recipe.early_stopping is not None:
+        judged = labels_judge(recipe, name)
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
-        best = {"load_best_model_at_end": follow, "metric_for_best_model": "eval_loss"}
+        best = {"load_best_model_at_end": follow and judged, "metric_for_best_model": "eval_loss"}
         settings |= {"eval_on_start": follow, **best, **evaluated}
         if settings["load_best_model_at_end"]:
             # A step can be kept only if it was saved.
@@ -82,6 +83,20 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
     return arguments
 
 
+def labels_judge(recipe: Recipe, name: str) -> bool:
+    """Whether the likelihood of held-out labels says which step of a method is the best.
+
+    Not where the reward was not learned from labels of this kind (a function, a judge), nor where the policy stands
+    for no reward at all (RLHF at β = 0): then the last step is kept.
+    """
+    method = recipe.method(name)
+    probe = torch.tensor([0.0, -1.0])
+    rewards = method.implied_reward(probe, torch.zeros(2))
+    if rewards[0] == rewards[1]:
+        return False
+    return not method.needs.reward or all(one.train is not None or one.exact for one in recipe.reward)
+
+
 def check(recipe: Recipe, methods: Sequence[str]) -> None:
     """All that can be known to be wrong before a model is loaded. Raises InputError saying where and what to do."""
     held_out = recipe.data is None or recipe.data.eval is not None or recipe.data.held_out > 0
@@ -94,7 +109,12 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
         if method.needs.reward and not recipe.reward:
             raise RewardError(
                 f"{recipe.name}: {name} needs a reward for the responses that it draws; add reward to the recipe "
-                "(train: true trains one on the pairs)"
+                "(train: {gamma: …} trains one on the pairs)"
+            )
+        if method.needs.reward and not held_out and any(one.train is not None for one in recipe.reward):
+            raise RewardError(
+                f"{recipe.name}: reward.train stops by held-out pairs and there are none; give data.eval, or "
+                "data.held_out above 0"
             )
     writable(recipe.run_dir)
 
@@ -125,7 +145,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     check(recipe, [name])
     if resume:
         _last_checkpoint(recipe.run_dir)
-        _check_same_run(recipe)
+        _check_same_run(recipe, name)
     elif not overwrite and (old := sorted(recipe.run_dir.glob("checkpoint-*"))):
         raise InputError(
             f"{recipe.run_dir}: holds {old[-1].name} of an earlier run; go on with --resume, start over with "
@@ -138,15 +158,32 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
 
 
-def _check_same_run(recipe: Recipe) -> None:
-    """Raise InputError if the folder's run had another model, data or method: its weights are not this recipe's."""
-    before, now = (one.model_dump() for one in (load_recipe(recipe.run_dir / "recipe.yaml"), recipe))
-    for key in ("model", "dtype", "lora", "data", "target", "methods", "rollout", "reward", "seed"):
+def _check_same_run(recipe: Recipe, name: str) -> None:
+    """Raise InputError if the folder's run had another model, data or method: its weights are not this recipe's.
+
+    A reward may be mended: rewards from here on are the new one's.
+    """
+    old = load_recipe(recipe.run_dir / "recipe.yaml")
+    before, now = ({**one.model_dump(), **_of_one_run(one, name)} for one in (old, recipe))
+    for key in ("model", "dtype", "lora", "data", "target", "methods", "rollout", "batches", "seed"):
         if before[key] != now[key]:
             raise InputError(
                 f"{recipe.run_dir}: the run to go on with had {key} {before[key]}, the recipe has {now[key]}; "
                 "give the same, or start over with --overwrite"
             )
+    if before["reward"] != now["reward"]:
+        logger.warning("%s: the reward is not the one that the run began with", recipe.run_dir)
+
+
+def _of_one_run(recipe: Recipe, name: str) -> dict[str, Any]:
+    """What must be the same for a run to go on: the method's settings, and how its data are cut into steps."""
+    batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    training = recipe.training_for(name) if name in recipe.methods else {}
+    return {
+        "methods": {name: recipe.method(name) if name in recipe.methods else None},
+        "rollout": recipe.rollout_for(name) if name in recipe.methods else None,
+        "batches": {key: training[key] for key in batches if key in training},
+    }
 
 
 def reward_of(bench: Bench, folder: Path, *, keep: bool = False) -> Reward:

@@ -10,6 +10,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,8 @@ from transformers.pytorch_utils import Conv1D
 from distalign.engine import Group, Reference, score
 from distalign.engine.encoding import evaluating
 from distalign.errors import InputError
+
+logger = logging.getLogger("distalign.policy")
 
 # Short names of models that a package ships as a GGUF file: package, file, and the hub id used without the package.
 PACKAGED = {
@@ -148,6 +151,18 @@ class Policy:
         reference = self.reference
         with nullcontext(reference) if isinstance(reference, nn.Module) else reference() as model, evaluating(model):
             yield model
+
+    def disable_dropout(self) -> None:
+        """Set every dropout to 0: what is trained is then the very distribution that responses are drawn from."""
+        found = 0.0
+        for module in self.model.modules():
+            for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout", "dropout_p"):
+                rate = getattr(module, name, None)
+                if isinstance(rate, float) and rate > 0:
+                    found = max(found, rate)
+                    setattr(module, name, 0.0)
+        if found:
+            logger.info("dropout %g is off: responses are drawn without, and so the policy is trained without", found)
 
     def add_value_head(self) -> None:
         """Attach a value function on the hidden states, 0 everywhere at first, to be trained with the model."""

@@ -164,6 +164,8 @@ class RewardSettings(Section):
         given = [self.model is not None, self.train is not None, self.function is not None, self.exact]
         if sum(given) != 1:
             raise ValueError(f"reward names {sum(given)} of model, train, function and exact; give one each")
+        if self.max_length is not None and self.model is None:
+            raise ValueError("reward.max_length is the length that a judge reads; only model has one: leave it out")
         return self
 
 

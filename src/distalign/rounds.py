@@ -49,6 +49,20 @@ def check_rollout(label: str, method: Method, settings: Any) -> None:
         raise TrainingError(f"{label}: rollout.pairing is best_worst, but the method has no reward; take all")
 
 
+def check_needs(label: str, method: Method, *, reference: bool, rollout: Rollout | None) -> None:
+    """Raise TrainingError if what the method needs is not there."""
+    needs = method.needs
+    if (needs.reference or needs.kl) and not reference:
+        raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
+    if not acts(method):
+        return
+    if rollout is None:
+        raise TrainingError(f"{label} learns from responses of the policy; pass rollout, which says how to draw them")
+    if needs.reward and rollout.reward is None:
+        raise TrainingError(f"{label} needs a reward for the responses; give one: reward in the recipe")
+    check_rollout(label, method, rollout.settings)
+
+
 class RoundBatches(BatchSampler):
     """Batches of row numbers, round by round: a round's prompts come `inner_epochs` times, in a new order each time.
 
@@ -89,11 +103,11 @@ class RoundBatches(BatchSampler):
         return sum(self.batches_of(rows) for rows in self.rounds)
 
     def _permutation(self, n: int, epoch: int, number: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch, number))
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch, number))
         return torch.randperm(n, generator=generator)
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """One seed of several numbers: different for different numbers, the same on every machine."""
     found = 0
     for number in numbers:
@@ -130,7 +144,7 @@ class Rollout:
             temperature=own.temperature,
             top_p=own.top_p,
             end_id=self.end_id,
-            seed=_mix(seed, number),
+            seed=mix(seed, number),
         )
 
     def draw(self, model: nn.Module, rows: Sequence[Any], indices: list[int], *, seed: int, number: int) -> Buffer:

@@ -28,18 +28,19 @@ from transformers import (
     TrainingArguments,
 )
 
-from distalign.actor import Actor, effective_samples, observe
+from distalign.actor import Actor, effective_share, observe
 from distalign.collected import Collected, beside, labelled_pairs, look, pair_metrics, warn_about_sharpness
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, micro_batches, score, score_in_batches
 from distalign.engine.encoding import evaluating
 from distalign.errors import InputError
+from distalign.estimators import importance_weights
 from distalign.health import Monitor
 from distalign.methods import Method, Pairs
 from distalign.policy import Policy
 from distalign.preference import preference_logit, preference_nll
 from distalign.progress import progress
-from distalign.rounds import Rollout, RoundBatches, TrainingError, acts, check_rollout
+from distalign.rounds import Rollout, RoundBatches, TrainingError, acts, check_needs
 
 logger = logging.getLogger("distalign.trainer")
 
@@ -81,12 +82,13 @@ class AlignmentTrainer(Trainer):
     ):
         self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
         self.rollout, self.acts = rollout, acts(method)
-        self.pairing = "all" if rollout is None else rollout.settings.pairing
         self._check(args)
         args.remove_unused_columns = False
         stopping: list[TrainerCallback] = []
         if patience is not None and eval_pairs:
             stopping.append(EarlyStoppingCallback(patience, min_delta))
+        if self.acts:
+            policy.disable_dropout()
         if method.needs.values:
             policy.add_value_head()
         self.rows = list(train_rows)
@@ -110,25 +112,15 @@ class AlignmentTrainer(Trainer):
         self.actor = self._actor() if self.acts else None
         self.start: dict[str, float] = {}
         self._noted: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
 
     def _check(self, args: TrainingArguments) -> None:
-        needs, label = self.method.needs, self.label
         if args.world_size > 1 or args.n_gpu > 1:
             raise TrainingError(
                 f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
                 "show it one device (CUDA_VISIBLE_DEVICES=0)"
             )
-        if (needs.reference or needs.kl) and self.policy.reference is None:
-            raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
-        if not self.acts:
-            return
-        if self.rollout is None:
-            raise TrainingError(
-                f"{label} learns from responses of the policy; pass rollout, which says how to draw them"
-            )
-        if needs.reward and self.rollout.reward is None:
-            raise TrainingError(f"{label} needs a reward for the responses; give one: reward in the recipe")
-        check_rollout(label, self.method, self.rollout.settings)
+        check_needs(self.label, self.method, reference=self.policy.reference is not None, rollout=self.rollout)
 
     def _actor(self) -> Actor:
         assert self.rollout is not None
@@ -157,9 +149,8 @@ class AlignmentTrainer(Trainer):
         """As the Trainer's; by rounds for a method that draws responses."""
         if self.actor is None:
             return super().get_train_dataloader()
-        data: Any = self.train_dataset
-        loader = DataLoader(data, batch_sampler=self.actor.batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        settings: Any = {"batch_sampler": self.actor.batches, "collate_fn": self.data_collator}
+        return self.accelerator.prepare(DataLoader(self.train_dataset, **settings))  # pyright: ignore
 
     # What a step reads ------------------------------------------------------------------------------------------------
 
@@ -242,7 +233,8 @@ class AlignmentTrainer(Trainer):
         started = time.perf_counter()
         rows, indices = inputs["rows"], inputs["indices"]
         model.train()
-        self._enter_round(model, indices)
+        if self.actor is not None:
+            self._enter_round(model, indices)
         collected = self.collect(model, rows, indices)
         whole = num_items_in_batch or len(rows) * self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.args.device)
@@ -252,39 +244,39 @@ class AlignmentTrainer(Trainer):
         if self.actor is not None:
             self.actor.finish_batch(self.state.global_step)
             self._stop_if_collapsed()
-        self._note_time(started, collected)
+        self._finish_step(started, collected)
         self._advance(self.state.global_step + 1, self.state.max_steps, f"loss {total * whole / len(rows):.3f}")
         return total
 
     def _micro_batch(self, model: nn.Module, micro: Sequence[Collected], whole: int) -> Tensor:
         with self.compute_loss_context_manager():
             scores = self.score(model, micro)
-            pairs, samples = look(scores, micro, self.method.needs, self.pairing)
+            pairing = "all" if self.rollout is None else self.rollout.settings.pairing
+            pairs, samples = look(scores, micro, self.method.needs, pairing)
             loss = self.method.loss(pairs, samples) * (len(micro) / whole)
         self.accelerator.backward(loss)
         if pairs is not None and self.method.needs.pairs == "labelled":
             self._note(pair_metrics(self.method, pairs), len(micro))
-        if samples is not None and samples.behavior_token_logps is not None:
-            self._note({"rollout/effective_samples": effective_samples(samples)}, len(micro))
+        if samples is not None and samples.behavior_token_logps is not None and not self.method.needs.values:
+            self._weights.append(
+                importance_weights(samples.token_logps, samples.behavior_token_logps, samples.mask)[:, -1]
+            )
         if self.actor is not None:
             self.actor.saw(scores, micro, self.state.global_step)
         return loss.detach()
 
     def _enter_round(self, model: nn.Module, indices: Sequence[int]) -> None:
         """Draw and reward the round of these rows if it is a new one. If that fails, what there is is saved first."""
-        if self.actor is None:
-            return
+        assert self.actor is not None
         try:
             self.actor.enter(model, indices, self.state.global_step, self._folder / "samples.jsonl")
         except Exception as error:
             self._save_checkpoint(self.model_wrapped, trial=None)
             place = self._folder / f"checkpoint-{self.state.global_step}"
-            if isinstance(error, InputError):
-                what = (
-                    f"{error}; {place} holds the run and the responses of this round: mend it and go on with --resume"
-                )
-                raise type(error)(what) from error
-            raise
+            if not isinstance(error, InputError):
+                raise
+            kept = f"{place} holds the run and the responses of this round: mend it and train on with --resume"
+            raise type(error)(f"{error}; {kept}") from error
 
     def _stop_if_collapsed(self) -> None:
         monitor = self.monitor
@@ -293,14 +285,21 @@ class AlignmentTrainer(Trainer):
         logger.warning("%s stops at step %d: %s", self.label, self.state.global_step, monitor.collapsed)
         self.control.should_save = self.control.should_training_stop = True
 
-    def _note_time(self, started: float, collected: Sequence[Collected]) -> None:
-        seconds = time.perf_counter() - started
-        tokens = sum(one.group.tokens for one in collected)
-        self._note({"step_time": seconds, "tokens_per_second": tokens / seconds}, 1)
+    def _finish_step(self, started: float, collected: Sequence[Collected]) -> None:
+        """Note what is known once all batches of an optimizer step are through."""
+        self._seconds += time.perf_counter() - started
+        self._tokens += sum(one.group.tokens for one in collected)
+        if not self.accelerator.sync_gradients:
+            return
+        self._note({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
+        if self._weights:
+            self._note({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
+        self._seconds, self._tokens, self._weights = 0.0, 0, []
 
     def _note(self, metrics: dict[str, float], weight: int) -> None:
+        """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged."""
         for name, value in metrics.items():
-            self._noted[name].append((value, weight))
+            self._noted[name] = [*(self._noted[name] if weight else []), (value, weight)]
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -369,11 +368,11 @@ class AlignmentTrainer(Trainer):
         best = f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
         if best not in metrics:
             raise TrainingError(f"{self.label}: metric_for_best_model is {best}; take one of {', '.join(metrics)}")
-        model: Any = self.model_wrapped
-        self._save_checkpoint(model, trial=None)
         self.state.best_metric = metrics[best]
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
+        model: Any = self.model_wrapped
+        self._save_checkpoint(model, trial=None)
 
     # Telling ----------------------------------------------------------------------------------------------------------
 
@@ -381,7 +380,8 @@ class AlignmentTrainer(Trainer):
         """Log, with the means of what was noted since the last training log, and write the line to metrics.jsonl."""
         if "loss" in logs:
             for name, values in self._noted.items():
-                logs[name] = sum(value * weight for value, weight in values) / sum(weight for _, weight in values)
+                total = sum(weight for _, weight in values)
+                logs[name] = sum(value * weight for value, weight in values) / total if total else values[-1][0]
             self._noted.clear()
         super().log(logs, start_time)
         if self.is_world_process_zero():
