@@ -164,8 +164,10 @@ def test_training_without_held_out_pairs_says_so(place, tmp_path):
     assert not [row for row in rows if "eval_loss" in row]
     assert rows[-1]["step"] == 10
     assert "Not measured" in (settings.run_dir / "model" / "README.md").read_text()
-    with pytest.raises(InputError, match=r"0 held-out prompts.*data.held_out"):
+    with pytest.raises(InputError, match="holds a run of distalign train"):
         compare(settings, ["pmle"], [0])
+    with pytest.raises(InputError, match=r"0 held-out prompts.*data.held_out"):
+        compare(settings.model_copy(update={"name": "other"}), ["pmle"], [0])
 
 
 def test_a_run_goes_on_from_its_folder(place, tmp_path, monkeypatch):
