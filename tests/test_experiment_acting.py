@@ -39,7 +39,7 @@ def made(tmp_path, tiny_folder):
 
 
 def test_all_six_train_without_an_adapter_and_at_a_temperature(made):
-    """Full training, every kind of need; held-out numbers of the run and of the comparison are the same numbers."""
+    """Full training, every kind of need: each kept a step that it evaluated, and has a reward for every prompt."""
     recipe = made("rollout.temperature=0.7", "rollout.inner_epochs=2", "evaluation.prompts=4")
     results = compare(recipe, list(METHODS), [0])
     assert set(results["methods"]) == {"target", "reference", *METHODS}
@@ -50,7 +50,6 @@ def test_all_six_train_without_an_adapter_and_at_a_temperature(made):
         assert {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row} == told
         assert kept in told
         assert results["methods"][name]["reward"]["n"] == 4
-    # NLL against the true probabilities on one side, against labels on the other: accuracy has no such difference.
     assert (recipe.run_dir / "reward" / "results.json").is_file()
 
 

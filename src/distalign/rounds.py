@@ -43,7 +43,7 @@ def check_rollout(label: str, method: Method, settings: Any) -> None:
     if settings.stale == "resample" and needs.samples and needs.reward and needs.pairs != "sampled":
         raise TrainingError(
             f"{label}: rollout.stale is resample, which draws fresh responses for a KL term, but this method scores "
-            "the samples that it learns from; leave it at weights, or set inner_epochs and minibatches to 1"
+            "the samples that it learns from; leave it at weights"
         )
     if settings.pairing == "best_worst" and needs.pairs == "sampled" and not needs.reward:
         raise TrainingError(f"{label}: rollout.pairing is best_worst, but the method has no reward; take all")
