@@ -356,3 +356,18 @@ def test_importing_the_report_loads_neither_torch_nor_matplotlib():
     """The terminal table answers at once."""
     code = "import sys, distalign.report; sys.exit(bool({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("width", [60, 100, 300])
+def test_rows_keep_their_names_at_any_width(width):
+    """A table with many columns cuts numbers in a narrow terminal, never the names; a pipe is wide enough for all."""
+    content = copy.deepcopy(COMPARISON)
+    content["columns"] += [{"key": f"more_{i}", "label": f"one more {i}"} for i in range(10)]
+    for row in content["methods"].values():
+        row.update({f"more_{i}": estimate(1.234, 0.05) for i in range(10)})
+    console = Console(width=width, file=io.StringIO())
+    console.print(results_table(content))
+    lines = console.file.getvalue().splitlines()
+    for name in ("target", "reference", "PMLE", "DPO"):
+        assert any(name in line for line in lines)
+    assert width < 300 or not any("…" in line for line in lines)

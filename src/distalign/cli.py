@@ -311,7 +311,7 @@ def _print(renderable: Any) -> None:
     console = Console()
     # A pipe has no width: what is read by a program must not be cut.
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Console(width=300)
     console.print(renderable)
 
 

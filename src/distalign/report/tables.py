@@ -24,7 +24,8 @@ def results_table(results: dict[str, Any]) -> Table:
     checked = Results.parse(results)
     columns = checked.filled_columns
     table = Table(title=Text(_title(checked)), title_justify="left", caption="mean ± standard error; bold: best mean")
-    table.add_column("")
+    # However narrow the terminal, a row keeps its name.
+    table.add_column("", no_wrap=True, min_width=max(len(display_name(name)) for name in checked.methods))
     for column in columns:
         table.add_column(Text(heading(column)), justify="right", no_wrap=True)
     best = {column.key: best_rows(checked, column) for column in columns}
