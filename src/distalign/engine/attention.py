@@ -153,7 +153,7 @@ def shared_attention(model: nn.Module, layout: Layout) -> Iterator[None]:
     Layers that are recomputed in the backward pass (activation checkpointing) run after the block has ended; they are
     given the same layout again, so that they recompute what they computed.
     """
-    configs = _attention_configs(model)
+    configs = attention_configs(model)
     checkpointed = [
         (m, name, vars(m)[name]) for m in model.modules() for name in _CHECKPOINT_FUNCTIONS if name in vars(m)
     ]
@@ -169,14 +169,23 @@ def shared_attention(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 @contextmanager
 def _switched(configs: list[Any], layout: Layout) -> Iterator[None]:
-    before = [config._attn_implementation for config in configs]
     token = _LAYOUT.set(layout)
     try:
-        for config in configs:
-            config._attn_implementation = NAME
-        yield
+        with attention_set(configs, NAME):
+            yield
     finally:
         _LAYOUT.reset(token)
+
+
+@contextmanager
+def attention_set(configs: list[Any], name: str) -> Iterator[None]:
+    """Let the layers that read these configurations attend by the function registered as `name` inside the block."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation = implementation
 
@@ -192,7 +201,7 @@ def _checkpoint_with(checkpoint: Callable, configs: list[Any], layout: Layout) -
     return wrapped
 
 
-def _attention_configs(model: nn.Module) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[Any]:
     """Every configuration that a layer may read its attention implementation from, a parent before its parts."""
     found: dict[int, Any] = {}
     queue: list[Any] = [getattr(module, "config", None) for module in model.modules()]
