@@ -2,7 +2,7 @@
 
 The row is cut into its segments: a prompt attends to itself, a response to its prompt and to itself. No [tokens,
 tokens] mask is built. Sliding windows are applied BY POSITION, because in a packed row the distance between two places
-is not the distance between their tokens.
+is not the distance between their tokens. Where a layout says so, FlexAttention computes the whole row in one call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from distalign.engine import flex
 from distalign.engine.packing import Segment
 
 NAME = "distalign_shared_prefix"
@@ -35,14 +37,19 @@ class CannotShare(Exception):
 
 
 class Layout:
-    """The segments of one packed row, its masks (made once per window), and what the layers asked for."""
+    """The segments of one packed row, its masks (made once per window), and what the layers asked for.
 
-    def __init__(self, segments: tuple[Segment, ...]) -> None:
+    by_flex: leave the calls that FlexAttention serves to it.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...], *, by_flex: bool = False) -> None:
         self.segments = segments
+        self.by_flex = by_flex
         self.pieces = [length for segment in segments for length in segment.lengths]
         self.tokens = sum(self.pieces)
-        self.windows: list[int | None] = []
+        self.calls: list[flex.Call] = []
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
+        self._block_masks: dict[tuple[int | None, torch.device], BlockMask] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
         """True where a query may look: the queries are the last of the `keys` consecutive positions."""
@@ -52,6 +59,13 @@ class Layout:
             allowed = distance >= 0
             self._masks[key] = allowed if window is None else allowed & (distance < window)
         return self._masks[key]
+
+    def block_mask(self, window: int | None, device: torch.device) -> BlockMask:
+        """The mask of the whole row, for FlexAttention."""
+        key = (window, device)
+        if key not in self._block_masks:
+            self._block_masks[key] = flex.block_mask(self.segments, window, device)
+        return self._block_masks[key]
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("distalign_layout", default=None)
@@ -77,14 +91,20 @@ def shared_prefix_attention(
         raise RuntimeError(f"attention {NAME!r} was called outside the engine; set another attention implementation.")
     _refuse_unknown(layout, module, query, key, attention_mask, kwargs)
     window = kwargs.get("sliding_window")
-    layout.windows.append(window)
+    options = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    call = flex.Call.of(query, key, value, window, dropout=dropout, **options)
+    layout.calls.append(call)
+    if layout.by_flex and flex.serves(call):
+        whole = flex.attend(query, key, value, layout.block_mask(window, query.device), **options)
+        return whole.transpose(1, 2).contiguous(), None
+
     repeat = query.shape[1] // key.shape[1]
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
 
     # `split` has one concatenation as its backward; slices would each add a zero-padded copy of the row.
     queries, keys, values = (tensor.split(layout.pieces, dim=2) for tensor in (query, key, value))
-    options = {"scaling": scaling, "dropout": dropout, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    options["dropout"] = dropout
     out: list[Tensor] = []
     for segment in layout.segments:
         first = len(out)

@@ -41,11 +41,14 @@ def device_of(model: nn.Module) -> torch.device:
     return embeddings.weight.device
 
 
-def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: float) -> Rows:
-    """The rows that predict the response tokens of `groups`, by `path`: "shared", "padded" or "plain"."""
+def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: float, *, by_flex: bool = False) -> Rows:
+    """The rows that predict the response tokens of `groups`, by `path`: "shared", "padded" or "plain".
+
+    by_flex: on the shared path, leave the layers that FlexAttention serves to it.
+    """
     if path == "plain":
         return LogitRows(_plain(model, groups), temperature)
-    hidden = shared_hidden(model, groups)[0] if path == "shared" else _padded(model, groups)
+    hidden = shared_hidden(model, groups, by_flex=by_flex)[0] if path == "shared" else _padded(model, groups)
     return HiddenRows(hidden, head_of(model), temperature)
 
 
@@ -60,13 +63,15 @@ def decoder_of(model: Any) -> nn.Module:
     return decoder
 
 
-def shared_hidden(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Layout]:
+def shared_hidden(
+    model: Any, groups: Sequence[Group], *, by_flex: bool = False
+) -> tuple[Float[Tensor, "rows hidden"], Layout]:
     """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
 
     Raises CannotShare where the model asks its attention for something that cannot be shared.
     """
     row = pack(groups, device_of(model))
-    layout = Layout(row.segments)
+    layout = Layout(row.segments, by_flex=by_flex)
     decoder = decoder_of(model)
     with shared_attention(decoder, layout):
         out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)

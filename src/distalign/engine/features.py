@@ -73,7 +73,7 @@ def _encode(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hi
     report = check(model)
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
     if report.path != "plain" and (report.length_limit is None or longest <= report.length_limit):
-        rows = encode(model, groups, report.path, 1.0)
+        rows = encode(model, groups, report.path, 1.0, by_flex=report.by_flex)
         assert isinstance(rows, HiddenRows)
         return rows.hidden, rows
     hidden, logits = [], []

@@ -151,7 +151,7 @@ def _rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> Rows
     report = check(model)
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
     too_long = report.length_limit is not None and longest > report.length_limit
-    return encode(model, groups, "plain" if too_long else report.path, temperature)
+    return encode(model, groups, "plain" if too_long else report.path, temperature, by_flex=report.by_flex)
 
 
 def _both_rows(

@@ -1,7 +1,8 @@
 """Which path serves a model, found out once by comparing it with the model's own logits.
 
 A model that ignores or misreads the shared-prefix attention does so silently, with log-probabilities that are wrong by
-whole nats. So before a model is first used, a small sample is scored both ways.
+whole nats. So before a model is first used, a small sample is scored both ways. Where FlexAttention could serve its
+layers, it is compared with the attention by segments on the same terms, values and gradients.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from distalign.engine.attention import CannotShare, expected_windows
+from distalign.engine import flex
+from distalign.engine.attention import (
+    CannotShare,
+    Layout,
+    expected_windows,
+    shared_attention,
+    shared_prefix_attention,
+)
 from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm, shared_hidden
 from distalign.engine.head import CannotTile, HiddenRows, head_of, score_rows
-from distalign.engine.packing import Group, frame
+from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")
 
@@ -32,7 +40,8 @@ class EngineReport:
     path: "shared" (prompt encoded once), "padded" (sequences on their own, tiled head) or "plain" (the model's own
     logits). reason: one sentence. max_error: largest difference of one log-probability from the model's own, in nats,
     on the path taken. length_limit: sequences longer than this are served "plain", because their position encoding
-    depends on the longest sequence of a call; None where there is no such limit.
+    depends on the longest sequence of a call; None where there is no such limit. by_flex: on the shared path,
+    FlexAttention computes what it serves (`distalign.engine.flex`), the attention by segments the rest.
     """
 
     path: Path
@@ -41,6 +50,7 @@ class EngineReport:
     max_error: float
     tolerance: float
     length_limit: int | None = None
+    by_flex: bool = False
 
 
 # Largest and mean difference of a log-probability, in nats, that rounding explains. Float64 leaves room for norms that
@@ -51,6 +61,13 @@ _TOLERANCES = {
     torch.float16: (0.1, 0.02),
     torch.bfloat16: (0.6, 0.1),
 }
+
+# Largest difference of an output or a gradient, relative to its norm, between two orders of rounding. A wrong mask is
+# off by 0.1 or more.
+_FLEX_TOLERANCES: dict[torch.dtype | None, float] = {torch.float32: 5e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+# More than two blocks of the mask, none of whose edges is the edge of a piece; a piece of no tokens and one of one.
+FLEX_SAMPLE = (Segment(140, (60, 0, 1, 37)), Segment(3, (90,)))
 
 _REPORTS: WeakKeyDictionary[nn.Module, dict[tuple, EngineReport]] = WeakKeyDictionary()
 
@@ -90,9 +107,10 @@ def _find_path(model: Any) -> EngineReport:
     limits = _tolerances(model)
     report = EngineReport("plain", "", config.model_type, 0.0, limits[0], _length_limit(config))
     try:
-        reason, error = _try_shared(model, groups, targets, expected, limits)
+        reason, error, calls = _try_shared(model, groups, targets, expected, limits)
         if reason is None:
-            return replace(report, path="shared", reason="agrees with separate encoding", max_error=error)
+            shared = replace(report, path="shared", reason="agrees with separate encoding", max_error=error)
+            return replace(shared, by_flex=_try_flex(config.model_type, calls))
         padded = score_rows(encode(model, groups, "padded", 1.0), targets).logps
     except CannotTile as refusal:
         return replace(report, reason=f"{refusal}; log-probabilities come from the model's own logits")
@@ -107,25 +125,88 @@ def _find_path(model: Any) -> EngineReport:
 
 def _try_shared(
     model: Any, groups: Sequence[Group], targets: Tensor, expected: Tensor, limits: tuple[float, float]
-) -> tuple[str | None, float]:
-    """Why the prompt cannot be shared (None: it can), and the largest error."""
+) -> tuple[str | None, float, list[flex.Call]]:
+    """Why the prompt cannot be shared (None: it can), the largest error, and what the layers asked for."""
     head = head_of(model)
     try:
         windows = expected_windows(model.config.get_text_config())
         hidden, layout = shared_hidden(model, groups)
     except CannotShare as refusal:
-        return str(refusal), float("nan")
+        return str(refusal), float("nan"), []
     except (CannotTile, torch.OutOfMemoryError):
         raise
     except Exception as problem:
         # Foreign code met an attention it was not written for; whatever it raises means the same: not this path.
-        return f"it does not run on packed rows ({type(problem).__name__}: {problem})", float("nan")
-    if len(layout.windows) != len(windows):
-        return f"{len(layout.windows)} of its {len(windows)} layers used the shared-prefix attention", float("nan")
-    if layout.windows != windows:
-        return f"its layers ask for windows {layout.windows}, its configuration for {windows}", float("nan")
+        return f"it does not run on packed rows ({type(problem).__name__}: {problem})", float("nan"), []
+    asked = [call.window for call in layout.calls]
+    if len(asked) != len(windows):
+        return f"{len(asked)} of its {len(windows)} layers used the shared-prefix attention", float("nan"), []
+    if asked != windows:
+        return f"its layers ask for windows {asked}, its configuration for {windows}", float("nan"), []
     error, wrong = _compare(score_rows(HiddenRows(hidden, head), targets).logps, expected, limits)
-    return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), error
+    return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), error, layout.calls
+
+
+def _try_flex(model_type: str, calls: list[flex.Call]) -> bool:
+    """Whether FlexAttention may serve a model whose layers make these calls; one warning if it should and does not."""
+    tokens = sum(sum(segment.lengths) for segment in FLEX_SAMPLE)
+    # A window that hides nothing of the sample would test nothing; masks are data, so a narrow one tests the same.
+    narrow = {call._replace(tokens=tokens, window=None if call.window is None else 17) for call in calls}
+    served = [call for call in narrow if flex.serves(call)]
+    try:
+        differences = [flex_difference(call) / _FLEX_TOLERANCES[call.dtype] for call in served]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        # What a compiler of kernels raises is nowhere listed; it means the same: not on this device, or not this call.
+        reason = f"it raised {type(problem).__name__}: {problem}"
+    else:
+        wrong = [difference for difference in differences if not difference <= 1]
+        if not wrong:
+            return len(served) > 0
+        reason = f"it differs by {wrong[0]:.2g} times its tolerance"
+    logger.warning("%s: attention segment by segment instead of FlexAttention (%s)", model_type, reason)
+    return False
+
+
+def flex_difference(call: flex.Call) -> float:
+    """Largest difference that FlexAttention makes to the attention by segments in such a call, relative to a norm.
+
+    Of the output, without gradient and with, and of the gradients of its inputs, each relative to its own norm; on
+    random tensors in the packed row FLEX_SAMPLE. NaN if either has one.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(heads: int, dim: int) -> Tensor:
+        # As layers make them: the heads of a token side by side in memory.
+        values = torch.randn(1, call.tokens, heads, dim, generator=generator)
+        return values.to(call.device, call.dtype).transpose(1, 2)
+
+    tensors = [draw(call.heads, call.dim), draw(call.kv_heads, call.dim), draw(call.kv_heads, call.value_dim)]
+    if call.sinks:
+        tensors.append(torch.randn(call.heads, generator=generator).to(call.device, call.dtype))
+    weights = draw(call.heads, call.value_dim).transpose(1, 2)
+
+    def results(by_flex: bool) -> list[Tensor]:
+        with shared_attention(nn.Module(), Layout(FLEX_SAMPLE, by_flex=by_flex)):
+            with torch.no_grad():
+                alone = _attend(call, tensors)
+            with torch.inference_mode(False), torch.enable_grad():
+                inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+                out = _attend(call, inputs)
+                return [alone, out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+
+    pairs = zip(results(True), results(False), strict=True)
+    ratios = [(found - expected).float().norm() / expected.float().norm() for found, expected in pairs]
+    return torch.stack(ratios).max().item()
+
+
+def _attend(call: flex.Call, tensors: list[Tensor]) -> Tensor:
+    query, key, value, *sinks = tensors
+    settings = {"scaling": call.scaling, "sliding_window": call.window, "softcap": call.softcap}
+    return shared_prefix_attention(nn.Module(), query, key, value, None, s_aux=sinks[0] if sinks else None, **settings)[
+        0
+    ]
 
 
 def _compare(found: Tensor, expected: Tensor, limits: tuple[float, float]) -> tuple[float, bool]:
@@ -143,7 +224,7 @@ def _tolerances(model: Any) -> tuple[float, float]:
 
 
 def sample_groups(config: Any, vocabulary: int) -> list[Group]:
-    """Two groups of random ids, special tokens left out: unequal prompts, a one-token response, five sequences."""
+    """Two groups of random ids, special tokens left out: unequal prompts, a one-token response, four sequences."""
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     generator = torch.Generator().manual_seed(0)
     ids = [i for i in torch.randint(vocabulary, (256,), generator=generator).tolist() if i not in special]
@@ -158,7 +239,7 @@ def sample_groups(config: Any, vocabulary: int) -> list[Group]:
         return out
 
     take.start = 0
-    return [Group(draw(11), [draw(5), draw(1), draw(3)]), Group(draw(4), [draw(8), draw(6)])]
+    return [Group(draw(11), [draw(5), draw(1), draw(3)]), Group(draw(4), [draw(8)])]
 
 
 def _length_limit(config: Any) -> int | None:
