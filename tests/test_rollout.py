@@ -12,6 +12,7 @@ from engine_models import FAMILIES, build
 from distalign.engine import Group, score
 from distalign.errors import InputError
 from distalign.rollout import choose, sample
+from distalign.rollout.decoding import shares_prompts
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 
@@ -154,6 +155,7 @@ def test_rows_bound_what_is_decoded_at_once(family):
     model, prompts = build(family, torch.float32), [*PROMPTS[:3], [61, 62]]
     with torch.no_grad():
         expected = [one_at_a_time(model, prompt, 6) for prompt in prompts]
+    shares_prompts(model)
     calls = Calls(model)
     for rows, prefills in ((3, [1, 1, 1, 1]), (10, [2, 2]), (64, [4])):
         calls.shapes.clear()

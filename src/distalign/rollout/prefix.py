@@ -1,0 +1,227 @@
+"""Attention of a decoding step in which all responses to a prompt read one copy of its keys and values.
+
+The queries of a prompt's responses, and of all heads that share a key, are the rows of one matrix product with the
+prompt's keys; each response multiplies its own few keys besides, and one softmax joins the two. Nothing is copied or
+repeated for a response but its own tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from distalign.engine.attention import CannotShare, attention_set
+
+NAME = "distalign_prefix_decoding"
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer: keys and values of the prompts, once each, and room for those of the responses' own tokens."""
+
+    def __init__(
+        self,
+        prompt_keys: Float[Tensor, "prompts kv_heads width dim"],
+        prompt_values: Float[Tensor, "prompts kv_heads width value_dim"],
+        rows: int,
+        room: int,
+    ) -> None:
+        super().__init__()
+        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
+        heads, dim, value_dim = prompt_keys.shape[1], prompt_keys.shape[3], prompt_values.shape[3]
+        self.own_keys = prompt_keys.new_empty(rows, heads, room, dim)
+        self.own_values = prompt_values.new_empty(rows, heads, room, value_dim)
+        self.own = 0
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens of prompt (padding included) and response."""
+        return self.prompt_keys.shape[2] + self.own
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add one token a response. Returns keys and values of the responses' own tokens alone."""
+        self.own_keys[:, :, self.own : self.own + 1] = key_states
+        self.own_values[:, :, self.own : self.own + 1] = value_states
+        self.own += 1
+        return self.own_keys[:, :, : self.own], self.own_values[:, :, : self.own]
+
+
+class PrefixCache(Cache):
+    """The cache of responses that share prompts, and which prompt is whose.
+
+    `parents` is the prompt of every response, and `room` the tokens that a response may have. Takes over the tensors of
+    `cache`, in which the prompts lie padded on the left by `mask`: prompts whose responses have all been dropped are
+    overwritten. Raises CannotShare if some layer of `cache` is not plain keys and values of a prompt or of its end.
+    """
+
+    def __init__(
+        self, cache: Cache, mask: Int[Tensor, "prompts width"], parents: Int[Tensor, "rows"], room: int
+    ) -> None:
+        plain: list[Any] = cache.layers
+        for layer in plain:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+                raise CannotShare(f"its cache has layers of type {type(layer).__name__}")
+            if layer.keys.shape[0] != mask.shape[0] or layer.keys.shape[2] > mask.shape[1]:
+                raise CannotShare(f"its cache has keys of shape {tuple(layer.keys.shape)}")
+        super().__init__(layers=[PrefixLayer(layer.keys, layer.values, len(parents), room) for layer in plain])
+        self.padding: Bool[Tensor, "prompts width"] | None = mask == 0 if bool((mask == 0).any()) else None
+        self.parents = parents
+        self.windows: list[int | None] = []
+        self.current: Any = None
+        self._arrange(len(mask))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in every cache; the attention that follows is told whose prompts it needs."""
+        self.current = self.layers[layer_idx]
+        return self.current.update(key_states, value_states)
+
+    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+        """Keep these responses, in this order, and the prompts that they need."""
+        self.parents = self.parents[rows]
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.own_keys = _take(layer.own_keys, rows, layer.own)
+            layer.own_values = _take(layer.own_values, rows, layer.own)
+        needed = torch.bincount(self.parents, minlength=self.prompts) > 0
+        if not bool(needed.all()):
+            order = close_gaps(needed)
+            for layer in layers:
+                layer.prompt_keys = _take(layer.prompt_keys, order)
+                layer.prompt_values = _take(layer.prompt_values, order)
+            if self.padding is not None:
+                self.padding = self.padding[order]
+            place = torch.empty_like(needed, dtype=torch.int64)
+            place[order] = torch.arange(len(order), device=order.device)
+            self.parents = place[self.parents]
+        self._arrange(int(needed.sum()))
+
+    def _arrange(self, prompts: int) -> None:
+        """Give every response a slot in a table of prompts × the most responses of one of them."""
+        counts = torch.bincount(self.parents, minlength=prompts)
+        self.prompts, self.most = prompts, int(counts.max())
+        order = self.parents.argsort(stable=True)
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.parents[order]]
+        slots = torch.empty_like(order)
+        slots[order] = self.parents[order] * self.most + rank
+        in_order = torch.arange(self.prompts * self.most, device=slots.device)
+        self.slots = None if torch.equal(slots, in_order) else slots
+
+    def stack(self, x: Float[Tensor, "rows kv_heads group width"]) -> Float[Tensor, "prompt_heads stacked width"]:
+        """The rows of each prompt and key head below each other; zeros where a prompt has fewer than another."""
+        if self.slots is not None:
+            x = x.new_zeros(self.prompts * self.most, *x.shape[1:]).index_copy_(0, self.slots, x)
+        _, heads, group, width = x.shape
+        x = x.view(self.prompts, self.most, heads, group, width).transpose(1, 2)
+        return x.reshape(self.prompts * heads, self.most * group, width)
+
+    def unstack(
+        self, x: Float[Tensor, "prompt_heads stacked width"], group: int
+    ) -> Float[Tensor, "rows kv_heads group width"]:
+        """What `stack` did, undone; `group` heads share a key head."""
+        x = x.view(self.prompts, -1, self.most, group, x.shape[2]).transpose(1, 2)
+        x = x.reshape(self.prompts * self.most, *x.shape[2:])
+        return x if self.slots is None else x[self.slots]
+
+    @contextmanager
+    def attending(self, configs: list[Any]) -> Iterator[None]:
+        """Let the model of these configurations attend through this cache inside the block."""
+        token = _CACHE.set(self)
+        try:
+            with attention_set(configs, NAME):
+                yield
+        finally:
+            _CACHE.reset(token)
+
+
+_CACHE: ContextVar[PrefixCache | None] = ContextVar("distalign_prefix_cache", default=None)
+
+
+def close_gaps(kept: Bool[Tensor, "rows"]) -> Int[Tensor, "kept"]:
+    """An order of the rows kept in which the last ones fill the gaps and all others stay where they are."""
+    count = int(kept.sum())
+    order = torch.arange(count, device=kept.device)
+    order[~kept[:count]] = kept[count:].nonzero().squeeze(1) + count
+    return order
+
+
+def _take(x: Tensor, rows: Int[Tensor, "kept"], width: int | None = None) -> Tensor:
+    """`x[rows]` without a new tensor: only rows that change places are copied, up to `width` tokens."""
+    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+    if len(moved):
+        x[moved, :, :width] = x[rows[moved], :, :width]
+    return x[: len(rows)]
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rows heads 1 dim"],
+    key: Float[Tensor, "rows kv_heads own dim"],
+    value: Float[Tensor, "rows kv_heads own value_dim"],
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "rows 1 heads value_dim"], None]:
+    """One layer's attention of one new token a response, to its prompt and to its own tokens.
+
+    Honours grouped-query heads, `sliding_window`, `softcap` and attention sinks (`s_aux`). Raises CannotShare on a mask
+    or bias of the model's own, and on dropout.
+    """
+    cache = _CACHE.get()
+    if cache is None:
+        raise RuntimeError(f"attention {NAME!r} was called outside `sample`; set another attention implementation.")
+    if attention_mask is not None or kwargs.get("position_bias") is not None or dropout > 0:
+        raise CannotShare("its layers add a mask, a bias or dropout of their own")
+    layer, window = cache.current, kwargs.get("sliding_window")
+    cache.windows.append(window)
+    prompt_keys, prompt_values = layer.prompt_keys, layer.prompt_values
+    if window is not None and window < layer.get_seq_length():
+        width = max(0, window - layer.own)
+        start = prompt_keys.shape[2] - width
+        prompt_keys, prompt_values = prompt_keys[:, :, start:], prompt_values[:, :, start:]
+        key, value = key[:, :, -window:], value[:, :, -window:]
+
+    (rows, heads, _, dim), (kv_heads, own), width = query.shape, key.shape[1:3], prompt_keys.shape[2]
+    group = heads // kv_heads
+    query = query.reshape(rows * kv_heads, group, dim) * (dim**-0.5 if scaling is None else scaling)
+    to_own = torch.bmm(query, key.flatten(0, 1).mT).view(rows, kv_heads, group, own)
+    stacked = cache.stack(query.view(rows, kv_heads, group, dim))
+    scores = torch.cat([torch.bmm(stacked, prompt_keys.flatten(0, 1).mT), cache.stack(to_own)], -1)
+    scores = _restrict(scores, cache, width, kv_heads, kwargs.get("softcap"), kwargs.get("s_aux"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    of_prompt = cache.unstack(torch.bmm(weights[..., :width], prompt_values.flatten(0, 1)), group)
+    own_weights = cache.unstack(weights[..., width : width + own], group).reshape(rows * kv_heads, group, own)
+    out = torch.baddbmm(of_prompt.flatten(0, 1), own_weights, value.flatten(0, 1))
+    return out.view(rows, 1, heads, -1), None
+
+
+def _restrict(
+    scores: Float[Tensor, "prompt_heads stacked keys"],
+    cache: PrefixCache,
+    width: int,
+    kv_heads: int,
+    softcap: float | None,
+    sinks: Float[Tensor, "heads"] | None,
+) -> Tensor:
+    """Cap the scores, rule out padding among the first `width` keys, and add the sinks as a last key."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if cache.padding is not None:
+        hidden = cache.padding[:, None, None, cache.padding.shape[1] - width :]
+        scores[..., :width].unflatten(0, (-1, kv_heads)).masked_fill_(hidden, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, kv_heads, 1, -1).expand(cache.prompts, -1, cache.most, -1)
+        scores = torch.cat([scores, sink.reshape(*scores.shape[:2], 1)], -1)
+    return scores
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, prefix_attention)
