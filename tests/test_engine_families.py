@@ -7,9 +7,26 @@ import torch
 from engine_models import FAMILIES, GROUPS, build, direct_token_logps, gradients, largest_difference
 
 from distalign.engine import check, score
+from distalign.engine.attention import Layout
 
 # Where a family's own code computes in float32 inside a float64 model, float64 agrees only to float32 rounding.
 FLOAT32_INSIDE = {"gemma2", "deepseek_v3", "gptj", "mpt", "mamba", "llama4"}
+
+
+SHARED = [family for family, (_, _, path) in FAMILIES.items() if path == "shared"]
+
+
+def test_families():
+    """The families below are cases here: exact when packed blindly, or silently wrong, or failing, each in its way."""
+    exact = {"llama", "qwen2", "qwen3", "gpt_neox", "phi3", "olmo2", "granite", "gpt2", "opt", "starcoder2"}
+    experts = {"mixtral", "deepseek_v3"}
+    attention_ignored = {"falcon", "gptj"}
+    windowed = {"mistral", "gemma2", "gemma3_text", "gpt_oss"}
+    positions_or_state = {"bloom", "mpt", "mamba", "qwen3_next"}
+    assert exact | experts | attention_ignored | windowed | positions_or_state <= {
+        kind for kind, _, _ in FAMILIES.values()
+    }
+    assert {build(family).config.sliding_window for family in ("mistral", "mistral_window")} == {None, 5}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -30,6 +47,21 @@ def test_path_values_and_gradients_equal_separate_encoding(family):
     )
     assert worst < (5e-6 if family in FLOAT32_INSIDE else 1e-9)
     assert largest_difference(ours, gradients(model)) < (1e-4 if family in FLOAT32_INSIDE else 1e-6)
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_wrong_mask_is_caught(family, monkeypatch):
+    """In every family that shares prompts, responses that see the future are found and not used."""
+    monkeypatch.setattr(Layout, "mask", lambda self, queries, keys, *rest: torch.ones(queries, keys, dtype=torch.bool))
+    model = build(family)
+    report = check(model)
+    assert report.path == "padded"
+    assert "packed rows differ from separate ones" in report.reason
+    with torch.no_grad():
+        scores = score(model, GROUPS)
+        own = direct_token_logps(model)
+    for row, mask, tokens in zip(scores.token_logps, scores.mask, own, strict=True):
+        assert (row[mask] - tokens).abs().max() < (5e-6 if family in FLOAT32_INSIDE else 1e-9)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "gpt2", "mixtral", "falcon"])

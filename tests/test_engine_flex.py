@@ -1,4 +1,4 @@
-"""FlexAttention of packed rows on CPU, by torch's dense eager form of the operator; no Triton kernel runs here.
+"""FlexAttention of packed rows on CPU, most of it by torch's dense eager form; no Triton kernel runs here.
 
 torch refuses gradients of FlexAttention on CPU at its public door, for want of a kernel. The tests open that door: what
 they differentiate is the operator's own eager derivative, which its authors test their kernels against.
@@ -7,6 +7,7 @@ they differentiate is the operator's own eager derivative, which its authors tes
 from __future__ import annotations
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -80,6 +81,11 @@ def attended(monkeypatch):
     return masks
 
 
+def engine_messages(caplog):
+    """What the engine has logged; transformers has remarks of its own on the tiny models."""
+    return [record.getMessage() for record in caplog.records if record.name == "distalign.engine"]
+
+
 def allowed(segments, window):
     """[queries, keys]: same document, key in the prompt or the query's own piece, causal and windowed by position."""
     document, piece, position = [], [], []
@@ -96,14 +102,14 @@ def allowed(segments, window):
     return seen if window is None else seen & (distance < window)
 
 
-def results(segments, settings, dtype, *, by_flex):
+def results(segments, settings, dtype, *, by_flex, gradient=True):
     """Output of one layer over a packed row, and gradients of everything that goes in: 6 heads share 2 of keys."""
     settings = dict(settings)
     generator = torch.Generator().manual_seed(3)
     tokens = sum(sum(segment.lengths) for segment in segments)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(gradient)
 
     inputs = [draw(1, 6, tokens, 8), draw(1, 2, tokens, 8), draw(1, 2, tokens, 12)]
     if settings.pop("sinks", False):
@@ -114,7 +120,7 @@ def results(segments, settings, dtype, *, by_flex):
     with shared_attention(module, Layout(segments, by_flex=by_flex)):
         s_aux = sinks[0] if sinks else None
         out, _ = shared_prefix_attention(module, query, key, value, None, s_aux=s_aux, **settings)
-    return [out.detach(), *torch.autograd.grad((out * weights).sum(), inputs)]
+    return [out.detach(), *(torch.autograd.grad((out * weights).sum(), inputs) if gradient else [])]
 
 
 @given(shapes(9, 8, 4), st.none() | st.integers(1, 20))
@@ -253,6 +259,9 @@ def test_mixed_dtypes_are_nobodys():
     settings = {"scaling": None, "dropout": 0.0, "softcap": None, "sinks": None}
     assert flex.Call.of(query, key, key, None, **settings).dtype == torch.float32
     assert flex.Call.of(query, key, value, None, **settings).dtype is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flex.Call.of(query, key.half(), key, None, **settings).dtype == torch.bfloat16
+        assert flex.Call.of(query, key, value, None, **settings).dtype is None
 
 
 def test_one_compilation_for_rows_of_every_length(monkeypatch):
@@ -270,6 +279,18 @@ def test_one_compilation_for_rows_of_every_length(monkeypatch):
         expected = results(segments, settings, torch.float32, by_flex=False)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPU with g++, which is not installed")
+def test_compiled_to_code(monkeypatch):
+    """The kernel as it is used, but generated for CPU: C++ in place of Triton, values without gradients."""
+    monkeypatch.setattr(flex, "serves", lambda call: True)
+    for segments, window in ((LAYOUTS["several_blocks"], 9), ((Segment(1, (300, 5)), Segment(400, (2,))), None)):
+        settings = {"scaling": 0.7, "sliding_window": window, "softcap": 1.5}
+        found = results(segments, settings, torch.float32, by_flex=True, gradient=False)
+        expected = results(segments, settings, torch.float32, by_flex=False, gradient=False)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def raises(query, key, value, mask, **settings):
@@ -312,9 +333,9 @@ def test_broken_kernels_are_left_out(broken, reason, dtype, dense, monkeypatch, 
     with caplog.at_level(logging.WARNING, "distalign.engine"):
         report = check(model)
     assert (report.path, report.by_flex) == ("shared", False)
-    [record] = caplog.records
-    assert reason in record.getMessage()
-    assert "llama" in record.getMessage()
+    [message] = engine_messages(caplog)
+    assert reason in message
+    assert "llama" in message
     score(model, GROUPS).logps.sum().backward()
 
 
@@ -325,7 +346,30 @@ def test_sound_kernels_are_used(family, dtype, dense, caplog):
     with caplog.at_level(logging.WARNING, "distalign.engine"):
         report = check(build(family, dtype, head_dim=16, initializer_range=0.15))
     assert (report.path, report.by_flex) == ("shared", True)
-    assert not caplog.records
+    assert not engine_messages(caplog)
+
+
+def test_check_where_gradients_are_off(dense):
+    """The gradients of the check do not need those of its caller."""
+    with torch.inference_mode():
+        assert check(build(dtype=torch.float32, head_dim=16)).by_flex
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_autocast(family, dense, forced, attended):
+    """Under autocast FlexAttention computes in the dtype of autocast, like the attention by segments."""
+    model = build(family, torch.float32, initializer_range=0.15)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(model, GROUPS)
+        assert len(attended) >= model.config.num_hidden_layers
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(flex, "serves", lambda call: False)
+            expected = score(model, GROUPS)
+    assert (found.token_logps - expected.token_logps).abs().max() < 0.05
+    found.logps.sum().backward()
+    ours = gradients(model)
+    expected.logps.sum().backward()
+    assert largest_difference(ours, gradients(model)) < 0.05
 
 
 def test_without_kernels_nothing_changes():

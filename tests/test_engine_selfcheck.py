@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from engine_models import GROUPS, VOCABULARY, build, direct_token_logps
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from distalign.engine import Group, attention, check, score
 from distalign.engine.attention import CannotShare, Layout, expected_windows
@@ -169,8 +170,19 @@ def test_sample_has_the_hard_cases():
 
 
 def test_check_is_quick():
-    """The check of a tiny model costs a few passes."""
-    model = build()
+    """The check of a model of SmolLM2-135M's shape costs less than a second of one thread, the first time."""
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     start = time.process_time()
-    check(model)
+    assert check(model).path == "shared"
     assert time.process_time() - start < 1.0

@@ -5,10 +5,11 @@ data, a tensor a row, so that one compiled kernel serves rows of every length an
 window. Nothing of size [tokens, tokens] is built. Scaling and softcap reach the kernel as tensors too: torch 2.13
 cannot differentiate through a Python number that it has made symbolic.
 
-Its mathematics and its derivatives are tested on CPU with torch's dense eager form of the operator, and compiled by
-dynamo up to the kernels. THE TRITON KERNELS THEMSELVES HAVE NOT BEEN RUN in the tests, which need no GPU; no speed is
-claimed. That is why the engine compares them with the attention by segments when a model is first used
-(`distalign.engine.check`), and does without them where they raise or disagree.
+What has been run, all of it on CPU: torch's dense eager form of the operator, values and derivatives; the whole call
+traced by dynamo with its derivative; values of the C++ that torch generates in place of Triton. THE TRITON KERNELS HAVE
+NEVER BEEN RUN, and no speed is claimed. That is why the engine compares them with the attention by segments when a
+model is first used (`distalign.engine.check`), and does without them where they raise or disagree. The first such
+comparison in a process compiles them, which costs far more than the comparison.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Call(NamedTuple):
-    """What a layer asks of its attention. `dtype` is None where query, key and value differ in theirs."""
+    """What a layer asks of its attention. `dtype` is that of `common_dtype`."""
 
     device: torch.device
     dtype: torch.dtype | None
@@ -66,10 +67,9 @@ class Call(NamedTuple):
     ) -> Call:
         """The call that has these tensors and settings."""
         _, heads, tokens, dim = query.shape
-        kinds = {query.dtype, key.dtype, value.dtype}
         return cls(
             device=query.device,
-            dtype=query.dtype if len(kinds) == 1 else None,
+            dtype=common_dtype(query, key, value),
             tokens=tokens,
             heads=heads,
             kv_heads=key.shape[1],
@@ -81,6 +81,16 @@ class Call(NamedTuple):
             softcap=softcap,
             sinks=sinks is not None,
         )
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype | None:
+    """The dtype that attention on these tensors computes in, autocast included; None where they have no common one."""
+    kinds = {tensor.dtype for tensor in tensors}
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        # Autocast leaves float64 alone.
+        kinds = {kind if kind == torch.float64 else torch.get_autocast_dtype(device) for kind in kinds}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def serves(call: Call) -> bool:
@@ -133,15 +143,19 @@ def attend(
     A sink is a logit that takes its share of the softmax and gives no value. The softmax over the keys alone, with
     log-sum-exp L, is therefore to be multiplied by e^L / (e^L + e^sink) = sigmoid(L − sink).
     """
-    out = kernel()(
-        query,
-        key,
-        value,
-        score_mod=_score(query, scaling, softcap),
-        block_mask=mask,
-        enable_gqa=query.shape[1] != key.shape[1],
-        return_aux=None if sinks is None else AuxRequest(lse=True),
-    )
+    dtype = common_dtype(query, key, value)
+    # Cast as autocast would, and outside of it, so that one compiled form serves both.
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        out = kernel()(
+            query,
+            key,
+            value,
+            score_mod=_score(query, scaling, softcap),
+            block_mask=mask,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=None if sinks is None else AuxRequest(lse=True),
+        )
     if sinks is None:
         return out
     out, found = out
@@ -156,10 +170,11 @@ def _score(query: Tensor, scaling: float | None, softcap: float | None) -> Calla
     if usual and softcap is None:
         return None
     accumulate = torch.promote_types(query.dtype, torch.float32)
-    factor = torch.tensor(1.0 if usual else scaling / default, dtype=accumulate, device=query.device)
+    # `full` fills on the device; `tensor` would wait for a copy to it, in every layer.
+    factor = torch.full((), 1.0 if usual else scaling / default, dtype=accumulate, device=query.device)
     if softcap is None:
         return lambda score, batch, head, q, k: score * factor
-    cap = torch.tensor(softcap, dtype=accumulate, device=query.device)
+    cap = torch.full((), softcap, dtype=accumulate, device=query.device)
     return lambda score, batch, head, q, k: cap * torch.tanh(score * factor / cap)
 
 
