@@ -264,13 +264,20 @@ def test_mixed_dtypes_are_nobodys():
         assert flex.Call.of(query, key, value, None, **settings).dtype is None
 
 
-def test_one_compilation_for_rows_of_every_length(monkeypatch):
-    """Compiled by dynamo with its derivative: lengths, layouts, windows and numbers change data, not code."""
+@pytest.fixture
+def compilations(monkeypatch):
+    """Counts what dynamo compiles, down to torch's operators; the limit of the process is already reached."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = flex.kernel(counter)
     monkeypatch.setattr(flex, "kernel", lambda: compiled)
     monkeypatch.setattr(flex, "serves", lambda call: True)
     monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        yield counter
+
+
+def test_one_compilation_for_rows_of_every_length(compilations):
+    """Compiled by dynamo with its derivative: lengths, layouts, windows and numbers change data, not code."""
     rows = [(LAYOUTS["several_blocks"], 3, 0.7, 1.5), ((Segment(200, (7, 9)),), None, 0.8, 2.5)]
     rows += [((Segment(130, (2,)), Segment(1, (300, 5))), 9, 0.9, 1.0)]
     for segments, window, scaling, softcap in rows:
@@ -278,7 +285,21 @@ def test_one_compilation_for_rows_of_every_length(monkeypatch):
         found = results(segments, settings, torch.float32, by_flex=True)
         expected = results(segments, settings, torch.float32, by_flex=False)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
+    assert compilations.frame_count == 1
+
+
+def test_one_compilation_with_and_without_autocast(compilations):
+    """Tensors in bfloat16, and tensors that autocast takes for them, are served by the same code."""
+    pair = LAYOUTS["several_blocks"], {}
+    results(*pair, torch.bfloat16, by_flex=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(*pair, torch.float32, by_flex=True)
+    assert compilations.frame_count == 1
+    assert [tensor.dtype for tensor in found] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
+    exact = results(*pair, torch.float32, by_flex=False)
+    torch.testing.assert_close(found, exact, rtol=0.1, atol=0.1, check_dtype=False)
+    results(*pair, torch.float32, by_flex=True)
+    assert compilations.frame_count == 2
 
 
 @pytest.mark.slow
