@@ -151,23 +151,31 @@ def show(rows: Sequence[dict], unit: str) -> None:
 
 
 def run(options: argparse.Namespace, model: Any) -> dict:
-    """All rows, shown as a table and returned with the machine and the versions."""
+    """Measure every row, write the numbers after each, and show the table."""
     model = model.to(options.device).eval()
     prompts = make_prompts(options.prompts, model.config.vocab_size, options.prompt_tokens)
     share = agreement(model, prompts, options.tokens)
     print(f"greedy tokens that agree with generate: {share:.1%} of {options.prompts * options.tokens}")
-    rows = [
-        measure(options.model, model, prompts, samples, options.tokens, options.rounds)
-        for samples in track(options.samples, description=options.model)
-    ]
-    show(rows, "CPU second" if model.device.type == "cpu" else "second")
-    machine = {"processor": platform.processor() or platform.machine(), "device": options.device}
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+    result: dict[str, Any] = {
+        "rows": [],
+        "greedy_agreement": share,
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "device": options.device,
+            "threads": options.threads,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }
-    return {"rows": rows, "machine": {**machine, "threads": options.threads}, "versions": versions}
+    for samples in track(options.samples, description=options.model):
+        result["rows"].append(measure(options.model, model, prompts, samples, options.tokens, options.rounds))
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    show(result["rows"], "CPU second" if model.device.type == "cpu" else "second")
+    return result
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -185,13 +193,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, show, and write the JSON file."""
+def main(arguments: Sequence[str] | None = None) -> dict:
+    """Measure with these options. Returns what the JSON file holds."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    result = run(options, MODELS[options.model]())
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return run(options, MODELS[options.model]())
 
 
 if __name__ == "__main__":

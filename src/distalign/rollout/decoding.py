@@ -55,18 +55,18 @@ class Caller:
         if self.takes_positions:
             extra["position_ids"] = positions
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
-        kept, logits = getattr(output, self.cache_name, None), output.logits[:, -1].float()
+        kept, logits = getattr(output, self.cache_name, None), output.logits[:, -1]
         if not isinstance(kept, Cache):
             raise TypeError(
                 f"{self.name} keeps no cache of transformers' Cache class, so responses cannot be continued; "
                 "use a model class of transformers"
             )
-        if logits.sum().isnan():
+        if not logits.amax(-1).isfinite().all():
             raise InputError(
                 f"sample: the logits of {self.name} are not numbers; if it was trained, lower the learning rate, and "
                 'if it is float64, load it with attn_implementation="sdpa" (eager attention overflows at padding)'
             )
-        return logits, kept
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), kept
 
 
 @dataclass
@@ -162,7 +162,7 @@ def shares_prompts(model: Any) -> bool:
     key = type(model), weight.dtype, weight.device, config._attn_implementation, autocast
     found = _FOUND.setdefault(weight, {})
     if key not in found:
-        with evaluating(model):
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []), evaluating(model):
             reason = _why_not(model, _TOLERANCES.get(torch.bfloat16 if autocast else weight.dtype, 0.6))
         found[key] = reason is None
         if reason is not None:

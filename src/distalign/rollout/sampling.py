@@ -1,4 +1,4 @@
-"""Responses sampled from a policy: each prompt is encoded once, its cache forked for all responses to it.
+"""Responses sampled from a policy: each prompt is encoded once for all responses to it.
 
 Rows that have ended leave the batch; prompts are batched by length. The distribution sampled from is the model's own
 (temperature, top-p and length limits as given here; the sampling defaults that a checkpoint may carry are not applied).
@@ -144,19 +144,21 @@ def choose(
 
 
 def _draw(weights: Float[Tensor, "rows vocabulary"], generator: torch.Generator) -> Int[Tensor, "rows"]:
-    """A token a row, in proportion to its weight: first the block of 64 that it is in, then its place there.
+    """A token a row, in proportion to its weight.
 
-    `torch.multinomial` makes a random number for every token of the vocabulary, which costs a fifth of a decoding step.
+    `torch.multinomial` makes a random number for every token of the vocabulary, which on a CPU costs a fifth of a
+    decoding step. There two a row do: for the block of 64 tokens, and for the place in the block.
     """
+    if weights.device.type != "cpu":
+        return torch.multinomial(weights, 1, generator=generator).squeeze(1)
     spare = -weights.shape[1] % 64
     blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(1, (-1, 64))
     block = _invert(blocks.sum(-1), generator)
-    return 64 * block + _invert(blocks[torch.arange(len(blocks), device=block.device), block], generator)
+    return 64 * block + _invert(blocks[torch.arange(len(blocks)), block], generator)
 
 
 def _invert(weights: Float[Tensor, "rows choices"], generator: torch.Generator) -> Int[Tensor, "rows"]:
     """A choice a row, by the inverse of the cumulative distribution."""
-    exact = torch.float32 if weights.device.type == "mps" else torch.float64
-    cumulative = weights.cumsum(-1, dtype=exact)
-    uniform = torch.rand(len(weights), 1, dtype=exact, device=weights.device, generator=generator)
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
