@@ -6,6 +6,7 @@ The buffer of the round is state: it is saved with every checkpoint, and before 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ MONITOR, VALUES, COUNTS = "health.json", "value_head.safetensors", "reward_count
 class Actor:
     """Rounds of one run. `note(metrics, weight)` takes numbers of a round for the next log line.
 
-    `rows` are the prompts (or labelled pairs) of the run by number; `batches` says which are together in a round.
+    `rows` are the prompts (or labelled pairs) of the run by number; `args` are the TrainingArguments. `batches` says
+    which rows are together in a round.
     """
 
     def __init__(
@@ -42,17 +44,22 @@ class Actor:
         method: Method,
         rollout: Rollout,
         rows: Sequence[Any],
-        batches: RoundBatches,
         *,
-        accumulated: int,
+        args: Any,
         token_budget: int,
-        seed: int,
         monitor: Monitor | None,
         note: Callable[[dict[str, float], int], None],
     ) -> None:
-        self.policy, self.method, self.rollout, self.rows, self.batches = policy, method, rollout, rows, batches
-        self.accumulated, self.token_budget, self.seed = accumulated, token_budget, seed
+        self.policy, self.method, self.rollout, self.rows = policy, method, rollout, rows
+        self.accumulated, self.token_budget, self.seed = args.gradient_accumulation_steps, token_budget, args.seed
         self.monitor, self.note = monitor, note
+        self.batches = RoundBatches(
+            len(rows),
+            batch_size=args.per_device_train_batch_size,
+            batches=rollout.settings.minibatches * self.accumulated,
+            inner_epochs=rollout.settings.inner_epochs,
+            seed=self.seed,
+        )
         self.buffer: Buffer | None = None
         self._facts = {} if rollout.reward is None else rollout.reward.facts()
         self._start, self._told = 0, -1
@@ -261,9 +268,17 @@ def effective_share(weights: Float[Tensor, "responses"]) -> float:
 
 
 def observe(
-    policy: Policy, rollout: Rollout, model: nn.Module, prompts: Sequence[list[int]], token_budget: int, seed: int
+    policy: Policy, rollout: Rollout, model: nn.Module, rows: Sequence[Any], limit: int, token_budget: int, seed: int
 ) -> dict[str, float]:
-    """Draw a response to each prompt, only to look at it: entropy, KL to the reference (nats), length, repetition."""
+    """Draw a response to each of `limit` prompts, to look at: entropy, KL to the reference (nats), length, repetition.
+
+    The first different ones that leave the model room to answer; empty if there is none.
+    """
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = positions - rollout.settings.max_new_tokens
+    prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())[:limit]
+    if not prompts:
+        return {}
     responses = rollout.sample(model, prompts, seed=seed, number=0, n=1)
     groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
     settings: dict[str, Any] = {"token_budget": token_budget, "temperature": rollout.settings.temperature}

@@ -7,6 +7,7 @@ round, then fresh ones if the KL term wants them. The prompt is encoded once for
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -146,6 +147,27 @@ def _samples(scores: Scores, rows: Int[Tensor, "prompts n"], tensors: dict[str, 
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
+
+
+class Notes:
+    """Numbers for the next log line."""
+
+    def __init__(self) -> None:
+        self._noted: dict[str, list[tuple[float, int]]] = defaultdict(list)
+
+    def add(self, metrics: dict[str, float], weight: int) -> None:
+        """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged."""
+        for name, value in metrics.items():
+            self._noted[name] = [*(self._noted[name] if weight else []), (value, weight)]
+
+    def take(self) -> dict[str, float]:
+        """The means of what was noted since it was last taken."""
+        found = {}
+        for name, values in self._noted.items():
+            total = sum(weight for _, weight in values)
+            found[name] = sum(value * weight for value, weight in values) / total if total else values[-1][0]
+        self._noted.clear()
+        return found
 
 
 def pair_metrics(method: Method, pairs: Pairs) -> dict[str, float]:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +27,10 @@ from transformers import (
 )
 
 from distalign.actor import Actor, effective_share, observe
-from distalign.collected import Collected, beside, labelled_pairs, look, pair_metrics, warn_about_sharpness
+from distalign.collected import Collected, Notes, beside, labelled_pairs, look, pair_metrics, warn_about_sharpness
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, micro_batches, score, score_in_batches
+from distalign.engine.available import available
 from distalign.engine.encoding import evaluating
 from distalign.errors import InputError
 from distalign.estimators import importance_weights
@@ -40,7 +39,8 @@ from distalign.methods import Method, Pairs
 from distalign.policy import Policy
 from distalign.preference import preference_logit, preference_nll
 from distalign.progress import progress
-from distalign.rounds import Rollout, RoundBatches, TrainingError, acts, check_needs
+from distalign.room import DRAWING, Room, explained, measure, out_of_memory
+from distalign.rounds import Rollout, TrainingError, acts, check_needs
 
 logger = logging.getLogger("distalign.trainer")
 
@@ -109,9 +109,10 @@ class AlignmentTrainer(Trainer):
         shared = reference_cache is not None and self.temperature == 1
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
         self.monitor = Monitor(health, label) if health is not None else None
+        self.notes = Notes()
         self.actor = self._actor() if self.acts else None
         self.start: dict[str, float] = {}
-        self._noted: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        self.room: Room | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
 
     def _check(self, args: TrainingArguments) -> None:
@@ -124,26 +125,8 @@ class AlignmentTrainer(Trainer):
 
     def _actor(self) -> Actor:
         assert self.rollout is not None
-        args, settings = self.args, self.rollout.settings
-        batches = RoundBatches(
-            len(self.rows),
-            batch_size=args.per_device_train_batch_size,
-            batches=settings.minibatches * args.gradient_accumulation_steps,
-            inner_epochs=settings.inner_epochs,
-            seed=args.seed,
-        )
-        return Actor(
-            self.policy,
-            self.method,
-            self.rollout,
-            self.rows,
-            batches,
-            accumulated=args.gradient_accumulation_steps,
-            token_budget=self.token_budget,
-            seed=args.seed,
-            monitor=self.monitor,
-            note=self._note,
-        )
+        settings: Any = {"args": self.args, "token_budget": self.token_budget, "monitor": self.monitor}
+        return Actor(self.policy, self.method, self.rollout, self.rows, note=self.notes.add, **settings)
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; by rounds for a method that draws responses."""
@@ -208,7 +191,8 @@ class AlignmentTrainer(Trainer):
             self._resume(Path(str(resume_from_checkpoint)))
         else:
             self.policy.assert_starts_at_reference([Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]])
-        with progress(self.label, 1) as self._advance:
+        self._free = available(self.args.device)
+        with progress(self.label, 1) as self._advance, explained(self.label):
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
@@ -230,6 +214,8 @@ class AlignmentTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
+        if self.room is None:
+            self.room = self._find_room(model)
         started = time.perf_counter()
         rows, indices = inputs["rows"], inputs["indices"]
         model.train()
@@ -239,7 +225,10 @@ class AlignmentTrainer(Trainer):
         whole = num_items_in_batch or len(rows) * self.current_gradient_accumulation_steps
         total = torch.zeros((), device=self.args.device)
         for batch in micro_batches([one.group for one in collected], self.token_budget):
-            loss = self._micro_batch(model, [collected[index] for index in batch], whole)
+            micro = [collected[index] for index in batch]
+            tokens = sum(one.group.tokens for one in micro)
+            with self.room.within(tokens, self.state.global_step + 1, self._keep):
+                loss = self._micro_batch(model, micro, whole)
             total += loss.to(total.dtype)
         if self.actor is not None:
             self.actor.finish_batch(self.state.global_step)
@@ -256,7 +245,7 @@ class AlignmentTrainer(Trainer):
             loss = self.method.loss(pairs, samples) * (len(micro) / whole)
         self.accelerator.backward(loss)
         if pairs is not None and self.method.needs.pairs == "labelled":
-            self._note(pair_metrics(self.method, pairs), len(micro))
+            self.notes.add(pair_metrics(self.method, pairs), len(micro))
         if samples is not None and samples.behavior_token_logps is not None and not self.method.needs.values:
             self._weights.append(
                 importance_weights(samples.token_logps, samples.behavior_token_logps, samples.mask)[:, -1]
@@ -271,12 +260,29 @@ class AlignmentTrainer(Trainer):
         try:
             self.actor.enter(model, indices, self.state.global_step, self._folder / "samples.jsonl")
         except Exception as error:
-            self._save_checkpoint(self.model_wrapped, trial=None)
-            place = self._folder / f"checkpoint-{self.state.global_step}"
+            kept = self._keep()
+            if out_of_memory(error):
+                raise TrainingError(f"{self.label}: {DRAWING}; {kept}; train on with --resume") from error
             if not isinstance(error, InputError):
                 raise
-            kept = f"{place} holds the run and the responses of this round: mend it and train on with --resume"
-            raise type(error)(f"{error}; {kept}") from error
+            raise type(error)(f"{error}; {kept} and the responses of this round: mend it and --resume") from error
+
+    def _keep(self) -> str:
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
+
+    def _find_room(self, model: nn.Module) -> Room:
+        """What the run will need, measured on the model as it is trained."""
+
+        def score(groups: list[Group]) -> Scores:
+            return self.score(model, [Collected(group) for group in groups])
+
+        needs = self.method.needs
+        settings: Any = {"args": self.args, "token_budget": self.token_budget, "free": self._free}
+        with self.compute_loss_context_manager():
+            room = measure(self.label, self.policy, score, self.rows, needs, self.rollout, **settings)
+        room.tell()
+        return room
 
     def _stop_if_collapsed(self) -> None:
         monitor = self.monitor
@@ -291,15 +297,10 @@ class AlignmentTrainer(Trainer):
         self._tokens += sum(one.group.tokens for one in collected)
         if not self.accelerator.sync_gradients:
             return
-        self._note({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
+        self.notes.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
         if self._weights:
-            self._note({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
+            self.notes.add({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
         self._seconds, self._tokens, self._weights = 0.0, 0, []
-
-    def _note(self, metrics: dict[str, float], weight: int) -> None:
-        """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged."""
-        for name, value in metrics.items():
-            self._noted[name] = [*(self._noted[name] if weight else []), (value, weight)]
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
@@ -352,13 +353,10 @@ class AlignmentTrainer(Trainer):
         if self.acts:
             return self.monitor.update({"logps/chosen": found["logps/chosen"]}, self.state.global_step)
         rows: Any = self.eval_dataset
-        limit = getattr(self.policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        longest = limit - self.rollout.settings.max_new_tokens
-        prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())
-        prompts = prompts[: self.monitor.settings.prompts]
-        if not prompts:
+        limit, seed = self.monitor.settings.prompts, self.args.seed
+        metrics = observe(self.policy, self.rollout, model, rows, limit, self.token_budget, seed)
+        if not metrics:
             return {}
-        metrics = observe(self.policy, self.rollout, model, prompts, self.token_budget, self.args.seed)
         metrics |= self.monitor.update({**metrics, "logps/chosen": found["logps/chosen"]}, self.state.global_step)
         self._stop_if_collapsed()
         return metrics
@@ -379,10 +377,7 @@ class AlignmentTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the means of what was noted since the last training log, and write the line to metrics.jsonl."""
         if "loss" in logs:
-            for name, values in self._noted.items():
-                total = sum(weight for _, weight in values)
-                logs[name] = sum(value * weight for value, weight in values) / total if total else values[-1][0]
-            self._noted.clear()
+            logs |= self.notes.take()
         super().log(logs, start_time)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs}

@@ -1,0 +1,70 @@
+"""A process of its own that trains a model of 20 million parameters and tells what it took: `BUDGET fit|limit FOLDER`.
+
+fit: bytes that the resident set grew by at its peak, and what was estimated. limit: with less address space than a
+micro-batch needs, the error.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from transformers import TrainingArguments
+
+from distalign.data import EncodedPair
+from distalign.engine import check
+from distalign.methods import PMLE
+from distalign.policy import Source, make_policy
+from distalign.rounds import TrainingError
+from distalign.trainer import AlignmentTrainer
+
+SIZES = {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
+
+
+def status(name: str) -> int:
+    """A number of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main(budget: int, what: str, folder: str) -> dict:
+    """Two steps of two micro-batches: in the last, gradients and the optimizer's state are there."""
+    torch.set_num_threads(1)
+    base = tiny.model(**SIZES, max_position_embeddings=512)
+    policy = make_policy(base, tiny.tokenizer(), Source("run", "run", "made here"), lora=None, reference=False)
+    del base
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(5, 32_000, (n,), generator=generator).tolist()
+
+    batch = 2 * budget // 128
+    pairs = [EncodedPair(draw(64), draw(32), draw(32), None, "pair") for _ in range(2 * batch)]
+    settings = {"per_device_train_batch_size": batch, "max_steps": 2, "save_strategy": "no", "report_to": "none"}
+    args = TrainingArguments(output_dir=folder, use_cpu=True, **settings)
+    trainer = AlignmentTrainer(policy, PMLE(0.5, 0.0), args, pairs, token_budget=budget)
+    check(policy.model)
+    gc.collect()
+    if what == "limit":
+        room = status("VmSize") + 400_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        try:
+            trainer.train()
+        except TrainingError as error:
+            return {"error": str(error)}
+        return {"error": None}
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    trainer.train()
+    assert trainer.room is not None
+    memory = trainer.room.memory
+    return {"grown": status("VmHWM") - before, "needs": memory.needs(memory.tokens), "tokens": memory.tokens}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(int(sys.argv[1]), *sys.argv[2:])))
