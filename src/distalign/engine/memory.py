@@ -261,7 +261,6 @@ def _recomputed(model: nn.Module, forward: Callable[[list[Group]], Scores], shap
             p.grad = None
         with _as_trained(model), _Alive(_counted_elsewhere(model, sum(small[1]))) as alive:
             scores = forward(_groups(model, [small]))
-            kept = alive.now
             asked = [scores.token_logps, scores.step_entropy, scores.step_kl, scores.values]
             torch.stack([one.sum() for one in asked if one is not None]).sum().backward()
     finally:
@@ -269,7 +268,8 @@ def _recomputed(model: nn.Module, forward: Callable[[list[Group]], Scores], shap
             hook.remove()
         for p, gradient in zip(trained, gradients, strict=True):
             p.grad = gradient
-    return max(1.0, alive.most / kept)
+    # Selective checkpointing keeps results that autograd does not know of: they are among what is alive.
+    return max(1.0, alive.most / saved_bytes(model, forward, [small]))
 
 
 def _counted_elsewhere(model: Any, rows: int) -> set[tuple[int, ...]]:
@@ -320,4 +320,5 @@ class _Alive(TorchDispatchMode):
 
 
 def _leaves(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Tensors with a storage: gradients of embeddings may be sparse."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
