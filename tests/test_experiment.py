@@ -156,6 +156,15 @@ def test_training_writes_the_documented_folder(place, tmp_path):
     write_report(folder)
 
 
+def test_recompute_changes_no_number(place, tmp_path):
+    """Whatever the backward pass computes again, a run learns the same."""
+    losses = []
+    for setting in ("none", "selective", "full"):
+        settings = recipe(place, tmp_path, *own_data(place), f"recompute={setting}", f"name={setting}", method="dpo")
+        losses.append(train(settings, "dpo")["loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
 def test_training_without_held_out_pairs_says_so(place, tmp_path):
     """All pairs are learned from, nothing is measured, and the last step is kept."""
     settings = recipe(place, tmp_path, *own_data(place), "data.held_out=0.0", method="pmle")

@@ -186,7 +186,7 @@ REFUSALS = {
     "methods: {dpo: }\nlora: {r: 0}": "x.yaml: lora.r is 0; input should be greater than 0",
     "methods: {dpo: }\nqqq: 1": 'x.yaml: recipe has no setting "qqq"; it has name, output_dir, seed, model, dtype, '
     "trust_remote_code, lora, data, target, methods, compare, rollout, reward, health, training, token_budget, "
-    "early_stopping, evaluation",
+    "recompute, early_stopping, evaluation",
     "methods: {rkl: {rollout: {sample: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "sample"; did you mean '
     '"samples"?',
     "methods: {rkl: {rollout: {samples: 0}}}": "x.yaml: methods.rkl.rollout.samples is 0; input should be greater "
@@ -302,3 +302,10 @@ def test_a_method_may_change_the_rollouts(tmp_path):
     recipe.dump(tmp_path / "y.yaml")
     assert load_recipe(tmp_path / "y.yaml") == recipe.model_copy(update={"name": "x"})
     assert list(recipe.only(["rkl"]).methods) == ["rkl"]
+
+
+def test_recompute_is_said_once(write):
+    """Activation checkpointing has one setting: recompute, or the Trainer's own."""
+    text = "methods: {dpo: }\nrecompute: selective\ntraining: {gradient_checkpointing: true}"
+    message = refusal(write(f"{TARGET}{text}"))
+    assert "recompute is selective and training.gradient_checkpointing true" in message

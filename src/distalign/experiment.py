@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.bench import Bench, prepare
 from distalign.card import model_card
+from distalign.engine.recompute import set_recompute
 from distalign.errors import InputError
 from distalign.evaluate import forward_kl
 from distalign.policy import Policy, make_policy
@@ -259,6 +260,10 @@ def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False)
     torch.manual_seed(bench.seed)
     # The reference costs no memory here, and that the run starts there is checked for every method.
     policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=True)
+    try:
+        set_recompute(policy.model, recipe.recompute)
+    except ValueError as error:
+        raise RecipeError(f"{recipe.name}: recompute is {recipe.recompute}: {error}; leave it out") from None
     stopping = recipe.early_stopping
     labelled = method.needs.pairs == "labelled"
     trainer = AlignmentTrainer(

@@ -81,6 +81,7 @@ class Recipe(Section):
     health: HealthSettings = HealthSettings()
     training: Annotated[dict[str, Any], Field(default_factory=dict)]
     token_budget: Count = 4096
+    recompute: Literal["none", "selective", "full"] = "none"
     early_stopping: Annotated[EarlyStopping | None, BeforeValidator(switch)] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
 
@@ -104,6 +105,15 @@ class Recipe(Section):
     @classmethod
     def _check_methods(cls, entries: Any) -> Any:
         return _methods(entries)
+
+    @model_validator(mode="after")
+    def _one_checkpointing(self) -> Recipe:
+        for key in ("gradient_checkpointing", "activation_checkpointing"):
+            if self.recompute != "none" and self.training.get(key):
+                raise ValueError(
+                    f"recompute is {self.recompute} and training.{key} true: two settings of one thing; keep one"
+                )
+        return self
 
     @model_validator(mode="after")
     def _known_methods(self) -> Recipe:

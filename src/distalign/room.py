@@ -28,8 +28,8 @@ DRAWING = "out of memory while responses were drawn and scored; lower rollout.ro
 
 _OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
 _LESS = (
-    "less is needed with activation checkpointing (training.gradient_checkpointing: true), an adapter (lora), "
-    "shorter prompts and responses, or dtype bfloat16"
+    "less is needed with recompute: selective or full, an adapter (lora), shorter prompts and responses, or dtype "
+    "bfloat16"
 )
 _HEAP = "MALLOC_MMAP_THRESHOLD_=65536 in the environment keeps blocks out of a heap with gaps, for some time"
 

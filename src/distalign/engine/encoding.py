@@ -48,8 +48,27 @@ def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: fl
     """
     if path == "plain":
         return LogitRows(_plain(model, groups), temperature)
-    hidden = shared_hidden(model, groups, by_flex=by_flex)[0] if path == "shared" else _padded(model, groups)
+    with _sparse_embedding(model):
+        hidden = shared_hidden(model, groups, by_flex=by_flex)[0] if path == "shared" else _padded(model, groups)
     return HiddenRows(hidden, head_of(model), temperature)
+
+
+@contextmanager
+def _sparse_embedding(model: Any) -> Iterator[None]:
+    """Let an embedding that is also the head pass on the gradients of the rows it used, and no others.
+
+    They are added in place to the head's gradient, which is dense: a second tensor of its size is never made.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = type(embedding) is nn.Embedding and type(head) is nn.Linear and embedding.weight is head.weight
+    before = tied and embedding.sparse
+    try:
+        if tied:
+            embedding.sparse = True
+        yield
+    finally:
+        if tied:
+            embedding.sparse = before
 
 
 def decoder_of(model: Any) -> nn.Module:

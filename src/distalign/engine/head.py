@@ -288,6 +288,14 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
+def _set_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total = left @ right, where the factors may have a narrower dtype than the total."""
+    if total.dtype == left.dtype:
+        torch.mm(left, right, out=total)
+    else:
+        total.copy_(left @ right)
+
+
 class _TiledHead(torch.autograd.Function):
     """(hidden, weight, bias) → log-probs, entropy, KL, reference log-probs, one per row."""
 
@@ -337,7 +345,7 @@ def _backward(
     """
     dtype = ask.rows.dtype
     d_hidden = torch.zeros_like(hidden, dtype=dtype) if needs[0] else None
-    d_weight = torch.zeros_like(weight, dtype=dtype) if needs[1] else None
+    d_weight = torch.empty_like(weight, dtype=dtype) if needs[1] else None
     d_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs[2] and bias is not None else None
     for block in ask.blocks():
         for start, stop in ask.tiles():
@@ -345,7 +353,9 @@ def _backward(
             if d_hidden is not None:
                 _add_product(d_hidden[block], d_z, ask.rows.weight(start, stop))
             if d_weight is not None:
-                _add_product(d_weight[start:stop], d_z.T, hidden[block].to(ask.rows.product))
+                # The first block writes every row of the tile: memory as large as the head is touched once, not twice.
+                add = _add_product if block.start else _set_product
+                add(d_weight[start:stop], d_z.T, hidden[block].to(ask.rows.product))
             if d_bias is not None:
                 d_bias[start:stop] += d_z.sum(0)
     return (

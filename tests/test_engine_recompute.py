@@ -1,0 +1,102 @@
+"""What is computed again in the backward pass changes memory and time, never a number; nor do sparse embeddings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_models import GROUPS, VOCABULARY, build, gradients, largest_difference
+from peft import LoraConfig, get_peft_model
+
+from distalign.engine import score
+from distalign.engine.recompute import set_recompute
+
+# PEFT 0.21 and transformers' PEFT code read names that transformers 5.23 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+
+
+def step(model):
+    """Log-probabilities and gradients of a loss that weights every response differently."""
+    scores = score(model, GROUPS, entropy=True)
+    weights = torch.linspace(-1, 2, len(scores.mask), dtype=torch.float64)
+    assert scores.step_entropy is not None
+    ((scores.logps * weights).sum() + scores.step_entropy.sum()).backward()
+    return scores.logps.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "gpt_oss", "mixtral", "deepseek_v3"])
+def test_same_numbers(family, recompute):
+    """Values and gradients are those of the pass that keeps everything; switching it off again leaves no trace."""
+    model = build(family).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    logps, expected = step(model)
+    for setting in (recompute, "none", "none"):
+        set_recompute(model, setting)
+        again, found = step(model)
+        torch.testing.assert_close(again, logps, rtol=0, atol=1e-12)
+        assert largest_difference(found, expected) < 1e-12
+
+
+def test_with_an_adapter():
+    """The same under LoRA, where everything below the adapter is frozen."""
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).train()
+    logps, expected = step(model)
+    for setting in ("selective", "full", "none"):
+        set_recompute(model, setting)
+        again, found = step(model)
+        torch.testing.assert_close(again, logps, rtol=0, atol=1e-12)
+        assert largest_difference(found, expected) < 1e-12
+
+
+def test_matrix_products_are_not_repeated():
+    """Selective recomputes none of the matrix products and attention calls; full recomputes the layers'."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counted = {}
+    for setting in ("none", "selective", "full"):
+        model = build(dtype=torch.float32).train()
+        score(model, GROUPS)
+        set_recompute(model, setting)
+        with FlopCounterMode(display=False) as counter:
+            score(model, GROUPS).logps.sum().backward()
+        counted[setting] = counter.get_total_flops()
+    assert counted["selective"] == counted["none"]
+    assert counted["full"] > 1.1 * counted["none"]
+
+
+def test_tied_embedding_gives_no_second_dense_gradient():
+    """The embedding's gradient joins the head's: sums are right, it is dense, and the module is left as it was."""
+    model = build(tie_word_embeddings=True).train()
+    weight = model.get_input_embeddings().weight
+    assert weight is model.get_output_embeddings().weight
+    kinds = []
+    weight.register_hook(lambda gradient: kinds.append(gradient.layout))
+    # Twice, into a gradient that is there already.
+    for _ in range(2):
+        score(model, GROUPS).logps.sum().backward()
+    assert weight.grad is not None
+    assert weight.grad.layout == torch.strided
+    assert kinds == [torch.strided, torch.strided]
+    assert not model.get_input_embeddings().sparse
+    found = weight.grad.clone()
+    model.zero_grad()
+    for group in GROUPS:
+        for response in group.responses:
+            ids = torch.tensor([group.prompt + response])
+            logps = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1].log_softmax(-1)
+            (2 * logps.gather(-1, torch.tensor(response)[:, None]).sum()).backward()
+    torch.testing.assert_close(found, weight.grad, rtol=1e-5, atol=1e-5)
+    assert found.shape[0] == VOCABULARY
+
+
+def test_a_model_that_cannot_says_so():
+    """A class without activation checkpointing is refused, not silently trained as it was."""
+    model = build()
+    type(model).supports_gradient_checkpointing, before = False, type(model).supports_gradient_checkpointing
+    try:
+        with pytest.raises(ValueError, match="does not support"):
+            set_recompute(model, "selective")
+    finally:
+        type(model).supports_gradient_checkpointing = before
