@@ -35,7 +35,7 @@ PROMPT_TOKENS = (350, 460)
 
 
 def small_model() -> Any:
-    """A Llama of 11 million parameters besides its vocabulary's, with random weights."""
+    """A Llama with random weights: 4 million parameters, and 16 million for its words on the way in and out."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=32_000,
