@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from distalign.engine.below import Below
 from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm
 from distalign.engine.head import HiddenRows, Rows, head_of, score_rows
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
@@ -147,25 +149,33 @@ def _starts(groups: Sequence[Group]) -> list[int]:
     return starts
 
 
-def _rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> Rows:
+def _path(model: nn.Module, groups: Sequence[Group]) -> str:
+    """The path that serves these groups: the model's, unless they are too long for it."""
     report = check(model)
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
-    too_long = report.length_limit is not None and longest > report.length_limit
-    return encode(model, groups, "plain" if too_long else report.path, temperature, by_flex=report.by_flex)
+    return "plain" if report.length_limit is not None and longest > report.length_limit else report.path
+
+
+def _rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> Rows:
+    return encode(model, groups, _path(model, groups), temperature, by_flex=check(model).by_flex)
 
 
 def _both_rows(
     model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float
 ) -> tuple[Rows, Rows | None]:
-    """Rows of the model and of its reference; one pass serves both where only their heads differ."""
+    """Rows of the model and of its reference; what both compute alike is computed once."""
+    if reference is None:
+        return _rows(model, groups, temperature), None
     if isinstance(reference, nn.Module) and _same_body(model, reference):
         rows = _rows(model, groups, temperature)
         if isinstance(rows, HiddenRows):
             return rows, HiddenRows(rows.hidden.detach(), head_of(reference), temperature)
         return rows, _reference_rows(reference, groups, temperature)
+    below = Below(model) if _path(model, groups) == "shared" else None
     # The reference first: its activations are gone before the model's are kept for the backward pass.
-    reference_rows = None if reference is None else _reference_rows(reference, groups, temperature)
-    return _rows(model, groups, temperature), reference_rows
+    reference_rows = _reference_rows(reference, groups, temperature, below)
+    rows = partial(_rows, model, groups, temperature)
+    return rows() if below is None else below.take(rows), reference_rows
 
 
 def _same_body(model: nn.Module, reference: nn.Module) -> bool:
@@ -178,14 +188,18 @@ def _same_body(model: nn.Module, reference: nn.Module) -> bool:
     return ours == theirs and len(ours) > 0
 
 
-def _reference_rows(reference: Reference, groups: Sequence[Group], temperature: float) -> Rows:
+def _reference_rows(
+    reference: Reference, groups: Sequence[Group], temperature: float, below: Below | None = None
+) -> Rows:
     context = nullcontext(reference) if isinstance(reference, nn.Module) else reference()
     with context as model:
         if not isinstance(model, nn.Module):
             raise TypeError(f"reference: its context gives a {type(model).__name__}; it must give the reference model.")
         _validate(model, groups, "reference: groups")
         with evaluating(model):
-            return _rows(model, groups, temperature)
+            shares = below is not None and model is below.model and _path(model, groups) == "shared"
+            with below.keep() if below is not None and shares else nullcontext():
+                return _rows(model, groups, temperature)
 
 
 def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "responses steps"]:
