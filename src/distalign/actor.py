@@ -87,8 +87,7 @@ class Actor:
             buffer.add("rewards", self.rollout.judge(buffer, rows))
             self.note({"reward_time": time.perf_counter() - started}, 1)
             self.note(self._reward_facts(), 0)
-        self._score_reference(buffer)
-        self._score_policy(model, buffer)
+        self._score(model, buffer)
         if self._told != number:
             self._told = number
             self._tell(buffer, step, samples_file)
@@ -97,29 +96,30 @@ class Actor:
         """Whether the policy moves while the round is used: then it has to be known what drew the responses."""
         return self.batches.batches_of(buffer.indices) > self.accumulated or self.method.needs.values
 
-    def _score_reference(self, buffer: Buffer) -> None:
+    def _score(self, model: nn.Module, buffer: Buffer) -> None:
+        """Log-probabilities of the responses where they are wanted: of what drew them, and of the reference."""
+        needs, several, known = self.method.needs, self._several_steps(buffer), buffer.tensors
+        drawn = several and "behavior_token_logps" not in known
         # With the full KL of a single step its own pass says what is logged of the reference.
-        passed = self.method.needs.kl and not self._several_steps(buffer)
-        if self.policy.reference is None or passed or "reference_token_logps" in buffer.tensors:
-            return
-        with self.policy.as_reference() as model:
-            buffer.add("reference_token_logps", self._scores(model, buffer).token_logps.cpu())
+        wanted = (several or not needs.kl) and "reference_token_logps" not in known
+        reference = self.policy.reference if wanted else None
+        if reference is not None and not drawn:
+            with self.policy.as_reference() as original:
+                buffer.add("reference_token_logps", self._scores(original, buffer).token_logps.cpu())
+        if drawn:
+            value_head = self.policy.value_head if needs.values else None
+            found = self._scores(model, buffer, reference=reference, value_head=value_head)
+            if found.reference_token_logps is not None:
+                buffer.add("reference_token_logps", found.reference_token_logps.cpu())
+            buffer.add("behavior_token_logps", found.token_logps.cpu())
+            if needs.values:
+                self._give_credit(buffer, found)
 
-    def _score_policy(self, model: nn.Module, buffer: Buffer) -> None:
-        if not self._several_steps(buffer) or "behavior_token_logps" in buffer.tensors:
-            return
-        found = self._scores(model, buffer, self.policy.value_head if self.method.needs.values else None)
-        buffer.add("behavior_token_logps", found.token_logps.cpu())
-        if self.method.needs.values:
-            self._give_credit(buffer, found)
-
-    def _scores(self, model: nn.Module, buffer: Buffer, value_head: nn.Module | None = None) -> Scores:
+    def _scores(self, model: nn.Module, buffer: Buffer, **settings: Any) -> Scores:
         groups = [Group(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)]
-        temperature = self.rollout.settings.temperature
+        settings |= {"token_budget": self.token_budget, "temperature": self.rollout.settings.temperature}
         with evaluating(model):
-            return score_in_batches(
-                model, groups, token_budget=self.token_budget, temperature=temperature, value_head=value_head
-            )
+            return score_in_batches(model, groups, **settings)
 
     def _give_credit(self, buffer: Buffer, found: Scores) -> None:
         method: Any = self.method
