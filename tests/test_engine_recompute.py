@@ -50,6 +50,21 @@ def test_with_an_adapter():
         assert largest_difference(found, expected) < 1e-12
 
 
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_frozen_layers_below_an_adapter_stay_out_of_the_backward_pass(recompute):
+    """Nothing below the first adapter asks for a gradient, before or after recomputation was switched on and off."""
+    model = build(num_hidden_layers=3)
+    model = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], layers_to_transform=[2])
+    ).train()
+    asked = []
+    model.get_decoder().layers[0].register_forward_hook(lambda module, inputs, out: asked.append(out.requires_grad))
+    for setting in ("none", recompute, "none"):
+        set_recompute(model, setting)
+        score(model, GROUPS).logps.sum().backward()
+    assert not any(asked)
+
+
 def test_matrix_products_are_not_repeated():
     """Selective recomputes none of the matrix products and attention calls; full recomputes the layers'."""
     from torch.utils.flop_counter import FlopCounterMode

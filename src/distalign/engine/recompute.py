@@ -43,6 +43,9 @@ def set_recompute(model: Any, recompute: Recompute) -> None:
             off()
         return
     switch({"use_reentrant": False, **({"context_fn": _contexts} if recompute == "selective" else {})})
+    # The switch makes the embedding's output require a gradient, which the other kind of checkpointing needs; here it
+    # would only send the backward pass through frozen layers below an adapter.
+    model.disable_input_require_grads()
 
 
 def _is_on(model: nn.Module) -> bool:
