@@ -1,0 +1,141 @@
+"""What the benchmarks share: the models, the token ids of each workload, the machine, and what a pass must cost."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from distalign.engine import Group
+from distalign.policy import find_model
+
+
+def small_model() -> Any:
+    """A Llama of 11 million parameters, 72 % of them its vocabulary's, with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "smollm2-135m": lambda: find_model("smollm2-135m-instruct").model(),
+    "small-32k": small_model,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts with responses of random ids; lengths in tokens are drawn uniformly between the two bounds."""
+
+    prompt: tuple[int, int]
+    response: tuple[int, int]
+    responses: int = 2
+
+    def groups(self, count: int, vocabulary: int, seed: int = 0) -> list[Group]:
+        """`count` prompts with their responses. The ids above 100 hold no special tokens in either model."""
+        source = random.Random(seed)
+
+        def ids(bounds: tuple[int, int]) -> list[int]:
+            return [source.randrange(100, vocabulary) for _ in range(source.randint(*bounds))]
+
+        return [Group(ids(self.prompt), [ids(self.response) for _ in range(self.responses)]) for _ in range(count)]
+
+
+WORKLOADS = {
+    "tldr": Workload((350, 460), (30, 53)),
+    "chat": Workload((50, 300), (100, 400)),
+    "group8": Workload((350, 460), (30, 53), responses=8),
+}
+
+
+def useful_operations(config: Any, groups: Sequence[Group], body: int) -> float:
+    """Floating-point operations of one forward and backward pass with each prompt once; nothing recomputed.
+
+    6 a parameter of the body and token, 6 a weight of the head and response token, 12 a pair of attending tokens and
+    attention channel. `body` is the number of parameters in the layers.
+    """
+    attention_width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    tokens = attending = responses = 0
+    for group in groups:
+        prompt, inputs = len(group.prompt), [len(response) - 1 for response in group.responses]
+        tokens += prompt + sum(inputs)
+        attending += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in inputs)
+        responses += sum(n + 1 for n in inputs)
+    head = config.vocab_size * config.hidden_size
+    return 6 * body * tokens + 6 * head * responses + 12 * config.num_hidden_layers * attention_width * attending
+
+
+def body_size(model: Any) -> int:
+    """Parameters of the decoder layers: all but the embeddings and the head."""
+    vocabulary = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    return sum(p.numel() for p in model.parameters() if id(p) not in vocabulary)
+
+
+def roof(size: int = 2048, repeats: int = 3) -> float:
+    """Floating-point operations a CPU second of a large matrix product, in this process, now."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    torch.mm(a, b)
+    start = time.process_time()
+    for _ in range(repeats):
+        torch.mm(a, b)
+    return repeats * 2 * size**3 / (time.process_time() - start)
+
+
+def memory() -> tuple[float, float]:
+    """Resident memory of this process in MB: now, and the peak since it was last forgotten (Linux)."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    now, peak = (int(found[name].split()[0]) / 1000 for name in ("VmRSS", "VmHWM"))
+    return now, peak
+
+
+def forget_peak() -> None:
+    """Let the peak of `memory` start anew from what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Median, least and largest of theirs / ours over the rounds."""
+    each = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {"time_ratio": statistics.median(each), "low": min(each), "high": max(each)}
+
+
+def facts() -> dict[str, Any]:
+    """The machine and the versions of what was measured."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        named = [line.split(":", 1)[1].strip() for line in information.read_text().splitlines() if "model name" in line]
+        processor = named[0] if named else processor
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "trl", "distalign"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+    }

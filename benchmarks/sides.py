@@ -1,0 +1,264 @@
+"""The two sides of a comparison, each a real training run in a process of its own that takes one step when told.
+
+`start(job)` gives a `Side`; `Side.step()` lets it take one optimizer step and returns what it measured of it. All sides
+of a comparison see the same token ids, the same reference log-probabilities and the same weights.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import MODELS, WORKLOADS, body_size, forget_peak, memory, useful_operations
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainingArguments
+
+from distalign.data import EncodedPair
+from distalign.engine import Group, check, micro_batches, score, score_in_batches
+from distalign.engine.encoding import encode
+from distalign.engine.head import score_rows
+from distalign.engine.packing import frame
+from distalign.engine.recompute import set_recompute
+from distalign.methods import DPO
+from distalign.policy import Policy, Source
+from distalign.trainer import AlignmentTrainer
+
+GAMMA = 0.1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One side: which code trains which model on what, for how many steps."""
+
+    side: str
+    model: str
+    workload: str
+    prompts: int
+    steps: int
+    token_budget: int
+    recompute: str
+    reference: tuple[tuple[float, ...], ...] = ()
+    threads: int = 1
+    gradients: str | None = None
+
+    def groups(self, model: Any) -> list[Group]:
+        """The token ids that all sides train on."""
+        return WORKLOADS[self.workload].groups(self.prompts, model.config.vocab_size)
+
+
+class Turns(TrainerCallback):
+    """Takes each optimizer step only when told to, and reports its CPU seconds and its memory."""
+
+    def __init__(self, pipe: Connection, job: Job, model: Any, facts: dict[str, float]) -> None:
+        self.pipe, self.job, self.model, self.facts = pipe, job, model, facts
+        self.inside = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the word; then the step begins."""
+        self.pipe.recv()
+        self.inside = 0.0
+        forget_peak()
+        self.before, _ = memory()
+        self.started = time.process_time()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Forward and backward are through."""
+        self.backward = time.process_time() - self.started
+        _, self.peak = memory()
+        if self.job.gradients is not None:
+            gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+            save_file({name: grad.contiguous() for name, grad in gradients.items()}, self.job.gradients)
+            self.job = replace(self.job, gradients=None)
+        self.stepping = time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer has stepped: report."""
+        whole = self.backward + time.process_time() - self.stepping
+        report = {"seconds": self.backward, "step": whole, "growth": self.peak - self.before, "peak": self.peak}
+        if self.inside:
+            report["outside"] = 1 - self.inside / whole
+        self.pipe.send(report | self.facts)
+
+
+def reference_logps(model: str, workload: str, prompts: int) -> tuple[tuple[float, ...], ...]:
+    """Log-probabilities of every pair under the start of all sides, which is their reference: computed once, before."""
+    start = MODELS[model]()
+    groups = WORKLOADS[workload].groups(prompts, start.config.vocab_size)
+    logps = score_in_batches(start, groups, token_budget=2048).logps
+    return tuple(tuple(pair) for pair in logps.view(len(groups), -1).tolist())
+
+
+def _arguments(job: Job, folder: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "output_dir": folder,
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": job.steps,
+        "max_grad_norm": 0.0,
+        "learning_rate": 1e-6,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def train_ours(pipe: Connection, job: Job, folder: str) -> None:
+    """Our trainer with DPO, whose γ is TRL's beta."""
+    model = MODELS[job.model]()
+    groups = job.groups(model)
+    rows = [EncodedPair(g.prompt, *g.responses, None, f"row {i}") for i, g in enumerate(groups)]
+    reference = {row.key: torch.tensor(logps) for row, logps in zip(rows, job.reference, strict=True)}
+    set_recompute(model, job.recompute)
+    policy = Policy(model, None, Source(job.model, "", ""), reference=lambda: nullcontext(model))
+    arguments = _arguments(job, folder, per_device_train_batch_size=job.prompts)
+    trainer = AlignmentTrainer(
+        policy,
+        DPO(gamma=GAMMA),
+        TrainingArguments(**arguments),
+        rows,
+        token_budget=job.token_budget,
+        reference_cache=reference,
+    )
+    turns = Turns(pipe, job, model, {"operations": useful_operations(model.config, groups, body_size(model))})
+    trainer.add_callback(turns)
+    for owner, name in ((trainer, "score"), (trainer.accelerator, "backward")):
+        setattr(owner, name, _timed(getattr(owner, name), turns))
+    trainer.train()
+
+
+def _timed(function: Any, turns: Turns) -> Any:
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        result = function(*args, **kwargs)
+        turns.inside += time.process_time() - start
+        return result
+
+    return timed
+
+
+def train_trl(pipe: Connection, job: Job, folder: str) -> None:
+    """TRL's DPOTrainer as shipped ("trl_defaults"), or as a GPU user would set it ("trl_best").
+
+    trl_best: one pair a micro-batch, no activation checkpointing, and the head on response positions only, which TRL
+    does by itself where Triton is.
+    """
+    import trl.trainer.utils
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    class Prepared(DPOTrainer):
+        """Takes ids and reference log-probabilities as they are."""
+
+        def _prepare_dataset(self, dataset: Any, *args: Any) -> Any:
+            return dataset
+
+        def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
+            return dataset
+
+    model = MODELS[job.model]()
+    groups = job.groups(model)
+    rows = [
+        {
+            "prompt_ids": g.prompt,
+            "chosen_ids": g.responses[0],
+            "rejected_ids": g.responses[1],
+            "ref_chosen_logps": chosen,
+            "ref_rejected_logps": rejected,
+        }
+        for g, (chosen, rejected) in zip(groups, job.reference, strict=True)
+    ]
+    settings: dict[str, Any] = {"per_device_train_batch_size": job.prompts}
+    if job.side == "trl_best":
+        settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job.prompts}
+        settings["gradient_checkpointing"] = False
+        trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore
+    arguments = DPOConfig(beta=GAMMA, precompute_ref_log_probs=True, **_arguments(job, folder, **settings))
+    trainer = Prepared(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(model))
+    trainer.add_callback(Turns(pipe, job, model, {}))
+    trainer.train()
+
+
+def _tokenizer(model: Any) -> Any:
+    """A tokenizer that is asked for its special tokens only: everything is ids already."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+def train_groups(pipe: Connection, job: Job, folder: str) -> None:
+    """Forward and backward over groups of responses: prompts shared ("ours"), or every response on its own, unpadded.
+
+    The loss weights the log-probabilities by fixed numbers, as a policy gradient does.
+    """
+    model = MODELS[job.model]().train()
+    groups = job.groups(model)
+    check(model)
+    if job.side == "ours":
+        set_recompute(model, job.recompute)
+    turns = Turns(pipe, job, model, {"operations": useful_operations(model.config, groups, body_size(model))})
+    weights = [torch.linspace(-1, 1, len(g.responses), dtype=torch.float64) for g in groups]
+    for _ in range(job.steps):
+        model.zero_grad()
+        turns.on_step_begin()
+        if job.side == "ours":
+            for batch in micro_batches(groups, job.token_budget):
+                logps = score(model, [groups[i] for i in batch]).logps
+                (logps.double() * torch.cat([weights[i] for i in batch])).sum().backward()
+        else:
+            for group, own in zip(groups, weights, strict=True):
+                for response, weight in zip(group.responses, own, strict=True):
+                    alone = [Group(group.prompt, [response])]
+                    rows = encode(model, alone, "padded", 1.0)
+                    logps = score_rows(rows, frame(alone, torch.device("cpu")).targets).logps
+                    (logps.double().sum() * weight).backward()
+        turns.on_pre_optimizer_step()
+        turns.on_step_end()
+
+
+def _work(pipe: Connection, job: Job) -> None:
+    torch.set_num_threads(job.threads)
+    train = train_groups if job.workload == "group8" else train_ours if job.side == "ours" else train_trl
+    with tempfile.TemporaryDirectory() as folder:
+        train(pipe, job, folder)
+
+
+class Side:
+    """A process that trains, one step at a time."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, job), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def step(self) -> dict[str, float]:
+        """Let it take one step. Raises EOFError if the process has died: its traceback is on the terminal."""
+        self.pipe.send("go")
+        return self.pipe.recv()
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.terminate()
+        self.process.join()
+
+
+def gradient_error(first: Path, second: Path) -> float:
+    """Largest ‖difference‖ / ‖gradient‖ over the parameter tensors of two gradient files."""
+    from safetensors.torch import load_file
+
+    a, b = load_file(first), load_file(second)
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
