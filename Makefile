@@ -6,7 +6,7 @@ WORKERS ?= 2
 # Two OpenMP threads that spin while they wait are ten times slower than one on a busy machine.
 export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: install quickstart test check format lint types clean
+.PHONY: install quickstart bench test check format lint types clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,13 @@ $(VENV)/.quickstart: $(VENV)/.installed
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/distalign compare recipes/quickstart.yaml
+
+# About ten minutes on one core; docs/benchmarks.md has the commands of the full tables.
+bench: $(VENV)/.quickstart
+	mkdir -p runs/bench
+	$(BIN)/python benchmarks/throughput.py --models small-32k --rounds 3 --json runs/bench/small.json
+	$(BIN)/python benchmarks/throughput.py --models smollm2-135m --workloads tldr,group8 --against trl_best,separate_rows --rounds 2 --json runs/bench/throughput.json
+	$(BIN)/python benchmarks/generation.py --samples 1,8 --rounds 2 --json runs/bench/generation.json
 
 test: $(VENV)/.quickstart
 	$(BIN)/python -m pytest -n $(WORKERS)

@@ -40,6 +40,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "small-32k": small_model,
 }
 
+# Prompts of one step: what a few minutes on one core allow.
+PROMPTS = {"smollm2-135m": 4, "small-32k": 8}
+
 
 @dataclass(frozen=True)
 class Workload:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import time
@@ -22,36 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from common import MODELS, facts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig
 
-from distalign.policy import find_model
 from distalign.rollout import sample
 
 PROMPT_TOKENS = (350, 460)
-
-
-def small_model() -> Any:
-    """A Llama with random weights: 4 million parameters, and 16 million for its words on the way in and out."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
-    )
-    return LlamaForCausalLM(config)
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "smollm2-135m": lambda: find_model("smollm2-135m-instruct").model(),
-    "small-32k": small_model,
-}
 
 
 def make_prompts(count: int, vocabulary: int, lengths: tuple[int, int], seed: int = 0) -> list[list[int]]:
@@ -159,16 +137,8 @@ def run(options: argparse.Namespace, model: Any) -> dict:
     result: dict[str, Any] = {
         "rows": [],
         "greedy_agreement": share,
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "device": options.device,
-            "threads": options.threads,
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "device": options.device,
+        **facts(),
     }
     for samples in track(options.samples, description=options.model):
         result["rows"].append(measure(options.model, model, prompts, samples, options.tokens, options.rounds))

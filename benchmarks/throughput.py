@@ -32,7 +32,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from common import MODELS, WORKLOADS, facts, ratio, roof
+from common import MODELS, PROMPTS, WORKLOADS, facts, ratio, roof
 from rich.console import Console
 from rich.table import Table
 from sides import Job, Side, gradient_error, reference_logps
@@ -46,7 +46,7 @@ def compare(model: str, workload: str, options: argparse.Namespace) -> list[dict
     against = [side for side in AGAINST[workload] if side in options.against]
     if not against:
         return []
-    prompts = options.prompts or {"smollm2-135m": 4, "small-32k": 8}[model]
+    prompts = options.prompts or PROMPTS[model]
     if workload == "group8":
         prompts = max(1, prompts // 4)
     common = {
@@ -144,15 +144,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=names, default=list(MODELS))
-    parser.add_argument("--workloads", type=names, default=list(WORKLOADS))
-    parser.add_argument("--against", type=names, default=["trl_defaults", "trl_best", "separate_rows"])
+    sides = sorted({side for against in AGAINST.values() for side in against})
+    several = {"models": MODELS, "workloads": WORKLOADS, "settings": SETTINGS, "against": sides}
+    for name, known in several.items():
+        parser.add_argument(f"--{name}", type=names, default=list(known))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, help="prompts a step; by default 4 of the 135M, 8 of the small model")
-    parser.add_argument("--settings", type=names, default=list(SETTINGS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where the numbers go")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, known in several.items():
+        wrong = [value for value in getattr(options, name) if value not in known]
+        if wrong:
+            parser.error(f"--{name}: unknown {', '.join(wrong)}; there are {', '.join(known)}")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

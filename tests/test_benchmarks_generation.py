@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
+import generation
 import pytest
 import tiny
 
 
-@pytest.fixture(scope="module")
-def generation():
-    """The script, as a module."""
-    path = Path(__file__).parents[1] / "benchmarks" / "generation.py"
-    spec = importlib.util.spec_from_file_location("benchmarks_generation", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_benchmark_writes_what_it_measures(generation, tmp_path, monkeypatch, capsys):
+def test_benchmark_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     """A row for each number of samples, both sides with the same greedy tokens, and the ratio within its spread."""
     monkeypatch.setitem(generation.MODELS, "small-32k", tiny.model)
     sizes = ["--prompts", "2", "--samples", "1,3", "--tokens", "4", "--prompt-tokens", "5", "9", "--rounds", "2"]
@@ -35,7 +24,7 @@ def test_benchmark_writes_what_it_measures(generation, tmp_path, monkeypatch, ca
     assert "greedy tokens that agree with generate: 100.0%" in capsys.readouterr().out
 
 
-def test_both_sides_must_give_all_tokens(generation, monkeypatch):
+def test_both_sides_must_give_all_tokens(monkeypatch):
     """A side that stops early would look fast; it is refused."""
 
     def lazy(model, prompts, samples, tokens, seed, greedy):

@@ -55,14 +55,17 @@ def test_packed_and_padded_rows_say_the_same(shapes, budget):
 
 @given(shapes, st.integers(1, 80))
 def test_micro_batches(shapes, budget):
-    """Every group once, never over the budget unless alone, the longest first."""
+    """Every group once, never over the budget unless alone; no group would have fitted into an earlier batch."""
     groups = [Group(*shape) for shape in shapes]
     batches = micro_batches(groups, budget)
-    order = [index for batch in batches for index in batch]
-    assert sorted(order) == list(range(len(groups)))
-    sizes = [groups[index].tokens for index in order]
-    assert sizes == sorted(sizes, reverse=True)
-    assert all(len(batch) == 1 or sum(groups[i].tokens for i in batch) <= budget for batch in batches)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups)))
+    used = [sum(groups[i].tokens for i in batch) for batch in batches]
+    assert all(len(batch) == 1 or size <= budget for batch, size in zip(batches, used, strict=True))
+    firsts = [groups[batch[0]].tokens for batch in batches]
+    assert firsts == sorted(firsts, reverse=True)
+    for later, batch in enumerate(batches):
+        smallest = min(groups[i].tokens for i in batch)
+        assert all(size + smallest > budget for size in used[:later])
 
 
 def test_budget_below_one_is_refused():

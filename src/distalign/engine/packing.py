@@ -147,24 +147,25 @@ def _pad_batch(sequences: list[tuple[list[int], int]], batch: list[int], device:
 
 
 def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[int]]:
-    """Split groups into micro-batches: lists of indices into `groups`, the longest group first.
+    """Split groups into micro-batches: lists of indices into `groups`, each group into the first that has room for it.
 
-    Tokens are counted with the prompt shared. A group is never split; one that exceeds the budget is alone in its
-    batch. Raises ValueError if `token_budget` is below 1.
+    The longest groups choose first. Tokens are counted with the prompt shared. A group is never split; one that exceeds
+    the budget is alone in its batch. Raises ValueError if `token_budget` is below 1.
     """
     if token_budget < 1:
         raise ValueError(
             f"micro_batches: token_budget is {token_budget}; give the number of tokens of one batch, at least 1."
         )
     batches: list[list[int]] = []
-    room = 0
+    rooms: list[int] = []
     for index in sorted(range(len(groups)), key=lambda index: -groups[index].tokens):
         size = groups[index].tokens
-        if not batches or size > room:
+        place = next((place for place, room in enumerate(rooms) if room >= size), len(rooms))
+        if place == len(rooms):
             batches.append([])
-            room = token_budget
-        batches[-1].append(index)
-        room -= size
+            rooms.append(token_budget)
+        batches[place].append(index)
+        rooms[place] -= size
     return batches
 
 

@@ -1,0 +1,92 @@
+"""The benchmarks against TRL run, compare the same work, and write what they show. The processes are real."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import common
+import memory
+import pytest
+import sides
+import throughput
+import torch
+from engine_models import build
+
+pytest.importorskip("trl")
+
+ROW = {"model", "workload", "against", "time_ratio", "low", "high", "memory_ratio", "max_gradient_error"}
+
+
+def test_useful_operations_are_those_of_one_pass():
+    """They are what torch counts for a forward and backward pass with eager attention, but for its masked half."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = build(dtype=torch.float32, vocab_size=1001, attn_implementation="eager").train()
+    (group,) = common.Workload((20, 30), (10, 20), responses=1).groups(1, 1001)
+    ids, rows = torch.tensor([group.prompt + group.responses[0][:-1]]), len(group.responses[0])
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False, logits_to_keep=rows).logits.sum().backward()
+    norms = sum(p.numel() for p in model.parameters() if p.dim() < 2)
+    config, body = model.config, common.body_size(model) - norms
+    found = common.useful_operations(config, [group], body)
+    width = config.num_attention_heads * config.head_dim
+    masked = 12 * config.num_hidden_layers * width * ids.shape[1] * (ids.shape[1] - 1) // 2
+    assert counter.get_total_flops() == pytest.approx(found + masked, rel=0.01)
+
+
+def test_ids_are_the_same_for_all_sides():
+    """A workload is a function of its seed, with lengths in its bounds."""
+    groups = common.WORKLOADS["tldr"].groups(3, 32_000)
+    assert groups == common.WORKLOADS["tldr"].groups(3, 32_000)
+    assert groups != common.WORKLOADS["tldr"].groups(3, 32_000, seed=1)
+    assert all(350 <= len(g.prompt) <= 460 and all(30 <= len(r) <= 53 for r in g.responses) for g in groups)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+def test_throughput_writes_what_it_measures(tmp_path):
+    """A row for every other side; gradients agree with TRL's; each ratio lies within its spread."""
+    path = tmp_path / "throughput.json"
+    work = ["--models", "small-32k", "--workloads", "tldr,group8", "--rounds", "1", "--prompts", "1"]
+    sides = ["--settings", "lean", "--against", "trl_best,separate_rows"]
+    throughput.main([*work, *sides, "--json", str(path)])
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["workload"], row["setting"], row["against"]) for row in rows] == [
+        ("tldr", "lean", "trl_best"),
+        ("group8", "lean", "separate_rows"),
+    ]
+    for row in rows:
+        assert row.keys() >= ROW
+        assert row["low"] <= row["time_ratio"] <= row["high"]
+        assert 0 < row["max_gradient_error"] < 1e-4
+        assert row["memory_ratio"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+def test_memory_writes_what_it_measures(tmp_path, capsys):
+    """A row for each side; what is computed again need not be kept."""
+    path = tmp_path / "memory.json"
+    chosen = ["ours, 512 tokens, full", "ours, 2048 tokens"]
+    options = ["--models", "small-32k", "--workloads", "tldr", "--repeats", "1", "--sides", ";".join(chosen)]
+    memory.main([*options, "--json", str(path)])
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["side"] for row in rows] == chosen
+    assert rows[1]["growth_mb"] > 1.5 * rows[0]["growth_mb"]
+    assert "growth" in capsys.readouterr().out
+
+
+def test_a_side_that_dies_is_noticed():
+    """The parent does not wait for ever, and invents no number."""
+    side = sides.Side(sides.Job("ours", "no-such-model", "tldr", 1, 1, 512, "none"))
+    with pytest.raises((EOFError, BrokenPipeError, ConnectionResetError)):
+        side.step()
+    side.stop()
+
+
+def test_unknown_names_are_refused(capsys):
+    """A typing error ends the command at once, with the names there are."""
+    with pytest.raises(SystemExit):
+        throughput.main(["--models", "gpt5"])
+    assert "smollm2-135m, small-32k" in capsys.readouterr().err
