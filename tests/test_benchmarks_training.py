@@ -6,6 +6,7 @@ import json
 import sys
 
 import common
+import cost
 import memory
 import pytest
 import sides
@@ -90,3 +91,17 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         throughput.main(["--models", "gpt5"])
     assert "smollm2-135m, small-32k" in capsys.readouterr().err
+
+
+def test_cost_counts_tokens_and_measures(monkeypatch, tmp_path, capsys):
+    """Tokens are those of the formula; the prediction lies below the ratio of tokens, as the head is never shared."""
+    settings = {"dtype": torch.float32, "vocab_size": 1001, "max_position_embeddings": 128}
+    monkeypatch.setattr(cost, "MODELS", {"tiny": lambda: build(**settings)})
+    monkeypatch.setattr(cost, "SHAPES", {"short": (40, 10)})
+    (row,) = cost.main(
+        ["--models", "tiny", "--shapes", "short", "--responses", "4", "--json", str(tmp_path / "c.json")]
+    )
+    assert (row["tokens_shared"], row["tokens_separate"]) == (40 + 4 * 9, 4 * 49)
+    assert 1 < row["predicted"] < row["token_ratio"]
+    assert row["low"] <= row["measured"] <= row["high"]
+    assert "196 → 76" in capsys.readouterr().out
