@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -20,14 +21,17 @@ from common import MODELS, WORKLOADS, body_size, forget_peak, memory, useful_ope
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainingArguments
 
-from distalign.data import EncodedPair
+from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, check, micro_batches, score, score_in_batches
 from distalign.engine.encoding import encode
 from distalign.engine.head import score_rows
 from distalign.engine.packing import frame
 from distalign.engine.recompute import set_recompute
-from distalign.methods import DPO
+from distalign.methods import DPO, RKL
 from distalign.policy import Policy, Source
+from distalign.recipe_sections import RolloutSettings
+from distalign.reward import Request
+from distalign.rounds import Rollout
 from distalign.trainer import AlignmentTrainer
 
 GAMMA = 0.1
@@ -135,6 +139,42 @@ def train_ours(pipe: Connection, job: Job, folder: str) -> None:
     trainer.train()
 
 
+class _Lengths:
+    """A reward that costs nothing: how many different tokens a response has."""
+
+    def __call__(self, requests: Sequence[Request]) -> torch.Tensor:
+        return torch.tensor([float(len(set(own))) for request in requests for own in request.responses])
+
+    def facts(self) -> dict[str, float]:
+        """Nothing to tell."""
+        return {}
+
+
+def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
+    """Our trainer with RKL: 8 responses to each TL;DR-like prompt, drawn, rewarded and learned from in every step."""
+    model = MODELS[job.model]()
+    workload = WORKLOADS["group8"]
+    rows = [EncodedPrompt(group.prompt) for group in workload.groups(job.prompts, model.config.vocab_size)]
+    tokens = workload.response[1]
+    settings = RolloutSettings(samples=workload.responses, max_new_tokens=tokens, min_new_tokens=tokens, show=0)
+    policy = Policy(model, _tokenizer(model), Source(job.model, "", ""), reference=lambda: nullcontext(model))
+    trainer = AlignmentTrainer(
+        policy,
+        RKL(gamma=GAMMA, beta=0.0),
+        TrainingArguments(**_arguments(job, folder, per_device_train_batch_size=job.prompts)),
+        rows,
+        token_budget=job.token_budget,
+        rollout=Rollout(settings, 1, _Lengths()),
+    )
+    turns = Turns(pipe, job, model, {})
+    trainer.add_callback(turns)
+    assert trainer.actor is not None
+    timed = ((trainer.rollout, "sample"), (trainer.actor, "_scores"), (trainer, "score"))
+    for owner, name in (*timed, (trainer.accelerator, "backward")):
+        setattr(owner, name, _timed(getattr(owner, name), turns))
+    trainer.train()
+
+
 def _timed(function: Any, turns: Turns) -> Any:
     def timed(*args: Any, **kwargs: Any) -> Any:
         start = time.process_time()
@@ -229,7 +269,8 @@ def train_groups(pipe: Connection, job: Job, folder: str) -> None:
 
 def _work(pipe: Connection, job: Job) -> None:
     torch.set_num_threads(job.threads)
-    train = train_groups if job.workload == "group8" else train_ours if job.side == "ours" else train_trl
+    own = {"group8": train_groups, "rounds": train_rounds}
+    train = own.get(job.workload, train_ours if job.side == "ours" else train_trl)
     with tempfile.TemporaryDirectory() as folder:
         train(pipe, job, folder)
 

@@ -8,6 +8,7 @@ import sys
 import common
 import cost
 import memory
+import overhead
 import pytest
 import sides
 import throughput
@@ -105,3 +106,12 @@ def test_cost_counts_tokens_and_measures(monkeypatch, tmp_path, capsys):
     assert 1 < row["predicted"] < row["token_ratio"]
     assert row["low"] <= row["measured"] <= row["high"]
     assert "196 → 76" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+def test_overhead_is_a_share_of_the_step():
+    """Pairs and rounds both: something is spent outside forward, backward and generation, but not most of a step."""
+    rows = overhead.main(["--models", "small-32k", "--steps", "1"])
+    assert [row["work"] for row in rows] == ["pairs", "rounds"]
+    assert all(0 < row["outside_fraction"] < 0.5 for row in rows)
