@@ -18,6 +18,7 @@ from distalign.experiment import train, training_arguments
 from distalign.recipe import RecipeError, load_recipe
 from distalign.report import write_report
 from distalign.report.results import Results
+from distalign.rounds import TrainingError
 
 METRICS = {
     *("forward_kl", "reverse_kl", "kl_reference", "entropy", "accuracy", "nll", "ece", "distinct_2", "length"),
@@ -163,6 +164,13 @@ def test_recompute_changes_no_number(place, tmp_path):
         settings = recipe(place, tmp_path, *own_data(place), f"recompute={setting}", f"name={setting}", method="dpo")
         losses.append(train(settings, "dpo")["loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_a_setting_without_effect_is_refused(place, tmp_path):
+    """The engine never calls the forward that torch_compile compiles."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.torch_compile=true", method="dpo")
+    with pytest.raises(TrainingError, match="torch_compile would compile"):
+        train(settings, "dpo")
 
 
 def test_training_without_held_out_pairs_says_so(place, tmp_path):

@@ -121,6 +121,11 @@ class AlignmentTrainer(Trainer):
                 f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
                 "show it one device (CUDA_VISIBLE_DEVICES=0)"
             )
+        if args.torch_compile:
+            raise TrainingError(
+                f"{self.label}: torch_compile would compile the model's own forward, which the engine does not call; "
+                "leave it out of training"
+            )
         check_needs(self.label, self.method, reference=self.policy.reference is not None, rollout=self.rollout)
 
     def _actor(self) -> Actor:
