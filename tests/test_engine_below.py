@@ -96,7 +96,8 @@ def test_equals_two_passes(family, recompute, passes):
     ours = results(policy.model, policy.reference)
     assert passes() == [3, 1 if recompute == "none" else 2]
     theirs = results(policy.model, base)
-    assert passes()[-2:] == [3, 3 if recompute == "none" else 6]
+    # Frozen layers are not computed again, except by the kind of checkpointing that makes their input want a gradient.
+    assert passes()[-2:] == [3, {"none": 3, "reentrant": 6}.get(recompute, 4)]
     assert_identical(ours, theirs)
 
 
