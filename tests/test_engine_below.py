@@ -286,3 +286,27 @@ def test_batches_share_too(budget, passes):
     theirs = score_in_batches(policy.model, GROUPS, reference=base, **settings)
     for name in ("token_logps", "step_entropy", "step_kl", "reference_token_logps", "values"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
+
+
+def test_a_reference_made_by_writing_into_frozen_weights_is_seen():
+    """After a pass that shared layers, a reference that changes one of them in place shares it no more."""
+    base = build("llama")
+    policy = adapted(base, top=1, dropout=0.0, family="llama")
+    weight = next(base.get_decoder().layers[0].parameters())
+
+    @contextlib.contextmanager
+    def other():
+        with policy.model.disable_adapter(), torch.no_grad():
+            kept = weight.clone()
+            weight.mul_(1.5)
+            try:
+                yield policy.model
+            finally:
+                weight.copy_(kept)
+
+    expected = score(policy.model, GROUPS, reference=policy.reference).logps
+    found = score(policy.model, GROUPS, reference=other)
+    torch.testing.assert_close(found.logps, expected, rtol=0, atol=1e-12)
+    with other() as changed, torch.no_grad():
+        own = score(changed, GROUPS).logps
+    torch.testing.assert_close(found.reference_logps, own, rtol=0, atol=1e-12)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 from engine_models import GROUPS, build, direct_token_logps, gradients, largest_difference
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -133,6 +134,7 @@ def test_mask_by_enumeration(shapes, window):
     assert torch.equal(seen, allowed(segments, window))
 
 
+@hypothesis_settings(deadline=None)
 @given(shapes(300, 4, 3), st.none() | st.integers(1, 400))
 def test_blocks_are_those_of_the_dense_mask(shapes, window):
     """Which blocks are skipped, full or partial is what torch finds from the whole mask."""

@@ -8,6 +8,7 @@ from engine_models import GROUPS, VOCABULARY, build, gradients, largest_differen
 from peft import LoraConfig, get_peft_model
 
 from distalign.engine import score
+from distalign.engine.features import read
 from distalign.engine.recompute import set_recompute
 
 # PEFT 0.21 and transformers' PEFT code read names that transformers 5.23 renamed.
@@ -115,3 +116,18 @@ def test_a_model_that_cannot_says_so():
             set_recompute(model, "selective")
     finally:
         type(model).supports_gradient_checkpointing = before
+
+
+@pytest.mark.parametrize("use", ["values", "hidden"])
+def test_tied_embedding_is_dense_where_the_head_is_not_in_the_loss(use):
+    """Optimizers and clipping know no sparse gradients: a critic alone, or features alone, leave a dense one."""
+    model = build(tie_word_embeddings=True, dtype=torch.float32).train()
+    if use == "values":
+        values = score(model, GROUPS, value_head=torch.nn.Linear(32, 1)).values
+        assert values is not None
+        values.sum().backward()
+    else:
+        read(model, GROUPS).hidden.sum().backward()
+    gradient = model.get_input_embeddings().weight.grad
+    assert gradient is not None
+    assert gradient.layout == torch.strided

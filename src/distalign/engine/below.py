@@ -140,7 +140,7 @@ def _is_rate(module: nn.Module, name: str, value: Any) -> bool:
 
 
 def _held(modules: Iterable[nn.Module]) -> list[Any]:
-    """Every object that the modules hold, by name, but the mode they are in."""
+    """Every object that the modules hold, by name, but the mode they are in; how often each tensor was written to."""
     found: list[Any] = []
     for module in modules:
         for name, value in vars(module).items():
@@ -148,8 +148,9 @@ def _held(modules: Iterable[nn.Module]) -> list[Any]:
                 found.append(name)
                 found.extend(value.values() if isinstance(value, dict) else [value])
                 found.extend(value if isinstance(value, (list, tuple, set)) else [])
-    return found
+    return found + [o._version for o in found if isinstance(o, Tensor) and not o.is_inference()]
 
 
 def _same(before: list[Any], now: list[Any]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))
+    pairs = zip(before, now, strict=True) if len(before) == len(now) else [(None, before)]
+    return all(a is b or (type(a) is type(b) is int and a == b) for a, b in pairs)

@@ -48,16 +48,16 @@ def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: fl
     """
     if path == "plain":
         return LogitRows(_plain(model, groups), temperature)
-    with _sparse_embedding(model):
-        hidden = shared_hidden(model, groups, by_flex=by_flex)[0] if path == "shared" else _padded(model, groups)
+    hidden = shared_hidden(model, groups, by_flex=by_flex)[0] if path == "shared" else _padded(model, groups)
     return HiddenRows(hidden, head_of(model), temperature)
 
 
 @contextmanager
-def _sparse_embedding(model: Any) -> Iterator[None]:
+def sparse_embedding(model: Any) -> Iterator[None]:
     """Let an embedding that is also the head pass on the gradients of the rows it used, and no others.
 
-    They are added in place to the head's gradient, which is dense: a second tensor of its size is never made.
+    They are added in place to the head's gradient, which is dense: a second tensor of its size is never made. Only for
+    passes whose hidden states are used by the head alone: without its gradient the embedding's would stay sparse.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = type(embedding) is nn.Embedding and type(head) is nn.Linear and embedding.weight is head.weight

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distalign.engine.below import Below
-from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm
+from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm, sparse_embedding
 from distalign.engine.head import HiddenRows, Rows, head_of, score_rows
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
 from distalign.engine.selfcheck import check
@@ -79,7 +79,9 @@ def score(
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
     _validate(model, groups)
     places = frame(groups, device_of(model))
-    rows, reference_rows = _both_rows(model, reference, groups, temperature)
+    # A loss of the values alone would leave the head out of the backward pass.
+    with sparse_embedding(model) if value_head is None else nullcontext():
+        rows, reference_rows = _both_rows(model, reference, groups, temperature)
     values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows)
     return Scores(
         token_logps=_lay_out(values.logps, places),
