@@ -23,7 +23,7 @@ $(VENV)/.quickstart: $(VENV)/.installed
 quickstart: $(VENV)/.quickstart
 	$(BIN)/distalign compare recipes/quickstart.yaml
 
-# About ten minutes on one core; docs/benchmarks.md has the commands of the full tables.
+# About a quarter of an hour on one core; docs/benchmarks.md has the commands of the full tables.
 bench: $(VENV)/.quickstart
 	mkdir -p runs/bench
 	$(BIN)/python benchmarks/throughput.py --models small-32k --rounds 3 --json runs/bench/small.json
