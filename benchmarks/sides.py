@@ -220,6 +220,8 @@ def train_trl(pipe: Connection, job: Job, folder: str) -> None:
     if job.side == "trl_best":
         settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job.prompts}
         settings["gradient_checkpointing"] = False
+        if not hasattr(trl.trainer.utils, "_use_triton"):
+            raise RuntimeError("this TRL has no trl.trainer.utils._use_triton: its head cannot be tuned; take TRL 1.16")
         trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore
     arguments = DPOConfig(beta=GAMMA, precompute_ref_log_probs=True, **_arguments(job, folder, **settings))
     trainer = Prepared(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(model))
