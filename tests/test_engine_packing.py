@@ -96,5 +96,7 @@ def test_errors_say_where_and_what(groups, message):
 
 
 def test_longest_row_that_fits():
-    """The last response token needs no position."""
+    """The last response token needs no position; one token more is refused."""
     validate([Group([1] * 6, [[2] * 3])], vocabulary=101, max_positions=8)
+    with pytest.raises(ValueError, match="need 9 positions"):
+        validate([Group([1] * 6, [[2] * 4])], vocabulary=101, max_positions=8)

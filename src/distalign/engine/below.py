@@ -152,5 +152,7 @@ def _held(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _same(before: list[Any], now: list[Any]) -> bool:
-    pairs = zip(before, now, strict=True) if len(before) == len(now) else [(None, before)]
-    return all(a is b or (type(a) is type(b) is int and a == b) for a, b in pairs)
+    # Numbers are equal where they are not the same object.
+    return len(before) == len(now) and all(
+        a is b or (type(a) is type(b) is int and a == b) for a, b in zip(before, now, strict=True)
+    )
