@@ -156,6 +156,15 @@ def compiled(model):
 CHANGES = [hook, own_forward, compiled, trained_below, trained_around, dropout_below, jitter_around]
 
 
+def assert_two_passes(policy, base, passes):
+    """Once tried, policy and reference each run all three layers, and the numbers are those of separate models."""
+    results(policy.model, policy.reference)
+    passes()
+    ours = results(policy.model, policy.reference)
+    assert passes() == [3, 3]
+    assert_identical(ours, results(policy.model, base))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_two_passes_where_a_layer_cannot_be_left_out(change, passes):
     """Who watches, trains or randomises the lowest layer, or what is around the layers, gets the two whole passes."""
@@ -163,22 +172,13 @@ def test_two_passes_where_a_layer_cannot_be_left_out(change, passes):
     policy = adapted(base, top=1)
     policy.model.train()
     change(policy.model)
-    results(policy.model, policy.reference)
-    passes()
-    ours = results(policy.model, policy.reference)
-    assert passes() == [3, 3]
-    assert_identical(ours, results(policy.model, base))
+    assert_two_passes(policy, base, passes)
 
 
 def test_two_passes_where_all_layers_are_adapted(passes):
     """An adapter on every layer leaves nothing to share."""
     base = build()
-    policy = adapted(base, top=3)
-    results(policy.model, policy.reference)
-    passes()
-    ours = results(policy.model, policy.reference)
-    assert passes() == [3, 3]
-    assert_identical(ours, results(policy.model, base))
+    assert_two_passes(adapted(base, top=3), base, passes)
 
 
 def test_two_passes_for_a_copy(passes):

@@ -1,8 +1,8 @@
 """What the backward pass computes again instead of keeping: nothing, all but matrix products and attention, or layers.
 
 Per token and layer a Llama keeps about twice as many numbers as its matrix products and attention put out; the rest
-(norms, rotations, activation functions, copies) is cheap to compute again. "selective" keeps only what was expensive. "full" keeps only the input of each layer and pays one more
-forward pass.
+(norms, rotations, activation functions, copies) is cheap to compute again. "selective" keeps only what was expensive.
+"full" keeps only the input of each layer and pays one more forward pass.
 """
 
 from __future__ import annotations
