@@ -1,0 +1,68 @@
+"""What an experiment shows: figures, tables and claims, as plain data. Nothing here draws; the report does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Claim", "Curve", "Panel", "Shown", "Table"]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A series of a figure: points in order, with an optional band around them.
+
+    kind "line": points joined, with the band (quartiles over seeds, say). "bound": a computed limit, dashed, not
+    measured. "points": markers alone.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    kind: Literal["line", "bound", "points"] = "line"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure: its title, one sentence that says what it shows and what not, its axes and its curves."""
+
+    title: str
+    about: str
+    x: str
+    y: str
+    curves: Sequence[Curve]
+    x_scale: Literal["linear", "log"] = "log"
+    y_scale: Literal["linear", "log"] = "log"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: texts and numbers, a row a list; numbers are shown with three significant digits."""
+
+    title: str
+    about: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | float | int | None]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the theory (or an earlier measurement) promises, what was found, and whether that agrees."""
+
+    promised: str
+    found: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Everything that an experiment shows."""
+
+    title: str
+    about: str
+    claims: Sequence[Claim] = ()
+    panels: Sequence[Panel] = ()
+    tables: Sequence[Table] = ()
