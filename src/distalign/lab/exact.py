@@ -8,6 +8,7 @@ over contexts, which are equally likely. A table's responses are single tokens; 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -49,3 +50,139 @@ def optimum(
     if not bool(((torch.as_tensor(gamma) >= 0) & (torch.as_tensor(beta) >= 0) & (total > 0)).all()):
         raise ValueError(f"gamma {gamma}, beta {beta}: neither may be negative, nor both be 0")
     return torch.log_softmax((beta * reference + rewards) / (gamma + beta), -1)
+
+
+def table_features(contexts: int, responses: int) -> Float[Tensor, "1 contexts responses features"]:
+    """The full table as a linear class: a weight for every response but the last of every context."""
+    one = torch.eye(responses, dtype=torch.float64)[:, :-1]
+    return torch.stack(
+        [torch.block_diag(*[one] * contexts)[x * responses : (x + 1) * responses] for x in range(contexts)]
+    )[None]
+
+
+def pair_moment(
+    first: Float[Tensor, "*batch contexts responses f"],
+    second: Float[Tensor, "*other contexts responses g"],
+    weights: Float[Tensor, "*worlds contexts responses responses"],
+) -> Float[Tensor, "*broadcast f g"]:
+    """E_x Σ_ab w(a,b) [φ(a) − φ(b)] [ψ(a) − ψ(b)]ᵀ for weights that do not change when a and b are swapped.
+
+    With w = π(a) π(b) / 2 it is the covariance of φ and ψ under π, the Fisher matrix of a log-linear policy if φ = ψ.
+    """
+    laplacian = torch.diag_embed(weights.sum(-1)) - weights
+    return 2 * (first.mT @ laplacian @ second).mean(-3)
+
+
+def independent(
+    logps: Float[Tensor, "*batch contexts responses"],
+) -> Float[Tensor, "*batch contexts responses responses"]:
+    """Probability that two independent draws are a and b."""
+    return logps.exp()[..., :, None] * logps.exp()[..., None, :]
+
+
+def information_weights(
+    source: Float[Tensor, "*batch contexts responses"],
+    target: Float[Tensor, "*batch contexts responses"],
+    *,
+    gamma: float,
+) -> Float[Tensor, "*batch contexts responses responses"]:
+    """Weights of the Fisher information that one labelled pair from `source` has on the reward: μ(a) μ(b) P(1 − P)."""
+    preferred = (gamma * (target[..., :, None] - target[..., None, :])).sigmoid()
+    return independent(source) * preferred * (1 - preferred)
+
+
+def asymptotic_constant(
+    target: Float[Tensor, "worlds contexts responses"],
+    behavior: Float[Tensor, "worlds contexts responses"],
+    policy: Float[Tensor, "_ contexts responses f"],
+    reward: Float[Tensor, "_ contexts responses g"] | None = None,
+    projection: Float[Tensor, "worlds contexts responses responses"] | None = None,
+    *,
+    gamma: float,
+) -> Float[Tensor, "worlds"]:
+    """C = lim n · E_x KL(π* ‖ π̂) as n → ∞, in nats, for an estimator without regularisation and a realisable target.
+
+        likelihood (PMLE)      C = tr(F L⁻¹) / (2γ²)
+        through a reward       C = tr(F B L_R⁻¹ Bᵀ) / (2γ²),   B = M_φφ⁻¹ M_φψ
+
+    F is the Fisher matrix of the policy class (features φ) at π*, L the information of one labelled pair about it and
+    L_R about the reward class (features ψ). M is the pair moment under `projection`, by which the policy is fitted to
+    the reward: π*(a) π*(b) for RKL, π(a) π(b) P(1 − P) for PD with pairs from π. Where the policy class holds all of
+    exp(R/γ) every projection gives tr(F_ψ L_R⁻¹) / (2γ²).
+    """
+    information = information_weights(behavior, target, gamma=gamma)
+    fisher = pair_moment(policy, policy, independent(target) / 2)
+    if reward is None:
+        covariance = torch.linalg.inv(pair_moment(policy, policy, information))
+    else:
+        weights = independent(target) if projection is None else projection
+        inner = torch.linalg.inv(pair_moment(reward, reward, information))
+        fitted = torch.linalg.solve(pair_moment(policy, policy, weights), pair_moment(policy, reward, weights))
+        covariance = fitted @ inner @ fitted.mT
+    return (fisher * covariance.mT).sum((-2, -1)) / (2 * gamma**2)
+
+
+def coverage(
+    features: Float[Tensor, "_ contexts responses f"],
+    target: Float[Tensor, "worlds contexts responses"],
+    behavior: Float[Tensor, "worlds contexts responses"],
+) -> Float[Tensor, "worlds"]:
+    """Smallest C with E_{π*}[ΔR̄²] ≤ C · E_μ[ΔR̄²] for all differences ΔR = v·φ of the class, centred under μ.
+
+    The largest generalised eigenvalue of the two second moments. With the features of the policy class and μ it is
+    C_Π, with π₀ in the place of μ it is C_0, with the features of the reward class and μ it is C_R.
+
+    Source: arXiv 2506.01523v2, theorems 4, 7, 14.
+    """
+    centred = features - (behavior.exp()[..., None] * features).sum(-2, keepdim=True)
+    seen, wanted = ((centred.mT @ (policy.exp()[..., None] * centred)).mean(-3) for policy in (behavior, target))
+    factor = torch.linalg.cholesky(seen)
+    half = torch.linalg.solve_triangular(factor, wanted, upper=False)
+    return torch.linalg.eigvalsh(torch.linalg.solve_triangular(factor, half.mT, upper=False))[..., -1]
+
+
+def best_weight(distance: Callable[[Tensor], Tensor], *, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """(weight, distance) at the least distance over weights between two positive ends, each batch entry by itself.
+
+    A grid of 61 weights, logarithmic, then golden sections around its best: exact for a distance with one minimum there.
+    """
+    grid = torch.logspace(math.log10(low), math.log10(high), 61, dtype=torch.float64)
+    values = torch.stack([distance(weight) for weight in grid])
+    index = values.argmin(0)
+    left = grid[(index - 1).clamp(min=0)].log()
+    right = grid[(index + 1).clamp(max=len(grid) - 1)].log()
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        a, b = right - golden * (right - left), left + golden * (right - left)
+        nearer = distance(a.exp()) < distance(b.exp())
+        left, right = torch.where(nearer, left, a), torch.where(nearer, b, right)
+    weight = ((left + right) / 2).exp()
+    return weight, torch.minimum(distance(weight), values.amin(0))
+
+
+def rlhf_limit(
+    target: Float[Tensor, "*batch contexts responses"],
+    reference: Float[Tensor, "*batch contexts responses"],
+    *,
+    gamma: float,
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """(β, forward KL) of RLHF as n → ∞ with the best β: min over β of KL(π* ‖ π₀ exp(γ ln π*/β)), in nats."""
+    rewards = gamma * target
+
+    def distance(beta: Tensor) -> Tensor:
+        return divergence(
+            target, optimum(rewards, reference, gamma=0.0, beta=beta[..., None, None] if beta.dim() else beta)
+        )
+
+    return best_weight(distance, low=1e-3 * gamma, high=1e4 * gamma)
+
+
+def dpo_limit(
+    target: Float[Tensor, "*batch contexts responses"], reference: Float[Tensor, "*batch contexts responses"]
+) -> Float[Tensor, "*batch"]:
+    """Forward KL of DPO as n → ∞ in a class that holds its optimum, π₀ π* up to normalisation, in nats.
+
+    DPO's gap γ Δ ln π/π₀ then equals the labels' log-odds γ Δ ln π*, so its limit does not depend on γ. REBEL with
+    β = γ ends at the same policy, and RLHF with β = γ.
+    """
+    return divergence(target, torch.log_softmax(reference + target, -1))

@@ -1,0 +1,161 @@
+"""Estimators on tables, solved to the end: the methods' own loss functions under Newton's method, many worlds at once.
+
+A policy class is linear in its logits, ln π = φ·w + constant: `features` φ are shared by all contexts, and None is the
+full table, whose contexts are separate problems. A pair loss is a convex function of the gap ln π(a) − ln π(b) alone
+(the constant cancels), so its derivatives in the gap, from autograd, give the exact gradient and Hessian in w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distalign.methods.rkl import rkl_loss
+
+# One value per pair from ln π of both responses; the pairs are flattened in the order worlds, contexts, pairs.
+PairLoss = Callable[[Float[Tensor, "all 2"]], Float[Tensor, "all"]]
+
+_TOLERANCE = 1e-9  # nats: the largest change of a logit in the last step
+
+
+def fit_pairs(
+    loss: PairLoss,
+    weights: Float[Tensor, "worlds contexts pairs"],
+    pairs: Int[Tensor, "2 pairs"],
+    responses: int,
+    features: Float[Tensor, "worlds contexts responses features"] | None = None,
+    *,
+    ridge: float = 0.0,
+    start: Float[Tensor, "worlds contexts responses"] | None = None,
+) -> Float[Tensor, "worlds contexts responses"]:
+    """Logits that minimise Σ weights · loss + ridge/2 Σ (logits − start − their mean in the context)².
+
+    The ridge keeps the estimate finite where the pairs are separable; `start` (None: zero) is also where the search
+    begins, and must lie in the class: give it only with the full table. Raises RuntimeError if the search does not end.
+    """
+    shape = (*weights.shape[:2], responses)
+    if features is None:
+        features = torch.eye(responses, dtype=torch.float64)[None, None, :, :-1]
+        weights = weights.flatten(0, 1)[:, None]
+        start = None if start is None else start.flatten(0, 1)[:, None]
+    elif start is not None:
+        raise ValueError("start: only the full table can begin at any logits; leave it out or give no features")
+    problems, dimension = len(weights), features.shape[-1]
+    base = torch.zeros(()) if start is None else start
+    gaps = features[..., pairs[0], :] - features[..., pairs[1], :]
+    gaps = gaps.flatten(1, 2)
+    centred = (features - features.mean(-2, keepdim=True)).flatten(1, 2)
+    prior = ridge * centred.mT @ centred
+    offset = 0.0 if start is None else (start[..., pairs[0]] - start[..., pairs[1]]).flatten(1)
+    weight = weights.flatten(1)
+
+    def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """(value, gap) of every problem."""
+        gap = offset + (gaps @ parameters)[..., 0]
+        value = (weight * _values(loss, gap)).sum(1)
+        return value + 0.5 * (parameters.mT @ prior @ parameters)[:, 0, 0], gap
+
+    parameters = torch.zeros(problems, dimension, 1, dtype=torch.float64)
+    for _ in range(100):
+        value, gap = objective(parameters)
+        slope, curvature = _derivatives(loss, gap)
+        gradient = gaps.mT @ (weight * slope)[..., None] + prior @ parameters
+        step = torch.linalg.solve(_weighted_square(gaps, weight * curvature) + prior, gradient)
+        parameters = _descend(lambda w: objective(w)[0], value, parameters, step, gradient)
+        if float((centred @ step).abs().max()) < _TOLERANCE:
+            return (base + (features @ parameters[:, None])[..., 0]).reshape(shape)
+    raise RuntimeError("fit_pairs: no minimum after 100 Newton steps; the pairs may be separable, give a ridge")
+
+
+def fit_rkl(
+    rewards: Float[Tensor, "worlds contexts responses"],
+    reference: Float[Tensor, "worlds contexts responses"],
+    features: Float[Tensor, "worlds contexts responses features"] | None = None,
+    *,
+    gamma: float,
+    beta: float,
+) -> Float[Tensor, "worlds contexts responses"]:
+    """Logits that minimise E[−R − γ H + β KL(π ‖ π₀)], every response enumerated: the gradient is that of `rkl_loss`.
+
+    Steps are natural gradients: the Hessian at an optimum within the class is (γ + β) times the Fisher matrix.
+    Raises RuntimeError if the search does not end.
+
+    Source: arXiv 2506.01523v2, eq. 14.
+    """
+    shape, table = rewards.shape, features is None
+    if features is None:
+        features = torch.eye(shape[-1], dtype=torch.float64)[None, None]
+        rewards, reference = rewards.flatten(0, 1)[:, None], reference.flatten(0, 1)[:, None]
+    mask = torch.ones(rewards.numel(), 1, dtype=torch.bool)
+
+    def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
+        """(value, ln π) of every problem: responses as one-token samples, weighted by their probability."""
+        logps = (features @ parameters[:, None])[..., 0].log_softmax(-1)
+        flat = logps.reshape(-1, 1)
+        losses = rkl_loss(flat, reference.reshape(-1, 1), rewards.flatten(), mask, gamma=gamma, beta=beta)
+        return (logps.detach().exp() * losses.view_as(logps)).sum(-1).mean(-1), logps
+
+    parameters = torch.zeros(len(rewards), features.shape[-1], 1, dtype=torch.float64, requires_grad=True)
+    for _ in range(200):
+        value, logps = objective(parameters)
+        (gradient,) = torch.autograd.grad(value.sum(), parameters)
+        policy = logps.detach().exp()
+        if table:  # the Fisher matrix is diag(π) − ππᵀ and the gradient sums to zero
+            natural = gradient / policy[:, 0, :, None]
+        else:
+            mean = policy[..., None, :] @ features
+            fisher = (features.mT @ (policy[..., None] * features) - mean.mT @ mean).mean(-3)
+            natural = torch.linalg.solve(fisher, gradient)
+        step = natural / (gamma + beta)
+        with torch.no_grad():
+            parameters = _descend(lambda w: objective(w)[0], value.detach(), parameters, step, gradient)
+        change = (features @ step[:, None])[..., 0]
+        if float((change - change.mean(-1, keepdim=True)).abs().max()) < _TOLERANCE:
+            return (features @ parameters[:, None])[..., 0].reshape(shape)
+        parameters.requires_grad_()
+    raise RuntimeError("fit_rkl: no minimum after 200 natural-gradient steps; take a larger gamma + beta")
+
+
+def _values(loss: PairLoss, gap: Float[Tensor, "problems pairs"]) -> Float[Tensor, "problems pairs"]:
+    """The loss of every pair: ln π(b) may be taken as 0, since only the gap counts."""
+    logps = torch.stack([gap, torch.zeros_like(gap)], -1)
+    return loss(logps.reshape(-1, 2)).view_as(gap)
+
+
+def _derivatives(
+    loss: PairLoss, gap: Float[Tensor, "problems pairs"]
+) -> tuple[Float[Tensor, "problems pairs"], Float[Tensor, "problems pairs"]]:
+    """First and second derivative of every pair's loss in its gap."""
+    gap = gap.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(_values(loss, gap).sum(), gap, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), gap)
+    return slope.detach(), curvature
+
+
+def _weighted_square(
+    gaps: Float[Tensor, "_ pairs features"], weight: Float[Tensor, "problems pairs"]
+) -> Float[Tensor, "problems features features"]:
+    """Σ weight · gap gapᵀ of every problem; gaps that all problems share are squared once."""
+    if len(gaps) == 1:
+        square = gaps[0][:, :, None] * gaps[0][:, None, :]
+        return (weight @ square.flatten(1)).view(len(weight), *square.shape[1:])
+    return gaps.mT @ (weight[..., None] * gaps)
+
+
+def _descend(
+    objective: Callable[[Tensor], Tensor], value: Tensor, parameters: Tensor, step: Tensor, gradient: Tensor
+) -> Tensor:
+    """Each problem goes its step, halved until its value has fallen as its slope promises (or rounding hides it)."""
+    size = torch.ones(len(parameters), 1, 1, dtype=torch.float64)
+    decrement = (gradient * step).sum((1, 2))
+    slack = 1e-12 * (1 + value.abs())
+    for _ in range(60):
+        trial = parameters - size * step
+        fell = objective(trial) <= value - 1e-4 * size[:, 0, 0] * decrement + slack
+        if bool(fell.all()):
+            break
+        size = torch.where(fell[:, None, None], size, size / 2)
+    return trial
