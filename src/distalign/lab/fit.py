@@ -43,29 +43,29 @@ def fit_pairs(
         start = None if start is None else start.flatten(0, 1)[:, None]
     elif start is not None:
         raise ValueError("start: only the full table can begin at any logits; leave it out or give no features")
-    problems, dimension = len(weights), features.shape[-1]
     base = torch.zeros(()) if start is None else start
-    gaps = features[..., pairs[0], :] - features[..., pairs[1], :]
-    gaps = gaps.flatten(1, 2)
-    centred = (features - features.mean(-2, keepdim=True)).flatten(1, 2)
-    prior = ridge * centred.mT @ centred
-    offset = 0.0 if start is None else (start[..., pairs[0]] - start[..., pairs[1]]).flatten(1)
-    weight = weights.flatten(1)
+    centred = features - features.mean(-2, keepdim=True)
+    prior = ridge * (centred.mT @ centred).sum(-3)
 
     def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """(value, gap) of every problem."""
-        gap = offset + (gaps @ parameters)[..., 0]
-        value = (weight * _values(loss, gap)).sum(1)
+        """(value of every problem, gap of every pair)."""
+        logits = base + (features @ parameters[:, None])[..., 0]
+        gap = logits[..., pairs[0]] - logits[..., pairs[1]]
+        value = (weights * _values(loss, gap)).sum((1, 2))
         return value + 0.5 * (parameters.mT @ prior @ parameters)[:, 0, 0], gap
 
-    parameters = torch.zeros(problems, dimension, 1, dtype=torch.float64)
+    parameters = torch.zeros(len(weights), features.shape[-1], 1, dtype=torch.float64)
     for _ in range(100):
         value, gap = objective(parameters)
         slope, curvature = _derivatives(loss, gap)
-        gradient = gaps.mT @ (weight * slope)[..., None] + prior @ parameters
-        step = torch.linalg.solve(_weighted_square(gaps, weight * curvature) + prior, gradient)
+        slopes = _matrix(weights * slope, pairs, responses)
+        gradient = (features.mT @ (slopes.sum(-1) - slopes.sum(-2))[..., None]).sum(-3) + prior @ parameters
+        weighted = _matrix(weights * curvature, pairs, responses)
+        weighted = weighted + weighted.mT
+        laplacian = torch.diag_embed(weighted.sum(-1)) - weighted
+        step = torch.linalg.solve((features.mT @ laplacian @ features).sum(-3) + prior, gradient)
         parameters = _descend(lambda w: objective(w)[0], value, parameters, step, gradient)
-        if float((centred @ step).abs().max()) < _TOLERANCE:
+        if float((centred @ step[:, None]).abs().max()) < _TOLERANCE:
             return (base + (features @ parameters[:, None])[..., 0]).reshape(shape)
     raise RuntimeError("fit_pairs: no minimum after 100 Newton steps; the pairs may be separable, give a ridge")
 
@@ -119,15 +119,15 @@ def fit_rkl(
     raise RuntimeError("fit_rkl: no minimum after 200 natural-gradient steps; take a larger gamma + beta")
 
 
-def _values(loss: PairLoss, gap: Float[Tensor, "problems pairs"]) -> Float[Tensor, "problems pairs"]:
+def _values(loss: PairLoss, gap: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """The loss of every pair: ln π(b) may be taken as 0, since only the gap counts."""
     logps = torch.stack([gap, torch.zeros_like(gap)], -1)
     return loss(logps.reshape(-1, 2)).view_as(gap)
 
 
 def _derivatives(
-    loss: PairLoss, gap: Float[Tensor, "problems pairs"]
-) -> tuple[Float[Tensor, "problems pairs"], Float[Tensor, "problems pairs"]]:
+    loss: PairLoss, gap: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     """First and second derivative of every pair's loss in its gap."""
     gap = gap.detach().requires_grad_()
     (slope,) = torch.autograd.grad(_values(loss, gap).sum(), gap, create_graph=True)
@@ -135,14 +135,13 @@ def _derivatives(
     return slope.detach(), curvature
 
 
-def _weighted_square(
-    gaps: Float[Tensor, "_ pairs features"], weight: Float[Tensor, "problems pairs"]
-) -> Float[Tensor, "problems features features"]:
-    """Σ weight · gap gapᵀ of every problem; gaps that all problems share are squared once."""
-    if len(gaps) == 1:
-        square = gaps[0][:, :, None] * gaps[0][:, None, :]
-        return (weight @ square.flatten(1)).view(len(weight), *square.shape[1:])
-    return gaps.mT @ (weight[..., None] * gaps)
+def _matrix(
+    values: Float[Tensor, "*batch pairs"], pairs: Int[Tensor, "2 pairs"], responses: int
+) -> Float[Tensor, "*batch responses responses"]:
+    """The values of pairs (a, b) at row a, column b; zero elsewhere."""
+    matrix = values.new_zeros(*values.shape[:-1], responses, responses)
+    matrix[..., pairs[0], pairs[1]] = values
+    return matrix
 
 
 def _descend(

@@ -51,19 +51,15 @@ def fit_pd(
     rewards: Table,
     weights: Float[Tensor, "worlds contexts pairs"],
     features: Features | None = None,
-    labels: Float[Tensor, "worlds contexts pairs"] | None = None,
 ) -> Table:
-    """PD at β = 0: ln π distilled from σ(ΔR̂) on pairs with these weights (eq. 11).
-
-    `labels` in the place of the soft ones: how often the first response won when labels were drawn from σ(ΔR̂).
-    """
+    """PD at β = 0: ln π distilled from σ(ΔR̂), soft labels, on all pairs with these weights (eq. 11)."""
     gap = tables.pair_logps(rewards)
-    probability = ((gap[..., 0] - gap[..., 1]).sigmoid() if labels is None else labels).flatten()
+    return _distil(tables, (gap[..., 0] - gap[..., 1]).sigmoid(), weights, features, ridge=_CERTAIN)
 
-    def loss(logps: Tensor) -> Tensor:
-        return pd_loss(logps, probability, gamma=tables.gamma)
 
-    return _solve(tables, loss, weights / weights.sum((-2, -1), keepdim=True), features, _CERTAIN).log_softmax(-1)
+def fit_pd_hard(tables: Tables, labelled: Counts, features: Features | None = None, *, ridge: float) -> Table:
+    """PD at β = 0 from labels that were drawn from σ(ΔR̂) instead of expected: what theorem 14 counts."""
+    return _distil(tables, labelled.frequency, labelled.total, features, ridge=ridge * tables.gamma**2)
 
 
 def fit_rkl(tables: Tables, rewards: Table, features: Features | None = None, *, beta: float = 0.0) -> Table:
@@ -101,6 +97,15 @@ def fit_rebel(tables: Tables, rewards: Table, *, eta: float, beta: float, rounds
 
         logps = fit_pairs(loss, weights, tables.pairs, logps.shape[-1], start=logps).log_softmax(-1)
     return logps
+
+
+def _distil(tables: Tables, probability: Tensor, weights: Tensor, features: Features | None, *, ridge: float) -> Tensor:
+    flat = probability.flatten()
+
+    def loss(logps: Tensor) -> Tensor:
+        return pd_loss(logps, flat, gamma=tables.gamma)
+
+    return _solve(tables, loss, weights, features, ridge).log_softmax(-1)
 
 
 def _solve(tables: Tables, loss: PairLoss, weights: Tensor, features: Features | None, ridge: float) -> Tensor:

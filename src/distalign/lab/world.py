@@ -57,7 +57,7 @@ class Counts:
 
     def split(self, held_out: float, seed: int) -> tuple[Counts, Counts]:
         """(the rest, held out): each comparison is held out with that probability."""
-        random = np.random.default_rng([seed, 1])
+        random = np.random.default_rng([seed, 1, len(self.total)])
         losses = self.total - self.wins
         wins = _tensor(random.binomial(self.wins.numpy().astype(np.int64), held_out))
         total = wins + _tensor(random.binomial(losses.numpy().astype(np.int64), held_out))
@@ -115,14 +115,15 @@ def linear_tables(
     return Tables(target, uniform, (-skew * target).log_softmax(-1), gamma), phi
 
 
-def draw(tables: Tables, n: int, seed: int) -> Counts:
+def draw(tables: Tables, n: int, seed: int, *, stream: int = 0) -> Counts:
     """n labelled pairs in every world: x uniform, a and b from μ, the label from P_{π*}. Pairs with a = b are wasted.
 
-    The numbers depend on `seed` and `n` alone, so a longer list of n changes none of them.
+    The numbers depend on `seed`, `stream` and `n` alone: a longer list of n changes none of them, and another stream is
+    an independent draw.
 
     Source: arXiv 2506.01523v2, eq. 2, 3.
     """
-    random = np.random.default_rng([seed, n])
+    random = np.random.default_rng([seed, stream, n])
     weights = tables.pair_weights(tables.behavior)
     flat = weights.flatten(1).numpy()
     categories = np.concatenate([flat, np.clip(1 - flat.sum(1, keepdims=True), 0, None)], 1)
