@@ -7,7 +7,17 @@ from typing import Literal, NamedTuple
 
 from .results import REFERENCE, TARGET, Column, Results
 
-__all__ = ["Finding", "display_name", "findings", "format_estimate", "format_interval", "format_seconds"]
+__all__ = [
+    "Finding",
+    "display_name",
+    "findings",
+    "format_estimate",
+    "format_interval",
+    "format_number",
+    "format_seconds",
+]
+
+_SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 _WORDS = {
     "forward_kl": "the forward KL to the target",
@@ -37,6 +47,21 @@ def format_estimate(mean: float, se: float) -> str:
     if se == 0 or decimals > 6:
         return f"{_minus(f'{mean:.3g}')} ± {se:.1g}"
     return f"{_minus(f'{mean:.{decimals}f}')} ± {se:.{decimals}f}"
+
+
+def format_number(value: int | float) -> str:
+    """Three significant digits: 0.0123, 65,500, 1.2·10⁻⁷; a whole number keeps all of its digits."""
+    if not math.isfinite(value):
+        return _not_finite(value)
+    if isinstance(value, int) or value == 0:
+        return _minus(f"{value:,.0f}")
+    rounded = float(f"{value:.3g}")
+    if 1e-3 <= abs(rounded) < 1e5:
+        return _minus(f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}")
+    digits, exponent = f"{value:.2e}".split("e")
+    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
+    digits = digits.rstrip("0").rstrip(".")
+    return _minus({"1": power, "-1": f"-{power}"}.get(digits, f"{digits}·{power}"))
 
 
 def format_interval(mean: float, low: float, high: float) -> str:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .figures import Line, calibration_figure, color_variable, curves_figure, lines_figure
+from .lab import is_lab, write_lab_report
 from .numbers import (
     best_rows,
     display_name,
@@ -19,6 +18,7 @@ from .numbers import (
     seeds_text,
     share_of_reference,
 )
+from .rendering import as_yaml, render
 from .results import (
     REFERENCE,
     TARGET,
@@ -37,6 +37,23 @@ from .tables import counts_text, ordered_rows
 __all__ = ["write_report"]
 
 _MOST_SAMPLES = 200  # on a page; more would make it slow to open, and nobody reads them
+
+# What a page leaves out where a run has none of it.
+_NOTHING: dict[str, Any] = {
+    "findings": [],
+    "forest": None,
+    "percent": False,
+    "pairs": [],
+    "columns": [],
+    "rows": [],
+    "paired_rows": [],
+    "paired_columns": [],
+    "calibration": [],
+    "environment": [],
+    "seconds": [],
+    "citation": "",
+    "last": [],
+}
 
 # What a training run logs: the figure's title, the sentence below it, and the numbers drawn in it with their labels.
 _TRAINING = [
@@ -70,22 +87,25 @@ _TRAINING = [
 def write_report(folder: str | Path) -> Path:
     """Write report.html into a run folder and return its path: one page that needs nothing beside it.
 
-    A folder with results.json is a comparison, one with metrics.jsonl a training run. Raises ReportError, which says
-    where and what to do, if neither is there or a file is broken.
+    A folder with results.json is a comparison, one with metrics.jsonl a training run, one with lab.json (or
+    sub-folders that have it) the lab's. Raises ReportError, which says where and what to do, if none is there or a
+    file is broken.
     """
     folder = Path(folder)
     if (folder / "results.json").exists():
         context = _comparison(folder)
     elif (folder / "metrics.jsonl").exists():
         context = _training(folder)
+    elif is_lab(folder):
+        return write_lab_report(folder)
     else:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
         raise ReportError(
             f"{folder}: no results.json and no metrics.jsonl (found: {found or 'nothing'}); "
-            "give the folder of a comparison or of a training run"
+            "give the folder of a comparison, of a training run or of the lab (with lab.json)"
         )
     path = folder / "report.html"
-    path.write_text(_render(context), encoding="utf-8")
+    path.write_text(render("report.html.j2", _NOTHING | context), encoding="utf-8")
     return path
 
 
@@ -111,7 +131,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
         "figures": _comparison_figures(results),
         "calibration": [_calibration(results, name, bins) for name, bins in results.calibration.items() if bins],
         **_samples(read_samples(folder / "samples.jsonl"), lambda name: color_variable(results, name)),
-        "settings": _yaml(results.settings),
+        "settings": as_yaml(results.settings),
         "environment": [(key, _number(value)) for key, value in results.environment.items()],
         "seconds": _seconds(results),
         "citation": results.citation,
@@ -274,33 +294,5 @@ def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}".replace("-", "−")
     if isinstance(value, dict | list):
-        return _yaml(value).strip()
+        return as_yaml(value).strip()
     return str(value)
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100) if value else ""
-
-
-def _render(context: dict[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    assets = Path(__file__).parents[1] / "assets"
-    environment = Environment(
-        loader=FileSystemLoader(assets),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    empty = {"findings": [], "forest": None, "percent": False, "pairs": [], "columns": [], "rows": []}
-    empty |= {
-        "paired_rows": [],
-        "paired_columns": [],
-        "calibration": [],
-        "environment": [],
-        "seconds": [],
-        "citation": "",
-        "last": [],
-    }
-    return environment.get_template("report.html.j2").render(empty | context)

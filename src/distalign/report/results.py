@@ -6,13 +6,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from distalign.errors import InputError
 
 __all__ = ["REFERENCE", "TARGET", "Bin", "Column", "Difference", "Measure", "ReportError", "Results", "Sample"]
+
+Model = TypeVar("Model", bound=BaseModel)
 
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
 
@@ -93,14 +95,7 @@ class Results(BaseModel):
     @classmethod
     def parse(cls, content: Any, where: str = "results") -> Results:
         """Check the content of results.json; raises ReportError with the path of the first value that is wrong."""
-        try:
-            return cls.model_validate(content)
-        except ValidationError as error:
-            first = error.errors()[0]
-            path = ".".join(str(part) for part in first["loc"]) or "the top level"
-            raise ReportError(
-                f"{where}: {path}: {first['msg']}, found {_short(first['input'])}; run the comparison again"
-            ) from None
+        return _checked(cls, content, where, "run the comparison again")
 
     @property
     def trained(self) -> list[str]:
@@ -123,11 +118,16 @@ class Sample(NamedTuple):
 
 def read_results(path: Path) -> Results:
     """Read results.json. Raises ReportError if it does not parse or lacks something."""
+    return read_json(path, Results, "run the comparison again")
+
+
+def read_json(path: Path, model: type[Model], remedy: str) -> Model:
+    """Read one JSON file and check it against a model. Raises ReportError with the remedy if either fails."""
     try:
         content = json.loads(_text(path))
     except json.JSONDecodeError as error:
-        raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg}); run the comparison again") from None
-    return Results.parse(content, str(path))
+        raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from None
+    return _checked(model, content, str(path), remedy)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -166,6 +166,16 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def series(rows: Sequence[dict[str, float]], key: str) -> list[tuple[float, float]]:
     """(step, value) of one logged number, in the order of the file; a number that is not finite is left out."""
     return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+
+
+def _checked(model: type[Model], content: Any, where: str, remedy: str) -> Model:
+    """The content as the model; raises ReportError with the path of the first value that is wrong."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"]) or "the top level"
+        raise ReportError(f"{where}: {path}: {first['msg']}, found {_short(first['input'])}; {remedy}") from None
 
 
 def _sample(row: dict[str, Any]) -> Sample:
