@@ -22,7 +22,7 @@ from distalign.lab.exact import (
 )
 from distalign.lab.experiment import Advance, at_least, powers
 from distalign.lab.rates import spread
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table
+from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tabular import fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
 from distalign.lab.world import Tables, draw, linear_tables
 from distalign.metrics import mean_and_se, paired_difference
@@ -211,9 +211,7 @@ def _panel(numbers: dict[str, Any], name: str, case: Case) -> Panel:
     for method, label in _LABELS.items():
         rows = [row for row in numbers["rows"] if (row["case"], row["method"]) == (name, method)]
         x = [row["n"] for row in rows]
-        mean, se = ([row["n_kl"][part] for row in rows] for part in ("mean", "se"))
-        low, high = ([m + sign * s for m, s in zip(mean, se, strict=True)] for sign in (-1, 1))
-        curves.append(Curve(label, x, mean, low, high))
+        curves.append(with_errors(label, x, [row["n_kl"] for row in rows]))
         bounds = [row for row in numbers["constants"] if (row["case"], row["method"]) == (name, method)]
         curves += [Curve(f"{label} limit", [x[0], x[-1]], [row["constant"]] * 2, kind="bound") for row in bounds]
     return Panel(

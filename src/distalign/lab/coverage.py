@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, coverage, divergence
 from distalign.lab.experiment import Advance, at_least
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table
+from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tabular import fit_pmle, fit_reward, fit_rkl
 from distalign.lab.world import Tables, draw, linear_tables
 from distalign.metrics import mean_and_se
@@ -131,9 +131,7 @@ class Coverage:
         for method, label in _LABELS.items():
             own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["coverage"])
             x = [row["coverage"] for row in own]
-            mean, se = ([row["n_kl"][part] for row in own] for part in ("mean", "se"))
-            low, high = ([m + sign * s for m, s in zip(mean, se, strict=True)] for sign in (-1, 1))
-            curves.append(Curve(label, x, mean, low, high))
+            curves.append(with_errors(label, x, [row["n_kl"] for row in own]))
             curves.append(Curve(f"{label} limit", x, [row["constant"] for row in own], kind="bound"))
         return Panel(
             title="n·KL against coverage",

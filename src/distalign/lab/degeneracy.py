@@ -7,6 +7,7 @@ the likelihood of finite data, not the reference. Early stopping or β > 0 is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from distalign.estimators import kl_full
 from distalign.lab.exact import divergence, entropy, optimum
 from distalign.lab.experiment import Advance, at_least
 from distalign.lab.rates import spread
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table
+from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tabular import fit_reward
 from distalign.lab.world import Counts, Tables, draw, random_tables
 from distalign.methods.dpo import dpo_loss
@@ -92,11 +93,11 @@ class Degeneracy:
         """The optima of appendix B for the true reward γ ln π* and for one fitted to pairs."""
         rewards = {"true": self.gamma * tables.target}
         rewards["fitted"] = fit_reward(tables, draw(tables, self.n, self.seed), ridge=self.ridge)
-        span = torch.tensor([self.least_beta, self.most_beta], dtype=torch.float64).log()
+        low, high = math.log10(self.least_beta), math.log10(self.most_beta)
         rows = []
         for reward, values in rewards.items():
             for method, gamma in {"rlhf": 0.0, "rkl": self.gamma}.items():
-                for beta in torch.linspace(*span.tolist(), self.betas, dtype=torch.float64).exp().tolist():
+                for beta in torch.logspace(low, high, self.betas, dtype=torch.float64).tolist():
                     logps = optimum(values, tables.reference, gamma=gamma, beta=beta)
                     expected = self.gamma * (logps.exp() * (tables.target - tables.target.amax(-1, keepdim=True)))
                     row = {"reward": reward, "method": method, "beta": beta}
@@ -146,8 +147,8 @@ class Degeneracy:
             title="Degeneracy: what collapses",
             about=(
                 f"Full tables, {self.contexts} contexts × {self.responses} responses, logit scale {self.scale:g}, γ "
-                f"{self.gamma:g}, {self.seeds} worlds, seed {self.seed}, medians. Rewards from n = {self.n} pairs where "
-                "they are fitted. Expected reward is largest where the policy has collapsed, so it does not measure "
+                f"{self.gamma:g}, {self.seeds} worlds, seed {self.seed}, medians. Fitted rewards are from {self.n} "
+                "pairs. Expected reward is largest where the policy has collapsed, so it does not measure "
                 "quality here; how long real training takes to get there is not shown."
             ),
             claims=self._claims(numbers),
@@ -200,9 +201,7 @@ class Degeneracy:
             for method, label in _LABELS.items():
                 rows = [r for r in numbers["by_steps"] if (r["labels"], r["method"]) == ("transitive", method)]
                 rows = [row for row in rows if row["step"] > 0]
-                y = [row[key] for row in rows]
-                low, high = [one["q25"] for one in y], [one["q75"] for one in y]
-                curves.append(Curve(label, [row["step"] for row in rows], [one["median"] for one in y], low, high))
+                curves.append(with_quartiles(label, [row["step"] for row in rows], [row[key] for row in rows]))
             if key == "entropy":
                 curves.append(Curve("target", steps, [numbers["target_entropy"]] * 2, kind="bound"))
             about = "Every pair once, labels in the target's order: nothing contradicts. Gradient descent from π₀."

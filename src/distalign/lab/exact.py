@@ -1,6 +1,6 @@
 """Enumeration: what a policy is and tends to, computed from every response's probability. Nothing is sampled here.
 
-Log-probabilities are laid out [..., contexts, responses] and hold EVERY response to a context once, so their exponentials
+Log-probabilities are laid out [..., contexts, responses] and hold EVERY response to a context once: their exponentials
 sum to one along the last axis; leading axes are worlds, seeds, sample sizes. Divergences are in nats and are averages
 over contexts, which are equally likely. A table's responses are single tokens; a sequence's are its enumeration.
 """
@@ -144,7 +144,7 @@ def coverage(
 def best_weight(distance: Callable[[Tensor], Tensor], *, low: float, high: float) -> tuple[Tensor, Tensor]:
     """(weight, distance) at the least distance over weights between two positive ends, each batch entry by itself.
 
-    A grid of 61 weights, logarithmic, then golden sections around its best: exact for a distance with one minimum there.
+    A logarithmic grid of 61 weights, then golden sections around its best: exact for a distance with one minimum there.
     """
     grid = torch.logspace(math.log10(low), math.log10(high), 61, dtype=torch.float64)
     values = torch.stack([distance(weight) for weight in grid])

@@ -50,7 +50,7 @@ def _like(default: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where} is {value!r}; give a list, as [{', '.join(map(str, default))}]")
         return tuple(_like(default[0], one, where) for one in value)
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if isinstance(default, bool) or isinstance(default, str):
+    if isinstance(default, (bool, str)):
         fits = type(value) is type(default)
     else:
         fits = number and (isinstance(default, float) or value == int(value))

@@ -19,7 +19,7 @@ from torch import Tensor
 from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, rlhf_limit, table_features
 from distalign.lab.experiment import Advance, at_least, powers
 from distalign.lab.rates import Slope, fit_slope, reaches_target, spread, tune
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table
+from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tabular import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward, fit_rkl
 from distalign.lab.world import Tables, draw, random_tables
 from distalign.methods import METHODS
@@ -71,7 +71,7 @@ class Figure1:
         for number, scale in enumerate(self.scales):
             start = number * len(sizes)
             results.append(self._scale(scale, sizes, lambda i, start=start: advance(start + i, total)))
-        numbers = {
+        numbers: dict[str, Any] = {
             key: [row for result in results for row in result[key]]
             for key in ("rows", "slopes", "floors", "verdicts", "one_estimator", "constant_ratios", "ratios")
         }
@@ -221,7 +221,7 @@ def _claims(numbers: dict[str, Any], scale: str) -> list[Claim]:
         if row["method"] in _ONE_ESTIMATOR and row["from"] == first["from"]:
             text = f"slope {row['slope']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
             promise = f"scale {scale}: {row['method']} falls like 1/n for n from {row['from']} to {row['to']}"
-            claims.append(Claim(promise, text, -1.10 <= row["low"] and row["high"] <= -0.95))
+            claims.append(Claim(promise, text, row["low"] >= -1.10 and row["high"] <= -0.95))
     large = [row["ratio"] for row in own("constant_ratios") if row["n"] >= 2**13]
     if large:
         text = f"between {min(large):.3f} and {max(large):.3f}, C = {numbers['constant'][scale]:.0f}"
@@ -258,9 +258,8 @@ def _panel(numbers: dict[str, Any], scale: str) -> Panel:
     curves = []
     for name, label in names.items():
         rows = [row for row in numbers["rows"] if (row["scale"], row["method"]) == (scale, name)]
-        x, y = [row["n"] for row in rows], [row["forward_kl"] for row in rows]
-        low, high = [one["q25"] for one in y], [one["q75"] for one in y]
-        curves.append(Curve(label, x, [one["median"] for one in y], low, high))
+        x = [row["n"] for row in rows]
+        curves.append(with_quartiles(label, x, [row["forward_kl"] for row in rows]))
         floors = [row for row in numbers["floors"] if (row["scale"], row["method"]) == (scale, name)]
         curves += [Curve(f"{label} limit", [x[0], x[-1]], [row["forward_kl"]] * 2, kind="bound") for row in floors]
     constant = numbers["constant"][scale]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Claim", "Curve", "Panel", "Shown", "Table"]
+__all__ = ["Claim", "Curve", "Panel", "Shown", "Table", "with_errors", "with_quartiles"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,18 @@ class Curve:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     kind: Literal["line", "bound", "points"] = "line"
+
+
+def with_quartiles(label: str, x: Sequence[float], spreads: Sequence[Mapping[str, float]]) -> Curve:
+    """Medians with the band between the quartiles, from mappings with median, q25, q75."""
+    middle, low, high = ([spread[key] for spread in spreads] for key in ("median", "q25", "q75"))
+    return Curve(label, x, middle, low, high)
+
+
+def with_errors(label: str, x: Sequence[float], estimates: Sequence[Mapping[str, float]]) -> Curve:
+    """Means with a band of one standard error either way, from mappings with mean, se."""
+    low, high = ([one["mean"] + sign * one["se"] for one in estimates] for sign in (-1, 1))
+    return Curve(label, x, [one["mean"] for one in estimates], low, high)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The methods on tables: each minimises its own loss function on the counts of the pairs, or on a reward fitted to them.
+"""The methods on tables: each minimises its own loss on the counts of the pairs, or on a reward fitted to them.
 
 `ridge` is always on the reward that the estimate stands for (½ ridge Σ of its squares, centred in each context, against
 the summed loss), so that methods which agree without it agree with it. Policies come back as normalised ln π.
