@@ -3,3 +3,18 @@
 A table is a sequence policy with one-token responses; short sequences are enumerated. An experiment is a frozen
 dataclass whose fields are its settings (the recipe) and whose `run` measures; an eighth is one file and one line here.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+from distalign.lab.classes import Classes
+from distalign.lab.coverage import Coverage
+from distalign.lab.degeneracy import Degeneracy
+from distalign.lab.experiment import Experiment, configure, measure
+from distalign.lab.figure1 import Figure1
+from distalign.lab.gamma import Gamma
+
+__all__ = ["EXPERIMENTS", "Experiment", "configure", "measure"]
+
+EXPERIMENTS: dict[str, type[Any]] = {one.name: one for one in (Figure1, Classes, Coverage, Degeneracy, Gamma)}

@@ -33,12 +33,13 @@ class Experiment(Protocol):
 def configure(experiment: type[Any], settings: dict[str, Any], where: str) -> Any:
     """The experiment with some settings changed. Raises InputError that says where, what was found and what to do."""
     fields = {field.name: field for field in dataclasses.fields(experiment)}
+    values = {}
     for key, value in settings.items():
         if key not in fields:
             raise InputError(f'{where}: {experiment.name} has no setting "{key}"; it has {", ".join(fields)}')
-        settings[key] = _like(fields[key].default, value, f"{where}: {key}")
+        values[key] = _like(fields[key].default, value, f"{where}: {key}")
     try:
-        return experiment(**settings)
+        return experiment(**values)
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
 

