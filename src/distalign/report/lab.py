@@ -14,6 +14,8 @@ from .shown import Measured, Table, read_lab
 
 __all__ = ["is_lab", "write_lab_report"]
 
+_SHORT = 42  # characters of a cell that stay in one line
+
 
 def is_lab(folder: Path) -> bool:
     """Whether the folder has an experiment's lab.json, or sub-folders that have one."""
@@ -82,14 +84,16 @@ def _experiment(path: Path, measured: Measured) -> dict[str, Any]:
 
 
 def _table(table: Table) -> dict[str, Any]:
-    """Cells as (text, whether it is words); a number that is missing is a dash."""
+    """Cells as (text, CSS classes: words or nothing); a number that is missing is a dash."""
 
-    def cell(value: str | bool | int | float | None) -> tuple[str, bool]:
+    def cell(value: str | bool | int | float | None) -> tuple[str, str]:
         if value is None:
-            return "–", False
+            return "–", ""
         if isinstance(value, bool):
-            return "yes" if value else "no", False
-        return (value, True) if isinstance(value, str) else (format_number(value), False)
+            return "yes" if value else "no", ""
+        if isinstance(value, str):
+            return value, "words" if len(value) <= _SHORT else "words long"
+        return format_number(value), ""
 
     return {
         "title": table.title,
@@ -100,7 +104,7 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "figure"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub("['’]", "", text.lower())).strip("-") or "figure"
 
 
 def _slugs(titles: list[str]) -> list[str]:
