@@ -60,7 +60,7 @@ def _like(default: Any, value: Any, where: str) -> Any:
     return type(default)(value)
 
 
-def at_least(experiment: object, **least: float) -> None:
+def at_least(experiment: object, **least: float | int) -> None:
     """Raise ValueError if a setting is below its least value; of a tuple every entry counts."""
     for name, bound in least.items():
         value = getattr(experiment, name)

@@ -18,20 +18,20 @@ class Curve:
     """
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
+    x: Sequence[float | int]
+    y: Sequence[float | int]
+    low: Sequence[float | int] = ()
+    high: Sequence[float | int] = ()
     kind: Literal["line", "bound", "points"] = "line"
 
 
-def with_quartiles(label: str, x: Sequence[float], spreads: Sequence[Mapping[str, float]]) -> Curve:
+def with_quartiles(label: str, x: Sequence[float | int], spreads: Sequence[Mapping[str, float | int]]) -> Curve:
     """Medians with the band between the quartiles, from mappings with median, q25, q75."""
     middle, low, high = ([spread[key] for spread in spreads] for key in ("median", "q25", "q75"))
     return Curve(label, x, middle, low, high)
 
 
-def with_errors(label: str, x: Sequence[float], estimates: Sequence[Mapping[str, float]]) -> Curve:
+def with_errors(label: str, x: Sequence[float | int], estimates: Sequence[Mapping[str, float | int]]) -> Curve:
     """Means with a band of one standard error either way, from mappings with mean, se."""
     low, high = ([one["mean"] + sign * one["se"] for one in estimates] for sign in (-1, 1))
     return Curve(label, x, [one["mean"] for one in estimates], low, high)
