@@ -59,7 +59,9 @@ def overlaps(boxes):
 
 def test_claims_are_told_in_words_and_marks(tmp_path):
     """Promised, found, and whether it holds; how many hold is the headline."""
-    page = " ".join(re.sub(r"<[^>]+>", " ", report(tmp_path, measured())).split())
+    source = report(tmp_path, measured())
+    assert '<th scope="col" class="words">method</th><th scope="col">n</th>' in source
+    page = " ".join(re.sub(r"<[^>]+>", " ", source).split())
     assert "1 of 2 claims hold; 1 does not" in page
     assert "✓ holds falls like 1/n Found: slope −1.02" in page
     assert "✗ does not hold levels off Found: 35 % too low" in page

@@ -273,18 +273,18 @@ def _sizes_panel(sizes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Pan
     for quantity in dict.fromkeys(row["quantity"] for row in sizes):
         mine = [row for row in sizes if row["quantity"] == quantity]
         values = [_tensor([row for row in mine if row["group_size"] == size], "variance") for size in _SIZES]
-        curves.append(_curve(quantity, list(_SIZES), values))
-        alone = spread(_values(rows, quantity, "full vocabulary")).median
-        curves.append(Curve(f"{quantity} no baseline", [_SIZES[0], _SIZES[-1]], [alone] * 2, kind="bound"))
+        alone = _values(rows, quantity, "full vocabulary")
+        curves.append(_curve(quantity, list(_SIZES), [value / alone for value in values]))
     return Panel(
         title="What a leave-one-out baseline is worth",
         about=(
-            "Full-vocabulary forms, by the number of responses to a prompt. A baseline of few responses is noise "
-            "itself. Exact for every number, from all groups of two and of three."
+            "Full-vocabulary forms. A baseline from few responses is noise itself: below the dashed line it helps. "
+            "Exact for every number of responses, from all groups of two and of three."
         ),
         x="responses to a prompt",
-        y="variance of one response, nats²",
-        curves=curves,
+        y="variance relative to no baseline",
+        curves=[*curves, Curve("no baseline", [_SIZES[0], _SIZES[-1]], [1.0, 1.0], kind="bound")],
+        y_scale="linear",
     )
 
 

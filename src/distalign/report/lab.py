@@ -98,7 +98,10 @@ def _table(table: Table) -> dict[str, Any]:
     return {
         "title": table.title,
         "about": table.about,
-        "columns": [(name, any(isinstance(row[i], str) for row in table.rows)) for i, name in enumerate(table.columns)],
+        "columns": [
+            (name, "words" if any(isinstance(row[i], str) for row in table.rows) else "")
+            for i, name in enumerate(table.columns)
+        ],
         "rows": [[cell(value) for value in row] for row in table.rows],
     }
 
