@@ -234,7 +234,7 @@ def _claims(numbers: dict[str, Any], scale: str) -> list[Claim]:
         claims.append(Claim(promise, f"ln π differs by at most {max(same):.1e}", max(same) < 1e-4))
     most = own("rows")[-1]["n"]
     for row in own("floors"):
-        if row["method"] in ("rlhf", "dpo", "rebel"):
+        if row["method"] in METHODS:
             found, floor = _median(numbers, scale, row["method"], most), row["forward_kl"]
             promise = f"scale {scale}: {row['method']} levels off at its computed floor {floor:.3g}"
             claims.append(Claim(promise, f"{found:.3g} at n = {most}", abs(found / floor - 1) <= 0.1))
