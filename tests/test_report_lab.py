@@ -84,9 +84,10 @@ def test_one_experiment_or_all(tmp_path):
 
 def test_every_figure_is_a_png_beside_its_numbers(tmp_path):
     """White, with something drawn on it, named after the title; a title that comes twice is numbered."""
-    report(tmp_path, measured(panels=[panel(curve()), panel(curve(y=(3, 2, 1)))]))
+    title = "RKL's entropy as β → 0"
+    report(tmp_path, measured(panels=[panel(curve(), title=title), panel(curve(y=(3, 2, 1)), title=title)]))
     files = sorted((tmp_path / "figure1").glob("*.png"))
-    assert [file.name for file in files] == ["kl-against-n-2.png", "kl-against-n.png"]
+    assert [file.name for file in files] == ["rkls-entropy-as-beta-0-2.png", "rkls-entropy-as-beta-0.png"]
     first, second = (imread(file) for file in files)
     assert first[0, -1].tolist() == [1, 1, 1, 1]
     assert 0.005 < (first[..., :3].min(-1) < 0.9).mean() < 0.5

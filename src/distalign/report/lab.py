@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,9 @@ def _table(table: Table) -> dict[str, Any]:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", re.sub("['’]", "", text.lower())).strip("-") or "figure"
+    """Lower-case ASCII words with hyphens between them; a Greek letter is written by its name."""
+    spelled = re.sub("[α-ω]", lambda letter: f" {unicodedata.name(letter[0]).split()[-1]} ", text.lower())
+    return re.sub(r"[^a-z0-9]+", "-", re.sub("['’]", "", spelled.lower())).strip("-") or "figure"
 
 
 def _slugs(titles: list[str]) -> list[str]:
