@@ -300,9 +300,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         title="Every estimator",
         about=(
             "Medians over worlds. Bias relative to the gradient (which is zero at the optimum: –), variance of one "
-            "response in nats² with its quartiles, and with a baseline from infinitely many responses."
+            "response in nats² with its quartiles, and with a baseline from infinitely many responses (K → ∞)."
         ),
-        columns=["of", "where", "estimator", "baseline", "bias", "variance", "q25", "q75", "many responses"],
+        columns=["of", "where", "estimator", "baseline", "bias", "variance", "q25", "q75", "K → ∞"],
         rows=[
             [
                 *(group[0][key] for key in ("quantity", "where", "estimator")),
