@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "distalign"
 
-MATHEMATICS = {"preference", "estimators", "metrics"}
+MATHEMATICS = {"preference", "estimators", "metrics", "logistic", "ratings"}
 MACHINERY = {"engine", "data", "recipe", "recipe_yaml", "recipe_sections", "methods"}
 MODELS = {"policy", "reward"}
 ACTING = {"rollout", "targets"}
@@ -27,6 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "preference": set(),
     "estimators": set(),
     "metrics": set(),
+    "logistic": {"preference"},
+    "ratings": {"logistic", "metrics"},
     # 1 methods and machinery
     "methods": MATHEMATICS,
     "engine": MATHEMATICS,
@@ -47,18 +49,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "room": BELOW_DOING | {"rounds"},
     "actor": BELOW_DOING | {"rounds", "collected", "health"},
     "trainer": BELOW_DOING | {"rounds", "room", "collected", "actor", "health"},
-    "bench": BELOW_DOING | {"evaluate", "rounds"},
-    "experiment": BELOW_DOING | {"trainer", "rounds", "evaluate", "bench", "card", "health"},
-    "comparison": BELOW_DOING | {"trainer", "evaluate", "bench", "card", "experiment", "health"},
+    "measure": BELOW_DOING | {"health"},
+    "bench": BELOW_DOING | {"measure", "rounds"},
+    "experiment": BELOW_DOING | {"trainer", "rounds", "measure", "bench", "card", "health"},
+    "comparison": BELOW_DOING | {"trainer", "measure", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
-    "evaluate": BELOW_DOING | {"judge", "health"},
-    "frontier": BELOW_DOING | {"evaluate"},
+    "evaluate": BELOW_DOING | {"judge", "health", "measure", "bench", "card", "comparison", "calibrate"},
+    "frontier": BELOW_DOING | {"measure"},
     "lab": DISPLAY | MATHEMATICS | {"methods"},
     # 5 telling
     "report": {"metrics"},
     # 6 the door, and the list of public names
     "cli": BELOW_DOING
-    | {"bench", "trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison", "health"},
+    | {"bench", "trainer", "judge", "evaluate", "measure", "frontier", "lab", "report", "experiment", "comparison", "health"},
     "__init__": BELOW_DOING
     | {"rounds", "trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
 }

@@ -32,7 +32,7 @@ from distalign.data import (
 )
 from distalign.engine import Group
 from distalign.errors import InputError
-from distalign.evaluate import Task
+from distalign.measure import Task
 from distalign.policy import Source, find_model
 from distalign.progress import progress
 from distalign.recipe import Recipe

@@ -18,7 +18,7 @@ from distalign.bench import Bench, prepare
 from distalign.card import CITATION
 from distalign.engine import score_in_batches
 from distalign.errors import InputError
-from distalign.evaluate import (
+from distalign.measure import (
     COLUMNS,
     Measured,
     calibration,

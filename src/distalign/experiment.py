@@ -20,7 +20,7 @@ from distalign.bench import Bench, prepare
 from distalign.card import model_card
 from distalign.engine.recompute import set_recompute
 from distalign.errors import InputError
-from distalign.evaluate import forward_kl
+from distalign.measure import forward_kl
 from distalign.policy import Policy, make_policy
 from distalign.recipe import Recipe, RecipeError, RewardSettings, RewardTraining, load_recipe
 from distalign.reward import Reward, RewardError, Trained, check_rewards, load_reward, make_reward, train_reward

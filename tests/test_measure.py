@@ -11,7 +11,7 @@ import torch
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, score
-from distalign.evaluate import (
+from distalign.measure import (
     Measured,
     Task,
     calibration,
