@@ -19,6 +19,8 @@ PURE = [
     "preference",
     "estimators",
     "metrics",
+    "logistic",
+    "ratings",
     *(f"methods.{factory.__module__.split('.')[-1]}" for factory in METHODS.values()),
 ]
 UNITS = re.compile(

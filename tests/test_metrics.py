@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from statsmodels.stats.multitest import multipletests
 
 from distalign.metrics import (
     Estimate,
@@ -16,11 +18,16 @@ from distalign.metrics import (
     correlation,
     distinct_n,
     expected_calibration_error,
+    holm,
     mean_and_se,
     paired_bootstrap,
     paired_difference,
+    paired_p_value,
     reliability_table,
     repeated_ngram_rate,
+    self_bleu,
+    significance_mark,
+    student_quantile,
     wilson_interval,
     win_rate,
 )
@@ -144,3 +151,74 @@ def test_diversity_without_enough_tokens():
     assert repeated_ngram_rate([[1], []], n=2).n == 0
     with pytest.raises(ValueError, match="n is 0"):
         distinct_n([[1, 2]], n=0)
+
+
+def test_student_quantile_of_other_levels():
+    """Tabulated 95 % quantiles (a central 90 %), whole and fractional degrees of freedom, and the normal's."""
+    for freedom, quantile in ((1, 6.313752), (1.5, 3.705181), (7, 1.894579), (120, 1.657651), (math.inf, 1.644854)):
+        assert student_quantile(freedom, level=0.9) == pytest.approx(quantile, rel=2e-6)
+
+
+def test_holm_is_statsmodels():
+    """Adjusted p-values equal statsmodels' to rounding, in the order given, equal ones included."""
+    generator = torch.Generator().manual_seed(0)
+    for tests in range(1, 30):
+        p_values = torch.rand(tests, generator=generator, dtype=torch.float64).pow(3).mul(50).round() / 50
+        theirs = multipletests(p_values.numpy(), method="holm")[1]
+        assert holm(p_values).numpy() == pytest.approx(theirs, abs=1e-12)
+
+
+def test_holm_refuses_what_is_no_probability():
+    """A p-value outside [0, 1] is refused; stars follow the level."""
+    with pytest.raises(ValueError, match="outside"):
+        holm(torch.tensor([0.1, math.nan]))
+    assert [significance_mark(p) for p in (0.2, 0.04, 0.009, 0.0001)] == ["", "*", "**", "***"]
+
+
+def test_paired_p_value_keeps_its_level():
+    """Where the truth is 0 a p-value below 0.05 comes in 5 % of experiments (4 sd); where it is not, nearly always."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = 10 * torch.randn(600, 80, generator=generator)
+    noise = torch.randn(2, 600, 80, generator=generator)
+    values, baseline = prompt + noise[0], prompt + noise[1]
+    found = sum(paired_p_value(values[i], baseline[i], seed=i, resamples=300) <= 0.05 for i in range(600))
+    assert 30 - 21 <= found <= 30 + 21
+    shifted = [paired_p_value(values[i] + 1, baseline[i], seed=i, resamples=300) for i in range(20)]
+    assert max(shifted) <= 0.05
+    assert paired_p_value(values[0], values[0], seed=0, resamples=100) == 1.0
+
+
+def test_self_bleu_by_hand():
+    """Two sequences and bigrams: precisions 3/4 and 1/3, 3/3 and 1/2; the shorter one pays exp(1 − 4/3)."""
+    first, second = [1, 2, 3, 4], [2, 3, 1]
+    by_hand = (math.sqrt(3 / 4 * 1 / 3) + math.exp(1 - 4 / 3) * math.sqrt(3 / 3 * 1 / 2)) / 2
+    assert self_bleu([first, second], n=2) == pytest.approx(by_hand)
+    assert self_bleu([first, first], n=4) == pytest.approx(1)
+    # Nothing shared: a precision of zero counts 0.1 grams, of 4, 3, 2 and 1.
+    assert self_bleu([first, [5, 6, 7, 8]]) == pytest.approx((0.1**4 / 24) ** 0.25)
+    assert self_bleu([[1, 2], [1, 2]], n=2) == pytest.approx(1)
+    assert math.isnan(self_bleu([[1], [1]], n=2))
+    with pytest.raises(ValueError, match="needs two"):
+        self_bleu([first])
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=7), min_size=2, max_size=5), st.integers(1, 3))
+def test_self_bleu_is_its_definition(sequences, n):
+    """Equal to BLEU written out against each list of references."""
+
+    def grams(sequence, k):
+        return Counter(tuple(sequence[i : i + k]) for i in range(len(sequence) - k + 1))
+
+    scores = []
+    for i, own in enumerate(sequences):
+        if len(own) < n:
+            continue
+        others = sequences[:i] + sequences[i + 1 :]
+        log = 0.0
+        for k in range(1, n + 1):
+            hits = sum(min(c, max(grams(o, k)[g] for o in others)) for g, c in grams(own, k).items())
+            log += math.log((hits or 0.1) / (len(own) - k + 1)) / n
+        nearest = min((abs(len(o) - len(own)), len(o)) for o in others)[1]
+        scores.append(math.exp(log + min(0, 1 - nearest / len(own))))
+    value = self_bleu(sequences, n=n)
+    assert math.isnan(value) if not scores else value == pytest.approx(sum(scores) / len(scores))

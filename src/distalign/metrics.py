@@ -7,7 +7,10 @@ its numbers came from. Fractions lie between 0 and 1, not in per cent.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from statistics import NormalDist
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -23,12 +26,17 @@ __all__ = [
     "correlation",
     "distinct_n",
     "expected_calibration_error",
+    "holm",
     "jackknife",
     "mean_and_se",
     "paired_bootstrap",
     "paired_difference",
+    "paired_p_value",
     "reliability_table",
     "repeated_ngram_rate",
+    "self_bleu",
+    "significance_mark",
+    "student_quantile",
     "wilson_interval",
     "win_rate",
 ]
@@ -81,7 +89,7 @@ def paired_difference(values: Float[Tensor, "n"], baseline: Float[Tensor, "n"]) 
     """
     difference = _differences(values, baseline)
     mean, se, n = mean_and_se(difference)
-    half_width = _student_quantile(n - 1) * se
+    half_width = student_quantile(n - 1) * se
     return Interval(mean, mean - half_width, mean + half_width)
 
 
@@ -98,6 +106,48 @@ def paired_bootstrap(
     means = [difference[generator.integers(len(difference), size=len(difference))].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(difference.mean()), float(low), float(high))
+
+
+def paired_p_value(
+    values: Float[Tensor, "n"], baseline: Float[Tensor, "n"], *, seed: int, resamples: int = 10_000
+) -> float:
+    """Two-sided bootstrap p-value, a probability, of a mean of values − baseline this far from 0 if the truth were 0.
+
+        (1 + number of resamples with |mean* − mean| ≥ |mean|) / (1 + resamples)
+
+    Pairs are drawn whole, so row i of both is the same prompt. Never below 1 / (1 + resamples); 1 where every
+    difference is 0. The same seed gives the same value. Raises ValueError for fewer than two pairs.
+    """
+    difference = _differences(values, baseline).numpy()
+    mean = difference.mean()
+    generator = np.random.default_rng(seed)
+    n, extreme = len(difference), 0
+    for _ in range(resamples):
+        extreme += abs(difference[generator.integers(n, size=n)].mean() - mean) >= abs(mean)
+    return (1 + int(extreme)) / (1 + resamples)
+
+
+def holm(p_values: Float[Tensor, "tests"]) -> Float[Tensor, "tests"]:
+    """p-values adjusted for their number, probabilities: those below α are significant together at level α.
+
+        sorted ascending, the k-th of m becomes max over j ≤ k of min(1, (m − j + 1) p_j)
+
+    The probability of even one false finding among all the tests is then at most α, whatever their dependence. Raises
+    ValueError if a p-value lies outside [0, 1].
+
+    Source: Holm 1979, Scandinavian Journal of Statistics 6, 65-70.
+    """
+    values, order = _float64(p_values).sort()
+    if not bool(((values >= 0) & (values <= 1)).all()):
+        raise ValueError("a p-value lies outside [0, 1] or is not a number; pass probabilities")
+    factor = torch.arange(len(values), 0, -1, dtype=torch.float64)
+    adjusted = (factor * values).clamp(max=1).cummax(0).values
+    return torch.empty_like(adjusted).scatter_(0, order, adjusted)
+
+
+def significance_mark(p_value: float) -> str:
+    """Stars for a table: * below 0.05, ** below 0.01, *** below 0.001; adjust with `holm` where there are several."""
+    return "*" * sum(p_value < level for level in (0.05, 0.01, 0.001))
 
 
 def jackknife(statistic: Callable[[list[T]], float], items: Sequence[T]) -> Estimate:
@@ -202,6 +252,57 @@ def repeated_ngram_rate(sequences: Sequence[Sequence[int]], *, n: int) -> Estima
     return mean_and_se(torch.tensor([1 - len(set(g)) / len(g) for g in grams], dtype=torch.float64))
 
 
+def self_bleu(sequences: Sequence[Sequence[int]], *, n: int = 4) -> float:
+    """BLEU of each token sequence with all the others as its references, averaged: 1 all alike, near 0 all different.
+
+        brevity · exp( mean over k = 1 … n of ln precision_k )
+        precision_k = (k-grams also in a reference, each at most as often as in the one that has it most) / (k-grams)
+        brevity = min(1, exp(1 − r / length)),  r the length of the reference nearest in length, the shorter of two
+
+    A precision of zero counts as 0.1 k-grams (smoothing of the usual implementations, Chen and Cherry 2014, method 1).
+    Sequences with fewer than n tokens are references only. It rises with the number of sequences, so compare equal
+    numbers: the samples of one prompt, then averaged over prompts. NaN when none has n tokens.
+
+    Raises ValueError for fewer than two sequences. Source: arXiv 1802.01886.
+    """
+    if len(sequences) < 2:
+        raise ValueError(f"{len(sequences)} sequences; self-BLEU compares each with the others and needs two")
+    logs = [0.0] * len(sequences)
+    for k in range(1, n + 1):
+        counts = [Counter(_ngrams(sequence, k)) for sequence in sequences]
+        top: dict[tuple[int, ...], list[int]] = {}
+        for own in counts:
+            for gram, count in own.items():
+                top[gram] = sorted([*top.get(gram, [0, 0]), count])[-2:]
+        for i, own in enumerate(counts):
+            # The most among the others: the second place, where this sequence alone holds the first.
+            matched = sum(min(c, top[g][0] if c == top[g][1] else top[g][1]) for g, c in own.items())
+            logs[i] += math.log((matched or 0.1) / max(own.total(), 1)) / n
+    lengths = Counter(len(sequence) for sequence in sequences)
+    scores = []
+    for log, length in zip(logs, map(len, sequences), strict=True):
+        if length >= n:
+            others = (other for other, count in lengths.items() if count > (other == length))
+            nearest = min(others, key=lambda other: (abs(other - length), other))
+            scores.append(math.exp(log + min(0.0, 1 - nearest / length)))
+    return math.fsum(scores) / len(scores) if scores else math.nan
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(freedom: int | float, *, level: float = 0.95) -> float:
+    """Half-width, in standard errors, of the central interval that holds a probability of `level` under Student's t.
+
+    At least one degree of freedom, infinity for the normal; to 1e-6. With t = √ν tan θ the density is cos^{ν−1} θ,
+    bounded and smooth.
+    """
+    if freedom > 10_000:
+        return NormalDist().inv_cdf((1 + level) / 2)
+    angle = np.linspace(0.0, np.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp(level * mass[-1], mass, angle)))
+
+
 def _ngrams(sequence: Sequence[int], n: int) -> list[tuple[int, ...]]:
     if n < 1:
         raise ValueError(f"n is {n}; an n-gram has at least one token")
@@ -218,13 +319,3 @@ def _differences(values: Float[Tensor, "n"], baseline: Float[Tensor, "n"]) -> Fl
     if len(values) < 2:
         raise ValueError(f"{len(values)} pairs; an interval needs at least two")
     return _float64(values) - _float64(baseline)
-
-
-def _student_quantile(freedom: int) -> float:
-    """97.5 % quantile of Student's t, to 1e-6. With t = √ν tan θ the density is cos^{ν−1} θ, bounded and smooth."""
-    if freedom > 10_000:
-        return _NORMAL_QUANTILE
-    angle = np.linspace(0.0, np.pi / 2, 200_001)
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(float(np.interp(0.95 * mass[-1], mass, angle)))
