@@ -1,0 +1,147 @@
+"""Judges in this process: by a reward (a known target's is the exact judge), or by a Python function."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from threading import Thread
+from typing import Any, Literal
+
+from distalign.data import Pair, Prompt, encode_pair
+from distalign.judge.base import Comparison, Ids, JudgeError, Judgement, Progress
+from distalign.reward import Request, Reward, RewardError
+from distalign.reward.function import find_function
+
+# Comparisons that a reward is given at once; it makes batches of its own within them.
+_AT_ONCE = 256
+
+
+class RewardJudge:
+    """P(first ≻ second) = σ(R(x, first) − R(x, second)), as rewards are in nats of preference (eq. 9).
+
+    verdict: sign makes it 1, 0 or 0.5 by the sign of the difference, for rewards on another scale. With the reward
+    γ ln π* of a known target this is P_{π*}, without error (eq. 3).
+    """
+
+    def __init__(
+        self, reward: Reward, tokenizer: Any, *, verdict: Literal["probability", "sign"] = "probability"
+    ) -> None:
+        self.reward, self.tokenizer, self.verdict = reward, tokenizer, verdict
+
+    def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
+        """Both responses of each are rewarded. Raises RewardError, and DataError for texts that cannot be encoded."""
+        found: list[Judgement] = []
+        for start in range(0, len(comparisons), _AT_ONCE):
+            requests = [self._request(one) for one in comparisons[start : start + _AT_ONCE]]
+            rewards = self.reward(requests).double().view(-1, 2)
+            difference = rewards[:, 0] - rewards[:, 1]
+            probability = (difference.sign() + 1) / 2 if self.verdict == "sign" else difference.sigmoid()
+            found += [Judgement(value) for value in probability.tolist()]
+            if progress is not None:
+                progress(len(found), len(comparisons))
+        return found
+
+    def facts(self) -> dict[str, float]:
+        """The reward's."""
+        return self.reward.facts()
+
+    def _request(self, one: Comparison) -> Request:
+        ids = one.ids or encoded(one, self.tokenizer)
+        return Request(ids.prompt, [ids.first, ids.second], one.row or Prompt(one.prompt, one.key))
+
+
+def encoded(one: Comparison, tokenizer: Any) -> Ids:
+    """A comparison of texts as ids, both responses with their end token. Raises DataError."""
+    first, second = (
+        text if isinstance(one.prompt, str) else [{"role": "assistant", "content": text}]
+        for text in (one.first, one.second)
+    )
+    extra = {} if one.row is None else one.row.extra
+    pair = encode_pair(tokenizer, Pair(one.prompt, first, second, one.key, extra=extra))
+    return Ids(pair.prompt, pair.chosen, pair.rejected)
+
+
+class FunctionJudge:
+    """A function `(prompts, completions, **columns) -> list[float]`: P(first ≻ second) of every comparison.
+
+    `completions` has a pair of strings [first, second] for every prompt; prompts are strings or lists of messages.
+    Columns of the rows come as to a reward's function: None where a row lacks one, and only those it names unless it
+    takes `**`. It runs in a thread of its own, which a timeout (seconds) leaves behind.
+    """
+
+    def __init__(self, name: str, *, timeout: float) -> None:
+        self.name, self.timeout = name, timeout
+        try:
+            self.function = find_function(name)
+        except RewardError as error:
+            raise JudgeError(str(error).replace("reward", "judge", 1)) from error
+        self.comparisons = 0
+
+    def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
+        """Its return value, checked. Raises JudgeError if it raises, takes too long, or gives no probabilities."""
+        if not comparisons:
+            return []
+        extras = [{} if one.row is None else one.row.extra for one in comparisons]
+        offered = {name: [extra.get(name) for extra in extras] for extra in extras for name in extra}
+        offered["prompts"] = [one.prompt for one in comparisons]
+        offered["completions"] = [[one.first, one.second] for one in comparisons]
+        values = self._checked(self._run(self._wanted(offered)), len(comparisons))
+        self.comparisons += len(comparisons)
+        if progress is not None:
+            progress(len(comparisons), len(comparisons))
+        return [Judgement(value) for value in values]
+
+    def facts(self) -> dict[str, float]:
+        """Comparisons judged."""
+        return {"comparisons": float(self.comparisons)}
+
+    def _wanted(self, offered: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        parameters = inspect.signature(self.function).parameters.values()
+        if any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return offered
+        named = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+        missing = [p.name for p in named if p.default is p.empty and p.name not in offered]
+        if missing:
+            raise self._error(
+                f"it needs {', '.join(missing)}, and the rows have no such column",
+                "add the column to the prompts, or give the parameter a default",
+            )
+        return {p.name: offered[p.name] for p in named if p.name in offered}
+
+    def _run(self, arguments: dict[str, list[Any]]) -> Any:
+        outcome: dict[str, Any] = {}
+
+        def call() -> None:
+            try:
+                outcome["value"] = self.function(**arguments)
+            except BaseException as error:
+                outcome["error"] = error
+
+        thread = Thread(target=call, daemon=True, name=f"judge {self.name}")
+        thread.start()
+        thread.join(self.timeout)
+        if "error" in outcome:
+            error = outcome["error"]
+            raise self._error(f"it raised {type(error).__name__}: {error}", "mend it") from error
+        if "value" not in outcome:
+            raise self._error(f"no answer after {self.timeout:g} s", "make it faster, or raise judge.timeout")
+        return outcome["value"]
+
+    def _checked(self, values: Any, n: int) -> list[float]:
+        if hasattr(values, "tolist"):
+            values = values.tolist()
+        if not isinstance(values, list | tuple):
+            raise self._error(f"it returned a {type(values).__name__}", f"return {n} probabilities in a list")
+        if len(values) != n:
+            raise self._error(f"it returned {len(values)} numbers for {n} prompts", "return one for each prompt")
+        values = [value.item() if hasattr(value, "item") else value for value in values]
+        for index, value in enumerate(values):
+            if not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise self._error(
+                    f"its answer to prompt {index} is {value!r}",
+                    "return the probability, between 0 and 1, that the first completion is preferred",
+                )
+        return [float(value) for value in values]
+
+    def _error(self, found: str, advice: str) -> JudgeError:
+        return JudgeError(f"judge function {self.name}: {found}; {advice}")
