@@ -10,7 +10,8 @@ import copy
 import inspect
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +31,13 @@ logger = logging.getLogger("distalign.rollout")
 
 
 class Caller:
-    """Calls a model with a cache, under the names that its class has for things."""
+    """Calls a model with a cache, under the names that its class has for things.
 
-    def __init__(self, model: Any) -> None:
+    With `watch`, `states` are the hidden states [rows, hidden] from which the head made the latest logits.
+    """
+
+    def __init__(self, model: Any, *, watch: bool = False) -> None:
+        self.watch, self.states = watch, torch.zeros(0)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         known = inspect.signature(inner.forward).parameters
         self.model, self.name = model, type(inner).__name__
@@ -54,7 +59,8 @@ class Caller:
             extra["attention_mask"] = mask[:, -ids.shape[1] :] if self.recurrent else mask
         if self.takes_positions:
             extra["position_ids"] = positions
-        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
+        with self._watching():
+            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
         kept, logits = getattr(output, self.cache_name, None), output.logits[:, -1]
         if not isinstance(kept, Cache):
             raise TypeError(
@@ -68,12 +74,31 @@ class Caller:
             )
         return logits.to(torch.promote_types(logits.dtype, torch.float32)), kept
 
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        if not self.watch:
+            yield
+            return
+
+        def note(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            self.states = inputs[0][:, -1]
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
 
 @dataclass
 class Encoded:
-    """Prompts after one forward pass: the logits of the first token, the mask of the padding on the left, the cache."""
+    """Prompts after one forward pass: the logits of the first token, the mask of the padding on the left, the cache.
+
+    `states` are the hidden states that gave the logits, if they are watched.
+    """
 
     call: Caller
+    states: Float[Tensor, "prompts hidden"] | Float[Tensor, "0"]
     logits: Float[Tensor, "prompts vocabulary"]
     mask: Int[Tensor, "prompts width"]
     cache: Cache
@@ -84,14 +109,14 @@ class Encoded:
         return self.mask.sum(1)
 
 
-def encode_prompts(model: Any, prompts: Sequence[list[int]], pad_id: int) -> Encoded:
+def encode_prompts(model: Any, prompts: Sequence[list[int]], pad_id: int, *, watch: bool = False) -> Encoded:
     """Encode each prompt once, padded on the left so that every row continues at its end."""
     device, width = device_of(model), max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    call = Caller(model)
+    call = Caller(model, watch=watch)
     logits, cache = call(ids, (mask.cumsum(1) - 1).clamp(min=0), mask, None)
-    return Encoded(call, logits, mask, cache)
+    return Encoded(call, call.states, logits, mask, cache)
 
 
 class Forked:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,7 +43,6 @@ class Drawing:
             )
 
 
-@torch.no_grad()
 def sample(
     model: Any,
     prompts: Sequence[list[int]],
@@ -68,16 +67,61 @@ def sample(
     alone. Raises ValueError for an empty prompt or settings out of range.
     """
     drawing = Drawing(max_new_tokens, min_new_tokens, temperature, top_p, end_id)
+    return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, watch=False)]
+
+
+def sample_with_states(
+    model: Any,
+    prompts: Sequence[list[int]],
+    *,
+    n: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    end_id: int,
+    seed: int,
+    rows: int = 64,
+    progress: Callable[[int, int], Any] | None = None,
+) -> tuple[list[list[list[int]]], Float[Tensor, "tokens hidden"]]:
+    """As `sample`, with the hidden state that the head saw before each token: what scoring would compute once more.
+
+    The states are in the order of the responses: prompt by prompt, response by response, token by token.
+    """
+    drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
+    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, watch=True)
+    states = [state for own in drawn for one in own for state in one.states]
+    return [[one.ids for one in own] for own in drawn], torch.stack(states)
+
+
+@dataclass
+class _Response:
+    """The tokens of a response, and the hidden state before each of them if states are watched."""
+
+    ids: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def _sample(
+    model: Any,
+    prompts: Sequence[list[int]],
+    n: int,
+    drawing: Drawing,
+    seed: int,
+    rows: int,
+    progress: Callable[[int, int], Any] | None,
+    *,
+    watch: bool,
+) -> list[list[_Response]]:
     _check(prompts, n, rows)
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     size = max(1, rows // n)
-    results: list[list[list[int]]] = [[] for _ in prompts]
+    results: list[list[_Response]] = [[] for _ in prompts]
     with evaluating(model):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            flat = _respond(model, [prompts[i] for i in batch], n, rows, drawing, generator)
+            flat = _respond(model, [prompts[i] for i in batch], n, rows, drawing, generator, watch=watch)
             for position, index in enumerate(batch):
                 results[index] = flat[position * n : (position + 1) * n]
             if progress is not None:
@@ -94,31 +138,45 @@ def _check(prompts: Sequence[list[int]], n: int, rows: int) -> None:
 
 
 def _respond(
-    model: Any, prompts: list[list[int]], n: int, rows: int, drawing: Drawing, generator: torch.Generator
-) -> list[list[int]]:
+    model: Any,
+    prompts: list[list[int]],
+    n: int,
+    rows: int,
+    drawing: Drawing,
+    generator: torch.Generator,
+    *,
+    watch: bool,
+) -> list[_Response]:
     """`n` responses a prompt, in order: one forward over the prompts, then at most `rows` responses at once."""
-    encoded = encode_prompts(model, prompts, drawing.end_id)
+    encoded = encode_prompts(model, prompts, drawing.end_id, watch=watch)
     kind = Shared if shares_prompts(model) else Forked
     parts = torch.arange(len(prompts), device=generator.device).repeat_interleave(n).split(rows)
-    responses: list[list[int]] = []
+    responses: list[_Response] = []
     for index, parents in enumerate(parts):
         own = kind(encoded, parents, drawing.max_new_tokens, again=index < len(parts) - 1)
-        responses += _decode(own, encoded.logits[parents], drawing, generator)
+        states = encoded.states[parents] if watch else None
+        responses += _decode(own, encoded.logits[parents], states, drawing, generator)
     return responses
 
 
 def _decode(
-    own: Forked | Shared, logits: Float[Tensor, "rows vocabulary"], drawing: Drawing, generator: torch.Generator
-) -> list[list[int]]:
-    """One token a step for the responses not ended, from the logits of the first token."""
-    responses: list[list[int]] = [[] for _ in range(len(logits))]
+    own: Forked | Shared,
+    logits: Float[Tensor, "rows vocabulary"],
+    states: Float[Tensor, "rows hidden"] | None,
+    drawing: Drawing,
+    generator: torch.Generator,
+) -> list[_Response]:
+    """One token a step for the responses not ended, from the logits of the first token and the states behind them."""
+    responses = [_Response() for _ in range(len(logits))]
     alive = torch.arange(len(responses), device=logits.device)
     for step in range(drawing.max_new_tokens):
         if step < drawing.min_new_tokens:
             logits[:, drawing.end_id] = -math.inf
         tokens = choose(logits, drawing.temperature, drawing.top_p, generator)
-        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-            responses[row].append(token)
+        for place, (row, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
+            responses[row].ids.append(token)
+            if states is not None:
+                responses[row].states.append(states[place])
         going = close_gaps(tokens != drawing.end_id)
         if not len(going) or step == drawing.max_new_tokens - 1:
             break
@@ -126,6 +184,7 @@ def _decode(
             own.keep(going)
             tokens, alive = tokens[going], alive[going]
         logits = own.step(tokens)
+        states = own.call.states if states is not None else None
     return responses
 
 
