@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "comparison": BELOW_DOING | {"trainer", "measure", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
     "evaluate": BELOW_DOING | {"judge", "health", "measure", "bench", "card", "comparison", "calibrate"},
-    "frontier": BELOW_DOING | {"measure"},
+    "calibrate": MATHEMATICS,
+    "frontier": MATHEMATICS,
     "lab": DISPLAY | MATHEMATICS | {"methods"},
     # 5 telling
     "report": {"metrics"},
