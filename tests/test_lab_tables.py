@@ -256,7 +256,7 @@ def test_classes_decide_who_is_better():
     for case in ("table", "linear"):
         for method in ("rkl", "pd", "pd_policy"):
             assert found[case, "pmle"]["n_kl"]["mean"] > 8 * found[case, method]["n_kl"]["mean"]
-    # n·KL/C is nearly χ² with as many degrees as the estimate has parameters, over them: its error in 12 worlds is known.
+    # n·KL/C is nearly χ²/d with d the number of the estimate's parameters: its error in 12 worlds is known.
     parameters = {"table": (590, 5), "linear": (60, 5), "skewed": (40, 4), "reversed": (4, 4)}
     for (case, method), row in found.items():
         if "over_constant" in row:

@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "errors": set(),
     "card": set(),
+    "facts": set(),
     "preference": set(),
     "estimators": set(),
     "metrics": set(),
@@ -52,9 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": BELOW_DOING | {"health"},
     "bench": BELOW_DOING | {"measure", "rounds"},
     "experiment": BELOW_DOING | {"trainer", "rounds", "measure", "bench", "card", "health"},
-    "comparison": BELOW_DOING | {"trainer", "measure", "bench", "card", "experiment", "health"},
+    "comparison": BELOW_DOING | {"facts", "trainer", "measure", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
-    "evaluate": BELOW_DOING | {"judge", "health", "measure", "bench", "card", "comparison", "calibrate"},
+    "evaluate": BELOW_DOING | {"facts", "judge", "health", "measure", "bench", "card", "comparison", "calibrate"},
     "calibrate": MATHEMATICS,
     "frontier": MATHEMATICS,
     "lab": DISPLAY | MATHEMATICS | {"methods"},
@@ -62,7 +63,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"metrics"},
     # 6 the door, and the list of public names
     "cli": BELOW_DOING
-    | {"bench", "trainer", "judge", "evaluate", "measure", "frontier", "lab", "report", "experiment", "comparison", "health"},
+    | {
+        "bench",
+        "trainer",
+        "judge",
+        "evaluate",
+        "measure",
+        "facts",
+        "frontier",
+        "lab",
+        "report",
+        "experiment",
+        "comparison",
+        "health",
+    },
     "__init__": BELOW_DOING
     | {"rounds", "trainer", "judge", "evaluate", "frontier", "lab", "report", "experiment", "comparison"},
 }

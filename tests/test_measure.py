@@ -150,7 +150,7 @@ def test_pairs_are_measured_against_labels_or_the_targets_probabilities():
     logps = torch.tensor([[-1.0, -3.0], [-3.0, -1.0], [-2.0, -2.0]])
     task = replace(make_task(samples=1), target=None, pairs=[pair(), pair(0.25), pair()])
     measured = Measured({}, [])
-    measure_pairs(measured, logps, task, lambda x: 0.5 * x)
+    measure_pairs(measured, logps, task.pairs, lambda x: 0.5 * x, task.target_logit)
     chance = torch.tensor([1.0, -1.0, 0.0]).double().sigmoid()
     torch.testing.assert_close(measured.values["accuracy"], torch.tensor([1.0, 0.75, 0.5]).double())
     truth = torch.tensor([1.0, 0.25, 1.0]).double()
@@ -158,7 +158,7 @@ def test_pairs_are_measured_against_labels_or_the_targets_probabilities():
     torch.testing.assert_close(measured.values["nll"], expected)
     torch.testing.assert_close(measured.confidence, torch.maximum(chance, 1 - chance))
     known = replace(task, target_logit=torch.tensor([2.0, 2.0, -1.0]))
-    measure_pairs(measured, logps, known, lambda x: 0.5 * x)
+    measure_pairs(measured, logps, known.pairs, lambda x: 0.5 * x, known.target_logit)
     wanted = torch.tensor([2.0, -2.0]).double().sigmoid()
     torch.testing.assert_close(measured.values["accuracy"][:2], wanted)
 
@@ -169,7 +169,7 @@ def test_a_perfect_preference_is_calibrated():
     logps = torch.stack([logit, torch.zeros(40)], 1)
     task = replace(make_task(samples=1), pairs=[pair(where=str(i)) for i in range(40)], target_logit=logit)
     measured = Measured({"length": torch.rand(2).double()}, [[[1, 2, 3]], [[1, 2, 4]]])
-    measure_pairs(measured, logps, task, lambda x: x)
+    measure_pairs(measured, logps, task.pairs, lambda x: x, task.target_logit)
     assert summarise([measured])["ece"].mean < 1e-6
     assert all(abs(row.predicted - row.observed) < 1e-6 for row in calibration([measured]))
 
@@ -177,7 +177,7 @@ def test_a_perfect_preference_is_calibrated():
 def run_of(task, shift, pairs):
     """One seed's numbers on two prompts and two pairs."""
     measured = Measured({"length": torch.tensor([1.0, 3.0]).double() + shift}, [[[1, 2, 3]], [[1, 2, 4]]])
-    measure_pairs(measured, torch.tensor([[-1.0, -2.0 - shift], [-2.0, -1.0]]), replace(task, pairs=pairs), lambda x: x)
+    measure_pairs(measured, torch.tensor([[-1.0, -2.0 - shift], [-2.0, -1.0]]), pairs, lambda x: x)
     return measured
 
 

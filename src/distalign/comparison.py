@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,8 @@ from distalign.bench import Bench, prepare
 from distalign.card import CITATION
 from distalign.engine import score_in_batches
 from distalign.errors import InputError
+from distalign.experiment import check, forget_results, reward_of, train_method
+from distalign.facts import environment, finite, plain
 from distalign.measure import (
     COLUMNS,
     Measured,
@@ -29,7 +28,6 @@ from distalign.measure import (
     summarise,
     win_probability,
 )
-from distalign.experiment import check, forget_results, reward_of, train_method
 from distalign.progress import progress
 from distalign.recipe import Recipe
 from distalign.reward import RewardError
@@ -68,7 +66,7 @@ def compare(
             _write_samples(root / "samples.jsonl", bench, runs)
         # After every seed: a run that is stopped keeps those that it has.
         results = _results(bench, methods, seeds[:number], runs, extra)
-        text = json.dumps(_finite(results), indent=1, ensure_ascii=False)
+        text = json.dumps(finite(results), indent=1, ensure_ascii=False)
         (root / "results.json").write_text(text, encoding="utf-8")
     return results
 
@@ -85,19 +83,19 @@ def _results(
         "name": recipe.name,
         "seeds": list(seeds),
         "columns": COLUMNS,
-        "methods": {name: _plain(summarise(own)) for name, own in runs.items()},
-        "paired": {name: _plain(differences(runs[name], start)) for name in methods},
+        "methods": {name: plain(summarise(own)) for name, own in runs.items()},
+        "paired": {name: plain(differences(runs[name], start)) for name in methods},
         "between": {
-            one: {other: _plain(differences(runs[one], runs[other])) for other in methods if other != one}
+            one: {other: plain(differences(runs[one], runs[other])) for other in methods if other != one}
             for one in methods
         },
         **extra,
         "calibration": {
             name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
         },
-        "by_seed": {name: [_plain(summarise([one])) for one in own] for name, own in runs.items()},
+        "by_seed": {name: [plain(summarise([one])) for one in own] for name, own in runs.items()},
         "paired_by_seed": {
-            name: [_plain(differences([one], [base])) for one, base in zip(runs[name], start, strict=True)]
+            name: [plain(differences([one], [base])) for one, base in zip(runs[name], start, strict=True)]
             for name in methods
         },
         "pairs": bench.facts,
@@ -116,11 +114,13 @@ def _compare_seed(
         found["target"] = measure_samples(task.target, task, reference=bench.base)
         if task.target_logit is not None:
             logit = torch.stack([task.target_logit, torch.zeros_like(task.target_logit)], 1)
-            measure_pairs(found["target"], logit, task, lambda logit: logit)
+            measure_pairs(found["target"], logit, task.pairs, lambda logit: logit, task.target_logit)
     found["reference"] = measure_samples(bench.base, task, reference=None)
     reference_logps = _reference_logps(bench)
     if bench.held:
-        measure_pairs(found["reference"], reference_logps, task, lambda logps: task.gamma * logps)
+        measure_pairs(
+            found["reference"], reference_logps, task.pairs, lambda logps: task.gamma * logps, task.target_logit
+        )
         if task.target is None:
             # How sure π₀ is of its preference depends on gamma, and each method has its own: only the side is π₀'s.
             del found["reference"].values["nll"]
@@ -138,8 +138,9 @@ def _compare_seed(
                 measure_pairs(
                     found[name],
                     pairs.logps,
-                    task,
+                    task.pairs,
                     lambda logps, method=method, pairs=pairs: method.implied_reward(logps, pairs.reference_logps),
+                    task.target_logit,
                 )
             advance(1)
         bench.seconds[f"measure {name}"] = time.monotonic() - started
@@ -193,23 +194,3 @@ def _write_samples(path: Path, bench: Bench, runs: Mapping[str, Sequence[Measure
             }
             line = {"prompt": prompt, "responses": responses}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value._asdict() for key, value in values.items()}
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that could not be computed is null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def environment() -> dict[str, str]:
-    """Versions and device, for a result to be repeated."""
-    packages = ("distalign", "torch", "transformers", "peft", "accelerate")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}

@@ -6,6 +6,7 @@ the only noise is that of the responses. What is compared is compared on the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,8 @@ from distalign.metrics import (
     mean_and_se,
     paired_difference,
     reliability_table,
+    repeated_ngram_rate,
+    self_bleu,
 )
 from distalign.reward import Request, Reward
 from distalign.rollout import sample
@@ -70,11 +73,23 @@ COLUMNS: list[dict[str, Any]] = [
             "Mean reward of the policy's responses by the reward that was learned; a collapse maximises it.",
         ),
         ("distinct_2", "distinct-2", None, None, "Distinct pairs of neighbouring tokens over all of them."),
+        ("self_bleu", "self-BLEU", None, None, "How alike responses are: BLEU of each with the others as references."),
+        ("repetition", "repeats", None, None, "Share of a response's 3-grams that stood in it before."),
+        (
+            "chosen_change",
+            "Δ ln π(chosen)",
+            "nats",
+            None,
+            "ln π − ln π₀ of the preferred responses of held-out pairs; below 0 is likelihood displacement.",
+        ),
+        ("rejected_change", "Δ ln π(rejected)", "nats", None, "ln π − ln π₀ of the other responses."),
         ("length", "tokens", None, None, "Length of a response, in tokens."),
         ("missing_end", "no end", None, None, "Share of responses cut by the length limit before they ended."),
     )
 ]
-PAIR_KEYS = ("accuracy", "nll")
+PAIR_KEYS = ("accuracy", "nll", "chosen_change", "rejected_change")
+
+_FOLDS = 20  # of prompts, for the error of self-BLEU
 
 
 @dataclass(frozen=True)
@@ -162,15 +177,24 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
     return Measured(values, responses, target_logps=target_logps)
 
 
-def measure_pairs(measured: Measured, logps: Float[Tensor, "pairs 2"], task: Task, implied: ImpliedReward) -> None:
-    """Add accuracy, label likelihood and calibration on the held-out pairs, given their log-probabilities."""
+def measure_pairs(
+    measured: Measured,
+    logps: Float[Tensor, "pairs 2"],
+    pairs: Sequence[EncodedPair],
+    implied: ImpliedReward,
+    target_logit: Float[Tensor, "pairs"] | None = None,
+) -> None:
+    """Add accuracy, label likelihood and calibration on held-out pairs, given their log-probabilities.
+
+    What is true is the label, or P_{π*} where the target's log-odds are given (nats, first minus second).
+    """
     rewards = implied(logps)
     logit = (rewards[:, 0] - rewards[:, 1]).double()
-    if task.target_logit is not None:
-        truth = task.target_logit.double().sigmoid()
+    if target_logit is not None:
+        truth = target_logit.double().sigmoid()
     else:
-        truth = logit.new_tensor([1.0 if pair.probability is None else pair.probability for pair in task.pairs])
-    measured.pairs = task.pairs
+        truth = logit.new_tensor([1.0 if pair.probability is None else pair.probability for pair in pairs])
+    measured.pairs = pairs
     first = logit >= 0
     measured.confidence = torch.where(first, logit, -logit).sigmoid()
     measured.correct = torch.where(first, truth, 1 - truth)
@@ -237,11 +261,24 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     found = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
     by_prompt = [[own for run in runs for own in run.responses[index]] for index in range(len(runs[0].responses))]
     found["distinct_2"] = jackknife(lambda prompts: distinct_n([r for own in prompts for r in own], n=2), by_prompt)
+    found["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
+    found["self_bleu"] = _self_bleu(by_prompt)
     if len(runs[0].confidence):
         rows = torch.stack([torch.stack([run.confidence, run.correct], -1) for run in runs])
         by_pair = rows.transpose(0, 1) if _share_pairs(runs) else rows.flatten(0, 1)[:, None]
         found["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
     return found
+
+
+def _self_bleu(by_prompt: Sequence[Sequence[list[int]]]) -> Estimate:
+    """Among the samples of each prompt, averaged over prompts; with one sample each, among those of all prompts."""
+    if len(by_prompt[0]) > 1:
+        values = torch.tensor([self_bleu(own) for own in by_prompt], dtype=torch.float64)
+        known = values[~values.isnan()]
+        return mean_and_se(known) if len(known) else Estimate(math.nan, math.nan, 0)
+    folds = [own for own in (by_prompt[start::_FOLDS] for start in range(_FOLDS)) if own]
+    mean, se, _ = jackknife(lambda some: self_bleu([r for fold in some for own in fold for r in own]), folds)
+    return Estimate(mean, se, len(by_prompt))
 
 
 def differences(runs: Sequence[Measured], baseline: Sequence[Measured]) -> dict[str, Interval]:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import (
@@ -52,6 +52,8 @@ _ELSEWHERE = {
     ("training", "label_smoothing_factor"): "no preference loss reads it; give soft labels in the column p_chosen",
     ("training", "neftune_noise_alpha"): "the engine adds no noise to embeddings",
 }
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 # What stands beside a method's own settings: its changes to these sections.
 _BESIDE = ("training", "rollout")
@@ -147,7 +149,7 @@ class Recipe(Section):
             return RolloutSettings.model_validate({**self.rollout.model_dump(), **own})
         except ValidationError as error:
             found = [{**one, "loc": ("rollout", *one["loc"])} for one in error.errors()]
-            lines = [f"methods.{name}.{line}" for one in found for line in _explain(one)]
+            lines = [f"methods.{name}.{line}" for one in found for line in _explain(one, Recipe)]
             raise ValueError("\n".join(lines)) from None
 
     def training_for(self, name: str) -> dict[str, Any]:
@@ -177,23 +179,45 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | N
     Data paths count from the working directory, or else from the recipe's folder. Raises RecipeError, every line of
     which says where, what was found and what to do.
     """
+
+    def keep(raw: dict[str, Any], where: str) -> None:
+        if method is None or not isinstance(raw.get("methods"), dict):
+            return
+        if method not in raw["methods"]:
+            raise RecipeError(f"{where}: {_unknown_method(method, raw['methods'], 'recipe')}; add it under methods")
+        raw["methods"] = {method: raw["methods"][method]}
+        raw.pop("compare", None)
+
+    files = {"data": ("train", "eval", "prompts"), "target": ("prompts",)}
+    return read_settings(Recipe, path, overrides, files=files, change=keep)
+
+
+def read_settings(
+    kind: type[Settings],
+    path: str | Path,
+    overrides: Sequence[str],
+    *,
+    files: Mapping[str, Sequence[str]],
+    change: Callable[[dict[str, Any], str], None],
+) -> Settings:
+    """Settings of some kind from a YAML file and overrides; its name is the file's unless it has one.
+
+    `files` are the keys that name files, by section ("": the top). `change(raw, where)` may alter what was read. Raises
+    RecipeError, every line of which says where, what was found and what to do.
+    """
     path = Path(path)
     raw = read_yaml(path)
     raw.setdefault("name", path.stem)
     for override in overrides:
         _override(raw, override)
     where = " ".join([str(path), *(f"--set {override}" for override in overrides)])
-    if method is not None and isinstance(raw.get("methods"), dict):
-        if method not in raw["methods"]:
-            raise RecipeError(f"{where}: {_unknown_method(method, raw['methods'], 'recipe')}; add it under methods")
-        raw["methods"] = {method: raw["methods"][method]}
-        raw.pop("compare", None)
-    for section, keys in (("data", ("train", "eval", "prompts")), ("target", ("prompts",))):
-        _find_files(raw.get(section), keys, path.parent)
+    change(raw, where)
+    for section, keys in files.items():
+        _find_files(raw.get(section) if section else raw, keys, path.parent)
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [line for found in error.errors() for line in _explain(found)]
+        lines = [line for found in error.errors() for line in _explain(found, kind)]
         raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
 
 
@@ -329,12 +353,12 @@ def _unknown_method(name: str, known: Iterable[str], owner: str) -> str:
     )
 
 
-def _explain(error: Any) -> list[str]:
+def _explain(error: Any, kind: type[BaseModel]) -> list[str]:
     """One line a problem: what was found, what to do."""
     *sections, key = error["loc"] or ("",)
     section = ".".join(map(str, sections)) or "recipe"
     if error["type"] == "extra_forbidden":
-        return [_unknown(section, str(key), _names_at(sections))]
+        return [_unknown(section, str(key), _names_at(sections, kind))]
     if error["type"] == "missing":
         return [f'{section} has no "{key}"; add it']
     if error["type"] == "value_error":
@@ -342,8 +366,7 @@ def _explain(error: Any) -> list[str]:
     return [f"{'.'.join(map(str, error['loc']))} is {error['input']!r}; {_lower(error['msg'])}"]
 
 
-def _names_at(sections: Iterable[Any]) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _names_at(sections: Iterable[Any], model: type[BaseModel]) -> list[str]:
     for section in sections:
         if isinstance(section, int):
             continue

