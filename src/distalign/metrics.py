@@ -44,6 +44,7 @@ __all__ = [
 T = TypeVar("T")
 
 _NORMAL_QUANTILE = 1.959963984540054  # 97.5 % of the standard normal distribution
+_GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(64)
 
 
 class Estimate(NamedTuple):
@@ -297,7 +298,7 @@ def student_quantile(freedom: int | float, *, level: float = 0.95) -> float:
     """
     if freedom > 1e7:
         return NormalDist().inv_cdf((1 + level) / 2)
-    nodes, weights = np.polynomial.legendre.leggauss(64)
+    nodes, weights = _GAUSS_LEGENDRE
     mass = level * math.sqrt(math.pi) / 2 * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom + 1) / 2))
     angle, step = 0.0, 1.0
     while step > 1e-14:
