@@ -276,6 +276,8 @@ def _self_bleu(by_prompt: Sequence[Sequence[list[int]]]) -> Estimate:
         values = torch.tensor([self_bleu(own) for own in by_prompt], dtype=torch.float64)
         known = values[~values.isnan()]
         return mean_and_se(known) if len(known) else Estimate(math.nan, math.nan, 0)
+    if len(by_prompt) < 3:
+        return Estimate(math.nan, math.nan, 0)
     folds = [own for own in (by_prompt[start::_FOLDS] for start in range(_FOLDS)) if own]
     mean, se, _ = jackknife(lambda some: self_bleu([r for fold in some for own in fold for r in own]), folds)
     return Estimate(mean, se, len(by_prompt))

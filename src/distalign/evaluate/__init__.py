@@ -1,0 +1,8 @@
+"""Policies on the same held-out prompts and pairs: what they are, how far from the reference, and who wins."""
+
+from __future__ import annotations
+
+from distalign.evaluate.run import evaluate
+from distalign.evaluate.settings import Evaluation, load_evaluation
+
+__all__ = ["Evaluation", "evaluate", "load_evaluation"]
