@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "evaluate",
         "measure",
         "facts",
+        "calibrate",
         "frontier",
         "lab",
         "report",
