@@ -162,7 +162,7 @@ def test_student_quantile_of_other_levels():
 def test_holm_is_statsmodels():
     """Adjusted p-values equal statsmodels' to rounding, in the order given, equal ones included."""
     generator = torch.Generator().manual_seed(0)
-    for tests in range(1, 30):
+    for tests in (1, 2, 3, 8, 30):
         p_values = torch.rand(tests, generator=generator, dtype=torch.float64).pow(3).mul(50).round() / 50
         theirs = multipletests(p_values.numpy(), method="holm")[1]
         assert holm(p_values).numpy() == pytest.approx(theirs, abs=1e-12)

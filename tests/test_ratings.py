@@ -203,5 +203,8 @@ def test_logistic_fit_is_exact_where_it_can_be():
         fit_logistic(one, torch.tensor([0.5]), torch.tensor([-1.0]))
     with pytest.raises(ValueError, match="one cluster"):
         fit.clustered_covariance(torch.zeros(1, dtype=torch.long))
-    with pytest.raises(Separable, match="no finite maximum"):
-        fit_logistic(torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 1.0]))
+    # Every outcome is predicted; then all but a win and a loss, whose log-odds stay at zero.
+    for feature, outcomes in (([1.0, 2.0], [1.0, 1.0]), ([0.2, -0.9, 0.0, 0.2], [0.0, 0.0, 0.0, 1.0])):
+        design = torch.tensor(feature, dtype=torch.float64)
+        with pytest.raises(Separable, match="no finite maximum"):
+            fit_logistic(torch.stack([torch.ones_like(design), design], 1), torch.tensor(outcomes))

@@ -18,6 +18,7 @@ from distalign.preference import preference_nll
 __all__ = ["LogisticFit", "Separable", "fit_logistic"]
 
 _STEPS = 100
+_NOTHING = 1e-12
 _STILL = 1e-10  # nats of log-odds: a Newton step that moves no row by more has arrived
 
 
@@ -69,21 +70,21 @@ def fit_logistic(
         raise ValueError("an outcome lies outside [0, 1] or is not a number; pass frequencies or probabilities")
     if not bool((weights >= 0).all()):
         raise ValueError("a weight is negative or not a number; pass how often each row was observed")
-    if int(torch.linalg.matrix_rank(features[weights > 0])) < features.shape[1]:
-        raise ValueError("the features are collinear where there are observations; drop one that follows from others")
 
     def nll(theta: Tensor) -> Tensor:
         return (weights * preference_nll(features @ theta, outcome)).sum()
 
     theta = features.new_zeros(features.shape[1])
-    for _ in range(_STEPS):
+    for count in range(_STEPS):
         first, second = (features @ theta).sigmoid(), (-features @ theta).sigmoid()
         # Not y − p, which is 0 from log-odds of 37 on and would call a maximum at infinity reached.
         scores = (weights * (outcome * second - (1 - outcome) * first))[:, None] * features
         information = features.T @ ((weights * first * second)[:, None] * features)
-        factor, failed = torch.linalg.cholesky_ex(information)
-        if failed:
+        if _singular(information):
+            if count == 0:
+                raise ValueError("the features are collinear where there are observations; drop one that follows")
             break
+        factor = torch.linalg.cholesky(information)
         step = torch.cholesky_solve(scores.sum(0)[:, None], factor)[:, 0]
         if float((features @ step).abs().max()) < _STILL:
             return LogisticFit(theta, torch.cholesky_inverse(factor), scores, float(nll(theta)))
@@ -97,3 +98,11 @@ def fit_logistic(
         "the likelihood has no finite maximum: a combination of the features predicts the outcomes without error; "
         "give more observations or fewer features"
     )
+
+
+def _singular(information: Float[Tensor, "features features"]) -> bool:
+    """Whether a direction carries, next to the others, no information that float64 can tell from rounding."""
+    scale = information.diagonal().sqrt()
+    if not bool((scale > 0).all()):
+        return True
+    return float(torch.linalg.eigvalsh(information / (scale[:, None] * scale))[0]) < _NOTHING
