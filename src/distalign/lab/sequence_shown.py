@@ -40,8 +40,8 @@ def show(numbers: dict[str, Any], *, gamma: float, distance: float, betas: Seque
     seen = _Seen(numbers)
     about = (
         f"Tiny transformers over 8 tokens, responses of at most four, two prompts; γ {gamma:g}, KL(π* ‖ π₀) "
-        f"{distance:g} nats within 3 %, the labelled responses drawn from π₀; {len(seen.limit('dpo'))} seeds, each with "
-        "a world and data of its own. KL, entropy and limits are exact, by enumeration of all 2,801 responses; the "
+        f"{distance:g} nats within 3 %, the labelled responses drawn from π₀; {len(seen.limit('dpo'))} seeds, each "
+        "with a world and data of its own. KL, entropy and limits are exact: all 2,801 responses are enumerated. The "
         "policies are trained by the methods' own losses on pairs or on responses sampled token by token."
     )
     claims = [*_markov_claims(seen), *_tilted_claims(seen)]

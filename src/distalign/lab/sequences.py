@@ -104,7 +104,7 @@ class Sequences:
     def _reward_models(self, kind: str) -> dict[str, tuple[str, Schedule]]:
         """By the ending of a method's name: the reward model and how it is fitted. A quarter of the steps is brief."""
         if kind == "markov":
-            return {"": ("bigram", Schedule(2 * self.reward_steps, lr=0.1))}
+            return {"": ("bigram", Schedule(400, lr=0.1))}
         return {
             "_policy": ("policy", Schedule(self.reward_steps, lr=5e-3)),
             "_scalar": ("scalar", Schedule(self.reward_steps, lr=1e-2)),
