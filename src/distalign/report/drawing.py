@@ -18,7 +18,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CARD", "COLORS", "INK", "LINE_HEIGHT", "MUTED", "Draw", "accent", "draw_png", "draw_svg", "label_ends"]
+__all__ = [
+    "CARD",
+    "COLORS",
+    "INK",
+    "LINE_HEIGHT",
+    "MUTED",
+    "Draw",
+    "accent",
+    "draw_png",
+    "draw_svg",
+    "label_ends",
+    "label_points",
+]
 
 COLORS = 8  # --c1 … --c8 of the page
 INK, MUTED, GRID, CARD = (f"var(--{name})" for name in ("ink", "muted", "line", "card"))
@@ -59,6 +71,22 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, thin: str)
     for height, (_, label, color) in zip(heights, places, strict=True):
         weight = "normal" if color == thin else "bold"
         axes.text(1.02, height, label, color=color, weight=weight, va="center", transform=axes.transAxes)
+
+
+def label_points(axes: Axes, places: Sequence[tuple[float, float, str, str]], *, thin: str) -> None:
+    """Write labels beside their points (x, y, label, colour), moved up where they would overlap, as `label_ends`."""
+    frame = axes.figure.bbox
+    size = frame.width / axes.figure.dpi, frame.height / axes.figure.dpi
+    taken: list[tuple[float, float, float]] = []
+    for x, y, label, color in sorted(places, key=lambda place: place[1]):
+        left, bottom = (axes.transData + axes.transAxes.inverted()).transform((x, y)) * size
+        width, offset = 0.09 * len(label), 0.06
+        while any(abs(bottom + offset - b) < LINE_HEIGHT * 0.8 and left < z and a < left + width for a, z, b in taken):
+            offset += LINE_HEIGHT * 0.25
+        taken.append((float(left), float(left + width), float(bottom + offset)))
+        where = {"xy": (x, y), "xytext": (7, 72 * offset), "textcoords": "offset points"}
+        weight = "normal" if color == thin else "bold"
+        axes.annotate(label, color=color, weight=weight, annotation_clip=False, **where)
 
 
 def draw_svg(draw: Draw, *, width: float, height: float) -> str:

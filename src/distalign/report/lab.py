@@ -13,7 +13,7 @@ from .rendering import as_yaml, render
 from .results import ReportError
 from .shown import Measured, Table, read_lab
 
-__all__ = ["is_lab", "write_lab_report"]
+__all__ = ["file_names", "is_lab", "write_lab_report"]
 
 _SHORT = 42  # characters of a cell that stay in one line
 
@@ -63,11 +63,11 @@ def _files(folder: Path) -> list[Path]:
 def _experiment(path: Path, measured: Measured) -> dict[str, Any]:
     """What the page shows of an experiment; its PNG files are written on the way."""
     shown = measured.shown
-    slugs = _slugs([panel.title for panel in shown.panels])
+    names = file_names([panel.title for panel in shown.panels])
     figures = []
-    for slug, panel, look in zip(slugs, shown.panels, looks(shown.panels), strict=True):
+    for name, panel, look in zip(names, shown.panels, looks(shown.panels), strict=True):
         if png := panel_png(panel, look):
-            (path.parent / f"{slug}.png").write_bytes(png)
+            (path.parent / f"{name}.png").write_bytes(png)
         note = left_out(panel)
         figures.append({"title": panel.title, "about": panel.about, "note": note, "svg": panel_svg(panel, look)})
     return {
@@ -113,7 +113,7 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub("['’]", "", spelled.lower())).strip("-") or "figure"
 
 
-def _slugs(titles: list[str]) -> list[str]:
+def file_names(titles: list[str]) -> list[str]:
     """A file name for each title; a title that comes again gets its number."""
     slugs: list[str] = []
     for title in titles:

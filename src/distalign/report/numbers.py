@@ -11,6 +11,7 @@ __all__ = [
     "Finding",
     "display_name",
     "findings",
+    "format_band",
     "format_estimate",
     "format_interval",
     "format_number",
@@ -70,6 +71,15 @@ def format_interval(mean: float, low: float, high: float) -> str:
         return f"{_not_finite(mean) if not math.isfinite(mean) else _minus(f'{mean:+.3g}')} [?, ?]"
     decimals = _decimals((high - low) / (2 * 1.96))
     mean_text, *ends = (_minus(f"{value:+.{min(decimals, 6)}f}") for value in (mean, low, high))
+    return f"{mean_text} [{', '.join(ends)}]"
+
+
+def format_band(mean: float, low: float, high: float) -> str:
+    """A number with its 95 % interval, unsigned, to the digits that the interval leaves: 0.62 [0.55, 0.69]."""
+    if not all(map(math.isfinite, (mean, low, high))):
+        return f"{_not_finite(mean) if not math.isfinite(mean) else _minus(f'{mean:.3g}')} [?, ?]"
+    decimals = min(_decimals((high - low) / (2 * 1.96)), 6)
+    mean_text, *ends = (_minus(f"{value:.{decimals}f}") for value in (mean, low, high))
     return f"{mean_text} [{', '.join(ends)}]"
 
 

@@ -1,13 +1,14 @@
-"""The lab's figures: curves with bands, computed bounds and points, on linear and logarithmic axes."""
+"""Figures: curves with bands, computed bounds and points, on linear and logarithmic axes; as SVG, PNG and data."""
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .drawing import COLORS, LINE_HEIGHT, MUTED, Draw, accent, draw_png, draw_svg, label_ends
+from .drawing import COLORS, LINE_HEIGHT, MUTED, Draw, accent, draw_png, draw_svg, label_ends, label_points
 from .numbers import format_number
 from .shown import Curve, Panel, Scale
 
@@ -15,11 +16,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-__all__ = ["Look", "drawn_points", "left_out", "log_ticks", "looks", "panel_png", "panel_svg"]
+__all__ = [
+    "Look",
+    "drawn_points",
+    "left_out",
+    "log_ticks",
+    "looks",
+    "numbered_look",
+    "panel_data",
+    "panel_png",
+    "panel_svg",
+]
 
 _DASHED = (0, (4, 3))
 _CYCLES = [("-", "o"), ((0, (1, 1.4)), "s"), ((0, (6, 1.5, 1, 1.5)), "^")]  # line and marker, a set per COLORS curves
 _LABEL_WIDTH = 18  # characters, then a label goes on in its next line
+_MANY = 30  # points of a series; more are drawn small
 
 
 class Look(NamedTuple):
@@ -43,14 +55,14 @@ def looks(panels: Sequence[Panel]) -> list[dict[str, Look]]:
 
 def _looks(curves: Sequence[Curve]) -> dict[str, Look]:
     lines = list(dict.fromkeys(curve.label for curve in curves if curve.kind == "line"))
-    found = {label: _next_look(number) for number, label in enumerate(lines)}
+    found = {label: numbered_look(number) for number, label in enumerate(lines)}
     own = len(found)
     for curve in curves:
         if curve.label in found:
             continue
         line = max((line for line in lines if curve.label.startswith(f"{line} ")), key=len, default=None)
         if line is None and curve.kind == "points":
-            found[curve.label] = _next_look(own)
+            found[curve.label] = numbered_look(own)
             own += 1
         else:
             found[curve.label] = Look(MUTED) if line is None else found[line]
@@ -87,6 +99,34 @@ def panel_png(panel: Panel, look: Mapping[str, Look]) -> bytes:
     return draw_png(draw, title=title, width=6.4, height=height) if _any_drawn(panel) else b""
 
 
+def panel_data(panel: Panel, look: Mapping[str, Look]) -> str:
+    """The figure as JSON, for the page's script to draw: what can be drawn of each curve, and its look."""
+
+    def rounded(values: Sequence[float]) -> list[float | None]:
+        return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]
+
+    def data(curve: Curve) -> dict[str, Any]:
+        chosen = drawn_points(panel, curve)
+        numbers = {name: getattr(curve, name) for name in ("x", "y", "low", "high", "x_low", "x_high")}
+        parts: dict[str, Any] = {
+            name: rounded([values[i] for i in chosen]) for name, values in numbers.items() if values
+        }
+        if curve.notes:
+            parts["notes"] = [curve.notes[i] for i in chosen]
+        one = look[curve.label]
+        return {"label": curve.label, "kind": curve.kind, "color": one.color, "cycle": one.cycle, **parts}
+
+    about = {"title": panel.title, "x": panel.x, "y": panel.y, "x_scale": panel.x_scale, "y_scale": panel.y_scale}
+    limits = {"x_limits": panel.x_limits, "y_limits": panel.y_limits, "whole": _whole(panel), "direct": panel.direct}
+    curves = [data(curve) for curve in panel.curves if drawn_points(panel, curve)]
+    return json.dumps({**about, **limits, "curves": curves}, ensure_ascii=False, separators=(",", ":"))
+
+
+def _whole(panel: Panel) -> bool:
+    """Whether the horizontal axis counts something."""
+    return all(x.is_integer() for curve in panel.curves for x in curve.x if math.isfinite(x))
+
+
 def _drawing(panel: Panel, look: Mapping[str, Look]) -> tuple[Draw, float]:
     """The function that draws the panel, and the height that its labels need, in inches."""
 
@@ -100,15 +140,20 @@ def _drawing(panel: Panel, look: Mapping[str, Look]) -> tuple[Draw, float]:
         axes.grid(axis="y")
         axes.set_xlabel(panel.x)
         axes.set_title(textwrap.fill(panel.y, 62), loc="left", color=colors[MUTED], fontsize=11)
-        _ticks(axes.xaxis, panel.x_scale, axes.get_xlim())
+        axes.set(xlim=panel.x_limits, ylim=panel.y_limits)
+        _ticks(axes.xaxis, panel.x_scale, axes.get_xlim(), whole=_whole(panel))
         _ticks(axes.yaxis, panel.y_scale, axes.get_ylim())
         ends = {}
         for curve in panel.curves:
             points = drawn_points(panel, curve)
             if points and curve.label not in ends:
                 end = max(points, key=lambda i: curve.x[i])
-                ends[curve.label] = (curve.y[end], _wrapped(curve.label), colors[look[curve.label].color])
-        label_ends(axes, list(ends.values()), thin=colors[MUTED])
+                ends[curve.label] = (curve.x[end], curve.y[end], curve.label, colors[look[curve.label].color])
+        if panel.direct:
+            label_points(axes, list(ends.values()), thin=colors[MUTED])
+        else:
+            places = [(y, _wrapped(label), color) for _, y, label, color in ends.values()]
+            label_ends(axes, places, thin=colors[MUTED])
 
     lines = sum(_wrapped(label).count("\n") + 1 for label in {curve.label for curve in panel.curves})
     return draw, max(3.7, 1.0 + LINE_HEIGHT * lines)
@@ -120,6 +165,15 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: Look, colors: Mapp
         return
     color, (style, marker) = colors[look.color], _CYCLES[look.cycle]
     x, y = [curve.x[i] for i in points], [curve.y[i] for i in points]
+    if curve.kind == "hollow":
+        axes.plot(x, y, linestyle="", marker=marker, markersize=5, color=color, fillstyle="none", alpha=0.8)
+        return
+    if curve.kind == "points":
+        errors = _errors(curve.y, curve.low, curve.high, points), _errors(curve.x, curve.x_low, curve.x_high, points)
+        many = len(points) > _MANY
+        style = {"marker": marker, "markersize": 3 if many else 6, "alpha": 0.55 if many else 1.0, "markeredgewidth": 0}
+        axes.errorbar(x, y, *errors, linestyle="", elinewidth=1.1, color=color, **style)
+        return
     if curve.low:
         floor = min((v for v in (*curve.low, *y) if _fits(v, panel.y_scale)), default=0.0)
         band = [i for i in points if math.isfinite(curve.low[i]) and _fits(curve.high[i], panel.y_scale)]
@@ -127,9 +181,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: Look, colors: Mapp
         axes.fill_between(
             [curve.x[i] for i in band], low, [curve.high[i] for i in band], color=color, alpha=0.15, linewidth=0
         )
-    if curve.kind == "points":
-        axes.plot(x, y, linestyle="", marker=marker, markersize=5, color=color)
-    elif curve.kind == "bound" and len(x) == 1:
+    if curve.kind == "bound" and len(x) == 1:
         axes.axhline(y[0], linestyle=_DASHED, linewidth=1.3, color=color)
     elif curve.kind == "bound":
         axes.plot(x, y, linestyle=_DASHED, linewidth=1.3, color=color)
@@ -137,12 +189,22 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: Look, colors: Mapp
         axes.plot(x, y, linestyle=style, marker=marker if look.cycle or len(x) == 1 else "", markersize=4, color=color)
 
 
-def _ticks(axis: Axis, scale: Scale, limits: tuple[float, float]) -> None:
+def _errors(
+    values: Sequence[float], low: Sequence[float], high: Sequence[float], points: Sequence[int]
+) -> list[list[float]] | None:
+    """How far the ends of the points' intervals lie below and above; 0 where an end is not finite."""
+    if not low:
+        return None
+    reach = [[values[i] - low[i] for i in points], [high[i] - values[i] for i in points]]
+    return [[max(0.0, distance) if math.isfinite(distance) else 0.0 for distance in side] for side in reach]
+
+
+def _ticks(axis: Axis, scale: Scale, limits: tuple[float, float], *, whole: bool = False) -> None:
     """At most seven ticks with their numbers written out: round ones, or powers of ten."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
     if scale == "linear":
-        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_locator(MaxNLocator(6, integer=whole, steps=[1, 2, 5, 10] if whole else [1, 2, 2.5, 5, 10]))
         return
     axis.set_major_locator(FixedLocator(log_ticks(*limits)))
     axis.set_minor_locator(NullLocator())
@@ -162,7 +224,8 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low, high) if low <= tick <= high]
 
 
-def _next_look(number: int) -> Look:
+def numbered_look(number: int) -> Look:
+    """The look of a series by its number from 0: a colour of its own, then the colours again with another line."""
     return Look(accent(number), number // COLORS % len(_CYCLES))
 
 

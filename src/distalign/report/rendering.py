@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,8 @@ __all__ = ["ASSETS", "as_yaml", "render"]
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-def render(template: str, context: dict[str, Any]) -> str:
-    """The page that a template of `assets` makes of the context."""
+def render(template: str, context: dict[str, Any], script: str = "") -> str:
+    """The page that a template of `assets` makes of the context, with one script of `assets`: no other may run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -23,7 +25,10 @@ def render(template: str, context: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(context)
+    code = (ASSETS / script).read_text(encoding="utf-8") if script else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    own = {"script": code, "script_source": f"'sha256-{digest}'" if script else "'none'"}
+    return environment.get_template(template).render(context | own)
 
 
 def as_yaml(value: Any) -> str:

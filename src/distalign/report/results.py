@@ -12,10 +12,23 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from distalign.errors import InputError
 
-__all__ = ["REFERENCE", "TARGET", "Bin", "Column", "Difference", "Measure", "ReportError", "Results", "Sample"]
+__all__ = [
+    "REFERENCE",
+    "TARGET",
+    "Bin",
+    "Column",
+    "Difference",
+    "Frontier",
+    "Measure",
+    "Number",
+    "ReportError",
+    "Results",
+    "Sample",
+]
 
 Model = TypeVar("Model", bound=BaseModel)
 
+REMEDY = "run the comparison again"
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
 
 
@@ -31,8 +44,11 @@ class _Measure(BaseModel):
 
 def _measure(value: Any) -> Any:
     """A bare number is a mean without an error; null is a number that could not be computed."""
+    if isinstance(value, BaseModel):
+        return value
     if isinstance(value, dict):
-        return {key: math.nan if part is None and key != "n" else part for key, part in value.items()}
+        named = {"mean" if key == "value" else key: part for key, part in value.items()}
+        return {key: math.nan if part is None and key != "n" else part for key, part in named.items()}
     return {"mean": math.nan if value is None else value}
 
 
@@ -48,8 +64,10 @@ class _Difference(BaseModel):
         return self.low > 0 or self.high < 0
 
 
+# null is a number that could not be computed.
 # A mean with its standard error and count (metrics.Estimate), and a paired difference against the reference with its
 # 95 % interval (metrics.Interval) and count.
+Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 Measure = Annotated[_Measure, BeforeValidator(_measure)]
 Difference = Annotated[_Difference, BeforeValidator(_measure)]
 
@@ -72,8 +90,56 @@ class Column(BaseModel):
     about: str = ""
 
 
+class WinRates(BaseModel):
+    """P(a preferred to b) by `matrix[a][b]`, and by whose judgement."""
+
+    judge: str = ""
+    matrix: dict[str, dict[str, Measure]] = {}
+
+
+class Significance(BaseModel):
+    """p-values against the reference, as found and corrected for their number by Holm's method, and their stars."""
+
+    p: Number = math.nan
+    holm: Number = math.nan
+    stars: str = ""
+
+
+class Answer(BaseModel):
+    """Length and reward of one response."""
+
+    length: float
+    reward: Number
+
+
+class Predicted(BaseModel):
+    """What an optimum will have, predicted from samples of the reference: reward and KL with their bands."""
+
+    beta: float
+    gamma: float
+    reward: Difference
+    kl: Difference
+    ess: Number = math.nan
+    trusted: bool = True
+
+
+class BestOf(BaseModel):
+    """The best of n responses of the reference: its reward, and at most how far its policy is."""
+
+    n: int
+    reward: Difference
+    kl_bound: float
+
+
+class Frontier(BaseModel):
+    """Predicted optima and best-of-n."""
+
+    points: list[Predicted] = []
+    best_of: list[BestOf] = []
+
+
 class Results(BaseModel):
-    """results.json of a comparison; everything but the columns and the methods may be missing."""
+    """results.json of a comparison or an evaluation; everything but the columns and the methods may be missing."""
 
     name: str = ""
     title: str = ""
@@ -86,6 +152,12 @@ class Results(BaseModel):
     curves: dict[str, list[dict[str, Measure]]] = {}
     kept_step: dict[str, list[int]] = {}
     calibration: dict[str, list[Bin]] = {}
+    significance: dict[str, dict[str, Significance]] = {}
+    win_rates: WinRates = WinRates()
+    ratings: dict[str, Difference] = {}
+    length_controlled: dict[str, Difference] = {}
+    points: dict[str, list[Answer]] = {}
+    frontier: Frontier = Frontier()
     pairs: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     environment: dict[str, Any] = {}
@@ -95,7 +167,7 @@ class Results(BaseModel):
     @classmethod
     def parse(cls, content: Any, where: str = "results") -> Results:
         """Check the content of results.json; raises ReportError with the path of the first value that is wrong."""
-        return _checked(cls, content, where, "run the comparison again")
+        return _checked(cls, content, where, REMEDY)
 
     @property
     def trained(self) -> list[str]:
@@ -118,7 +190,7 @@ class Sample(NamedTuple):
 
 def read_results(path: Path) -> Results:
     """Read results.json. Raises ReportError if it does not parse or lacks something."""
-    return read_json(path, Results, "run the comparison again")
+    return read_json(path, Results, REMEDY)
 
 
 def read_json(path: Path, model: type[Model], remedy: str) -> Model:

@@ -2,41 +2,55 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-from .results import read_json
+from .results import Number, read_json
 
 __all__ = ["Claim", "Curve", "Measured", "Panel", "Shown", "Table", "read_lab"]
 
 Scale = Literal["linear", "log"]
-# null is a number that could not be computed.
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class Curve(BaseModel):
-    """A series of a figure; "line" joined, "bound" computed and dashed, "points" markers alone."""
+    """A series of a figure; "line" joined, "bound" computed and dashed, "points" markers, "hollow" doubtful ones.
+
+    `low` and `high` are the interval of y: a band around a line, bars at points; `x_low` and `x_high` that of x, for
+    points. `notes` say more about each point.
+    """
 
     label: str
     x: list[Number]
     y: list[Number]
     low: list[Number] = []
     high: list[Number] = []
-    kind: Literal["line", "bound", "points"] = "line"
+    x_low: list[Number] = []
+    x_high: list[Number] = []
+    notes: list[str] = []
+    kind: Literal["line", "bound", "points", "hollow"] = "line"
 
     @model_validator(mode="after")
     def _one_length(self) -> Curve:
         lengths = {"x": len(self.x), "y": len(self.y), "low": len(self.low), "high": len(self.high)}
-        if lengths["x"] != lengths["y"] or {lengths["low"], lengths["high"]} not in ({0}, {lengths["x"]}):
-            raise ValueError(f"a curve needs as many x as y, and as many low and high or none; it has {lengths}")
+        lengths |= {"x_low": len(self.x_low), "x_high": len(self.x_high), "notes": len(self.notes)}
+        n = lengths["x"]
+        if lengths["y"] != n or any(
+            {lengths[one], lengths[other]} not in ({0}, {n})
+            for one, other in (("low", "high"), ("x_low", "x_high"), ("notes", "notes"))
+        ):
+            raise ValueError(
+                f"a curve needs as many x as y, and as many low and high (of x too) and notes or none; it has {lengths}"
+            )
         return self
 
 
 class Panel(BaseModel):
-    """A figure: its title, a sentence about it, the names of its axes and their scales, its curves."""
+    """A figure: its title, a sentence about it, the names of its axes, their scales and limits, its curves.
+
+    Labels stand right of the plot, or where `direct` beside the points that they name.
+    """
 
     title: str
     about: str
@@ -45,6 +59,9 @@ class Panel(BaseModel):
     curves: list[Curve]
     x_scale: Scale = "log"
     y_scale: Scale = "log"
+    x_limits: tuple[float, float] | None = None
+    y_limits: tuple[float, float] | None = None
+    direct: bool = False
 
 
 class Table(BaseModel):
