@@ -271,3 +271,38 @@ def test_calibrate_finds_a_gamma(place, monkeypatch, capsys):
     found = json.loads((place / "c.json").read_text(encoding="utf-8"))
     assert found["gamma"]["low"] <= found["gamma"]["mean"] <= found["gamma"]["high"]
     assert "γ (95 %)" in capsys.readouterr().out
+
+
+def test_the_frontier_is_predicted_from_the_references_responses(place, monkeypatch, capsys, results):
+    """distalign frontier RECIPE: points with bands, kept responses, and a place in the next evaluation's results."""
+    words = [str(place / "all.yaml"), "--samples", "64", "--betas", "0.5,2", "--gammas", "0,0.5", "--kl-budget", "9"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["distalign", "frontier", *words, "--json", str(place / "f.json")])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code
+        monkeypatch.setattr("distalign.evaluate.forecast.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
+    found = json.loads((place / "f.json").read_text(encoding="utf-8"))
+    assert {(p["beta"], p["gamma"]) for p in found["points"]} == {(0.5, 0.0), (0.5, 0.5), (2.0, 0.0), (2.0, 0.5)}
+    for point in found["points"]:
+        assert point["kl"]["low"] <= point["kl"]["value"] <= point["kl"]["high"]
+    assert "Predicted from 64 samples" in capsys.readouterr().out
+    assert evaluate(settings(place))["frontier"]["samples"] == 64
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--set", "reward=[]"), "a frontier is of a reward"),
+        (("--betas", "a,b"), "--betas a,b: not numbers"),
+        (("--betas", "0", "--gammas", "0"), "frontier: "),
+        (("--kl-budget", "1e-9"), "no point with a KL within"),
+    ],
+)
+def test_a_frontier_that_cannot_be_is_refused(words, message, place, monkeypatch, capsys):
+    """Exit code 2 and what to do."""
+    monkeypatch.setattr(sys, "argv", ["distalign", "frontier", str(place / "all.yaml"), "--samples", "16", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "experiment": BELOW_DOING | {"trainer", "rounds", "measure", "bench", "card", "health"},
     "comparison": BELOW_DOING | {"facts", "trainer", "measure", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
-    "evaluate": BELOW_DOING | {"facts", "judge", "health", "measure", "bench", "card", "comparison", "calibrate"},
+    "evaluate": BELOW_DOING | {"facts", "judge", "health", "measure", "bench", "card", "comparison", "calibrate", "frontier"},
     "calibrate": MATHEMATICS,
     "frontier": MATHEMATICS,
     "lab": DISPLAY | MATHEMATICS | {"methods"},

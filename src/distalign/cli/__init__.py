@@ -11,7 +11,7 @@ import typer
 
 from distalign.cli.lab import lab
 from distalign.cli.looking import data_check, env, list_methods, report
-from distalign.cli.measuring import calibrate, evaluate
+from distalign.cli.measuring import calibrate, evaluate, frontier
 from distalign.cli.training import compare, reward, train
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
 data_app.command("check")(data_check)
 app.add_typer(data_app, name="data")
-for command in (train, reward, compare, evaluate, calibrate, report, lab, env):
+for command in (train, reward, compare, evaluate, frontier, calibrate, report, lab, env):
     app.command()(command)
 app.command("methods")(list_methods)
 

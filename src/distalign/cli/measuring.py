@@ -14,6 +14,7 @@ from distalign.cli.shared import (
     print_rich,
     print_table,
     quiet,
+    refuse,
     write_json,
 )
 
@@ -56,6 +57,53 @@ def evaluate(
 
 def _cell(estimate: dict[str, float] | None) -> str:
     return "–" if estimate is None else f"{estimate['mean']:.3f} ± {estimate['se']:.3f}"
+
+
+def frontier(
+    recipe: Annotated[Path, typer.Argument(help="The settings of an evaluation, with a reward.", metavar="RECIPE")],
+    samples: Annotated[int, typer.Option(help="Responses of the reference to each prompt.", min=2)] = 64,
+    betas: Annotated[
+        str | None, typer.Option(help="KL weights, with commas; chosen by the rewards if not given.")
+    ] = None,
+    gammas: Annotated[str | None, typer.Option(help="Entropy weights, with commas; 0 is RLHF.")] = None,
+    kl_budget: Annotated[float | None, typer.Option(help="Recommend within this KL, in nats per response.")] = None,
+    set_: SetOption = None,
+    model: Annotated[str | None, typer.Option(help="Another reference: a folder, a hub id or a .gguf file.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompts to answer: a file, a folder or a hub id.")] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Predict reward, KL and entropy of each (β, γ) before training, from responses of the reference."""
+    import json
+
+    check_path(json_path)
+    flags = {"model": model, "prompts": prompts}
+    extra = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value]
+    weights, entropies = _numbers("--betas", betas), _numbers("--gammas", gammas)
+    quiet()
+    from distalign.evaluate import forecast, load_evaluation
+
+    settings = load_evaluation(recipe, [*extra, f"samples={samples}", *(set_ or [])], [])
+    try:
+        found = forecast(settings, betas=weights, gammas=entropies)
+    except ValueError as error:
+        refuse(f"frontier: {error}")
+    print_rich(found.table())
+    write_json(json_path, found.to_json())
+    print(f"frontier: {settings.run_dir / 'frontier.json'}")
+    if kl_budget is not None:
+        try:
+            print(found.recommend(kl_budget))
+        except ValueError as error:
+            refuse(f"--kl-budget {kl_budget:g}: {error}")
+
+
+def _numbers(option: str, text: str | None) -> list[float] | None:
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        refuse(f"{option} {text}: not numbers; write them with commas, as 0.1,0.5,2")
 
 
 def calibrate(

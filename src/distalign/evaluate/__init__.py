@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from distalign.evaluate.forecast import forecast
 from distalign.evaluate.run import evaluate
 from distalign.evaluate.settings import Evaluation, load_evaluation
 
-__all__ = ["Evaluation", "evaluate", "load_evaluation"]
+__all__ = ["Evaluation", "evaluate", "forecast", "load_evaluation"]

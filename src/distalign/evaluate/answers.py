@@ -127,7 +127,7 @@ def draw_answers(
         )
         assert found.step_entropy is not None
         assert found.step_kl is not None
-        scores = {"entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
+        scores = {"logps": found.logps, "entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
         scores = {key: values.double().cpu() for key, values in scores.items()}
     pair_logps = torch.zeros(0, 2, dtype=torch.float64)
     if pairs:
@@ -154,5 +154,5 @@ def score_answers(
             progress=advance,
         )
     for one, scores in zip(waiting, found, strict=True):
-        one.scores = {"entropy": scores.entropy, "kl": scores.kl}
+        one.scores = {"logps": scores.logps, "entropy": scores.entropy, "kl": scores.kl}
         one.drawn = None

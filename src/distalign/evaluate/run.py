@@ -49,7 +49,7 @@ _TESTED = ("reward", "win_rate", "entropy", "length", "accuracy", "nll")
 
 
 @dataclass
-class _Bench:
+class Bench:
     """What all policies are measured on."""
 
     settings: Evaluation
@@ -81,15 +81,13 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     What a policy gave is kept in its folder: evaluated again with the same weights, prompts and settings it is not run.
     `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can.
     """
-    bench = _prepare(settings, target)
+    bench = prepare(settings, target)
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     settings.dump(settings.run_dir / "recipe.yaml")
-    bench.base = _load(bench, bench.sources["reference"])
-    if settings.target is not None:
-        bench.target = (target or _tilt(settings)).model(bench.base, bench.tokenizer)
+    load_base(bench, target)
     answers = _answers(bench)
     measured = {name: _measured(bench, one, answers["reference"]) for name, one in answers.items()}
-    reward = _reward(bench)
+    reward = reward_of(bench)
     if reward is not None:
         for one in measured.values():
             measure_rewards(one, reward, bench.prompts)
@@ -101,7 +99,7 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     return results
 
 
-def _prepare(settings: Evaluation, target: Target | None) -> _Bench:
+def prepare(settings: Evaluation, target: Target | None) -> Bench:
     """Everything that can be read, and refused, before any weights are loaded."""
     trust = settings.trust_remote_code
     sources = {"reference": find_model(settings.model, trust_remote_code=trust)}
@@ -130,7 +128,7 @@ def _prepare(settings: Evaluation, target: Target | None) -> _Bench:
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
     _check_room(settings, sources, distinct)
-    return _Bench(
+    return Bench(
         settings=settings,
         sources=sources,
         tokenizer=tokenizer,
@@ -163,17 +161,21 @@ def _check_room(settings: Evaluation, sources: Mapping[str, Source], prompts: Se
             )
 
 
-def _load(bench: _Bench, source: Source) -> Any:
+def load_base(bench: Bench, target: Target | None) -> None:
+    """Load the reference, and make the known target of it if there is one."""
+    settings = bench.settings
+    bench.base = _load(bench, bench.sources["reference"])
+    if settings.target is not None:
+        tilt = Tilt(tuple(settings.target.words), settings.target.bonus, settings.target.end_bonus)
+        bench.target = (target or tilt).model(bench.base, bench.tokenizer)
+
+
+def _load(bench: Bench, source: Source) -> Any:
     model: Any = source.model(bench.settings.dtype)
     return model.to(TrainingArguments(output_dir="unused").device).requires_grad_(False)
 
 
-def _tilt(settings: Evaluation) -> Target:
-    assert settings.target is not None
-    return Tilt(tuple(settings.target.words), settings.target.bonus, settings.target.end_bonus)
-
-
-def _answers(bench: _Bench) -> dict[str, Answers]:
+def _answers(bench: Bench) -> dict[str, Answers]:
     """Of every policy, from its folder or drawn now; scored against the reference in one pass for all."""
     settings, folder = bench.settings, bench.settings.run_dir / "policies"
     found: dict[str, Answers] = {}
@@ -209,7 +211,7 @@ def _answers(bench: _Bench) -> dict[str, Answers]:
     return found
 
 
-def _measured(bench: _Bench, answers: Answers, start: Answers) -> Measured:
+def _measured(bench: Bench, answers: Answers, start: Answers) -> Measured:
     """A policy's numbers, a value a prompt or a pair."""
     samples = bench.settings.samples
 
@@ -259,7 +261,7 @@ def _cross_fitted(answers: Answers, pairs: Sequence[EncodedPair]) -> Tensor:
     return scale
 
 
-def _target_logit(bench: _Bench) -> Tensor | None:
+def _target_logit(bench: Bench) -> Tensor | None:
     """γ Δ ln π* of the pairs, where the target is known."""
     if bench.target is None or bench.settings.target is None:
         return None
@@ -267,7 +269,8 @@ def _target_logit(bench: _Bench) -> Tensor | None:
     return bench.settings.target.gamma * (logps[:, 0] - logps[:, 1])
 
 
-def _reward(bench: _Bench) -> Reward | None:
+def reward_of(bench: Bench) -> Reward | None:
+    """The settings' reward, None without one. Raises RewardError."""
     settings = bench.settings
     if not settings.reward:
         return None
@@ -281,7 +284,7 @@ def _reward(bench: _Bench) -> Reward | None:
     )
 
 
-def _standing(bench: _Bench, measured: Mapping[str, Measured], reward: Reward | None) -> dict[str, Any]:
+def _standing(bench: Bench, measured: Mapping[str, Measured], reward: Reward | None) -> dict[str, Any]:
     """Win rates by the judge, by default the target's own preference."""
     settings = bench.settings
     judged_by = settings.judge
@@ -314,7 +317,7 @@ def _standing(bench: _Bench, measured: Mapping[str, Measured], reward: Reward | 
     return found
 
 
-def _results(bench: _Bench, measured: Mapping[str, Measured], standing: dict[str, Any]) -> dict[str, Any]:
+def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str, Any]) -> dict[str, Any]:
     settings, start = bench.settings, measured["reference"]
     others = [name for name in measured if name != "reference"]
     return {
@@ -334,12 +337,19 @@ def _results(bench: _Bench, measured: Mapping[str, Measured], standing: dict[str
         },
         "points": {name: _points(one) for name, one in measured.items()},
         **standing,
+        **_forecast(settings),
         "pairs": bench.facts,
         "settings": settings.model_dump(mode="json"),
         "environment": environment(),
         "seconds": bench.seconds,
         "citation": CITATION,
     }
+
+
+def _forecast(settings: Evaluation) -> dict[str, Any]:
+    """The frontier that was predicted in the same folder, for the report."""
+    path = settings.run_dir / "frontier.json"
+    return {"frontier": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
 def _significance(others: Mapping[str, Measured], start: Measured, seed: int) -> dict[str, Any]:
@@ -371,7 +381,7 @@ def _points(measured: Measured) -> list[dict[str, Any]]:
     return [{"prompt": i, "length": a, "reward": b} for i, (a, b) in enumerate(zip(lengths, rewards, strict=True))]
 
 
-def _write_samples(bench: _Bench, measured: Mapping[str, Measured]) -> None:
+def _write_samples(bench: Bench, measured: Mapping[str, Measured]) -> None:
     with (bench.settings.run_dir / "samples.jsonl").open("w", encoding="utf-8") as file:
         for index, text in enumerate(bench.texts):
             responses = {

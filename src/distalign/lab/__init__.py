@@ -11,10 +11,14 @@ from typing import Any
 from distalign.lab.classes import Classes
 from distalign.lab.coverage import Coverage
 from distalign.lab.degeneracy import Degeneracy
+from distalign.lab.estimators import Estimators
 from distalign.lab.experiment import Experiment, configure, measure
 from distalign.lab.figure1 import Figure1
 from distalign.lab.gamma import Gamma
+from distalign.lab.sequences import Sequences
 
 __all__ = ["EXPERIMENTS", "Experiment", "configure", "measure"]
 
-EXPERIMENTS: dict[str, type[Any]] = {one.name: one for one in (Figure1, Classes, Coverage, Degeneracy, Gamma)}
+EXPERIMENTS: dict[str, type[Any]] = {
+    one.name: one for one in (Figure1, Classes, Coverage, Degeneracy, Gamma, Estimators, Sequences)
+}
