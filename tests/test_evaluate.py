@@ -281,7 +281,7 @@ def test_the_frontier_is_predicted_from_the_references_responses(place, monkeypa
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert not stop.value.code
-        monkeypatch.setattr("distalign.evaluate.forecast.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
+        monkeypatch.setattr("distalign.evaluate.frontier.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
     found = json.loads((place / "f.json").read_text(encoding="utf-8"))
     assert {(p["beta"], p["gamma"]) for p in found["points"]} == {(0.5, 0.0), (0.5, 0.5), (2.0, 0.0), (2.0, 0.5)}
     for point in found["points"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distalign.evaluate.forecast import forecast
+from distalign.evaluate.frontier import forecast
 from distalign.evaluate.run import evaluate
 from distalign.evaluate.settings import Evaluation, load_evaluation
 
