@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +74,11 @@ def test_probabilities_of_all_responses_sum_to_one():
 
 def test_a_stacked_model_is_the_same_model_alone():
     """In value and gradient: models never mix."""
-    many = {name: weight.requires_grad_() for name, weight in double(models(3)).items()}
+    many: Any = {name: weight.requires_grad_() for name, weight in double(models(3)).items()}
     table = logps(many, SMALL)
     (table.square().sum((1, 2, 3)) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     for index in range(3):
-        alone = {name: weight.requires_grad_() for name, weight in double(take(many, [index])).items()}
+        alone: Any = {name: weight.requires_grad_() for name, weight in double(take(many, [index])).items()}
         single = logps(alone, SMALL)
         torch.testing.assert_close(single[0], table[index], rtol=0, atol=1e-12)
         (single.square().sum() * (index + 1)).backward()
@@ -100,15 +101,45 @@ def test_responses_are_drawn_with_their_probability():
         assert freedom > 20
 
 
-def every_response(method, world, table, rewards):
-    """What the method is given when each response is drawn once, [1, prompts, responses]."""
-    job = Job("every", method, draw_pairs(world, 512, SMALL, gamma=1.0), rewards)
-    count = len(SMALL.responses)
-    group = _Group(method, [0], [job], SMALL, Schedule(1, samples=count))
+def group_of(method, world, rewards, samples):
+    """One job as the training sees it, in float64."""
+    job = Job("one", method, draw_pairs(world, 512, SMALL, gamma=1.0), rewards)
+    group = _Group(method, [0], [job], SMALL, Schedule(1, samples=samples))
     group.rewards = None if group.rewards is None else rewards[None]
     group.reference = world.reference[None]
+    return group
+
+
+def every_response(method, world, table, rewards) -> Any:
+    """What the method is given when each response is drawn once, [1, prompts, responses]."""
+    count = len(SMALL.responses)
+    group = group_of(method, world, rewards, count)
     group.drawn = torch.arange(count).expand(1, 2, count)
     return group._samples(table, fresh=True)
+
+
+def test_a_method_is_given_what_was_drawn(worlds):
+    """Later in a round: rewards, and log-probabilities of three policies, of the same responses."""
+    rewards = torch.randn((2, len(SMALL.responses)), generator=generator(4), dtype=torch.float64)
+    drawing, now = (logps(double(models(1, seed=seed)), SMALL) for seed in (5, 6))
+    group = group_of(REBEL(beta=1.0), worlds[0], rewards, samples=10)
+    group._draw(drawing)
+    samples: Any = group._samples(now, fresh=False)
+    pairs: Any = group._in_pairs(samples)
+    assert len(set(group.drawn.flatten().tolist())) > 5
+
+    def of_drawn(values):
+        return values.gather(1, group.drawn[0]).reshape(-1, 2)
+
+    reference = SMALL.path_sums(worlds[0].reference)
+    torch.testing.assert_close(pairs.logps, of_drawn(SMALL.path_sums(now)[0]))
+    torch.testing.assert_close(pairs.behavior_logps, of_drawn(SMALL.path_sums(drawing)[0]))
+    torch.testing.assert_close(pairs.reference_logps, of_drawn(reference))
+    torch.testing.assert_close(pairs.rewards, of_drawn(rewards))
+    behavior = (samples.behavior_token_logps * samples.mask).sum(-1)
+    torch.testing.assert_close(behavior.view(-1, 2), pairs.behavior_logps)
+    assert samples.group.tolist() == [0] * 10 + [1] * 10
+    assert group._samples(now, fresh=True).behavior_token_logps is None
 
 
 def test_sampling_code_has_the_enumerated_gradient(worlds):

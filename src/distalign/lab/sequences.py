@@ -200,7 +200,7 @@ def _rows(jobs: Sequence[Job], policies: Float[Tensor, "models prompts responses
 
 
 def _row(data: Data, name: str, policy: Float[Tensor, "prompts responses"], **more: float) -> dict[str, Any]:
-    """One measurement: a policy in a world, at a number of pairs."""
+    """One measurement, in nats: a policy in a world, at a number of pairs; `seed` numbers the repetition."""
     world = data.world
     return {
         "world": world.kind,
