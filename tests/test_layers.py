@@ -53,9 +53,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": BELOW_DOING | {"health"},
     "bench": BELOW_DOING | {"measure", "rounds"},
     "experiment": BELOW_DOING | {"trainer", "rounds", "measure", "bench", "card", "health"},
-    "comparison": BELOW_DOING | {"facts", "trainer", "measure", "bench", "card", "experiment", "health"},
+    "finished": BELOW_DOING | {"measure"},
+    "comparison": BELOW_DOING | {"finished", "facts", "trainer", "measure", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,
-    "evaluate": BELOW_DOING | {"facts", "judge", "health", "measure", "bench", "card", "comparison", "calibrate", "frontier"},
+    "evaluate": BELOW_DOING
+    | {"facts", "judge", "health", "measure", "bench", "card", "comparison", "calibrate", "frontier"},
     "calibrate": MATHEMATICS,
     "frontier": MATHEMATICS,
     "lab": DISPLAY | MATHEMATICS | {"methods"},

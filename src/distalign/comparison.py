@@ -17,6 +17,7 @@ from distalign.engine import score_in_batches
 from distalign.errors import InputError
 from distalign.experiment import check, forget_results, reward_of, train_method
 from distalign.facts import environment, finite, plain
+from distalign.finished import Finished, load_finished, run_key, same_run
 from distalign.measure import (
     COLUMNS,
     Measured,
@@ -25,6 +26,7 @@ from distalign.measure import (
     measure_pairs,
     measure_rewards,
     measure_samples,
+    significance,
     summarise,
     win_probability,
 )
@@ -38,13 +40,19 @@ logger = logging.getLogger("distalign.comparison")
 
 
 def compare(
-    recipe: Recipe, methods: Sequence[str], seeds: Sequence[int], target: Target | None = None
+    recipe: Recipe,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    target: Target | None = None,
+    *,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Train several methods on the same pairs, measure them on held-out prompts, and write the run folder.
 
     Every seed draws its own pairs (where a known target makes them) and trains anew, in a subfolder if there are
     several. `target` stands in for the recipe's tilt of words, whose other settings (gamma, pairs, strengths) hold.
-    Returns what `results.json` holds.
+    `resume` goes on with a comparison that was stopped: what is done is not done again, a method in the middle goes on
+    from its last checkpoint, and what has other settings or data now starts over. Returns what `results.json` holds.
     """
     recipe = recipe.only(methods)
     check(recipe, methods)
@@ -61,7 +69,7 @@ def compare(
     for number, seed in enumerate(seeds, 1):
         bench = prepare(recipe, seed, measured=True, target=target)
         logger.info("pairs: %s", bench.facts)
-        _compare_seed(bench, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, extra)
+        _compare_seed(bench, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, extra, resume)
         if number == 1:
             _write_samples(root / "samples.jsonl", bench, runs)
         # After every seed: a run that is stopped keeps those that it has.
@@ -89,6 +97,7 @@ def _results(
             one: {other: plain(differences(runs[one], runs[other])) for other in methods if other != one}
             for one in methods
         },
+        "significance": significance({name: runs[name] for name in methods}, start, seed=recipe.seed),
         **extra,
         "calibration": {
             name: [row._asdict() for row in calibration(own)] for name, own in runs.items() if len(own[0].confidence)
@@ -106,7 +115,12 @@ def _results(
 
 
 def _compare_seed(
-    bench: Bench, methods: Sequence[str], folder: Path, runs: dict[str, list[Measured]], extra: dict[str, Any]
+    bench: Bench,
+    methods: Sequence[str],
+    folder: Path,
+    runs: dict[str, list[Measured]],
+    extra: dict[str, Any],
+    resume: bool,
 ) -> None:
     task = bench.task
     found: dict[str, Measured] = {}
@@ -126,25 +140,13 @@ def _compare_seed(
             del found["reference"].values["nll"]
             found["reference"].confidence = torch.zeros(0)
     if any(bench.recipe.method(name).needs.reward for name in methods):
-        reward_of(bench, folder / "reward")
+        reward_of(bench, folder / "reward", keep=resume)
     for name in methods:
-        policy, trainer = train_method(bench, name, folder / name)
-        _note_training(trainer, name, bench.seed, extra)
-        started = time.monotonic()
-        with progress(f"measure {name}", 1) as advance:
-            found[name] = measure_samples(policy.model, task, reference=bench.base)
-            if bench.held:
-                pairs, method = trainer.held_out(bench.held), trainer.method
-                measure_pairs(
-                    found[name],
-                    pairs.logps,
-                    task.pairs,
-                    lambda logps, method=method, pairs=pairs: method.implied_reward(logps, pairs.reference_logps),
-                    task.target_logit,
-                )
-            advance(1)
-        bench.seconds[f"measure {name}"] = time.monotonic() - started
-        del policy, trainer
+        one = _finish(bench, name, folder / name, resume)
+        extra["curves"].setdefault(name, []).extend(one.curve)
+        extra["kept_step"].setdefault(name, []).append(one.kept_step)
+        bench.seconds |= one.seconds
+        found[name] = one.measured
     for name, measured in found.items():
         if bench.reward is not None:
             try:
@@ -159,6 +161,34 @@ def _compare_seed(
         extra["seconds"][key] = extra["seconds"].get(key, 0.0) + value
 
 
+def _finish(bench: Bench, name: str, folder: Path, resume: bool) -> Finished:
+    """One method, trained and measured; from its record, or on from its checkpoint, where that is allowed."""
+    task = bench.task
+    key = run_key(bench.recipe, name, bench.seed, [*bench.train, *bench.held], list(task.prompts))
+    kept = load_finished(folder, key, bench.held) if resume else None
+    if kept is not None:
+        logger.info("%s, seed %d: done before", name, bench.seed)
+        return kept
+    policy, trainer = train_method(bench, name, folder, resume=resume and same_run(bench.recipe, name, folder))
+    started = time.monotonic()
+    with progress(f"measure {name}", 1) as advance:
+        measured = measure_samples(policy.model, task, reference=bench.base)
+        if bench.held:
+            pairs, method = trainer.held_out(bench.held), trainer.method
+            measure_pairs(
+                measured,
+                pairs.logps,
+                task.pairs,
+                lambda logps: method.implied_reward(logps, pairs.reference_logps),
+                task.target_logit,
+            )
+        advance(1)
+    seconds = {name: bench.seconds[name], f"measure {name}": time.monotonic() - started}
+    one = Finished(measured, _curve(trainer, bench.seed), trainer.kept_step, seconds)
+    one.save(folder, key)
+    return one
+
+
 def _reference_logps(bench: Bench) -> torch.Tensor:
     """ln π₀ of the held-out pairs, remembered for the methods that need them."""
     missing = [pair for pair in bench.held if pair.key not in bench.reference_cache]
@@ -168,7 +198,9 @@ def _reference_logps(bench: Bench) -> torch.Tensor:
     return torch.stack([bench.reference_cache[pair.key] for pair in bench.held]) if bench.held else torch.zeros(0, 2)
 
 
-def _note_training(trainer: AlignmentTrainer, name: str, seed: int, extra: dict[str, Any]) -> None:
+def _curve(trainer: AlignmentTrainer, seed: int) -> list[dict[str, Any]]:
+    """The evaluations of a training run, a row a step."""
+    rows = []
     for row in trainer.state.log_history:
         if "eval_loss" not in row:
             continue
@@ -179,8 +211,8 @@ def _note_training(trainer: AlignmentTrainer, name: str, seed: int, extra: dict[
                 "se": row["eval_target/forward_kl_se"],
                 "n": int(row["eval_target/prompts"]),
             }
-        extra["curves"].setdefault(name, []).append(point)
-    extra["kept_step"].setdefault(name, []).append(trainer.kept_step)
+        rows.append(point)
+    return rows
 
 
 def _write_samples(path: Path, bench: Bench, runs: Mapping[str, Sequence[Measured]]) -> None:

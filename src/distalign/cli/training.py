@@ -82,6 +82,7 @@ def compare(
     set_: SetOption = None,
     model: ModelOption = None,
     data: DataOption = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a comparison that was stopped.")] = False,
     json_path: JsonOption = None,
     markdown: MarkdownOption = None,
 ) -> None:
@@ -103,7 +104,7 @@ def compare(
     from distalign.comparison import compare as run
     from distalign.report import results_table, write_report
 
-    results = run(settings, chosen, chosen_seeds)
+    results = run(settings, chosen, chosen_seeds, resume=resume)
     page = write_report(settings.run_dir)
     print_rich(results_table(results))
     for name, differences in results["paired"].items():

@@ -36,16 +36,21 @@ from distalign.evaluate.settings import Evaluation
 from distalign.evaluate.standing import all_opponents, judge_all, standings
 from distalign.facts import environment, finite, plain
 from distalign.judge import JudgeSettings, check_judge, make_judge
-from distalign.measure import COLUMNS, Measured, calibration, differences, measure_pairs, measure_rewards, summarise
-from distalign.metrics import holm, paired_p_value, significance_mark
+from distalign.measure import (
+    COLUMNS,
+    Measured,
+    calibration,
+    differences,
+    measure_pairs,
+    measure_rewards,
+    significance,
+    summarise,
+)
 from distalign.policy import Source, find_model
 from distalign.reward import Reward, check_rewards, make_reward
 from distalign.targets import Target, Tilt
 
 logger = logging.getLogger("distalign.evaluate")
-
-# What a policy is marked for, where it differs from the reference.
-_TESTED = ("reward", "win_rate", "entropy", "length", "accuracy", "nll")
 
 
 @dataclass
@@ -331,7 +336,7 @@ def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str,
             one: {other: plain(differences([measured[one]], [measured[other]])) for other in others if other != one}
             for one in others
         },
-        "significance": _significance({name: measured[name] for name in others}, start, settings.seed),
+        "significance": significance({name: [measured[name]] for name in others}, [start], seed=settings.seed),
         "calibration": {
             name: [row._asdict() for row in calibration([one])] for name, one in measured.items() if len(one.confidence)
         },
@@ -350,27 +355,6 @@ def _forecast(settings: Evaluation) -> dict[str, Any]:
     """The frontier that was predicted in the same folder, for the report."""
     path = settings.run_dir / "frontier.json"
     return {"frontier": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
-
-
-def _significance(others: Mapping[str, Measured], start: Measured, seed: int) -> dict[str, Any]:
-    """Paired bootstrap against the reference, adjusted (Holm) over all that is tested."""
-    tests = []
-    for name, one in others.items():
-        for key in _TESTED:
-            if key == "win_rate" and key in one.values:
-                values, baseline = one.values[key], torch.full_like(one.values[key], 0.5)
-            elif key in one.values and key in start.values:
-                values, baseline = one.values[key], start.values[key]
-            else:
-                continue
-            tests.append((name, key, paired_p_value(values, baseline, seed=seed)))
-    if not tests:
-        return {}
-    adjusted = holm(torch.tensor([p for *_, p in tests], dtype=torch.float64)).tolist()
-    found: dict[str, Any] = {}
-    for (name, key, p), corrected in zip(tests, adjusted, strict=True):
-        found.setdefault(name, {})[key] = {"p": p, "holm": corrected, "stars": significance_mark(corrected)}
-    return found
 
 
 def _points(measured: Measured) -> list[dict[str, Any]]:

@@ -1,0 +1,114 @@
+"""A comparison that was stopped goes on: nothing that is done is done again, and the numbers come out the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import tiny
+
+from distalign import cli, comparison, trainer
+from distalign.comparison import compare
+from distalign.recipe import load_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """The tiny recipe with its own folder."""
+    (tmp_path / "model").symlink_to(tiny_folder)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny.recipe_text(tmp_path, output_dir=str(tmp_path / "runs")))
+
+    def make(*overrides):
+        return load_recipe(path, overrides)
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The methods that are trained from now on, and whether each went on from a checkpoint."""
+    seen = []
+    real = comparison.train_method
+
+    def note(bench, name, folder, *, resume=False):
+        seen.append((bench.seed, name, resume))
+        return real(bench, name, folder, resume=resume)
+
+    monkeypatch.setattr(comparison, "train_method", note)
+    return seen
+
+
+def numbers(results):
+    """What must not depend on a stop in between."""
+    kept = ("methods", "paired", "curves", "kept_step", "calibration", "by_seed", "significance")
+    return json.loads(json.dumps({key: results[key] for key in kept}))
+
+
+def test_a_stopped_comparison_goes_on_and_ends_the_same(recipe, trained, monkeypatch):
+    """Stopped in the middle of the second method of the second seed, which goes on from its checkpoint."""
+    whole = compare(recipe("name=whole"), ["pmle", "dpo"], [0, 1])
+    trained.clear()
+    real, steps = trainer.AlignmentTrainer.training_step, []
+
+    def stop(self, *args, **more):
+        steps.append(None)
+        if len(trained) == 4 and self.state.global_step == self.state.max_steps - 1:
+            raise KeyboardInterrupt
+        return real(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.AlignmentTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1])
+    assert [(seed, name) for seed, name, _ in trained] == [(0, "pmle"), (0, "dpo"), (1, "pmle"), (1, "dpo")]
+    trained.clear()
+    again = compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1], resume=True)
+    assert trained == [(1, "dpo", True)]
+    assert numbers(again) == numbers(whole)
+    trained.clear()
+    assert numbers(compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
+    assert trained == []
+
+
+def test_what_has_changed_is_done_again(recipe, trained):
+    """Another setting of one method, other pairs, a torn record; and without --resume everything."""
+    compare(recipe(), ["pmle", "dpo"], [0])
+    trained.clear()
+    compare(recipe("methods.dpo.gamma=0.3"), ["pmle", "dpo"], [0], resume=True)
+    assert trained == [(0, "dpo", False)]
+    trained.clear()
+    compare(recipe("target.pairs=20"), ["pmle"], [0], resume=True)
+    assert trained == [(0, "pmle", False)]
+    trained.clear()
+    folder = recipe().run_dir
+    (folder / "pmle" / "finished.safetensors").write_bytes(b"torn")
+    compare(recipe("target.pairs=20"), ["pmle"], [0], resume=True)
+    assert [name for _, name, _ in trained] == ["pmle"]
+    trained.clear()
+    compare(recipe(), ["pmle", "dpo"], [0])
+    assert trained == [(0, "pmle", False), (0, "dpo", False)]
+
+
+def test_the_marks_are_of_all_methods_together(recipe):
+    """Holm's p is never below the bootstrap's own, and stars go by it."""
+    marks = compare(recipe(), ["pmle", "dpo"], [0])["significance"]
+    assert set(marks) == {"pmle", "dpo"}
+    for row in marks.values():
+        assert "forward_kl" in row
+        for mark in row.values():
+            assert mark["p"] <= mark["holm"] <= 1
+            assert (mark["stars"] != "") == (mark["holm"] < 0.05)
+
+
+def test_the_command_goes_on(recipe, trained, tmp_path, monkeypatch):
+    """distalign compare … --resume."""
+    compare(recipe(), ["pmle"], [0])
+    trained.clear()
+    words = ["compare", str(tmp_path / "tiny.yaml"), "--methods", "pmle", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["distalign", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert trained == []
