@@ -16,6 +16,7 @@ import torch
 
 from distalign import cli
 from distalign.experiment import check
+from distalign.lab import EXPERIMENTS
 from distalign.recipe import Recipe, load_recipe
 from distalign.targets import Target, make_pairs
 
@@ -63,6 +64,7 @@ def here(tmp_path, monkeypatch, tiny_folder):
     """A folder with the recipes, the data and the model that the commands name."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     tiny.write_pairs(tmp_path / "pairs.jsonl")
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -118,7 +120,26 @@ def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
         arguments += small(arguments[1], tiny_folder)
     elif arguments[0] == "report":
         arguments[1] = make_report(monkeypatch, tiny_folder)
+    elif arguments[0] in ("evaluate", "frontier"):
+        # Places of policies that earlier commands would have made.
+        arguments = [f"{word.split('=')[0]}={tiny_folder}" if "=runs/" in word else word for word in arguments]
+        fewer = ("limit=3", "max_new_tokens=4", "rows=8")
+        arguments += ["--model", str(tiny_folder), *(part for one in fewer for part in ("--set", one))]
+        arguments = without(arguments, "--samples", "--kl-budget")
+    elif arguments[0] == "calibrate":
+        arguments[1] = str(tiny_folder)
+    elif arguments[0] == "lab":
+        quick = {name: EXPERIMENTS[name] for name in ("gamma", "estimators")}
+        monkeypatch.setattr("distalign.lab.EXPERIMENTS", quick if "all" in arguments else EXPERIMENTS)
+        given = {"--seeds": "2", "--max-n": "2048"}
+        arguments = without(arguments, *given) + [part for pair in given.items() for part in pair]
     run(monkeypatch, arguments)
+
+
+def without(arguments: list[str], *options: str) -> list[str]:
+    """The arguments without some options and their values."""
+    dropped = {at + i for at, word in enumerate(arguments) if word in options for i in (0, 1)}
+    return [word for at, word in enumerate(arguments) if at not in dropped]
 
 
 def make_report(monkeypatch, tiny_folder: Path) -> str:
