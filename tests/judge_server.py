@@ -15,7 +15,7 @@ from typing import Any
 from distalign.judge import Comparison
 
 REASONS = {200: "OK", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found"}
-SLOW, CUT, MALFORMED = "slow", "cut", "malformed"
+SLOW, CUT, MALFORMED, DRIP = "slow", "cut", "malformed", "drip"
 
 
 def better(question: str) -> str:
@@ -31,12 +31,13 @@ def comparisons(n: int, start: int = 0) -> list[Comparison]:
     ]
 
 
-def faults(share: float, seed: int = 0) -> Callable[[str, int], Any]:
-    """Fails this share of the requests, each in one of five ways, at random."""
+def faults(share: float, seed: int = 0, slow: int = 1) -> Callable[[str, int], Any]:
+    """Fails this share of the requests at random: four ways of weight 4 each, and slow with its own."""
     source = random.Random(seed)
 
     def action(question: str, seen: int) -> Any:
-        return source.choice([429, 500, SLOW, CUT, MALFORMED]) if source.random() < share else 200
+        ways = source.choices([429, 500, CUT, MALFORMED, SLOW], [4, 4, 4, 4, slow])
+        return ways[0] if source.random() < share else 200
 
     return action
 
@@ -45,7 +46,7 @@ class Server:
     """Runs in a thread while it is used as a context manager.
 
     act(question, times it was asked) gives a status, a fault, or (status, headers, body); `answer` what a good
-    answer says. `asked` and `answered` count by body; a slow request is held for `hold` seconds and then dropped.
+    answer says. `asked` and `answered` count by body, `acted` by action; slow requests are dropped after `hold` s.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Server:
         self.act, self.answer, self.latency, self.hold, self.usage = act, answer, latency, hold, usage
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
+        self.acted: Counter[Any] = Counter()
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
         self.flying = self.most = 0
@@ -125,7 +127,14 @@ class Server:
         assert head.startswith("POST /v1/chat/completions ")
         question = json.loads(body)["messages"][-1]["content"]
         action = self.act(question, self.asked[body])
+        self.acted[action if isinstance(action, int | str) else action[0]] += 1
         await asyncio.sleep(self.latency)
+        if action == DRIP:
+            for byte in reply(200, {}, self._good(question)):
+                writer.write(bytes([byte]))
+                await writer.drain()
+                await asyncio.sleep(0.002)
+            return True
         if action == SLOW:
             await asyncio.sleep(self.hold)
             return False

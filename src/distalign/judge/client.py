@@ -89,7 +89,7 @@ class Client:
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else None,
             timeout=httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None),
-            limits=httpx.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
             trust_env=not settings.local,
         )
         return self
@@ -149,29 +149,44 @@ class Client:
     async def _send(self, body: bytes, where: str) -> Answer:
         """One attempt. Raises _Retry for what may pass, EndpointError for what will not."""
         settings = self.settings
-        request = self._http.post(settings.url, content=body, headers={"Content-Type": "application/json"})
         try:
-            response = await asyncio.wait_for(request, settings.timeout)
+            status, headers, content = await self._post(body)
         except httpx.ConnectTimeout:
             raise _Retry("timeout", f"no connection within {settings.connect_timeout:g} s") from None
-        except (asyncio.TimeoutError, httpx.TimeoutException):
+        except httpx.TimeoutException:
             raise _Retry("timeout", f"no answer within {settings.timeout:g} s") from None
         except httpx.RequestError as error:
             raise _Retry("connection", self._clean(f"{type(error).__name__} {error}")) from None
-        status, said = response.status_code, self._clean(response.text) or "no reason given"
-        if status >= 500 or (status in _BUSY and "insufficient_quota" not in response.text):
-            raise _Retry(f"HTTP {status}", said, _retry_after(response.headers.get("retry-after", "")))
-        if not response.is_success:
+        said = self._clean(content.decode(errors="replace")) or "no reason given"
+        if status >= 500 or (status in _BUSY and b"insufficient_quota" not in content):
+            raise _Retry(f"HTTP {status}", said, _retry_after(headers.get("retry-after", "")))
+        if status >= 300:
             advice = _ADVICE.get(status, "check url, model and account").format(
                 env=settings.api_key_env or "api_key_env"
             )
             raise EndpointError(f"judge {settings.url}: {where}: HTTP {status} ({said}); {advice}")
-        answer = self._answer(response.content)
+        answer = self._answer(content)
         if answer is None:
             raise _Retry("malformed", said)
         self.counts["answered"] += 1
         self.counts["tokens"] += answer.tokens
         return answer
+
+    async def _post(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers by lower-case name, and content.
+
+        The time is kept by httpx and here between the parts of an answer, never by cancelling the request: httpcore's
+        pool then loses the connection's place, and later requests wait for it in vain.
+        """
+        deadline = time.monotonic() + self.settings.timeout
+        headers = {"Content-Type": "application/json"}
+        async with self._http.stream("POST", self.settings.url, content=body, headers=headers) as response:
+            parts = []
+            async for part in response.aiter_bytes():
+                parts.append(part)
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer came too slowly")
+            return response.status_code, dict(response.headers), b"".join(parts)
 
     def _answer(self, content: bytes) -> Answer | None:
         """What the body says, None if it has not the form of an answer."""
