@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from .numbers import display_name, format_estimate, format_interval, format_seconds
-from .results import REFERENCE, Difference, Results
-from .tables import counts_text, heading, ordered_rows
+from .numbers import display_name, format_band, format_estimate, format_interval, format_seconds, rating_text
+from .results import REFERENCE, Column, Difference, Results
+from .tables import STARS, counts_text, heading, judged_rows, ordered_rows
 
 __all__ = ["results_markdown"]
 
@@ -22,6 +22,7 @@ def results_markdown(content: dict[str, Any], command: str = "") -> str:
     """The content of results.json as Markdown. `command` is what made it. Raises ReportError if it is no comparison."""
     results = Results.parse(content)
     parts = [f"# Results: {results.name}", _origin(results, command), _table(results)]
+    parts += [_win_rates(results), _standings(results)]
     if any(MAIN in row for row in results.paired.values()):
         parts += [_changes(results), _separations(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -44,10 +45,50 @@ def _table(results: Results) -> str:
     columns = results.filled_columns
     rows = [["", *(heading(column) for column in columns)]]
     for name in ordered_rows(results):
-        found = [results.methods[name].get(column.key) for column in columns]
-        rows.append([display_name(name), *("–" if m is None else format_estimate(m.mean, m.se) for m in found)])
+        rows.append([display_name(name), *(_cell(results, name, column) for column in columns)])
     about = [f"* {column.label}: {column.about}" for column in columns if column.about]
+    if any(one.stars for row in results.significance.values() for one in row.values()):
+        about.append(f"* Stars: {STARS}")
     return "\n".join([*_lines(rows), "", *about])
+
+
+def _cell(results: Results, name: str, column: Column) -> str:
+    measure = results.methods[name].get(column.key)
+    if measure is None:
+        return "–"
+    found = results.significance.get(name, {}).get(column.key)
+    stars = found.stars.replace("*", r"\*") if found else ""
+    return f"{format_estimate(measure.mean, measure.se)}{stars}"
+
+
+def _win_rates(results: Results) -> str:
+    matrix = results.win_rates.matrix
+    if not matrix:
+        return ""
+    names = judged_rows(results)
+    rows = [["P(row ≻ column)", *map(display_name, names)]]
+    for one in names:
+        found = [matrix.get(one, {}).get(other) for other in names]
+        rows.append([display_name(one), *("–" if m is None else format_estimate(m.mean, m.se) for m in found)])
+    judge = f"Judged by {results.win_rates.judge}; mean" if results.win_rates.judge else "Mean"
+    return "\n".join(["## Win rates", "", *_lines(rows), "", f"{judge} ± standard error."])
+
+
+def _standings(results: Results) -> str:
+    names = list(dict.fromkeys([*results.ratings, *results.length_controlled]))
+    if not names:
+        return ""
+    rows = [["", "Bradley–Terry rating, nats", "win rate against π₀ at equal length"]]
+    for name in names:
+        rating, controlled = results.ratings.get(name), results.length_controlled.get(name)
+        rows.append(
+            [
+                display_name(name),
+                rating_text(rating) if rating else "–",
+                format_band(controlled.mean, controlled.low, controlled.high) if controlled else "–",
+            ]
+        )
+    return "\n".join(["## Ratings", "", *_lines(rows), "", "With 95 % intervals; the reference is at 0."])
 
 
 def _changes(results: Results) -> str:
@@ -123,5 +164,8 @@ def _written(found: Difference) -> str:
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    def cell(text: str) -> str:
+        return " ".join(text.split()).replace("|", r"\|")
+
+    head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
     return [head, f"|{' --- |' * len(rows[0])}", *body]

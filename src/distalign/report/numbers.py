@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from .results import REFERENCE, TARGET, Column, Results
+from .results import REFERENCE, TARGET, Column, Difference, Results
 
 __all__ = [
     "Finding",
@@ -16,6 +16,7 @@ __all__ = [
     "format_interval",
     "format_number",
     "format_seconds",
+    "rating_text",
 ]
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -81,6 +82,12 @@ def format_band(mean: float, low: float, high: float) -> str:
     decimals = min(_decimals((high - low) / (2 * 1.96)), 6)
     mean_text, *ends = (_minus(f"{value:.{decimals}f}") for value in (mean, low, high))
     return f"{mean_text} [{', '.join(ends)}]"
+
+
+def rating_text(rating: Difference) -> str:
+    """A rating with its interval; the one that the others are measured against is 0 and has none."""
+    fixed = rating.mean == rating.low == rating.high == 0
+    return "0" if fixed else format_interval(rating.mean, rating.low, rating.high)
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,7 +12,7 @@ from .logs import Logs, curves_data, health_figures, training_figures
 from .numbers import display_name, findings, main_column, seeds_text, share_of_reference
 from .rendering import as_yaml, render
 from .results import ReportError, Results
-from .runs import Run, merged, merged_logs, merged_samples, read_run, read_runs
+from .runs import TRAINING, Run, merged, merged_logs, merged_samples, read_run, read_runs
 from .sections import (
     difference_forest,
     estimate_rows,
@@ -28,7 +28,7 @@ from .sections import (
     written,
 )
 from .spreadsheets import write_last_values, write_tables
-from .tables import counts_text
+from .tables import STARS, counts_text
 
 __all__ = ["write_report"]
 
@@ -41,7 +41,7 @@ _NOTHING: dict[str, Any] = {
     "runs": [],
     "columns": [],
     "rows": [],
-    "starred": False,
+    "stars": "",
     "paired_rows": [],
     "paired_columns": [],
     "plane": None,
@@ -82,7 +82,7 @@ def write_report(
     if not runs and out is None and is_lab(folder):
         return write_lab_report(folder)
     run = read_run(folder)
-    context = _comparison(run) if run.kind == "Comparison" else _training(run)
+    context = _training(run) if run.kind == TRAINING else _comparison(run)
     return _write(context, run.results, Path(out or folder), files)
 
 
@@ -105,7 +105,7 @@ def _write(context: dict[str, Any], results: Results, out: Path, files: bool) ->
     context["plane"] = context["plane"] and _figure(context["plane"])
     last = context["last"]
     context["last"] = [(key, written(value), f"{step:.0f}") for key, value, step in last]
-    text = render("report.html.j2", context, "report.js")
+    text = render("report.html.j2", context, ["chart.js", "report.js"])
     out.mkdir(parents=True, exist_ok=True)
     path = out / "report.html"
     path.write_text(text, encoding="utf-8")
@@ -200,7 +200,7 @@ def _tables(results: Results, *, bare: bool = False) -> dict[str, Any]:
     return {
         "columns": results.filled_columns,
         "rows": estimate_rows(results, bare=bare),
-        "starred": any(one.stars for row in results.significance.values() for one in row.values()),
+        "stars": STARS if any(one.stars for row in results.significance.values() for one in row.values()) else "",
         "paired_columns": paired_columns(results),
         "paired_rows": paired_rows(results),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ __all__ = ["ASSETS", "as_yaml", "render"]
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
-def render(template: str, context: dict[str, Any], script: str = "") -> str:
-    """The page that a template of `assets` makes of the context, with one script of `assets`: no other may run."""
+def render(template: str, context: dict[str, Any], scripts: Sequence[str] = ()) -> str:
+    """The page that a template of `assets` makes of the context, with scripts of `assets`: no others may run."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -25,9 +26,9 @@ def render(template: str, context: dict[str, Any], script: str = "") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    code = (ASSETS / script).read_text(encoding="utf-8") if script else ""
+    code = "\n".join((ASSETS / script).read_text(encoding="utf-8") for script in scripts)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    own = {"script": code, "script_source": f"'sha256-{digest}'" if script else "'none'"}
+    own = {"script": code, "script_source": f"'sha256-{digest}'" if code else "'none'"}
     return environment.get_template(template).render(context | own)
 
 

@@ -12,7 +12,9 @@ from .logs import Logs, read_logs
 from .numbers import display_name
 from .results import ReportError, Results, Sample, read_metrics, read_results, read_samples
 
-__all__ = ["Run", "merged", "merged_logs", "merged_samples", "read_run", "read_runs", "read_text"]
+__all__ = ["TRAINING", "Run", "merged", "merged_logs", "merged_samples", "read_run", "read_runs", "read_text"]
+
+TRAINING = "Training run"
 
 # What a training run's last values tell of it in a table of several runs.
 _LAST = {
@@ -48,7 +50,8 @@ def read_run(folder: Path, label: str = "") -> Run:
     if (folder / "results.json").exists():
         results = read_results(folder / "results.json")
         logs = read_logs(folder, results.trained)
-        return Run(label, "Comparison", results, logs, read_samples(folder / "samples.jsonl"), results.settings)
+        kind = "Comparison" if results.curves else "Evaluation"
+        return Run(label, kind, results, logs, read_samples(folder / "samples.jsonl"), results.settings)
     if (folder / "metrics.jsonl").exists():
         rows = read_metrics(folder / "metrics.jsonl")
         last = {key: value for row in rows for key, value in row.items()}
@@ -59,7 +62,7 @@ def read_run(folder: Path, label: str = "") -> Run:
         results = Results.parse({"columns": columns, "methods": {label: {key: last[key] for key in keys}}}, str(folder))
         recipe = read_text(folder / "recipe.yaml") if (folder / "recipe.yaml").exists() else ""
         samples = read_samples(folder / "samples.jsonl")
-        return Run(label, "Training run", results, {label: [rows]}, samples, _settings(recipe, folder), recipe)
+        return Run(label, TRAINING, results, {label: [rows]}, samples, _settings(recipe, folder), recipe)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
     raise ReportError(
         f"{folder}: no results.json and no metrics.jsonl (found: {found or 'nothing'}); "

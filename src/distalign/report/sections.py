@@ -18,10 +18,11 @@ from .numbers import (
     format_number,
     format_seconds,
     main_column,
+    rating_text,
 )
 from .rendering import as_yaml
 from .results import REFERENCE, TARGET, Column, Difference, Measure, Results, Sample
-from .tables import ordered_rows
+from .tables import judged_rows, ordered_rows
 
 __all__ = [
     "difference_forest",
@@ -109,7 +110,7 @@ def difference_forest(results: Results) -> dict[str, Any] | None:
 
 def rating_forest(results: Results) -> dict[str, Any] | None:
     """Bradley–Terry ratings with their intervals as bars, the best first."""
-    texts = {name: _rating_text(rating) for name, rating in results.ratings.items()}
+    texts = {name: rating_text(rating) for name, rating in results.ratings.items()}
     return _forest(results, results.ratings, texts, 0.0, "the reference") if texts else None
 
 
@@ -125,9 +126,7 @@ def win_rate_table(results: Results) -> dict[str, Any] | None:
     matrix = results.win_rates.matrix
     if not matrix:
         return None
-    known = {*matrix, *(other for row in matrix.values() for other in row)}
-    names = [name for name in ordered_rows(results) if name in known]
-    names += sorted(known - {*names})
+    names = judged_rows(results)
 
     def cell(measure: Measure | None) -> tuple[str, int | None, float] | None:
         if measure is None:
@@ -213,12 +212,6 @@ def _flattened(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
             yield from _flattened(part, f"{path}.{key}" if path else str(key))
     else:
         yield path, json.dumps(value, ensure_ascii=False, default=str).strip('"') if value is not None else "none"
-
-
-def _rating_text(rating: Difference) -> str:
-    """A rating with its interval; the one that the others are measured against has none."""
-    fixed = rating.mean == rating.low == rating.high == 0
-    return "0" if fixed else format_interval(rating.mean, rating.low, rating.high)
 
 
 def _p_text(p: float) -> str:

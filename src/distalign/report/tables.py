@@ -10,7 +10,12 @@ from .results import REFERENCE, TARGET, Column, Results
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["results_table"]
+__all__ = ["STARS", "results_table"]
+
+STARS = (
+    "one, two, three where p is below 0.05, 0.01, 0.001 for no difference from the reference: a paired bootstrap, "
+    "corrected for the number of comparisons by Holm's method."
+)
 
 
 def results_table(results: dict[str, Any]) -> Table:
@@ -42,6 +47,14 @@ def results_table(results: dict[str, Any]) -> Table:
 def ordered_rows(results: Results) -> list[str]:
     """Target and reference first, then the methods in their order."""
     return [name for name in (TARGET, REFERENCE) if name in results.methods] + results.trained
+
+
+def judged_rows(results: Results) -> list[str]:
+    """The rows that responses were compared of, in the order of the table; names that it lacks come last."""
+    matrix = results.win_rates.matrix
+    known = {*matrix, *(other for row in matrix.values() for other in row)}
+    names = [name for name in ordered_rows(results) if name in known]
+    return names + sorted(known - {*names})
 
 
 def heading(column: Column) -> str:
