@@ -32,11 +32,11 @@ def comparisons(n: int, start: int = 0) -> list[Comparison]:
 
 
 def faults(share: float, seed: int = 0, slow: int = 1) -> Callable[[str, int], Any]:
-    """Fails this share of the requests at random: four ways of weight 4 each, and slow with its own."""
+    """Fails this share of the requests at random: four ways of weight 8 each, and slow with its own."""
     source = random.Random(seed)
 
     def action(question: str, seen: int) -> Any:
-        ways = source.choices([429, 500, CUT, MALFORMED, SLOW], [4, 4, 4, 4, slow])
+        ways = source.choices([429, 500, CUT, MALFORMED, SLOW], [8, 8, 8, 8, slow])
         return ways[0] if source.random() < share else 200
 
     return action

@@ -43,7 +43,7 @@ def expected(n: int) -> list[float]:
 def run_with(share: float, cache: Path):
     """500 comparisons through a server that fails this share of the requests: server, judge, judgements, seconds."""
     with Server(faults(share), latency=0.05) as server:
-        made = EndpointJudge(EndpointSettings(url=server.url, model="m", cache=str(cache), timeout=0.5, backoff=0.02))
+        made = EndpointJudge(EndpointSettings(url=server.url, model="m", cache=str(cache), timeout=1.0, backoff=0.02))
         started = time.monotonic()
         return server, made, made(comparisons(500)), time.monotonic() - started
 

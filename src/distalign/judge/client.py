@@ -175,8 +175,7 @@ class Client:
     async def _post(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Status, headers by lower-case name, and content.
 
-        The time is kept by httpx and here between the parts of an answer, never by cancelling the request: httpcore's
-        pool then loses the connection's place, and later requests wait for it in vain.
+        httpx bounds every silence; an answer that comes in parts is given up here when its time is over.
         """
         deadline = time.monotonic() + self.settings.timeout
         headers = {"Content-Type": "application/json"}
