@@ -133,7 +133,7 @@ class Server:
             for byte in reply(200, {}, self._good(question)):
                 writer.write(bytes([byte]))
                 await writer.drain()
-                await asyncio.sleep(0.002)
+                await asyncio.sleep(0.005)
             return True
         if action == SLOW:
             await asyncio.sleep(self.hold)
