@@ -7,7 +7,7 @@ import torch
 from engine_models import FAMILIES, build
 
 from distalign.engine import Group, score
-from distalign.engine.drawn import Drawn, score_drawn
+from distalign.engine.drawn import Drawn, score_drawn, score_own
 from distalign.engine.head import CannotTile, head_of
 from distalign.rollout import sample, sample_with_states
 
@@ -59,6 +59,17 @@ def test_several_policies_share_one_pass_of_the_reference(temperature, budget):
         torch.testing.assert_close(scores.kl, expected.step_kl.sum(-1), rtol=0, atol=1e-9)
         torch.testing.assert_close(scores.reference_logps, expected.reference_logps, rtol=0, atol=1e-9)
         assert float(scores.kl.max()) > 1e-3
+
+
+def test_the_reference_itself_needs_no_pass():
+    """Its log-probabilities and entropy from its states alone."""
+    model = build("llama")
+    own = drawn_by(model, temperature=0.7)
+    found = score_own(own, temperature=0.7)
+    (expected,) = score_drawn([own], PROMPTS, model, token_budget=4096, temperature=0.7)
+    torch.testing.assert_close(found.logps, expected.logps, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.entropy, expected.entropy, rtol=0, atol=1e-9)
+    assert not found.kl.any()
 
 
 def test_states_that_do_not_belong_are_refused():

@@ -92,6 +92,21 @@ def score_drawn(
     return [DrawnScores(*total) for total in sums]
 
 
+@torch.no_grad()
+def score_own(one: Drawn, *, temperature: float = 1.0) -> DrawnScores:
+    """As `score_drawn` for the reference itself, from its states alone: its KL is 0."""
+    device = one.states.device
+    targets = torch.tensor([token for own in one.responses for response in own for token in response], device=device)
+    values = score_rows(HiddenRows(one.states, one.head, temperature), targets, entropy=True)
+    assert values.entropy is not None
+    owner = torch.cat(_places(one))[:, 1]
+    logps, entropy = (
+        torch.zeros(int(owner.max()) + 1, dtype=torch.float64).index_add_(0, owner, part.cpu().double())
+        for part in (values.logps, values.entropy)
+    )
+    return DrawnScores(logps, entropy, torch.zeros_like(logps), logps)
+
+
 def _places(one: Drawn) -> list[Int[Tensor, "tokens 2"]]:
     """For every prompt the places of its tokens among all tokens of the policy, and among its responses."""
     places, token, response = [], 0, 0

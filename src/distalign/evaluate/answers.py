@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.engine import Group, score_in_batches
-from distalign.engine.drawn import Drawn, score_drawn
+from distalign.engine.drawn import Drawn, score_drawn, score_own
 from distalign.engine.head import CannotTile, head_of
 from distalign.evaluate.settings import Evaluation
 from distalign.policy import Source
@@ -36,7 +36,7 @@ class Answers:
     """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, a value a response.
 
     `pair_logps` are ln π of the held-out pairs, preferred response first. `drawn` is what the responses are scored
-    from; None when they have been.
+    from; None when they have been. `own_reference`: they are the reference's own.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Answers:
     pair_logps: Float[Tensor, "pairs 2"]
     scores: dict[str, Float[Tensor, "responses"]]
     drawn: Drawn | None = None
+    own_reference: bool = False
 
     def save(self, folder: Path) -> None:
         """Write everything but the states; the key last, so that a torn folder is not taken for a whole one."""
@@ -134,25 +135,30 @@ def draw_answers(
         with progress(f"pairs of {name}", len(pairs)) as advance:
             found = score_in_batches(model, pairs, token_budget=settings.token_budget, progress=advance)
         pair_logps = found.logps.double().cpu().view(-1, 2)
-    return Answers(name, key, responses, pair_logps, scores, drawn)
+    return Answers(name, key, responses, pair_logps, scores, drawn, own_reference=model is reference)
 
 
 def score_answers(
     answers: Sequence[Answers], reference: Any, settings: Evaluation, prompts: Sequence[list[int]]
 ) -> None:
-    """Entropy and KL(π ‖ π₀) of every response that has none yet, in one pass of the reference for all policies."""
-    waiting = [one for one in answers if one.drawn is not None]
-    if not waiting:
-        return
-    with progress("KL to the reference", len(prompts)) as advance:
-        found = score_drawn(
-            [one.drawn for one in waiting if one.drawn is not None],
-            prompts,
-            reference,
-            token_budget=settings.token_budget,
-            temperature=settings.temperature,
-            progress=advance,
-        )
-    for one, scores in zip(waiting, found, strict=True):
+    """Entropy and KL(π ‖ π₀) of every response that has none yet, in one pass of the reference for all policies.
+
+    Answers drawn by the reference itself need no pass: their states are the reference's.
+    """
+    waiting = [(one, one.drawn) for one in answers if one.drawn is not None]
+    own = [one for one in waiting if one[0].own_reference]
+    others = [one for one in waiting if not one[0].own_reference]
+    found = [score_own(drawn, temperature=settings.temperature) for _, drawn in own]
+    if others:
+        with progress("KL to the reference", len(prompts)) as advance:
+            found += score_drawn(
+                [drawn for _, drawn in others],
+                prompts,
+                reference,
+                token_budget=settings.token_budget,
+                temperature=settings.temperature,
+                progress=advance,
+            )
+    for (one, _), scores in zip([*own, *others], found, strict=True):
         one.scores = {"logps": scores.logps, "entropy": scores.entropy, "kl": scores.kl}
         one.drawn = None
