@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from distalign.engine import score as score
     from distalign.errors import InputError as InputError
     from distalign.experiment import train as train
+    from distalign.frontier import predict_frontier as predict_frontier
+    from distalign.judge import Comparison as Comparison
+    from distalign.judge import make_judge as make_judge
     from distalign.methods import DPO as DPO
     from distalign.methods import METHODS as METHODS
     from distalign.methods import PD as PD
@@ -48,6 +51,8 @@ _HOMES = {
     "engine": ("Group", "score"),
     "errors": ("InputError",),
     "experiment": ("train",),
+    "frontier": ("predict_frontier",),
+    "judge": ("Comparison", "make_judge"),
     "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Needs", "Pairs", "Samples"),
     "policy": ("Policy", "find_model", "make_policy"),
     "recipe": ("load_recipe",),
