@@ -81,7 +81,7 @@ def comparison(folder, change=None, samples=()):
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     if samples:
         (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
-    return write_report(folder).read_text(encoding="utf-8")
+    return write_report(folder, files=False).read_text(encoding="utf-8")
 
 
 def table_cells(page, name):

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from .numbers import display_name, format_band, format_estimate, format_interval, format_seconds, rating_text
+from .numbers import (
+    display_name,
+    format_band,
+    format_estimate,
+    format_interval,
+    format_seconds,
+    rating_text,
+    seeds_text,
+)
 from .results import REFERENCE, Column, Difference, Results
 from .tables import STARS, counts_text, heading, judged_rows, ordered_rows
 
@@ -31,11 +39,11 @@ def results_markdown(content: dict[str, Any], command: str = "") -> str:
 def _origin(results: Results, command: str) -> str:
     about = results.environment
     versions = ", ".join(f"{name} {about[name]}" for name in ("distalign", "torch", "transformers") if name in about)
-    seeds = ", ".join(map(str, results.seeds))
+    work = f"{format_seconds(float(sum(results.seconds.values())))} of work" if results.seconds else ""
+    facts = (seeds_text(results.seeds).capitalize(), counts_text(results), about.get("device", ""), versions, work)
     lines = [
         f"Made by `{command}`." if command else "",
-        f"Seeds {seeds}; {counts_text(results)}; {about.get('device', '')}; {versions}; "
-        f"{format_seconds(sum(results.seconds.values()))} of work.",
+        f"{'; '.join(fact for fact in facts if fact)}.",
         "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
     ]
     return "\n".join(line for line in lines if line)

@@ -132,5 +132,6 @@ def _settings(recipe: str, folder: Path) -> Mapping[str, Any]:
     try:
         found = yaml.safe_load(recipe) if recipe else {}
     except yaml.YAMLError as error:
-        raise ReportError(f"{folder / 'recipe.yaml'}: not YAML ({error}); restore the file from the run") from None
+        told = " ".join(str(error).split())
+        raise ReportError(f"{folder / 'recipe.yaml'}: not YAML ({told}); restore the file from the run") from None
     return found if isinstance(found, Mapping) else {}
