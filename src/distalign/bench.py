@@ -36,6 +36,7 @@ from distalign.measure import Task
 from distalign.policy import Source, find_model
 from distalign.progress import progress
 from distalign.recipe import Recipe
+from distalign.recipe_sections import TargetSettings
 from distalign.reward import Reward, check_rewards
 from distalign.rollout import sample
 from distalign.rounds import acts
@@ -230,10 +231,9 @@ def _prompts_to_answer(
     return prompts
 
 
-def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+def target_prompts(settings: TargetSettings, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts of a target experiment: (for training pairs, held out). The split is the same for every seed."""
-    assert recipe.target is not None
-    given = recipe.target.prompts
+    given = settings.prompts
     if given is None:
         text = files("distalign").joinpath("assets/everyday_prompts.txt").read_text(encoding="utf-8")
         given = text.split("\n")
@@ -244,7 +244,7 @@ def _target_prompts(recipe: Recipe, tokenizer: Any) -> tuple[list[Prompt], list[
         rows = [Prompt([{"role": "user", "content": line}] if chat else line) for line in given if line.strip()]
         data = Data(rows, "prompts", "conversational" if chat else "standard")
     train, held = split_by_prompt(data, HELD_OUT_PROMPTS)
-    return train.rows, held.rows[: recipe.evaluation.prompts]
+    return train.rows, held.rows
 
 
 def _draw(recipe: Recipe, target: Target, base: Any, tokenizer: Any, prompts: Any, *, held_out: bool, seed: int) -> Any:
@@ -272,7 +272,8 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
     settings = recipe.target
     assert settings is not None
     _check_rewards(recipe, bool(tokenizer.chat_template))
-    train_rows, held_rows = _target_prompts(recipe, tokenizer)
+    train_rows, held_rows = target_prompts(settings, tokenizer)
+    held_rows = held_rows[: recipe.evaluation.prompts]
     train_prompts, held_prompts = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
     _check_ids(source, [*train_prompts, *held_prompts])
     _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")

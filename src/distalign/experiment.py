@@ -342,6 +342,8 @@ def forget_results(folder: Path) -> None:
     """Remove the results and the report of an earlier run in this folder: they are not this one's."""
     for name in ("results.json", "samples.jsonl", "report.html"):
         (folder / name).unlink(missing_ok=True)
+    for name in ("tables", "figures"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _follow_target(bench: Bench) -> Any:

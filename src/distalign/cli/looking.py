@@ -22,14 +22,22 @@ from distalign.cli.shared import (
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder.", metavar="RUN")],
+    runs: Annotated[list[Path], typer.Argument(help="A run folder, or several for one page of them.", metavar="RUN…")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the page; needed for several runs.")] = None,
+    files: Annotated[bool, typer.Option(help="Write tables as CSV and figures as PNG beside the page.")] = True,
     json_path: JsonOption = None,
     markdown: MarkdownOption = None,
 ) -> None:
-    """Draw the report of a run again, from its folder; loads no model."""
+    """Draw the report of a run again, from its folder, or of several on one page; loads no model."""
     from distalign.report import results_table, write_report
 
-    page = write_report(run)
+    if len(runs) > 1:
+        if markdown is not None or json_path is not None:
+            refuse("--json and --markdown are of one run; leave them out for several")
+        print(f"report: {write_report(runs, out, files=files)}")
+        return
+    (run,) = runs
+    page = write_report(run, out, files=files)
     results = run / "results.json"
     if results.is_file():
         content = json.loads(results.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from distalign.bench import target_prompts
 from distalign.calibrate import calibrate
 from distalign.card import CITATION
 from distalign.data import (
@@ -120,6 +121,10 @@ def prepare(settings: Evaluation, target: Target | None) -> Bench:
     if settings.prompts is not None:
         data = read_prompts(settings.prompts, limit=settings.limit)
         rows, facts = data.rows, {"prompts": settings.prompts, "format": data.format, **facts}
+    elif settings.pairs is None and settings.target is not None:
+        rows = target_prompts(settings.target, tokenizer)[1]
+        facts["prompts"] = "the target's, held out"
+        facts["format"] = "standard" if isinstance(rows[0].prompt, str) else "conversational"
     encoded = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in rows]
     distinct = list({tuple(one.prompt): one for one in encoded}.values())[: settings.limit]
     facts["held-out prompts"] = len(distinct)

@@ -22,11 +22,11 @@ class Evaluation(Section):
     """Policies on the same held-out prompts.
 
     model: the reference π₀, which every policy shares its tokenizer with. policies: name → folder, adapter or hub id.
-    prompts: a file of prompts (null: those of `pairs`); pairs: held-out labelled pairs, for what policies prefer.
-    target: a known target made of `model`. reward scores responses, judge compares them (null: by the target's own
-    preference, or by the reward where it is one of preferences; without either nothing is compared). opponents:
-    every two policies, or each with the reference alone. gamma: sharpness of P_π (null: found on the pairs by each
-    policy, half judging the other half).
+    prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`). pairs: held-out labelled
+    pairs, for what policies prefer. target: a known target made of `model`. reward scores responses, judge compares
+    them (null: by the target's own preference, or by the reward where there is one; without either nothing is
+    compared). opponents: every two policies, or each with the reference alone. gamma: sharpness of P_π (null: found on
+    the pairs by each policy, half judging the other half).
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -61,7 +61,7 @@ class Evaluation(Section):
 
     @model_validator(mode="after")
     def _something_to_answer(self) -> Evaluation:
-        if self.prompts is None and self.pairs is None:
+        if self.prompts is None and self.pairs is None and self.target is None:
             raise ValueError("evaluation has neither prompts nor pairs; give prompts to answer, or held-out pairs")
         for one in self.reward:
             if one.train is not None:
