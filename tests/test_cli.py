@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from report_data import write_training
 
 from distalign import cli
 from distalign.methods import METHODS
@@ -341,3 +342,17 @@ def test_check_refuses_what_training_refuses(distalign, place, tiny_folder):
     assert distalign("data", "check", "ties.jsonl", "--drop-ties")[0] == 0
     Path("long.jsonl").write_text(json.dumps({**good, "prompt": "tell me about tea " * 40}))
     refused(distalign("data", "check", "long.jsonl", "--model", str(tiny_folder)), "1 pairs are longer than 64 tokens")
+
+
+def test_several_runs_have_one_page(distalign, place):
+    """distalign report RUN RUN --out FOLDER; without --out, and with a file of one run's numbers, it is refused."""
+    for name in ("one", "two"):
+        write_training(place / name)
+    code, out, _ = distalign("report", "one", "two", "--out", "both", "--no-files")
+    assert code == 0
+    assert str(Path("both/report.html")) in out
+    page = Path("both/report.html").read_text(encoding="utf-8")
+    assert "one" in page
+    assert "two" in page
+    refused(distalign("report", "one", "two"), "say with --out")
+    refused(distalign("report", "one", "two", "--out", "both", "--json", "x.json"), "--json and --markdown are of one")

@@ -34,6 +34,8 @@ def report(
     if len(runs) > 1:
         if markdown is not None or json_path is not None:
             refuse("--json and --markdown are of one run; leave them out for several")
+        if out is None:
+            refuse("several runs make one page: say with --out which folder it is written into")
         print(f"report: {write_report(runs, out, files=files)}")
         return
     (run,) = runs
