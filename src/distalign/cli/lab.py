@@ -31,30 +31,53 @@ def lab(
     """Measure what the theory promises, on targets known exactly; writes numbers, figures and one report."""
     check_path(json_path)
     quiet()
-    from distalign.lab import measure
     from distalign.progress import progress
     from distalign.report import write_report
 
     flags = {"seeds": seeds, "max_n": max_n, "seed": seed}
     chosen = _experiments(experiment, {key: value for key, value in flags.items() if value is not None}, set_ or [])
     found: dict[str, Any] = {}
-    for one in chosen:
-        folder = out / one.name
-        _make(folder)
-        with progress(one.name, 1) as advance:
-            found[one.name] = measure(one, advance)
-        text = json.dumps(found[one.name], indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / "lab.json").write_text(text, encoding="utf-8")
     alone = experiment != _ALL
-    page = write_report(out / chosen[0].name if alone else out)
+    try:
+        for one in chosen:
+            _make(out / one.name)
+            with progress(one.name, 1) as advance:
+                found[one.name] = _measured(one, advance)
+            text = json.dumps(found[one.name], indent=1, ensure_ascii=False, allow_nan=False)
+            (out / one.name / "lab.json").write_text(text, encoding="utf-8")
+    finally:
+        # Stopped or refused in the middle: what is done has its page.
+        if found:
+            page = write_report(out / chosen[0].name if alone else out)
+            print(f"results: {out / chosen[0].name if alone else out}\nreport: {page}")
+    words = {True: "yes", False: "NO", None: "not judged"}
     rows = [
-        [name, claim["promised"], claim["found"], "yes" if claim["holds"] else "NO"]
+        [name, claim["promised"], claim["found"], words[claim["holds"]]]
         for name, numbers in found.items()
         for claim in numbers["shown"]["claims"]
     ]
     print_table(["experiment", "promised", "found", "holds"], rows)
     write_json(json_path, found[chosen[0].name] if alone else {"experiments": found})
-    print(f"results: {out / chosen[0].name if alone else out}\nreport: {page}")
+
+
+def _measured(experiment: Any, advance: Any) -> dict[str, Any]:
+    """Its numbers. Settings at which a search does not end, or a matrix cannot be inverted, are refused by name."""
+    from distalign.lab import measure
+
+    try:
+        return measure(experiment, advance)
+    except (RuntimeError, ArithmeticError) as error:
+        changed = {
+            name: getattr(experiment, name)
+            for name, field in experiment.__dataclass_fields__.items()
+            if getattr(experiment, name) != field.default
+        }
+        if not changed:
+            raise
+        return refuse(
+            f"lab {experiment.name}: cannot be measured at {changed} ({type(error).__name__}: {error}); "
+            "go back towards its defaults"
+        )
 
 
 def _experiments(text: str, flags: dict[str, int], overrides: list[str]) -> list[Any]:

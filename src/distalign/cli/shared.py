@@ -116,6 +116,8 @@ def write_markdown(path: Path | None, content: dict[str, Any], command: str) -> 
 
 def check_path(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that could not be written after the work is done."""
+    if path is not None and path.is_dir():
+        refuse(f"{option} {path}: is a folder; name a file in it")
     if path is not None and not path.exists():
         write_text(path, "", option)
         path.unlink()

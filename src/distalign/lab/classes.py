@@ -20,7 +20,7 @@ from distalign.lab.exact import (
     information_weights,
     table_features,
 )
-from distalign.lab.experiment import Advance, at_least, powers
+from distalign.lab.experiment import Advance, at_least, at_most, powers
 from distalign.lab.rates import spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tabular import fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
@@ -74,6 +74,7 @@ class Classes:
     name: ClassVar[str] = "classes"
 
     def __post_init__(self) -> None:
+        at_most(self, max_n=10**12)
         at_least(self, contexts=1, min_n=1, max_n=self.min_n, seeds=2, seed=0, scale=1e-6, gamma=1e-6, ridge=1e-12)
 
     def run(self, advance: Advance) -> tuple[dict[str, Any], Shown]:

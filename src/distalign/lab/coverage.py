@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, coverage, divergence
-from distalign.lab.experiment import Advance, at_least
+from distalign.lab.experiment import Advance, at_least, at_most
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tabular import fit_pmle, fit_reward, fit_rkl
 from distalign.lab.world import Tables, draw, linear_tables
@@ -44,8 +44,14 @@ class Coverage:
     name: ClassVar[str] = "coverage"
 
     def __post_init__(self) -> None:
+        at_most(self, max_n=10**12)
         at_least(self, contexts=1, responses=2, features=1, reward=1, max_n=1, seeds=2, seed=0)
         at_least(self, scale=1e-6, gamma=1e-6, ridge=1e-12)
+        if self.features >= self.contexts * (self.responses - 1):
+            raise ValueError(
+                f"features is {self.features}; {self.contexts} contexts × {self.responses} responses tell fewer than "
+                f"{self.contexts * (self.responses - 1)} of them apart"
+            )
         if self.reward > self.features:
             raise ValueError(f"reward is {self.reward}, more than the {self.features} features there are")
 
@@ -107,7 +113,7 @@ class Coverage:
             promise = f"{label}: n·KL is within 25 % of its asymptotic constant for every skew"
             claims.append(Claim(promise, text, abs(worst["mean"] - 1) <= 0.25))
             text = f"largest constant {max(row['constant'] for row in own):.0f}"
-            promise = f"{label}: the constant stays below d·C/(4 γ² least P(1−P)), C the coverage of its class by μ"
+            promise = f"{label}: the constant is below d·C/(4 γ² least P(1−P)), an inequality that checks the code"
             claims.append(Claim(promise, text, all(row["within_bound"] for row in own)))
         factor = {m: _constant(rows, m, self.skews[-1]) / _constant(rows, m, self.skews[0]) for m in _LABELS}
         text = ", ".join(f"{label} {factor[method]:.1f} times" for method, label in _LABELS.items())
@@ -119,7 +125,7 @@ class Coverage:
                 f"Log-linear worlds, {self.contexts} contexts × {self.responses} responses, {self.features} features, "
                 f"reward in the first {self.reward}, γ {self.gamma:g}, n = {self.max_n}; means ± standard errors over "
                 f"{self.seeds} worlds, seed {self.seed}. The coefficients of the theorems are worst cases over the "
-                "class: n·KL grows with them, and slower."
+                "class: far from the target n·KL grows with them, and slower."
             ),
             claims=claims,
             panels=[self._panel(rows)],

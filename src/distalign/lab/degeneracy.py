@@ -22,7 +22,7 @@ from distalign.lab.experiment import Advance, at_least
 from distalign.lab.rates import spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tabular import fit_reward
-from distalign.lab.world import Counts, Tables, draw, random_tables
+from distalign.lab.world import Counts, Tables, draw, generator, random_tables
 from distalign.methods.dpo import dpo_loss
 from distalign.methods.pmle import pmle_loss
 
@@ -222,7 +222,7 @@ def _transitive(tables: Tables) -> Counts:
 
 def _once(tables: Tables, seed: int) -> Counts:
     """Every pair once, the label drawn from P_{π*}."""
-    random = torch.Generator().manual_seed(seed)
+    random = generator(seed, "labels")
     both = tables.pair_logps(tables.target)
     probability = (tables.gamma * (both[..., 0] - both[..., 1])).sigmoid()
     return Counts(torch.ones_like(probability), torch.bernoulli(probability, generator=random))

@@ -69,6 +69,13 @@ def at_least(experiment: object, **least: float | int) -> None:
             raise ValueError(f"{name} is {value}; give at least {bound:g}")
 
 
+def at_most(experiment: object, **most: float | int) -> None:
+    """Raise ValueError if a setting is above its largest value."""
+    for name, bound in most.items():
+        if getattr(experiment, name) > bound:
+            raise ValueError(f"{name} is {getattr(experiment, name)}; give at most {bound:g}")
+
+
 def powers(least: int, most: int, factor: int = 2) -> list[int]:
     """least, least · factor, … up to `most`, which ends the list."""
     numbers = [least]

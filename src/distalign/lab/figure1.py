@@ -17,8 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, rlhf_limit, table_features
-from distalign.lab.experiment import Advance, at_least, powers
-from distalign.lab.rates import Slope, fit_slope, reaches_target, spread, tune
+from distalign.lab.experiment import Advance, at_least, at_most, powers
+from distalign.lab.rates import Slope, falls_like_one_over_n, fit_slope, spread, tune
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tabular import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward, fit_rkl
 from distalign.lab.world import Tables, draw, random_tables
@@ -32,6 +32,8 @@ _ONE_ESTIMATOR = ("pmle", "pd", "rkl")
 
 # RLHF's forward KL over RKL's at 2¹⁶ pairs, each with its best β: what earlier measurements lead one to expect.
 _RATIOS = {"0.1": (1.7, 2.4), "1.0": (40.0, math.inf)}
+
+_JUDGED = 2**11  # pairs; below it the ridge decides, and no promise is judged
 
 Measured = dict[str, Float[Tensor, "sizes seeds"]]
 
@@ -59,6 +61,7 @@ class Figure1:
     name: ClassVar[str] = "figure1"
 
     def __post_init__(self) -> None:
+        at_most(self, max_n=10**12)
         at_least(self, contexts=1, responses=2, min_n=1, max_n=2 * self.min_n, seeds=2, betas=2, seed=0, scales=1e-6)
         at_least(self, gamma=1e-6, ridge=1e-12, held_out=0.01)
         if self.held_out >= 1 or len(set(self.scales)) < len(self.scales):
@@ -108,6 +111,7 @@ class Figure1:
         ratio = {name: (n * kl[name] / constant).median(1).values for name in kl}
         limits = {"rlhf": rlhf_limit(tables.target, tables.reference, gamma=self.gamma)[1]}
         limits["dpo"] = dpo_limit(tables.target, tables.reference)
+        floors = {name: float(limits[owner].median()) for name, owner in _FLOORS.items()}
         return {
             "scale": key,
             "constant": float(constant.median()),
@@ -117,10 +121,7 @@ class Figure1:
                 for i, size in enumerate(sizes)
             ],
             "slopes": slopes,
-            "floors": [
-                {"scale": key, "method": name, "forward_kl": float(limits[owner].median())}
-                for name, owner in _FLOORS.items()
-            ],
+            "floors": [{"scale": key, "method": name, "forward_kl": floor} for name, floor in floors.items()],
             "one_estimator": [
                 {"scale": key, "n": size, "largest_difference": d} for size, d in zip(sizes, apart, strict=True)
             ],
@@ -133,7 +134,11 @@ class Figure1:
                 {"scale": key, "n": size, "rlhf_over_rkl": float(kl["rlhf"][i].median() / kl["rkl_tuned"][i].median())}
                 for i, size in enumerate(sizes)
             ],
-            "verdicts": [self._verdict(key, name, sizes, kl[name], ratio[name]) for name in kl if name in METHODS],
+            "verdicts": [
+                self._verdict(key, name, sizes, kl[name], ratio[name], floors.get(name))
+                for name in kl
+                if name in METHODS
+            ],
         }
 
     def _estimates(self, tables: Tables, n: int) -> dict[str, Float[Tensor, "worlds contexts responses"]]:
@@ -158,17 +163,34 @@ class Figure1:
         }
 
     def _verdict(
-        self, scale: str, name: str, sizes: list[int], kl: Float[Tensor, "sizes seeds"], ratio: Float[Tensor, "sizes"]
+        self,
+        scale: str,
+        name: str,
+        sizes: list[int],
+        kl: Float[Tensor, "sizes seeds"],
+        ratio: Float[Tensor, "sizes"],
+        floor: float | None,
     ) -> dict[str, Any]:
-        """Whether the method does what its declared rate says, on the upper half of the window."""
+        """Whether a method does what its declared rate says: 1/n with the computed constant, or its floor in the end.
+
+        None where there are too few pairs to judge by.
+        """
         a, b = _windows(sizes)[0]
-        slope = _slope(sizes, kl, a, b, self.seed)
-        inside = [float(r) for n, r in zip(sizes, ratio, strict=True) if 4 * a <= n <= b] or [math.nan]
         rate = METHODS[name]().rate
-        agrees = reaches_target(rate, slope, (min(inside), max(inside)))
-        return {"scale": scale, "method": name, "rate": rate, "agrees": agrees, "least_ratio": min(inside)} | {
-            "largest_ratio": max(inside)
-        }
+        inside = [float(r) for n, r in zip(sizes, ratio, strict=True) if n >= 4 * _JUDGED and a <= n <= b]
+        last = float(kl[-1].median())
+        agrees: bool | None = None
+        if floor is not None and sizes[-1] >= 2**20:
+            agrees = abs(last / floor - 1) <= 0.1
+        elif rate is not None and inside:
+            agrees = falls_like_one_over_n(_slope(sizes, kl, a, b, self.seed), (min(inside), max(inside)))
+        least, largest = (min(inside), max(inside)) if inside else (None, None)
+        found = {"least_ratio": least, "largest_ratio": largest, "last": last, "floor": floor}
+        return {"scale": scale, "method": name, "rate": rate, "agrees": agrees, **found}
+
+    def _papers(self) -> bool:
+        """Whether the worlds are the paper's, but for the scale."""
+        return (self.contexts, self.responses, self.gamma) == (10, 10, 0.5)
 
     def _shown(self, numbers: dict[str, Any]) -> Shown:
         scales = [str(scale) for scale in self.scales]
@@ -178,9 +200,10 @@ class Figure1:
                 f"{self.contexts} contexts × {self.responses} responses, γ {self.gamma:g}, full tables; medians and "
                 f"quartiles over {self.seeds} worlds, seed {self.seed}. PMLE, PD (soft labels) and RKL (β = 0) are one "
                 "estimator here and lie on one line. β is chosen by the oracle, the true forward KL, which nobody has; "
-                "the table shows beside it what held-out pairs choose."
+                "the table shows beside it what held-out pairs choose. "
+                "The scales share their random draws."
             ),
-            claims=[claim for scale in scales for claim in _claims(numbers, scale)],
+            claims=[claim for scale in scales for claim in _claims(numbers, scale, paper=self._papers())],
             panels=[_panel(numbers, scale) for scale in scales],
             tables=[_table(numbers, scale) for scale in scales],
         )
@@ -211,7 +234,7 @@ def _median(numbers: dict[str, Any], scale: str, method: str, n: int) -> float:
     )
 
 
-def _claims(numbers: dict[str, Any], scale: str) -> list[Claim]:
+def _claims(numbers: dict[str, Any], scale: str, *, paper: bool) -> list[Claim]:
     def own(key: str) -> list[dict[str, Any]]:
         return [row for row in numbers[key] if row["scale"] == scale]
 
@@ -220,36 +243,40 @@ def _claims(numbers: dict[str, Any], scale: str) -> list[Claim]:
     for row in own("slopes"):
         if row["method"] in _ONE_ESTIMATOR and row["from"] == first["from"]:
             text = f"slope {row['slope']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            promise = f"scale {scale}: {row['method']} falls like 1/n for n from {row['from']} to {row['to']}"
-            claims.append(Claim(promise, text, row["low"] >= -1.10 and row["high"] <= -0.95))
+            promise = f"scale {scale}: {_name(row)} falls like 1/n for n from {row['from']} to {row['to']}"
+            holds = row["low"] >= -1.10 and row["high"] <= -0.95
+            claims.append(
+                Claim(promise, text, holds if row["from"] >= _JUDGED and row["to"] >= 8 * row["from"] else None)
+            )
     large = [row["ratio"] for row in own("constant_ratios") if row["n"] >= 2**13]
     if large:
         text = f"between {min(large):.3f} and {max(large):.3f}, C = {numbers['constant'][scale]:.0f}"
-        claims.append(
-            Claim(f"scale {scale}: n·KL/C is 1 from 2¹³ pairs on", text, 0.9 <= min(large) <= max(large) <= 1.1)
-        )
-    same = [row["largest_difference"] for row in own("one_estimator") if row["n"] >= 2**11]
+        holds = min(large) >= 0.9 and max(large) <= 1.1
+        claims.append(Claim(f"scale {scale}: n·KL/C is 1 from 2¹³ pairs on", text, holds))
+    same = [row["largest_difference"] for row in own("one_estimator") if row["n"] >= _JUDGED]
     if same:
         promise = f"scale {scale}: PMLE, PD and RKL are one estimator"
-        claims.append(Claim(promise, f"ln π differs by at most {max(same):.1e}", max(same) < 1e-4))
-    most = own("rows")[-1]["n"]
-    for row in own("floors"):
-        if row["method"] in METHODS:
-            found, floor = _median(numbers, scale, row["method"], most), row["forward_kl"]
-            promise = f"scale {scale}: {row['method']} levels off at its computed floor {floor:.3g}"
-            claims.append(Claim(promise, f"{found:.3g} at n = {most}", abs(found / floor - 1) <= 0.1))
+        claims.append(Claim(promise, f"ln π differs by at most {max(same):.1e}", max(same) < 1e-6))
     for row in own("ratios"):
-        if row["n"] == 2**16 and scale in _RATIOS:
+        if row["n"] == 2**16 and scale in _RATIOS and paper:
             (low, high), ratio = _RATIOS[scale], row["rlhf_over_rkl"]
-            promise = (
-                f"scale {scale}: at 2¹⁶ pairs RLHF is {low:g} to {high:g} times as far as RKL, both with their best β"
-            )
+            times = f"{low:g} to {high:g} times" if math.isfinite(high) else f"at least {low:g} times"
+            promise = f"scale {scale}: at 2¹⁶ pairs RLHF is {times} as far as RKL, both with their best β"
             claims.append(Claim(promise, f"{ratio:.2f} times", low <= ratio <= high))
     for row in own("verdicts"):
-        promise = f"scale {scale}: {row['method']} does what its declared rate says ({row['rate'] or 'levels off'})"
-        text = f"n·KL/C between {row['least_ratio']:.2f} and {row['largest_ratio']:.2f} in the upper window"
+        if row["floor"] is not None:
+            promise = f"scale {scale}: {_name(row)} levels off, at its computed floor {row['floor']:.3g} to 10 %"
+            text = f"{row['last']:.3g} at n = {own('rows')[-1]['n']}"
+        else:
+            promise = f"scale {scale}: {_name(row)} does what its declared rate says, {row['rate']}"
+            ratios = [row["least_ratio"], row["largest_ratio"]]
+            text = "n·KL/C between {:.2f} and {:.2f}".format(*ratios) if None not in ratios else "too few pairs"
         claims.append(Claim(promise, text, row["agrees"]))
     return claims
+
+
+def _name(row: dict[str, Any]) -> str:
+    return row["method"].upper()
 
 
 def _panel(numbers: dict[str, Any], scale: str) -> Panel:

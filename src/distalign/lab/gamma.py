@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, table_features
-from distalign.lab.experiment import Advance, at_least
+from distalign.lab.experiment import Advance, at_least, at_most
 from distalign.lab.rates import spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors, with_quartiles
 from distalign.lab.tabular import fit_pmle, fit_reward
-from distalign.lab.world import Tables, draw, random_tables
+from distalign.lab.world import Tables, draw, generator, random_tables
 from distalign.metrics import mean_and_se
 from distalign.preference import induced_logps, preference_logit, preference_nll
 
@@ -45,6 +45,7 @@ class Gamma:
     name: ClassVar[str] = "gamma"
 
     def __post_init__(self) -> None:
+        at_most(self, max_n=10**12)
         at_least(self, contexts=1, responses=2, scale=1e-6, gamma=1e-6, trained=1e-6, samples=1, sharpness=1e-6)
         at_least(self, max_n=1, seeds=2, seed=0, ridge=1e-12)
 
@@ -92,7 +93,7 @@ class Gamma:
         ln softmax(R̂/γ) has in 1/γ a variance of Var R̂ under the model; at the truth the relative standard error of γ is
         1/√(count · Var ln π*).
         """
-        random = torch.Generator().manual_seed(self.seed)
+        random = generator(self.seed, f"{count} samples")
         flat = (tables.target.exp() / self.contexts).flatten(1)
         index = torch.multinomial(flat, count, replacement=True, generator=random)
         seen = torch.zeros_like(flat).scatter_add_(1, index, torch.ones(index.shape, dtype=flat.dtype))

@@ -62,11 +62,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the theory (or an earlier measurement) promises, what was found, and whether that agrees."""
+    """What the theory (or an earlier measurement) promises, what was found, and whether that agrees.
+
+    None: not judged, as the settings are outside what the promise is about.
+    """
 
     promised: str
     found: str
-    holds: bool
+    holds: bool | None
 
 
 @dataclass(frozen=True)

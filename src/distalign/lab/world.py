@@ -57,7 +57,7 @@ class Counts:
 
     def split(self, held_out: float, seed: int) -> tuple[Counts, Counts]:
         """(the rest, held out): each comparison is held out with that probability."""
-        random = np.random.default_rng([seed, 1, len(self.total)])
+        random = np.random.default_rng([seed, 2, int(self.total.sum())])
         losses = self.total - self.wins
         wins = _tensor(random.binomial(self.wins.numpy().astype(np.int64), held_out))
         total = wins + _tensor(random.binomial(losses.numpy().astype(np.int64), held_out))
@@ -113,6 +113,12 @@ def linear_tables(
     target = (phi[..., :relevant] @ weights)[..., 0].log_softmax(-1)
     uniform = torch.zeros_like(target).log_softmax(-1)
     return Tables(target, uniform, (-skew * target).log_softmax(-1), gamma), phi
+
+
+def generator(seed: int, purpose: str) -> torch.Generator:
+    """Random numbers of one purpose, which share nothing with those of another at the same seed."""
+    key = [seed, *purpose.encode()]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def draw(tables: Tables, n: int, seed: int, *, stream: int = 0) -> Counts:

@@ -38,13 +38,14 @@ def write_lab_report(folder: str | Path) -> Path:
     experiments = [_experiment(path, one) for path, one in measured]
     claims = [claim for experiment in experiments for claim in experiment["claims"]]
     alone = experiments[0] if len(experiments) == 1 else None
-    held = sum(claim.holds for claim in claims)
+    judged = [claim.holds for claim in claims if claim.holds is not None]
+    held = sum(judged)
     context = {
         "kind": "Lab",
         "title": alone["title"] if alone else "What the theory promises, measured",
         "name": folder.resolve().name,
         "held": held,
-        "broken": len(claims) - held,
+        "broken": len(judged) - held,
         "alone": alone is not None,
         "experiments": experiments,
         "time": format_seconds(sum(one.seconds for _, one in measured)),
@@ -76,7 +77,8 @@ def _experiment(path: Path, measured: Measured) -> dict[str, Any]:
         "title": shown.title,
         "about": shown.about,
         "claims": shown.claims,
-        "held": sum(claim.holds for claim in shown.claims),
+        "held": sum(claim.holds is True for claim in shown.claims),
+        "judged": sum(claim.holds is not None for claim in shown.claims),
         "figures": figures,
         "tables": [_table(table) for table in shown.tables],
         "settings": as_yaml(measured.settings),

@@ -85,7 +85,7 @@ class Claim(BaseModel):
 
     promised: str
     found: str
-    holds: bool
+    holds: bool | None
 
 
 class Shown(BaseModel):
