@@ -46,7 +46,9 @@ def format_estimate(mean: float, se: float) -> str:
     if not math.isfinite(se):
         return f"{_minus(f'{mean:.3g}')} ± ?"
     decimals = _decimals(se)
-    if se == 0 or decimals > 6:
+    if se < 1e-12:
+        return f"{_minus(f'{mean:.3g}')} ± 0"
+    if decimals > 6:
         return f"{_minus(f'{mean:.3g}')} ± {se:.1g}"
     return f"{_minus(f'{mean:.{decimals}f}')} ± {se:.{decimals}f}"
 
