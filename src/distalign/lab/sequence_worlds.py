@@ -80,6 +80,18 @@ def bigram(
     return torch.cat([first[..., None, :], rest], -2)
 
 
+def bigram_features(tree: Tree) -> Float[Tensor, "prompts responses features"]:
+    """The tables of `bigram` as a linear class, less what changes no preference: first tokens count against end-of-
+    sequence, and nothing follows that.
+    """
+    size = tree.vocabulary
+    tables = torch.eye((PROMPTS + size) * size, dtype=torch.float64).view(-1, PROMPTS + size, size)
+    counted = torch.ones(PROMPTS + size, size, dtype=torch.bool)
+    counted[:PROMPTS, 0] = counted[PROMPTS] = False
+    tables = tables[counted.flatten()]
+    return tree.path_sums(bigram(tables[:, :PROMPTS], tables[:, PROMPTS:], tree)).movedim(0, -1)
+
+
 def make_worlds(keys: Sequence[Key], tree: Tree, *, distance: float, steps: int) -> list[World]:
     """A world for each key, the networks fitted together, all within 3 % of the wanted distance.
 

@@ -15,20 +15,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.lab.exact import divergence, entropy, optimum
+from distalign.lab.exact import asymptotic_constant, divergence, entropy, optimum
 from distalign.lab.experiment import Advance, at_least, powers
 from distalign.lab.net import Weights, double
-from distalign.lab.sequence_rewards import fit_rewards
+from distalign.lab.sequence_rewards import fit_bigram, fit_rewards
 from distalign.lab.sequence_shown import show, summarise
 from distalign.lab.sequence_training import Job, Schedule, train
-from distalign.lab.sequence_worlds import Data, World, draw_pairs, logps, make_worlds
+from distalign.lab.sequence_worlds import Data, World, bigram_features, draw_pairs, logps, make_worlds
 from distalign.lab.shown import Shown
 from distalign.lab.tree import Tree
 from distalign.methods import DPO, PD, PMLE, REBEL, RKL, RLHF
 from distalign.preference import induced_reward
 
 TREE = Tree(vocabulary=8, length=4)
-WEIGHTS = torch.logspace(-1.5, 2.5, 81, dtype=torch.float64).tolist()  # the KL weights that an oracle chooses from
+WEIGHTS = torch.logspace(-1.5, 2.5, 81, dtype=torch.float64).tolist()  # an oracle's KL weights, times γ
+POSITIVE = ["gamma", "distance", "betas", "ridge", "lr", "dpo_lr", "policy_lr", "scalar_lr", "init_lr", "brief_lr"]
 STAGES = {"worlds": 5, "rewards": 25, "pmle": 35, "dpo": 10, "sampling": 25}  # shares of the time, in per cent
 
 
@@ -50,9 +51,12 @@ class Cell(NamedTuple):
 class Sequences:
     """Forward KL of each method against the number of labelled pairs n = 512 · 4^k, in two worlds.
 
-    `distance` is KL(π* ‖ π₀) in nats; `betas` are KL weights of PMLE without early stopping; `steps` are those of PMLE
-    and DPO, `policy_steps` of the methods that sample, `reward_steps` of networks as reward models. At most `counter_n`
-    pairs are drawn in the world "tilted", and methods that sample are trained at the largest number alone there.
+    `distance` is KL(π* ‖ π₀) in nats; `betas` are KL weights of PMLE without early stopping. Steps and learning rates:
+    `steps`, `lr` of PMLE, `dpo_lr` of DPO; `policy_steps`, `policy_lr` of the methods that sample; `reward_steps` of
+    networks as reward models, `scalar_lr` of the scalar head, `init_lr` of γ ln π₀ + a correction, `brief_steps`,
+    `brief_lr` of a scalar head that is fitted less. `ridge` is the bigram reward's, against the summed loss. At most
+    `counter_n` pairs are drawn in the world "tilted", and methods that sample are trained at the largest number alone
+    there.
     """
 
     seed: int = 0
@@ -62,16 +66,27 @@ class Sequences:
     distance: float = 1.0
     betas: tuple[float, ...] = (0.03, 0.3)
     steps: int = 400
+    lr: float = 3e-3
+    dpo_lr: float = 2e-2
     policy_steps: int = 300
+    policy_lr: float = 1e-2
     reward_steps: int = 160
+    scalar_lr: float = 1e-2
+    init_lr: float = 5e-3
+    brief_steps: int = 40
+    brief_lr: float = 3e-3
+    ridge: float = 0.1
     counter_n: int = 8192
 
     name: ClassVar[str] = "sequences"
 
     def __post_init__(self) -> None:
-        at_least(self, seed=0, seeds=1, max_n=512, steps=1, policy_steps=1, reward_steps=4, counter_n=512)
-        if not all(value > 0 for value in (self.gamma, self.distance, *self.betas)):
-            raise ValueError(f"gamma {self.gamma}, distance {self.distance}, betas {self.betas}: all must be positive")
+        at_least(self, seed=0, seeds=1, max_n=512, counter_n=512)
+        at_least(self, steps=1, policy_steps=1, reward_steps=1, brief_steps=1)
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if min(value if isinstance(value, tuple) else (value,)) <= 0:
+                raise ValueError(f"{name} is {value}; give more than 0")
 
     def run(self, advance: Advance) -> tuple[dict[str, Any], Shown]:
         """Train everything, and measure it by enumeration."""
@@ -84,8 +99,10 @@ class Sequences:
         rows += self._labelled([cell.data for cell in cells], stage)
         rows += self._sampled(cells, stage("sampling"))
         limits = [row for world in worlds for row in self._limits(world)]
-        numbers = {"rows": rows, "summary": summarise(rows), "limits": limits}
-        return numbers, show(numbers, gamma=self.gamma, distance=self.distance, betas=self.betas)
+        constants = [self._constant(world) for world in worlds if world.kind == "markov"]
+        numbers = {"rows": rows, "summary": summarise(rows), "limits": limits, "constants": constants}
+        brief = f"{self.brief_steps} steps, lr {self.brief_lr:g}"
+        return numbers, show(numbers, gamma=self.gamma, distance=self.distance, betas=self.betas, brief=brief)
 
     def _cells(self, worlds: list[World], advance: Callable[[int, int], None]) -> list[Cell]:
         """Every world at every number of pairs, the rewards of its repetitions fitted together."""
@@ -93,23 +110,21 @@ class Sequences:
         for kind, most in (("markov", self.max_n), ("tilted", min(self.max_n, self.counter_n))):
             for n in powers(512, most, 4):
                 same = [draw_pairs(world, n, TREE, gamma=self.gamma) for world in worlds if world.kind == kind]
-                fitted = {
-                    reward: fit_rewards(model, same, TREE, schedule, gamma=self.gamma)
-                    for reward, (model, schedule) in self._reward_models(kind).items()
-                }
+                fitted = self._rewards(same)
                 cells += [Cell(data, {name: one[i] for name, one in fitted.items()}) for i, data in enumerate(same)]
                 advance(len(cells), len(worlds) * 4)
         return cells
 
-    def _reward_models(self, kind: str) -> dict[str, tuple[str, Schedule]]:
-        """By the ending of a method's name: the reward model and how it is fitted. A quarter of the steps is brief."""
-        if kind == "markov":
-            return {"": ("bigram", Schedule(400, lr=0.1))}
-        return {
-            "_policy": ("policy", Schedule(self.reward_steps, lr=5e-3)),
-            "_scalar": ("scalar", Schedule(self.reward_steps, lr=1e-2)),
-            "_brief": ("scalar", Schedule(self.reward_steps // 4, lr=3e-3)),
+    def _rewards(self, data: list[Data]) -> dict[str, Float[Tensor, "models prompts responses"]]:
+        """By the ending of a method's name: the rewards of these data sets, all of one kind of world."""
+        if data[0].world.kind == "markov":
+            return {"": fit_bigram(data, TREE, ridge=self.ridge)}
+        models = {
+            "_policy": ("policy", Schedule(self.reward_steps, lr=self.init_lr)),
+            "_scalar": ("scalar", Schedule(self.reward_steps, lr=self.scalar_lr)),
+            "_brief": ("scalar", Schedule(self.brief_steps, lr=self.brief_lr)),
         }
+        return {end: fit_rewards(kind, data, TREE, how, gamma=self.gamma) for end, (kind, how) in models.items()}
 
     def _optima(self, world: World, rewards: Float[Tensor, "prompts responses"]) -> dict[str, Best]:
         """What the methods that use a reward tend to, by enumeration (appendix B), by method."""
@@ -119,9 +134,10 @@ class Sequences:
             optima = [Best(optimum(rewards, reference, gamma=gamma, beta=beta), beta) for beta in betas]
             return min(optima, key=lambda one: float(divergence(world.target, one.logps)))
 
+        weights = [self.gamma * weight for weight in WEIGHTS]
         rkl, rebel = best(self.gamma, [0.0]), best(0.0, [self.gamma])
-        tuned = best(self.gamma, [0.0, *WEIGHTS])
-        return {"rkl": rkl, "pd": rkl, "rlhf": best(0.0, WEIGHTS), "rebel": rebel, "rkl_tuned": tuned}
+        tuned = best(self.gamma, [0.0, *weights])
+        return {"rkl": rkl, "pd": rkl, "rlhf": best(0.0, weights), "rebel": rebel, "rkl_tuned": tuned}
 
     def _enumerated(self, cell: Cell) -> list[dict[str, Any]]:
         """Rows of the reference and of what the fitted rewards lead to, nothing trained."""
@@ -144,17 +160,25 @@ class Sequences:
             for name, value in {"reference": world.distance, **values}.items()
         ]
 
+    def _constant(self, world: World) -> dict[str, Any]:
+        """C = lim n · KL(π* ‖ π̂), in nats, n the pairs that are fitted, where reward and policy are bigram tables: how
+        well π₀ covers the target. One for PMLE, PD and RKL, as the classes are one.
+        """
+        features, reference = bigram_features(TREE), TREE.path_sums(world.reference)
+        constant = asymptotic_constant(world.target[None], reference[None], features[None], gamma=self.gamma)
+        return {"world": world.kind, "seed": world.key[1], "constant": float(constant)}
+
     def _labelled(self, data: list[Data], stage: Callable[[str], Callable[[int, int], None]]) -> list[dict[str, Any]]:
         """PMLE stopped early and at its last step, with β instead, and DPO stopped early."""
         markov = [one for one in data if one.world.kind == "markov"]
         plain = [Job("pmle", PMLE(gamma=self.gamma, beta=0.0), one) for one in data]
         held = [Job(f"pmle_beta_{b:g}", PMLE(gamma=self.gamma, beta=b), one) for b in self.betas for one in markov]
         dpo = [Job("dpo", DPO(gamma=self.gamma), one) for one in markov]
-        pmle = train([*plain, *held], TREE, Schedule(self.steps, batch=512), stage("pmle"))
+        pmle = train([*plain, *held], TREE, Schedule(self.steps, lr=self.lr, batch=512), stage("pmle"))
         best, last = _policies(pmle.best)[: len(plain)], _policies(pmle.last)
         rows = _rows(plain, best) + _rows(held, last[len(plain) :])
         rows += [_row(job.data, "pmle_last", policy) for job, policy in zip(plain, last, strict=False)]
-        schedule = Schedule(self.steps, lr=2e-2, batch=1024)
+        schedule = Schedule(self.steps, lr=self.dpo_lr, batch=1024)
         return rows + _rows(dpo, _policies(train(dpo, TREE, schedule, stage("dpo")).best))
 
     def _sampled(self, cells: list[Cell], advance: Callable[[int, int], None]) -> list[dict[str, Any]]:
@@ -172,7 +196,8 @@ class Sequences:
                     methods |= {"pd": PD(gamma=self.gamma, beta=0.0), "rebel": REBEL(1 / self.gamma, self.gamma)}
                 jobs += [Job(name + ending, method, cell.data, rewards) for name, method in methods.items()]
                 optima += [best[name] for name in methods]
-        trained = _policies(train(jobs, TREE, Schedule(self.policy_steps, lr=1e-2, reuse=4), advance).last)
+        schedule = Schedule(self.policy_steps, lr=self.policy_lr, reuse=4)
+        trained = _policies(train(jobs, TREE, schedule, advance).last)
         return [
             _row(job.data, job.name, policy, beta=best.beta, from_optimum=float(divergence(best.logps, policy)))
             for job, policy, best in zip(jobs, trained, optima, strict=True)
@@ -206,6 +231,7 @@ def _row(data: Data, name: str, policy: Float[Tensor, "prompts responses"], **mo
         "world": world.kind,
         "method": name,
         "n": len(data.pairs),
+        "fitted": len(data.pairs) - data.held_out,
         "seed": world.key[1],
         "forward_kl": float(divergence(world.target, policy)),
         "reverse_kl": float(divergence(policy, world.target)),
