@@ -70,7 +70,7 @@ def test_the_exact_judge_is_the_targets_preference(verdict):
     assert [one.probability for one in found] == pytest.approx([expected, expected, 1 - expected], abs=1e-5)
     assert 0.01 < abs(logit) < 5
     assert seen == [(3, 3)]
-    assert judge.facts() == {"responses": 6.0}
+    assert judge.facts() == {"responses": 2.0}  # each once, however often it is compared
 
 
 def test_a_response_that_did_not_end_is_judged_as_such():
@@ -102,13 +102,15 @@ def test_a_long_list_is_judged_in_order(tmp_path):
     """Parts are given to the reward one after another, and progress is shown between them."""
     (tmp_path / "long.py").write_text("def reward(completions): return [float(len(c.split())) for c in completions]")
     judge = from_yaml(f"{{reward: [{{function: '{tmp_path}/long.py:reward', weight: 2}}]}}")
-    comparisons = [Comparison("tell me", "tea " * (i % 3 + 1), "tea tea") for i in range(600)]
+    words = tiny.prompts(100)
+    comparisons = [Comparison(words[i % 100], "tea " * (i % 3 + 1), "tea tea") for i in range(600)]
     seen = []
     found = judge(comparisons, lambda *counts: seen.append(counts))
     assert [one.probability for one in found] == pytest.approx(
         [1 / (1 + math.exp(2 - 2 * (i % 3))) for i in range(600)]
     )
-    assert seen == [(256, 600), (512, 600), (600, 600)]
+    assert seen == [(384, 600), (600, 600)]  # 64 of 100 prompts, then the rest
+    assert judge.facts()["responses"] < 600
 
 
 @pytest.fixture

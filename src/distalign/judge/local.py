@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from threading import Thread
 from typing import Any, Literal
 
+import torch
+
 from distalign.data import Pair, Prompt, encode_pair
 from distalign.judge.base import Comparison, Ids, JudgeError, Judgement, Progress
 from distalign.reward import Request, Reward, RewardError
 from distalign.reward.function import find_function
 
-# Comparisons that a reward is given at once; it makes batches of its own within them.
-_AT_ONCE = 256
+# Prompts that a reward is given at once; it makes batches of its own within them.
+_AT_ONCE = 64
 
 
 class RewardJudge:
@@ -30,24 +32,57 @@ class RewardJudge:
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
         """Both responses of each are rewarded. Raises RewardError, and DataError for texts that cannot be encoded."""
-        found: list[Judgement] = []
-        for start in range(0, len(comparisons), _AT_ONCE):
-            requests = [self._request(one) for one in comparisons[start : start + _AT_ONCE]]
-            rewards = self.reward(requests).double().view(-1, 2)
-            difference = rewards[:, 0] - rewards[:, 1]
-            probability = (difference.sign() + 1) / 2 if self.verdict == "sign" else difference.sigmoid()
-            found += [Judgement(value) for value in probability.tolist()]
-            if progress is not None:
-                progress(len(found), len(comparisons))
+        rewards = self._rewards(comparisons, progress)
+        found = []
+        for one in comparisons:
+            ids = self._ids(one)
+            difference = (
+                rewards[_place(ids.prompt, ids.first, one.row)] - rewards[_place(ids.prompt, ids.second, one.row)]
+            )
+            found.append(Judgement(self._verdict(difference)))
         return found
+
+    def _rewards(self, comparisons: Sequence[Comparison], progress: Progress | None) -> dict[_Place, float]:
+        """The reward of every response, once however often it is compared; the responses to one prompt together."""
+        waiting: dict[tuple[tuple[int, ...], int], Request] = {}
+        for one in comparisons:
+            ids = self._ids(one)
+            # Rows with other columns may be rewarded differently for the same prompt.
+            request = waiting.setdefault(
+                (tuple(ids.prompt), id(one.row)),
+                Request(ids.prompt, [ids.first], one.row or Prompt(one.prompt, one.key)),
+            )
+            request.responses.extend(own for own in (ids.first, ids.second) if own not in request.responses)
+        requests: list[tuple[tuple[tuple[int, ...], int], Request]] = list(waiting.items())
+        found: dict[_Place, float] = {}
+        for start in range(0, len(requests), _AT_ONCE):
+            part = requests[start : start + _AT_ONCE]
+            places = [(prompt, tuple(own), row) for (prompt, row), request in part for own in request.responses]
+            found |= dict(zip(places, self.reward([request for _, request in part]).double().tolist(), strict=True))
+            if progress is not None:
+                done = min(start + _AT_ONCE, len(requests))
+                progress(len(comparisons) * done // len(requests), len(comparisons))
+        return found
+
+    def _verdict(self, difference: float) -> float:
+        if self.verdict == "sign":
+            return (difference > 0) + 0.5 * (difference == 0)
+        return float(torch.tensor(difference, dtype=torch.float64).sigmoid())
 
     def facts(self) -> dict[str, float]:
         """The reward's."""
         return self.reward.facts()
 
-    def _request(self, one: Comparison) -> Request:
-        ids = one.ids or encoded(one, self.tokenizer)
-        return Request(ids.prompt, [ids.first, ids.second], one.row or Prompt(one.prompt, one.key))
+    def _ids(self, one: Comparison) -> Ids:
+        return one.ids or encoded(one, self.tokenizer)
+
+
+# A response: the ids of its prompt, its own, and which row it belongs to.
+_Place = tuple[tuple[int, ...], tuple[int, ...], int]
+
+
+def _place(prompt: Sequence[int], response: Sequence[int], row: Prompt | Pair | None) -> _Place:
+    return tuple(prompt), tuple(response), id(row)
 
 
 def encoded(one: Comparison, tokenizer: Any) -> Ids:
