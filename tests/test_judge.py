@@ -110,7 +110,6 @@ def test_a_long_list_is_judged_in_order(tmp_path):
         [1 / (1 + math.exp(2 - 2 * (i % 3))) for i in range(600)]
     )
     assert seen == [(384, 600), (600, 600)]  # 64 of 100 prompts, then the rest
-    assert judge.facts()["responses"] < 600
 
 
 @pytest.fixture
