@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -112,3 +114,49 @@ def test_the_command_goes_on(recipe, trained, tmp_path, monkeypatch):
         cli.main()
     assert not stop.value.code
     assert trained == []
+
+
+def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained, tmp_path, tiny_folder):
+    """The model's folder and the pairs' file keep their names, not their content; a lost model is trained again."""
+    (tmp_path / "model").unlink()
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    pairs = tiny.write_pairs(tmp_path / "pairs.jsonl")
+    own = ("target=null", f"data.train={pairs}", "data.held_out=0.3")
+
+    def again():
+        trained.clear()
+        compare(recipe(*own), ["pmle"], [0], resume=True)
+        return [name for _, name, _ in trained]
+
+    compare(recipe(*own), ["pmle"], [0])
+    assert again() == []
+    tiny.model(initializer_range=0.3).save_pretrained(tmp_path / "model")
+    assert again() == ["pmle"]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    assert again() == ["pmle"]
+    shutil.rmtree(recipe().run_dir / "pmle" / "model")
+    assert again() == ["pmle"]
+    assert (recipe().run_dir / "pmle" / "model").is_dir()
+
+
+def test_a_reward_of_other_pairs_is_trained_again(recipe, tmp_path):
+    """A reward stays with the pairs that it was trained on, and goes with others."""
+    flags = (
+        "reward={train: {init: scratch, epochs: 1}}",
+        "methods={rkl: {gamma: 0.5, beta: 0.1}}",
+        "rollout.samples=2",
+    )
+    path = recipe().run_dir / "reward"
+
+    def weights():
+        return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.safetensors"))
+
+    compare(recipe(*flags), ["rkl"], [0])
+    before, stamp = weights(), [file.stat().st_mtime_ns for file in path.glob("*.safetensors")]
+    assert before
+    compare(recipe(*flags), ["rkl"], [0], resume=True)
+    assert [file.stat().st_mtime_ns for file in path.glob("*.safetensors")] == stamp
+    compare(recipe(*flags, "target.gamma=0.9"), ["rkl"], [0], resume=True)
+    assert weights() != before

@@ -158,11 +158,50 @@ def test_changed_weights_are_another_policy(place, tmp_path):
     assert sources[0] == sources[1]
     tiny.model(initializer_range=0.3).save_pretrained(tmp_path / "moved")
     assert answers.weights_digest(answers_source(tmp_path / "moved")) != sources[0]
-    one, other = (
-        answers.content_key(answers_source(place / "moved"), made.model_copy(update=change), [[1]], [])
-        for change in ({}, {"temperature": 0.5})
-    )
-    assert one != other
+    source, reference = answers_source(place / "moved"), answers_source(place / "model")
+
+    def key(name="moved", start=reference, prompts=([1],), pairs=(), end_id=3, **change):
+        settings = made.model_copy(update=change)
+        return answers.content_key(name, source, start, settings, list(prompts), list(pairs), end_id)
+
+    changes = [{"temperature": 0.5}, {"seed": 5}, {"dtype": "bfloat16"}, {"samples": 9}, {"end_id": 2}]
+    changes += [{"name": "other"}, {"start": source}, {"prompts": ([2],)}, {"pairs": (Group([1], [[2], [3]]),)}]
+    assert len({key(), *(key(**change) for change in changes)}) == 1 + len(changes)
+    assert key() == key()
+
+
+def test_another_reference_is_another_distance(place, tmp_path):
+    """The same name and policy beside another reference: nothing kept is believed."""
+    one = evaluate(settings(place, f"output_dir={tmp_path}", "target=null", "reward=[]", policies=("moved",)))
+    changed = (f"output_dir={tmp_path}", "target=null", "reward=[]", f"model={place}/moved")
+    other = evaluate(settings(place, *changed, policies=("moved",)))
+    assert one["methods"]["moved"]["kl_reference"]["mean"] > 0.1
+    assert other["methods"]["moved"]["kl_reference"]["mean"] == pytest.approx(0, abs=1e-4)
+
+
+def test_a_stop_before_the_scores_loses_no_answers(place, tmp_path, monkeypatch):
+    """Answers are kept as they come; the states wait beside them, and are gone when they have been scored."""
+    made = settings(place, f"output_dir={tmp_path}")
+    whole = evaluate(settings(place, f"output_dir={tmp_path}", "name=whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("distalign.evaluate.run.score_answers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(made)
+    assert (made.run_dir / "policies" / "adapted" / "states.safetensors").is_file()
+    monkeypatch.setattr("distalign.evaluate.run.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
+    assert flat(evaluate(made)["methods"]) == pytest.approx(flat(whole["methods"]), rel=1e-5)
+    assert not (made.run_dir / "policies" / "adapted" / "states.safetensors").exists()
+
+
+def test_what_is_in_the_folder_is_not_overwritten(place, tmp_path):
+    """A comparison's results stay; a frontier of another reward is left out."""
+    made = settings(place, f"output_dir={tmp_path}", "target=null", "reward=[]", policies=("moved",))
+    made.run_dir.mkdir(parents=True)
+    (made.run_dir / "frontier.json").write_text("{}")
+    assert "frontier" not in evaluate(made)
+    (made.run_dir / "results.json").write_text('{"methods": {}}')
+    with pytest.raises(InputError, match="holds another run"):
+        evaluate(made)
 
 
 def answers_source(path):
@@ -192,6 +231,7 @@ def test_without_pairs_target_or_reward_there_is_what_there_is(place, tmp_path):
         ("prompts: p.jsonl\nreward: {train: true}\n", "an evaluation trains nothing"),
         ("prompts: p.jsonl\nreward: {exact: true}\n", "reward.exact is the known target's; add target"),
         ("prompts: p.jsonl\npolicies: {reference: x}\n", 'policies: "reference" cannot be'),
+        ('prompts: p.jsonl\npolicies: {"..": x}\n', 'policies: ".." cannot be'),
         ("limit: 4\n", "neither prompts nor pairs"),
         ("prompts: p.jsonl\nsample: 3\n", 'has no setting "sample"; did you mean "samples"?'),
         ("prompts: p.jsonl\njudge: {exact: true}\n", "only a known target judges exactly"),
@@ -227,6 +267,8 @@ def test_policies_are_named_by_what_tells_them_apart():
     }
     assert set(_named(["x/reference"], {})) == {"x-reference"}
     assert set(_named(["x/dpo"], {"dpo": "y"})) == {"x-dpo"}
+    with pytest.raises(InputError, match="two are named x"):
+        _named(["x=a", "x=b"], {})
 
 
 def test_opponents_are_all_or_the_reference_alone():

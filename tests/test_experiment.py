@@ -11,10 +11,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from distalign import comparison, experiment
+from distalign import experiment
 from distalign.comparison import compare
 from distalign.errors import InputError
 from distalign.experiment import train, training_arguments
+from distalign.facts import finite
 from distalign.recipe import RecipeError, load_recipe
 from distalign.report import write_report
 from distalign.report.results import Results
@@ -305,5 +306,5 @@ def test_own_pairs_that_do_not_fit_are_refused_before_the_weights_are_loaded(
 
 def test_numbers_that_could_not_be_computed_are_null():
     """JSON has no NaN."""
-    found = comparison._finite({"a": [math.nan, 1.0], "b": (math.inf, "x"), "c": {"d": 2}})
+    found = finite({"a": [math.nan, 1.0], "b": (math.inf, "x"), "c": {"d": 2}})
     assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [None, 1.0], "b": [None, "x"], "c": {"d": 2}}

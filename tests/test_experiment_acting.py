@@ -60,8 +60,8 @@ def test_pairs_are_measured_at_the_temperature_of_the_run(made):
     seen = {}
     original = comparison.measure_pairs
 
-    def spy(measured, logps, task, implied):
-        original(measured, logps, task, implied)
+    def spy(measured, logps, pairs, implied, target_logit=None):
+        original(measured, logps, pairs, implied, target_logit)
         seen.setdefault("rewards", []).append(implied(logps))
 
     recipe = made("rollout.temperature=0.5", "early_stopping=null", "training.eval_strategy=steps")

@@ -52,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "trainer": BELOW_DOING | {"rounds", "room", "collected", "actor", "health"},
     "measure": BELOW_DOING | {"health"},
     "bench": BELOW_DOING | {"measure", "rounds"},
-    "experiment": BELOW_DOING | {"trainer", "rounds", "measure", "bench", "card", "health"},
+    "experiment": BELOW_DOING | {"facts", "trainer", "rounds", "measure", "bench", "card", "health"},
     "finished": BELOW_DOING | {"measure"},
     "comparison": BELOW_DOING | {"finished", "facts", "trainer", "measure", "bench", "card", "experiment", "health"},
     "judge": BELOW_DOING,

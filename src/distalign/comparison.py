@@ -15,9 +15,9 @@ from distalign.bench import Bench, prepare
 from distalign.card import CITATION
 from distalign.engine import score_in_batches
 from distalign.errors import InputError
-from distalign.experiment import check, forget_results, reward_of, train_method
-from distalign.facts import environment, finite, plain
-from distalign.finished import Finished, load_finished, run_key, same_run
+from distalign.experiment import check, reward_of, train_method
+from distalign.facts import environment, finite, forget_results, plain
+from distalign.finished import Finished, claim, data_key, is_of, load_finished, reward_key, run_key
 from distalign.measure import (
     COLUMNS,
     Measured,
@@ -30,6 +30,7 @@ from distalign.measure import (
     summarise,
     win_probability,
 )
+from distalign.policy import weights_digest
 from distalign.progress import progress
 from distalign.recipe import Recipe
 from distalign.reward import RewardError
@@ -140,7 +141,7 @@ def _compare_seed(
             del found["reference"].values["nll"]
             found["reference"].confidence = torch.zeros(0)
     if any(bench.recipe.method(name).needs.reward for name in methods):
-        reward_of(bench, folder / "reward", keep=resume)
+        _make_reward(bench, folder / "reward", resume)
     for name in methods:
         one = _finish(bench, name, folder / name, resume)
         extra["curves"].setdefault(name, []).extend(one.curve)
@@ -164,12 +165,14 @@ def _compare_seed(
 def _finish(bench: Bench, name: str, folder: Path, resume: bool) -> Finished:
     """One method, trained and measured; from its record, or on from its checkpoint, where that is allowed."""
     task = bench.task
-    key = run_key(bench.recipe, name, bench.seed, [*bench.train, *bench.held], list(task.prompts))
+    key = run_key(bench.recipe, name, bench.seed, weights_digest(bench.source), _data(bench))
     kept = load_finished(folder, key, bench.held) if resume else None
     if kept is not None:
         logger.info("%s, seed %d: done before", name, bench.seed)
         return kept
-    policy, trainer = train_method(bench, name, folder, resume=resume and same_run(bench.recipe, name, folder))
+    going_on = resume and is_of(folder, key) and any(folder.glob("checkpoint-*"))
+    claim(folder, key)
+    policy, trainer = train_method(bench, name, folder, resume=going_on)
     started = time.monotonic()
     with progress(f"measure {name}", 1) as advance:
         measured = measure_samples(policy.model, task, reference=bench.base)
@@ -187,6 +190,21 @@ def _finish(bench: Bench, name: str, folder: Path, resume: bool) -> Finished:
     one = Finished(measured, _curve(trainer, bench.seed), trainer.kept_step, seconds)
     one.save(folder, key)
     return one
+
+
+def _make_reward(bench: Bench, folder: Path, resume: bool) -> None:
+    """The recipe's reward; one that was trained before stays if it is of the same settings, weights and pairs."""
+    if not any(one.train is not None for one in bench.recipe.reward):
+        reward_of(bench, folder)
+        return
+    key = reward_key(bench.recipe, bench.seed, weights_digest(bench.source), _data(bench))
+    reward_of(bench, folder, keep=resume and is_of(folder, key))
+    claim(folder, key)
+
+
+def _data(bench: Bench) -> str:
+    prompts = [*(one.prompt for one in bench.prompts), *bench.task.prompts]
+    return data_key([*bench.train, *bench.held], prompts)
 
 
 def _reference_logps(bench: Bench) -> torch.Tensor:

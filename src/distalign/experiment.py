@@ -20,6 +20,7 @@ from distalign.bench import Bench, prepare
 from distalign.card import model_card
 from distalign.engine.recompute import set_recompute
 from distalign.errors import InputError
+from distalign.facts import forget_results
 from distalign.measure import forward_kl
 from distalign.policy import Policy, make_policy
 from distalign.recipe import Recipe, RecipeError, RewardSettings, RewardTraining, load_recipe
@@ -336,14 +337,6 @@ def _forget_after(folder: Path, checkpoint: Path | None) -> None:
             last = step if path == told[0] else step - 1
             kept = [row for row in rows if row["step"] <= last and "train_runtime" not in row]
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-
-
-def forget_results(folder: Path) -> None:
-    """Remove the results and the report of an earlier run in this folder: they are not this one's."""
-    for name in ("results.json", "samples.jsonl", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tables", "figures"):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _follow_target(bench: Bench) -> Any:

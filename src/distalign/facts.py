@@ -1,11 +1,13 @@
-"""What every results.json has: versions and device, numbers as plain data."""
+"""What every results.json has: versions and device, numbers as plain data; and how an old one is forgotten."""
 
 from __future__ import annotations
 
 import math
 import platform
+import shutil
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,3 +32,11 @@ def environment() -> dict[str, str]:
     packages = ("distalign", "torch", "transformers", "peft", "accelerate")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}
+
+
+def forget_results(folder: Path) -> None:
+    """Remove the results and the report of an earlier run in this folder: they are not this one's."""
+    for name in ("results.json", "samples.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tables", "figures"):
+        shutil.rmtree(folder / name, ignore_errors=True)

@@ -16,7 +16,7 @@ from distalign.data import EncodedPair
 from distalign.measure import Measured
 from distalign.recipe import Recipe
 
-_TENSORS, _REST = "finished.safetensors", "finished.json"
+_TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
 
 
 @dataclass
@@ -47,34 +47,66 @@ def load_finished(folder: Path, key: str, pairs: list[EncodedPair]) -> Finished 
         rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
         if rest["key"] != key:
             return None
+        if not (folder / "model").is_dir():
+            return None
         tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
-    except (OSError, ValueError, KeyError, SafetensorError):
+        confidence, correct = tensors["confidence"], tensors["correct"]
+        responses, curve, kept_step, seconds = (rest[key] for key in ("responses", "curve", "kept_step", "seconds"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
     values = {name.removeprefix("values/"): own for name, own in tensors.items() if name.startswith("values/")}
     logps = tensors.get("target_logps")
-    measured = Measured(values, rest["responses"], tensors["confidence"], tensors["correct"], logps, pairs)
-    return Finished(measured, rest["curve"], rest["kept_step"], rest["seconds"])
+    return Finished(Measured(values, responses, confidence, correct, logps, pairs), curve, kept_step, seconds)
 
 
-def run_key(recipe: Recipe, name: str, seed: int, pairs: list[EncodedPair], prompts: list[list[int]]) -> str:
-    """Hash of what decides a method's run: its settings, the seed, the pairs and prompts as ids.
+def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> str:
+    """Hash of what decides a method's run: its settings, the seed, the model's weights, the pairs and prompts.
 
-    The other methods of the recipe, its name and its place do not count.
+    The other methods of the recipe, its name and its place do not count. A reward of a file counts by its content.
     """
     settings = recipe.only([name]).model_dump(mode="json", exclude={"name", "output_dir", "compare"})
-    ids = [[pair.prompt, pair.chosen, pair.rejected, pair.probability] for pair in pairs]
-    return hashlib.sha256(json.dumps([settings, seed, ids, prompts], sort_keys=True).encode()).hexdigest()
+    return _hash([settings, _rewards(recipe), seed, weights, data])
 
 
-def same_run(recipe: Recipe, name: str, folder: Path) -> bool:
-    """Whether the checkpoints of a folder are of these settings, so that its training can go on."""
-    from distalign.recipe import RecipeError, load_recipe
+def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
+    """Hash of what decides a reward that is trained on the pairs."""
+    return _hash([[one.model_dump(mode="json") for one in recipe.reward], recipe.dtype, seed, weights, data])
 
-    if not any(folder.glob("checkpoint-*")):
-        return False
+
+def data_key(pairs: list[EncodedPair], prompts: list[list[int]]) -> str:
+    """Hash of pairs and prompts as ids."""
+    return _hash([[[pair.prompt, pair.chosen, pair.rejected, pair.probability] for pair in pairs], prompts])
+
+
+def is_of(folder: Path, key: str) -> bool:
+    """Whether what is in a folder was made under this key."""
     try:
-        old = load_recipe(folder / "recipe.yaml").only([name])
-    except (RecipeError, KeyError):
+        return json.loads((folder / _KEY).read_text(encoding="utf-8"))["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    left_out = {"name", "output_dir", "compare"}
-    return old.model_dump(exclude=left_out) == recipe.only([name]).model_dump(exclude=left_out)
+
+
+def claim(folder: Path, key: str) -> None:
+    """What is made in a folder from now on is made under this key; what another run had finished there is forgotten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _REST).unlink(missing_ok=True)
+    (folder / _KEY).write_text(json.dumps({"key": key}), encoding="utf-8")
+
+
+def _rewards(recipe: Recipe) -> list[str]:
+    """Digests of the files and folders that rewards are read from."""
+    found = []
+    for one in recipe.reward:
+        places = [one.model, one.function.rpartition(":")[0] if one.function else None]
+        for place in places:
+            path = Path(place) if place else None
+            if path is not None and path.is_file():
+                found.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            elif path is not None and path.is_dir():
+                files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+                found += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return found
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

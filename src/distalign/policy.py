@@ -121,6 +121,26 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     return Source(name, name, f"hub model {name}", trust_remote_code)
 
 
+def weights_digest(source: Source) -> str:
+    """Hash of a folder's weights and configuration; of a hub model its commit, and its name where that is unknown."""
+    digest = hashlib.sha256()
+    for place in (source.path, source.adapter):
+        folder = Path(place) if place else None
+        if folder is None:
+            continue
+        if not folder.is_dir():
+            commit = getattr(source.config(), "_commit_hash", None)
+            digest.update(f"{source.path}@{commit}".encode())
+            continue
+        for file in sorted(folder.iterdir()):
+            if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
+                digest.update(file.name.encode())
+                with file.open("rb") as opened:
+                    while block := opened.read(1 << 24):
+                        digest.update(block)
+    return digest.hexdigest()
+
+
 def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")

@@ -24,11 +24,14 @@ from distalign.engine import Group, score_in_batches
 from distalign.engine.drawn import Drawn, score_drawn, score_own
 from distalign.engine.head import CannotTile, head_of
 from distalign.evaluate.settings import Evaluation
-from distalign.policy import Source
+from distalign.policy import Source, weights_digest
 from distalign.progress import progress
 from distalign.rollout import sample, sample_with_states
 
 logger = logging.getLogger("distalign.evaluate")
+
+_STATES = "states.safetensors"
+_FORMAT = 2  # of what is kept; another number, and everything is drawn again
 
 
 @dataclass
@@ -36,7 +39,8 @@ class Answers:
     """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, a value a response.
 
     `pair_logps` are ln π of the held-out pairs, preferred response first. `drawn` is what the responses are scored
-    from; None when they have been. `own_reference`: they are the reference's own.
+    from; None when they have been. `own_reference`: they are the reference's own. `states` are those
+    of answers that were kept before they were scored: with the policy's head they make `drawn`.
     """
 
     name: str
@@ -46,11 +50,15 @@ class Answers:
     scores: dict[str, Float[Tensor, "responses"]]
     drawn: Drawn | None = None
     own_reference: bool = False
+    states: Float[Tensor, "tokens hidden"] | None = None
 
     def save(self, folder: Path) -> None:
-        """Write everything but the states; the key last, so that a torn folder is not taken for a whole one."""
+        """Write it, the states only while they wait to be scored; the key last, so that no torn folder is believed."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key.json").unlink(missing_ok=True)
+        (folder / _STATES).unlink(missing_ok=True)
+        if self.drawn is not None:
+            save_file({"states": self.drawn.states.cpu().contiguous()}, folder / _STATES)
         save_file({"pair_logps": self.pair_logps, **self.scores}, folder / "scores.safetensors")
         (folder / "responses.json").write_text(json.dumps(self.responses), encoding="utf-8")
         (folder / "key.json").write_text(json.dumps({"key": self.key}), encoding="utf-8")
@@ -63,37 +71,32 @@ def load_answers(folder: Path, name: str, key: str) -> Answers | None:
             return None
         scores = load_file(folder / "scores.safetensors")
         responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, SafetensorError):
+        pair_logps = scores.pop("pair_logps")
+        states = None if "kl" in scores else load_file(folder / _STATES)["states"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return Answers(name, key, responses, scores.pop("pair_logps"), scores)
+    return Answers(name, key, responses, pair_logps, scores, own_reference=name == "reference", states=states)
 
 
-def content_key(source: Source, settings: Evaluation, prompts: Sequence[list[int]], pairs: Sequence[Group]) -> str:
-    """Hash of what decides the answers: weights, prompts, pairs, and how they are sampled."""
+def content_key(
+    name: str,
+    source: Source,
+    reference: Source,
+    settings: Evaluation,
+    prompts: Sequence[list[int]],
+    pairs: Sequence[Group],
+    end_id: int,
+) -> str:
+    """Hash of what decides the answers and their scores: weights, the reference's too, prompts, pairs, sampling."""
     asked = [settings.seed, settings.samples, settings.max_new_tokens, settings.temperature, settings.dtype]
-    asked += [settings.rows, [list(prompt) for prompt in prompts], [[g.prompt, g.responses] for g in pairs]]
-    digest = hashlib.sha256(json.dumps([asked, weights_digest(source)]).encode())
-    return digest.hexdigest()
+    asked += [settings.rows, [list(prompt) for prompt in prompts], [[g.prompt, g.responses] for g in pairs], end_id]
+    digests = [weights_digest(source), weights_digest(reference)]
+    return hashlib.sha256(json.dumps([_FORMAT, name, asked, digests]).encode()).hexdigest()
 
 
-def weights_digest(source: Source) -> str:
-    """Hash of a folder's weights and configuration; of a hub model its commit, and its name where that is unknown."""
-    digest = hashlib.sha256()
-    for place in (source.path, source.adapter):
-        folder = Path(place) if place else None
-        if folder is None:
-            continue
-        if not folder.is_dir():
-            commit = getattr(source.config(), "_commit_hash", None)
-            digest.update(f"{source.path}@{commit}".encode())
-            continue
-        for file in sorted(folder.iterdir()):
-            if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
-                digest.update(file.name.encode())
-                with file.open("rb") as opened:
-                    while block := opened.read(1 << 24):
-                        digest.update(block)
-    return digest.hexdigest()
+def draw_number(name: str) -> int:
+    """A number of its own for every name, so that policies draw with random numbers of their own."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1_000_003
 
 
 def draw_answers(
@@ -106,11 +109,14 @@ def draw_answers(
     *,
     end_id: int,
     reference: Any,
-    own_draw: int,
 ) -> Answers:
-    """Sample the policy, and score the pairs. `own_draw` keeps policies from drawing with the same random numbers."""
+    """Sample the policy, with random numbers of its name's own, and score the pairs."""
     asked: dict[str, Any] = {"n": settings.samples, "max_new_tokens": settings.max_new_tokens, "rows": settings.rows}
-    asked |= {"temperature": settings.temperature, "end_id": end_id, "seed": 1_000_003 * settings.seed + own_draw}
+    asked |= {
+        "temperature": settings.temperature,
+        "end_id": end_id,
+        "seed": 1_000_003 * settings.seed + draw_number(name),
+    }
     scores: dict[str, Tensor] = {}
     drawn = None
     with progress(f"answers of {name}", len(prompts)) as advance:

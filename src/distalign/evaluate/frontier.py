@@ -7,15 +7,13 @@ from collections.abc import Sequence
 
 from distalign.errors import InputError
 from distalign.evaluate.answers import content_key, draw_answers, load_answers, score_answers
-from distalign.evaluate.run import load_base, prepare, reward_of
+from distalign.evaluate.bench import frontier_of, load_base, prepare, reward_of
+from distalign.evaluate.run import FRONTIER
 from distalign.evaluate.settings import Evaluation
 from distalign.facts import finite
 from distalign.frontier import Frontier, predict_frontier
 from distalign.reward import Request
 from distalign.targets import Target
-
-# The file beside an evaluation's results: its report draws the policies on the frontier.
-FRONTIER = "frontier.json"
 
 
 def forecast(
@@ -37,20 +35,13 @@ def forecast(
     bench = prepare(settings.model_copy(update={"policies": {}, "judge": None}), target)
     settings.run_dir.mkdir(parents=True, exist_ok=True)
     load_base(bench, target)
-    folder = settings.run_dir / "policies" / "frontier"
-    key = content_key(bench.sources["reference"], settings, bench.ids, [])
-    answers = load_answers(folder, "frontier", key)
-    if answers is None:
+    folder = settings.run_dir / "frontier"
+    base = bench.sources["reference"]
+    key = content_key("reference", base, base, settings, bench.ids, [], bench.end_id)
+    answers = load_answers(folder, "reference", key)
+    if answers is None or answers.states is not None:
         answers = draw_answers(
-            "the reference",
-            key,
-            bench.base,
-            settings,
-            bench.ids,
-            [],
-            end_id=bench.end_id,
-            reference=bench.base,
-            own_draw=0,
+            "reference", key, bench.base, settings, bench.ids, [], end_id=bench.end_id, reference=bench.base
         )
         score_answers([answers], bench.base, settings, bench.ids)
         answers.save(folder)
@@ -60,6 +51,6 @@ def forecast(
     rewards = reward(requests).double().view(len(requests), settings.samples)
     logps = answers.scores["logps"].view(len(requests), settings.samples)
     found = predict_frontier(rewards, logps, betas=betas, gammas=gammas)
-    text = json.dumps(finite(found.to_json()), indent=1, ensure_ascii=False)
+    text = json.dumps(finite({**found.to_json(), "of": frontier_of(bench)}), indent=1, ensure_ascii=False)
     (settings.run_dir / FRONTIER).write_text(text, encoding="utf-8")
     return found

@@ -8,35 +8,27 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
-from distalign.bench import target_prompts
 from distalign.calibrate import calibrate
 from distalign.card import CITATION
 from distalign.data import (
     EncodedPair,
-    EncodedPrompt,
-    Prompt,
-    Text,
-    encode_pairs,
-    encode_prompt,
-    end_token_id,
     plain_text,
-    read_pairs,
-    read_prompts,
 )
-from distalign.engine import Group, score_in_batches
+from distalign.engine import score_in_batches
+from distalign.engine.drawn import Drawn
+from distalign.engine.head import head_of
 from distalign.errors import InputError
 from distalign.evaluate.answers import Answers, content_key, draw_answers, load_answers, score_answers
+from distalign.evaluate.bench import Bench, frontier_of, load, load_base, prepare, reward_of
 from distalign.evaluate.settings import Evaluation
 from distalign.evaluate.standing import all_opponents, judge_all, standings
-from distalign.facts import environment, finite, plain
-from distalign.judge import JudgeSettings, check_judge, make_judge
+from distalign.facts import environment, finite, forget_results, plain
+from distalign.judge import JudgeSettings, make_judge
 from distalign.measure import (
     COLUMNS,
     Measured,
@@ -47,38 +39,13 @@ from distalign.measure import (
     significance,
     summarise,
 )
-from distalign.policy import Source, find_model
-from distalign.reward import Reward, check_rewards, make_reward
-from distalign.targets import Target, Tilt
+from distalign.reward import Reward
+from distalign.targets import Target
 
 logger = logging.getLogger("distalign.evaluate")
 
-
-@dataclass
-class Bench:
-    """What all policies are measured on."""
-
-    settings: Evaluation
-    sources: dict[str, Source]
-    tokenizer: Any
-    prompts: list[EncodedPrompt]
-    texts: list[Text]
-    pairs: list[EncodedPair]
-    end_id: int
-    facts: dict[str, Any]
-    base: Any = None
-    target: Any = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def ids(self) -> list[list[int]]:
-        """The prompts alone."""
-        return [one.prompt for one in self.prompts]
-
-    @property
-    def groups(self) -> list[Group]:
-        """The pairs as the engine takes them, preferred response first."""
-        return [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in self.pairs]
+# The file beside an evaluation's results: its report draws the policies on the frontier.
+FRONTIER = "frontier.json"
 
 
 def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, Any]:
@@ -88,8 +55,7 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can.
     """
     bench = prepare(settings, target)
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
-    settings.dump(settings.run_dir / "recipe.yaml")
+    _claim(settings)
     load_base(bench, target)
     answers = _answers(bench)
     measured = {name: _measured(bench, one, answers["reference"]) for name, one in answers.items()}
@@ -97,92 +63,33 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     if reward is not None:
         for one in measured.values():
             measure_rewards(one, reward, bench.prompts)
-    standing = _standing(bench, measured, reward)
+    _write(bench, measured, {})
+    return _write(bench, measured, _standing(bench, measured, reward))
+
+
+def _claim(settings: Evaluation) -> None:
+    """Make the folder this evaluation's own. Raises InputError if it holds a run of another kind."""
+    folder = settings.run_dir
+    other = (folder / "metrics.jsonl").is_file()
+    results = folder / "results.json"
+    if results.is_file():
+        try:
+            other |= json.loads(results.read_text(encoding="utf-8")).get("kind") != "evaluation"
+        except ValueError:
+            logger.warning("%s: cannot be read and is written anew", results)
+    if other:
+        raise InputError(f"{folder}: holds another run; give the evaluation another name with --set name=…")
+    forget_results(folder)
+    settings.dump(folder / "recipe.yaml")
+
+
+def _write(bench: Bench, measured: Mapping[str, Measured], standing: dict[str, Any]) -> dict[str, Any]:
+    """results.json and samples.jsonl: once before the judge, which may fail, and once with what it said."""
     results = _results(bench, measured, standing)
     _write_samples(bench, measured)
     text = json.dumps(finite(results), indent=1, ensure_ascii=False)
-    (settings.run_dir / "results.json").write_text(text, encoding="utf-8")
+    (bench.settings.run_dir / "results.json").write_text(text, encoding="utf-8")
     return results
-
-
-def prepare(settings: Evaluation, target: Target | None) -> Bench:
-    """Everything that can be read, and refused, before any weights are loaded."""
-    trust = settings.trust_remote_code
-    sources = {"reference": find_model(settings.model, trust_remote_code=trust)}
-    sources |= {name: find_model(place, trust_remote_code=trust) for name, place in settings.policies.items()}
-    tokenizer = sources["reference"].tokenizer()
-    for name, source in sources.items():
-        if source.tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                f"policy {name}: its tokenizer is not that of the reference {settings.model}; policies with other "
-                "tokens have no KL to it: evaluate them by themselves, each beside its own reference"
-            )
-    pairs, facts, rows = _read_pairs(settings, tokenizer)
-    if settings.prompts is not None:
-        data = read_prompts(settings.prompts, limit=settings.limit)
-        rows, facts = data.rows, {"prompts": settings.prompts, "format": data.format, **facts}
-    elif settings.pairs is None and settings.target is not None:
-        rows = target_prompts(settings.target, tokenizer)[1]
-        facts["prompts"] = "the target's, held out"
-        facts["format"] = "standard" if isinstance(rows[0].prompt, str) else "conversational"
-    encoded = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in rows]
-    distinct = list({tuple(one.prompt): one for one in encoded}.values())[: settings.limit]
-    facts["held-out prompts"] = len(distinct)
-    if len(distinct) < 2:
-        raise InputError(f"{settings.name}: {len(distinct)} different prompts; standard errors need two: give more")
-    conversational = bool(tokenizer.chat_template) and facts["format"] == "conversational"
-    known = settings.target is not None or target is not None
-    gamma = settings.target.gamma if settings.target is not None else None
-    if settings.reward:
-        check_rewards(settings.reward, conversational=conversational, target=known, gamma=gamma)
-    if settings.judge is not None:
-        check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
-    _check_room(settings, sources, distinct)
-    return Bench(
-        settings=settings,
-        sources=sources,
-        tokenizer=tokenizer,
-        prompts=distinct,
-        texts=[one.row.prompt if one.row is not None else "" for one in distinct],
-        pairs=pairs,
-        end_id=end_token_id(tokenizer, conversational=conversational),
-        facts=facts,
-    )
-
-
-def _read_pairs(settings: Evaluation, tokenizer: Any) -> tuple[list[EncodedPair], dict[str, Any], list[Any]]:
-    """The held-out pairs, what is to be told of them, and the rows whose prompts may be answered."""
-    if settings.pairs is None:
-        return [], {}, []
-    data = read_pairs(settings.pairs)
-    pairs, counts = encode_pairs(tokenizer, data, max_length=settings.max_length)
-    facts = {"pairs": settings.pairs, "format": data.format, "held-out pairs": len(pairs), "encoding": str(counts)}
-    return pairs, facts, [Prompt(row.prompt, row.where, row.extra) for row in data]
-
-
-def _check_room(settings: Evaluation, sources: Mapping[str, Source], prompts: Sequence[EncodedPrompt]) -> None:
-    longest = max(len(one.prompt) for one in prompts)
-    for name, source in sources.items():
-        limit = source.max_length()
-        if limit is not None and longest + settings.max_new_tokens > limit:
-            raise InputError(
-                f"policy {name}: the longest prompt has {longest} tokens and max_new_tokens is "
-                f"{settings.max_new_tokens}, but the model has {limit} positions; lower it or leave out long prompts"
-            )
-
-
-def load_base(bench: Bench, target: Target | None) -> None:
-    """Load the reference, and make the known target of it if there is one."""
-    settings = bench.settings
-    bench.base = _load(bench, bench.sources["reference"])
-    if settings.target is not None:
-        tilt = Tilt(tuple(settings.target.words), settings.target.bonus, settings.target.end_bonus)
-        bench.target = (target or tilt).model(bench.base, bench.tokenizer)
-
-
-def _load(bench: Bench, source: Source) -> Any:
-    model: Any = source.model(bench.settings.dtype)
-    return model.to(TrainingArguments(output_dir="unused").device).requires_grad_(False)
 
 
 def _answers(bench: Bench) -> dict[str, Answers]:
@@ -190,26 +97,24 @@ def _answers(bench: Bench) -> dict[str, Answers]:
     settings, folder = bench.settings, bench.settings.run_dir / "policies"
     found: dict[str, Answers] = {}
     fresh = []
-    for number, (name, source) in enumerate(bench.sources.items()):
+    for name, source in bench.sources.items():
         started = time.monotonic()
-        key = content_key(source, settings, bench.ids, bench.groups)
+        base = bench.sources["reference"]
+        key = content_key(name, source, base, settings, bench.ids, bench.groups, bench.end_id)
         kept = load_answers(folder / name, name, key)
-        if kept is not None:
+        if kept is not None and kept.states is None:
             logger.info("%s: its answers are those of %s", name, folder / name)
             found[name] = kept
             continue
-        model = bench.base if name == "reference" else _load(bench, source)
-        found[name] = draw_answers(
-            name,
-            key,
-            model,
-            settings,
-            bench.ids,
-            bench.groups,
-            end_id=bench.end_id,
-            reference=bench.base,
-            own_draw=number,
-        )
+        model = bench.base if name == "reference" else load(bench, source)
+        if kept is not None and kept.states is not None:
+            kept.drawn = Drawn(kept.responses, kept.states.to(model.device), head_of(model))
+            found[name] = kept
+        else:
+            found[name] = draw_answers(
+                name, key, model, settings, bench.ids, bench.groups, end_id=bench.end_id, reference=bench.base
+            )
+            found[name].save(folder / name)
         fresh.append(name)
         del model
         bench.seconds[f"answers of {name}"] = time.monotonic() - started
@@ -279,21 +184,6 @@ def _target_logit(bench: Bench) -> Tensor | None:
     return bench.settings.target.gamma * (logps[:, 0] - logps[:, 1])
 
 
-def reward_of(bench: Bench) -> Reward | None:
-    """The settings' reward, None without one. Raises RewardError."""
-    settings = bench.settings
-    if not settings.reward:
-        return None
-    return make_reward(
-        settings.reward,
-        base=bench.base,
-        tokenizer=bench.tokenizer,
-        token_budget=settings.token_budget,
-        target=bench.target,
-        gamma=None if settings.target is None else settings.target.gamma,
-    )
-
-
 def _standing(bench: Bench, measured: Mapping[str, Measured], reward: Reward | None) -> dict[str, Any]:
     """Win rates by the judge, by default the target's own preference."""
     settings = bench.settings
@@ -334,7 +224,7 @@ def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str,
         "name": settings.name,
         "kind": "evaluation",
         "seeds": [settings.seed],
-        "columns": COLUMNS,
+        "columns": _columns(standing),
         "methods": {name: plain(summarise([one])) for name, one in measured.items()},
         "paired": {name: plain(differences([measured[name]], [start])) for name in others},
         "between": {
@@ -347,7 +237,7 @@ def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str,
         },
         "points": {name: _points(one) for name, one in measured.items()},
         **standing,
-        **_forecast(settings),
+        **_forecast(bench),
         "pairs": bench.facts,
         "settings": settings.model_dump(mode="json"),
         "environment": environment(),
@@ -356,10 +246,30 @@ def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str,
     }
 
 
-def _forecast(settings: Evaluation) -> dict[str, Any]:
-    """The frontier that was predicted in the same folder, for the report."""
-    path = settings.run_dir / "frontier.json"
-    return {"frontier": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
+def _columns(standing: dict[str, Any]) -> list[dict[str, Any]]:
+    """The columns, with what they are of here."""
+    judge = standing.get("win_rates", {}).get("judge", "judge")
+    about = {
+        "accuracy": "How often the policy's preference agrees with a held-out label.",
+        "win_rate": f"How often the response is preferred to the reference's, by the judge ({judge}).",
+        "reward": "Mean reward of the policy's responses, by the settings' reward.",
+    }
+    return [{**column, "about": about.get(column["key"], column["about"])} for column in COLUMNS]
+
+
+def _forecast(bench: Bench) -> dict[str, Any]:
+    """The frontier that was predicted in the same folder, if it is of this reference and this reward."""
+    path = bench.settings.run_dir / FRONTIER
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same = found.pop("of") == frontier_of(bench)
+    except (ValueError, KeyError, AttributeError):
+        same = False
+    if not same:
+        logger.warning("%s: is not of this reference and reward, and is left out", path)
+    return {"frontier": found} if same else {}
 
 
 def _points(measured: Measured) -> list[dict[str, Any]]:

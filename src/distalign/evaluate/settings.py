@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from distalign.judge.settings import JudgeSettings
 from distalign.recipe import read_settings
 from distalign.recipe_sections import Count, Positive, RewardSettings, Section, TargetSettings
-from distalign.recipe_yaml import dump_yaml
+from distalign.recipe_yaml import RecipeError, dump_yaml
+
+_NAME = re.compile(r"\w[\w.-]{0,79}")
 
 
 def _several(value: Any) -> Any:
@@ -55,8 +58,11 @@ class Evaluation(Section):
     @classmethod
     def _free_names(cls, policies: dict[str, str]) -> dict[str, str]:
         for name in policies:
-            if name in ("reference", "target") or not name.strip() or any(mark in name for mark in "/\\\0"):
-                raise ValueError(f'policies: "{name}" cannot be a policy\'s name; take another, without slashes')
+            if name in ("reference", "target") or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f'policies: "{name[:80]}" cannot be a policy\'s name; take at most 80 letters, digits, . _ -, '
+                    "another than reference and target"
+                )
         return policies
 
     @model_validator(mode="after")
@@ -110,5 +116,10 @@ def _named(policies: list[str], taken: dict[str, str]) -> dict[str, str]:
             while name in named or name in taken or name in ("reference", "target"):
                 name = "-".join(parts[-depth:]) if depth <= len(parts) else f"{name}-{len(named) + 1}"
                 depth += 1
-        named[name.replace("/", "-")] = place
+        name = name.replace("/", "-")
+        if name in named:
+            raise RecipeError(
+                f"policies: two are named {name}, {named[name]} and {place}; give them names of their own"
+            )
+        named[name] = place
     return named

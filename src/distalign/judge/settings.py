@@ -61,8 +61,10 @@ class EndpointSettings(Section):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("the url of an endpoint starts with https:// (or http:// on this machine) and a host")
-        if parts.username is not None or parts.password is not None or parts.fragment:
-            raise ValueError("the url of an endpoint holds no user, password or fragment; name the key in api_key_env")
+        if parts.username is not None or parts.password is not None or parts.fragment or parts.query:
+            raise ValueError(
+                "the url of an endpoint holds no user, password, query or fragment; name the key in api_key_env"
+            )
         path = parts.path.rstrip("/")
         return parts._replace(path=path if path.endswith(_PATH) else path + _PATH).geturl()
 
