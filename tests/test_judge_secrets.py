@@ -127,3 +127,10 @@ def test_an_address_holds_no_password(url):
 def test_the_address_is_completed(given, whole):
     """Up to v1, or the whole."""
     assert EndpointSettings(url=given, model="m").url == whole
+
+
+@pytest.mark.parametrize("name", ["key", "api_key", "access_token", "Signature", "code_secret"])
+def test_an_address_with_a_secret_is_refused(name):
+    """The address is written into recipes, results and messages; other queries stay."""
+    with pytest.raises(ValueError, match="holds no user, password, key"):
+        EndpointSettings(url=f"https://a.example/v1?{name}=hidden", model="m")

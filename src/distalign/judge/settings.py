@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from distalign.recipe_sections import Count, NotNegative, Positive, RewardSettings, Section
 
 _PATH = "/chat/completions"
+# Names of query parameters that carry a secret: the url is written into recipes, results and messages.
+_SECRET = re.compile(r"key|token|secret|passw|sig|auth|credential", re.IGNORECASE)
 # Parts of the request that belong to the judge, and so are not the user's to replace.
 _OURS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "seed")
 
@@ -61,9 +64,10 @@ class EndpointSettings(Section):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("the url of an endpoint starts with https:// (or http:// on this machine) and a host")
-        if parts.username is not None or parts.password is not None or parts.fragment or parts.query:
+        secret = any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+        if parts.username is not None or parts.password is not None or parts.fragment or secret:
             raise ValueError(
-                "the url of an endpoint holds no user, password, query or fragment; name the key in api_key_env"
+                "the url of an endpoint holds no user, password, key or fragment; name the key in api_key_env"
             )
         path = parts.path.rstrip("/")
         return parts._replace(path=path if path.endswith(_PATH) else path + _PATH).geturl()
