@@ -35,6 +35,7 @@ from distalign.recipe_sections import (
     RolloutSettings,
     Section,
     TargetSettings,
+    several,
     switch,
 )
 from distalign.recipe_yaml import RecipeError, dump_yaml, parse_value, read_yaml
@@ -59,11 +60,6 @@ Settings = TypeVar("Settings", bound=BaseModel)
 _BESIDE = ("training", "rollout")
 
 
-def _several(value: Any) -> Any:
-    """One section for a list of one."""
-    return [value] if isinstance(value, dict) else ([] if value is None else value)
-
-
 class Recipe(Section):
     """One experiment: a model, pairs (the user's or a known target's), and the methods to compare on them."""
 
@@ -79,7 +75,7 @@ class Recipe(Section):
     methods: dict[str, Any]
     compare: list[str] | None = None
     rollout: RolloutSettings = RolloutSettings()
-    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(_several)] = ()
+    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
     health: HealthSettings = HealthSettings()
     training: Annotated[dict[str, Any], Field(default_factory=dict)]
     token_budget: Count = 4096

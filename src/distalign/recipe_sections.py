@@ -17,6 +17,11 @@ def switch(value: Any) -> Any:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
+def several(value: Any) -> Any:
+    """One section for a list of one."""
+    return [value] if isinstance(value, dict) else ([] if value is None else value)
+
+
 class Section(BaseModel):
     """A part of a recipe: unknown settings are refused."""
 

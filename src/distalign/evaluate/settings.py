@@ -10,15 +10,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from distalign.judge.settings import JudgeSettings
 from distalign.recipe import read_settings
-from distalign.recipe_sections import Count, Positive, RewardSettings, Section, TargetSettings
+from distalign.recipe_sections import Count, Positive, RewardSettings, Section, TargetSettings, several
 from distalign.recipe_yaml import RecipeError, dump_yaml
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
-
-
-def _several(value: Any) -> Any:
-    """One reward for a list of one."""
-    return [value] if isinstance(value, dict) else value
 
 
 class Evaluation(Section):
@@ -43,7 +38,7 @@ class Evaluation(Section):
     pairs: str | None = None
     limit: Annotated[int, Field(ge=2)] = 200
     target: TargetSettings | None = None
-    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(_several)] = ()
+    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
     judge: JudgeSettings | None = None
     opponents: Literal["all", "reference"] = "all"
     gamma: Positive | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from threading import Thread
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from distalign.data import Pair, Prompt, encode_pair
 from distalign.judge.base import Comparison, Ids, JudgeError, Judgement, Progress
 from distalign.reward import Request, Reward, RewardError
-from distalign.reward.function import find_function
+from distalign.reward.function import find_function, outcome_within
 
 # Prompts that a reward is given at once; it makes batches of its own within them.
 _AT_ONCE = 64
@@ -144,17 +143,7 @@ class FunctionJudge:
         return {p.name: offered[p.name] for p in named if p.name in offered}
 
     def _run(self, arguments: dict[str, list[Any]]) -> Any:
-        outcome: dict[str, Any] = {}
-
-        def call() -> None:
-            try:
-                outcome["value"] = self.function(**arguments)
-            except BaseException as error:
-                outcome["error"] = error
-
-        thread = Thread(target=call, daemon=True, name=f"judge {self.name}")
-        thread.start()
-        thread.join(self.timeout)
+        outcome = outcome_within(self.timeout, self.function, arguments)
         if "error" in outcome:
             error = outcome["error"]
             raise self._error(f"it raised {type(error).__name__}: {error}", "mend it") from error

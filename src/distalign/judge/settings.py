@@ -9,18 +9,13 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from distalign.recipe_sections import Count, NotNegative, Positive, RewardSettings, Section
+from distalign.recipe_sections import Count, NotNegative, Positive, RewardSettings, Section, several
 
 _PATH = "/chat/completions"
 # Names of query parameters that carry a secret: the url is written into recipes, results and messages.
 _SECRET = re.compile(r"key|token|secret|passw|sig|auth|credential", re.IGNORECASE)
 # Parts of the request that belong to the judge, and so are not the user's to replace.
 _OURS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "seed")
-
-
-def _several(value: Any) -> Any:
-    """One reward for a list of one."""
-    return [value] if isinstance(value, dict) else value
 
 
 class EndpointSettings(Section):
@@ -102,7 +97,7 @@ class JudgeSettings(Section):
     exact: P_{π*} of the known target. verdict: what a reward or the target says, the probability σ(ΔR), or its sign.
     """
 
-    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(_several)] = ()
+    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
     function: str | None = None
     exact: bool = False
     endpoint: EndpointSettings | None = None

@@ -73,17 +73,7 @@ class FunctionReward:
         return {p.name: offered[p.name] for p in parameters if p.name in offered}
 
     def _run(self, arguments: dict[str, list[Any]]) -> Any:
-        outcome: dict[str, Any] = {}
-
-        def call() -> None:
-            try:
-                outcome["value"] = self.function(**arguments)
-            except BaseException as error:
-                outcome["error"] = error
-
-        thread = Thread(target=call, daemon=True, name=f"reward {self.name}")
-        thread.start()
-        thread.join(self.timeout)
+        outcome = outcome_within(self.timeout, self.function, arguments)
         if "error" in outcome:
             error = outcome["error"]
             raise self._error(f"it raised {type(error).__name__}: {error}", "mend it") from error
@@ -173,3 +163,22 @@ def _module(name: str, place: str) -> Any:
             f"reward function {name}: importing {place} raised {type(error).__name__}: {error}; mend it, or install "
             "what it needs"
         ) from error
+
+
+def outcome_within(timeout: float, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a user's function gave: its "value", or the "error" it raised, or neither after `timeout` seconds.
+
+    It runs in a thread of its own, which a timeout leaves behind.
+    """
+    outcome: dict[str, Any] = {}
+
+    def call() -> None:
+        try:
+            outcome["value"] = function(**arguments)
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = Thread(target=call, daemon=True, name=getattr(function, "__name__", "function"))
+    thread.start()
+    thread.join(timeout)
+    return outcome
