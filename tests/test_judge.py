@@ -128,28 +128,46 @@ def test_a_function_judges(write):
     """It is given prompts, pairs of completions and the rows' columns, and returns P(first preferred)."""
     name = write("return [(len(a) > len(b)) / w for (a, b), w in zip(completions, weight)]", "completions, weight")
     judge = from_yaml(f"{{function: '{name}'}}")
-    rows = [Prompt(one.prompt, extra={"weight": 2.0, "other": 1}) for one in CHATS]
+    rows = [Prompt(one.prompt, extra={"weight": weight, "other": 1}) for one, weight in zip(CHATS, (2, 4), strict=True)]
     given = [Comparison(one.prompt, one.first, one.second, row=row) for one, row in zip(CHATS, rows, strict=True)]
     seen = []
-    assert [one.probability for one in judge(given, lambda *counts: seen.append(counts))] == [0.5, 0.5]
+    # The first is the longer of both: p of their orders is (1/2, 0) and (1/4, 0).
+    assert [one.probability for one in judge(given, lambda *counts: seen.append(counts))] == [0.75, 0.625]
     assert seen == [(2, 2)]
-    assert judge.facts() == {"comparisons": 2.0}
     assert judge([]) == []
-    assert FunctionJudge(write("return [1, 0]"), timeout=9.0)(CHATS) == [Judgement(1.0), Judgement(0.0)]
-    assert (
-        FunctionJudge(write("return __import__('torch').tensor([0.25, 1.0])"), timeout=9.0)(CHATS)[0].probability
-        == 0.25
-    )
+    tensor = FunctionJudge(write("return __import__('torch').tensor([0.25, 1.0, 0.75, 0.0])"), timeout=9.0)
+    assert tensor(CHATS) == [Judgement(0.25), Judgement(1.0)]
+
+
+@pytest.mark.parametrize(
+    ("body", "expected", "contradictory"),
+    [
+        ("return [1.0 for _ in completions]", [0.5, 0.5], 2),  # the first position, whatever stands there
+        ("return [0.2 for _ in completions]", [0.5, 0.5], 2),
+        ("return [0.5 for _ in completions]", [0.5, 0.5], 0),
+        ("return [float(len(a) > len(b)) for a, b in completions]", [1.0, 1.0], 0),
+        ("return [(0.9 if len(a) > len(b) else 0.3) for a, b in completions]", [0.8, 0.8], 0),
+        ("return [(0.8 if a == 'bad' else 0.6) for a, b in completions]", [0.5, 0.4], 2),
+    ],
+)
+def test_a_function_is_asked_in_both_orders(write, body, expected, contradictory):
+    """The mean of p in one order and 1 − p in the other; what names the same position twice is counted."""
+    judge = FunctionJudge(write(body), timeout=9.0)
+    assert [one.probability for one in judge(CHATS)] == pytest.approx(expected)
+    assert judge.facts() == {"comparisons": 2.0, "contradictory": float(contradictory)}
+    backwards = judge([swapped(one) for one in CHATS])
+    assert [1 - one.probability for one in backwards] == pytest.approx(expected)
+    assert judge.facts() == {"comparisons": 4.0, "contradictory": 2.0 * contradictory}
 
 
 @pytest.mark.parametrize(
     ("body", "parameters", "found"),
     [
         ("return 1 / 0", "completions", "it raised ZeroDivisionError"),
-        ("return [0.5]", "completions", "1 numbers for 2 prompts"),
-        ("return [0.5, 1.5]", "completions", "answer to prompt 1 is 1.5"),
-        ("return [0.5, float('nan')]", "completions", "answer to prompt 1 is nan"),
-        ("return [None, 0.5]", "completions", "answer to prompt 0 is None"),
+        ("return [0.5, 0.5]", "completions", "2 numbers for 4 prompts"),
+        ("return [0.5, 1.5] * 2", "completions", "answer to prompt 1 is 1.5"),
+        ("return [0.5, 0.5, 0.5, float('nan')]", "completions", "answer to prompt 3 is nan"),
+        ("return [None, 0.5] * 2", "completions", "answer to prompt 0 is None"),
         ("return 'AB'", "completions", "it returned a str"),
         ("return [0.5, 0.5]", "completions, weight", "it needs weight"),
         ("time.sleep(9)", "completions", "no answer after 0.2 s"),

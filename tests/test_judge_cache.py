@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import subprocess
+import sys
 
 import pytest
 
-from distalign.judge import JudgeError
+from distalign.judge import JudgeError, cache
 from distalign.judge.cache import Answer, Cache, content_key
 
 ANSWERS = {"a": Answer("A", 90, 1), "b": Answer("B: é\n\u2028\ud800", None, None), "c": Answer("TIE", 3, 4)}
@@ -79,6 +82,35 @@ def test_only_one_may_write(tmp_path):
     assert read(path) == {}
 
 
+def test_a_killed_process_leaves_the_file_free(tmp_path):
+    """The lock is the operating system's, on the file beside the cache: held by a process, gone with it."""
+    path = fill(tmp_path / "cache.jsonl")
+    hold = (
+        "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); "
+        "sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", hold, f"{path}.lock"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(JudgeError, match="another process is writing it"):
+            read(path)
+        other.kill()
+        other.wait()
+        assert read(path) == ANSWERS
+
+
+def test_systems_without_posix_locks_are_served(tmp_path, monkeypatch):
+    """The module asks for no fcntl, which Windows has not; locks are left to filelock."""
+    spec = importlib.util.spec_from_file_location("cache_elsewhere", cache.__file__)
+    elsewhere = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "cache_elsewhere", elsewhere)
+    spec.loader.exec_module(elsewhere)
+    with elsewhere.Cache(tmp_path / "cache.jsonl") as made:
+        made.add("a", elsewhere.Answer("A", 90, 1))
+    assert read(tmp_path / "cache.jsonl") == {"a": ANSWERS["a"]}
+
+
 def test_a_line_is_on_disk_before_the_next_answer(tmp_path):
     """A killed process leaves everything that it added."""
     path = tmp_path / "cache.jsonl"
@@ -106,6 +138,9 @@ def test_a_folder_is_no_cache(tmp_path):
     """The error names the setting."""
     with pytest.raises(JudgeError, match=r"Is a directory; name another file in judge.cache"):
         read(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(JudgeError, match=r"name another file in judge.cache"):
+        read(tmp_path / "file" / "cache.jsonl")
 
 
 def test_the_key_depends_on_all_content():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -12,11 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from distalign.judge.base import JudgeError
 
 logger = logging.getLogger("distalign.judge")
 
 _SYNC_EVERY = 1.0  # seconds
+_BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn line ends into others
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,32 @@ class Cache:
 
     A line is given to the operating system as soon as there is an answer, so a killed process loses none; it is forced
     to the disk once a second and at the end, so a power cut loses the answers of a second. A last line that was cut is
-    dropped, with a warning. Raises JudgeError for a file that another process writes, or that holds anything else.
+    dropped, with a warning. One at a time may have it open: the lock is on a file beside it, `.lock` added to its name,
+    and the operating system frees it when the process ends, however it ends. Raises JudgeError for a file that another
+    process writes, that cannot be opened, or that holds anything else.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.answers: dict[str, Answer] = {}
+        self._lock = FileLock(f"{self.path}.lock")
 
     def __enter__(self) -> Cache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._lock.acquire(blocking=False)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | _BINARY, 0o644)
+        except Timeout:
+            raise JudgeError(
+                f"judge cache {self.path}: another process is writing it; wait for that one, or name another file"
+            ) from None
         except OSError as error:
+            self._lock.release()
             raise JudgeError(f"judge cache {self.path}: {error.strerror}; name another file in judge.cache") from None
         try:
-            self._lock()
             self._read()
         except BaseException:
-            os.close(self._file)
+            self._close()
             raise
         self._synced = time.monotonic()
         return self
@@ -74,7 +84,7 @@ class Cache:
         try:
             os.fsync(self._file)
         finally:
-            os.close(self._file)
+            self._close()
 
     def add(self, key: str, answer: Answer) -> None:
         """Keep an answer. Raises OSError, as for a full disk, and leaves the file as it was."""
@@ -91,14 +101,9 @@ class Cache:
             os.fsync(self._file)
             self._synced = time.monotonic()
 
-    def _lock(self) -> None:
-        """The operating system frees the lock when the process ends, however it ends."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JudgeError(
-                f"judge cache {self.path}: another process is writing it; wait for that one, or name another file"
-            ) from None
+    def _close(self) -> None:
+        os.close(self._file)
+        self._lock.release()
 
     def _read(self) -> None:
         lines = self.path.read_bytes().splitlines(keepends=True)

@@ -99,8 +99,10 @@ class FunctionJudge:
     """A function `(prompts, completions, **columns) -> list[float]`: P(first ≻ second) of every comparison.
 
     `completions` has a pair of strings [first, second] for every prompt; prompts are strings or lists of messages.
-    Columns of the rows come as to a reward's function: None where a row lacks one, and only those it names unless it
-    takes `**`. It runs in a thread of its own, which a timeout (seconds) leaves behind.
+    Every comparison is in the lists twice, the second time with its responses exchanged; p of one order and 1 − p of
+    the other are averaged, so a function that prefers a position wins nothing by it. Columns of the rows come as to a
+    reward's function: None where a row lacks one, and only those it names unless it takes `**`. It runs in a thread of
+    its own, which a timeout (seconds) leaves behind.
     """
 
     def __init__(self, name: str, *, timeout: float) -> None:
@@ -109,25 +111,31 @@ class FunctionJudge:
             self.function = find_function(name)
         except RewardError as error:
             raise JudgeError(str(error).replace("reward", "judge", 1)) from error
-        self.comparisons = 0
+        self.comparisons = self.contradictory = 0
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
-        """Its return value, checked. Raises JudgeError if it raises, takes too long, or gives no probabilities."""
+        """The mean of both orders, asked in one call: first all as they are, then all with their responses exchanged.
+
+        Raises JudgeError if the function raises, takes too long, or gives no probabilities.
+        """
         if not comparisons:
             return []
-        extras = [{} if one.row is None else one.row.extra for one in comparisons]
+        extras = [{} if one.row is None else one.row.extra for one in comparisons] * 2
         offered = {name: [extra.get(name) for extra in extras] for extra in extras for name in extra}
-        offered["prompts"] = [one.prompt for one in comparisons]
+        offered["prompts"] = [one.prompt for one in comparisons] * 2
         offered["completions"] = [[one.first, one.second] for one in comparisons]
-        values = self._checked(self._run(self._wanted(offered)), len(comparisons))
+        offered["completions"] += [[one.second, one.first] for one in comparisons]
+        values = self._checked(self._run(self._wanted(offered)), 2 * len(comparisons))
+        both = list(zip(values[: len(comparisons)], values[len(comparisons) :], strict=True))
         self.comparisons += len(comparisons)
+        self.contradictory += sum((forward - 0.5) * (backward - 0.5) > 0 for forward, backward in both)
         if progress is not None:
             progress(len(comparisons), len(comparisons))
-        return [Judgement(value) for value in values]
+        return [Judgement((forward + 1 - backward) / 2) for forward, backward in both]
 
     def facts(self) -> dict[str, float]:
-        """Comparisons judged."""
-        return {"comparisons": float(self.comparisons)}
+        """Comparisons judged; contradictory: those whose two orders name the same position, so each a winner."""
+        return {"comparisons": float(self.comparisons), "contradictory": float(self.contradictory)}
 
     def _wanted(self, offered: dict[str, list[Any]]) -> dict[str, list[Any]]:
         parameters = inspect.signature(self.function).parameters.values()

@@ -93,8 +93,9 @@ class EndpointSettings(Section):
 class JudgeSettings(Section):
     """Who compares responses: one of `reward`, `function`, `exact` and `endpoint`.
 
-    reward: as in a recipe. function: `file.py:name` or `module:name`; `timeout` bounds one call of it, in seconds.
-    exact: P_{π*} of the known target. verdict: what a reward or the target says, the probability σ(ΔR), or its sign.
+    reward: as in a recipe. function: `file.py:name` or `module:name`, asked in both orders, which are averaged;
+    `timeout` bounds one call of it, in seconds. endpoint: asked in both orders, a tie where they disagree. exact:
+    P_{π*} of the known target. verdict: what a reward or the target says, the probability σ(ΔR), or its sign.
     """
 
     reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
