@@ -12,6 +12,7 @@ import pytest
 import torch
 from enumeration import Enumeration
 
+from distalign.evaluate import Evaluation, forecast
 from distalign.frontier import best_of_n, default_grid, predict, predict_frontier
 from distalign.frontier.estimates import mean_band
 from distalign.lab.exact import divergence, entropy, optimum
@@ -247,12 +248,28 @@ def test_frontier_refuses_what_it_cannot_use():
     bad[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"rewards\[1, 2\] is nan; draw that response again"):
         predict(bad, good, betas=[1.0], gammas=[0.0])
-    with pytest.raises(ValueError, match="neither may be negative, nor both be 0"):
-        predict(good, good, betas=[0.0], gammas=[0.0])
+    for beta, gamma in ((0.0, 0.0), (-1.0, 0.5), (1.0, -0.1), (math.nan, 0.1), (math.inf, 0.1)):
+        with pytest.raises(ValueError, match=f"beta {beta:g}, gamma {gamma:g}: .* nor both be 0; leave that value out"):
+            predict(good, good, betas=[beta], gammas=[gamma])
     with pytest.raises(ValueError, match="at least one prompt with two samples"):
         predict(good[:, :1], good[:, :1], betas=[1.0], gammas=[0.0])
     with pytest.raises(ValueError, match="nothing to weigh"):
         default_grid(0 * good, good)
+
+
+@pytest.mark.parametrize(
+    ("betas", "gammas", "found"),
+    [
+        ([1.0, 0.0], [0.3, 0.0], "beta 0, gamma 0: "),
+        ([0.0], None, "beta 0, gamma 0 \\(of the grid taken where no gammas are given\\): "),
+        (None, [-1.0], "gamma -1: "),
+    ],
+)
+def test_coefficients_are_refused_before_a_model_is_looked_for(betas, gammas, found):
+    """There is neither a model nor a prompt here; the grid that is taken by default counts as given."""
+    settings = Evaluation(name="f", model="nowhere", prompts="nowhere.jsonl", samples=2, reward={"function": "a:b"})
+    with pytest.raises(ValueError, match=found):
+        forecast(settings, betas=betas, gammas=gammas)
 
 
 def test_the_examples_of_the_docs_run(capsys):

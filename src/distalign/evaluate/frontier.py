@@ -12,6 +12,7 @@ from distalign.evaluate.run import FRONTIER
 from distalign.evaluate.settings import Evaluation
 from distalign.facts import finite
 from distalign.frontier import Frontier, predict_frontier
+from distalign.frontier.estimates import check_coefficients
 from distalign.reward import Request
 from distalign.targets import Target
 
@@ -26,8 +27,10 @@ def forecast(
     """What RKL and RLHF will give at each (β, γ), by the settings' reward, from `samples` responses of the reference.
 
     Responses are kept by content as those of `evaluate`. Writes frontier.json. Raises InputError without a reward, and
-    for fewer than two samples a prompt.
+    for fewer than two samples a prompt; ValueError for coefficients that `check_coefficients` refuses. All of it before
+    a model is loaded.
     """
+    check_coefficients(betas, gammas)
     if not settings.reward:
         raise InputError(f"{settings.name}: a frontier is of a reward, and there is none; add reward to the settings")
     if settings.samples < 2:

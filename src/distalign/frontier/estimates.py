@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distalign.metrics import student_quantile
 
-__all__ = ["Band", "BestOfN", "Point", "best_of_n", "default_grid", "predict"]
+__all__ = ["Band", "BestOfN", "Point", "best_of_n", "check_coefficients", "default_grid", "predict"]
 
 # Below these the samples miss what the optimum is made of, and no band on them can say by how much.
 ENOUGH_IN_ALL = 100.0
@@ -99,8 +99,24 @@ def predict(
 
     Raises ValueError for fewer than two samples, a number that is not finite, a negative β or γ, or β = γ = 0.
     """
+    check_coefficients(betas, gammas)
     rewards, logps = _checked(rewards, "rewards"), _checked(logps, "logps")
     return [_point(rewards, logps, float(beta), float(gamma)) for gamma in gammas for beta in betas]
+
+
+def check_coefficients(betas: Sequence[float] | None, gammas: Sequence[float] | None) -> None:
+    """Raise ValueError unless every β and γ is finite and at least 0, and no β = 0 meets γ = 0, which has no optimum.
+
+    None stands for what `default_grid` gives: β above 0, and γ of which one is 0.
+    """
+    for gamma in [0.0] if gammas is None else gammas:
+        for beta in [1.0] if betas is None else betas:
+            if not (0 <= beta < math.inf and 0 <= gamma < math.inf and beta + gamma > 0):
+                given = "" if gammas is not None else " (of the grid taken where no gammas are given)"
+                raise ValueError(
+                    f"beta {beta:g}, gamma {gamma:g}{given}: both are finite, neither may be negative, nor both be 0; "
+                    "leave that value out"
+                )
 
 
 def best_of_n(rewards: Float[Tensor, "prompts samples"], ns: Sequence[int]) -> list[BestOfN]:
@@ -154,8 +170,6 @@ def mean_band(values: Float[Tensor, "prompts samples"]) -> Band:
 def _point(
     rewards: Float[Tensor, "prompts samples"], logps: Float[Tensor, "prompts samples"], beta: float, gamma: float
 ) -> Point:
-    if not (beta >= 0 and gamma >= 0 and beta + gamma > 0):
-        raise ValueError(f"beta {beta}, gamma {gamma}: neither may be negative, nor both be 0")
     log_weights = (rewards - gamma * logps) / (beta + gamma)
     shift = log_weights.amax(-1)
     weights = (log_weights - shift[:, None]).clamp(min=-600).exp()  # not 0, so that some weight is always left
