@@ -93,7 +93,7 @@ def table_cells(page, name):
     return [[" ".join(html.unescape(re.sub(r"<[^>]+>", " ", c)).split()) for c in row] for row in cells]
 
 
-def said(mean, low, high, **changes):
+def said(mean, low, high, kept_step=(), **changes):
     """The headline of a comparison of one method whose main metric differs by this much from a reference of 10."""
     results = {
         "columns": [{"key": "forward_kl", "label": "KL", "better": "lower", **changes}],
@@ -102,6 +102,7 @@ def said(mean, low, high, **changes):
             "pmle": {"forward_kl": estimate(10.0 + mean, 0.5)},
         },
         "paired": {"pmle": {"forward_kl": difference(mean, low, high)}},
+        "kept_step": {"pmle": list(kept_step)},
     }
     (finding,) = findings(Results.parse(results))
     return finding
@@ -132,6 +133,7 @@ def test_an_interval_is_signed_and_a_duration_has_two_units():
     assert format_interval(-4.9, -6.2, -3.6) == "−4.9 [−6.2, −3.6]"
     assert format_interval(0.102, 0.03, 0.17) == "+0.10 [+0.03, +0.17]"
     assert format_interval(1.0, math.nan, math.nan) == "+1 [?, ?]"
+    assert format_interval(0.0, 0.0, 0.0) == "0"
     assert [format_seconds(s) for s in (0.25, 41.0, 150.0, 120.0, 11100.0)] == [
         "0.25 s",
         "41 s",
@@ -160,6 +162,24 @@ def test_headline_when_undecided():
     finding = said(-0.5, -1.6, 0.6)
     assert finding.sentence.startswith("PMLE shows no clear change in the forward KL to the target: −5 % [−16 %, +6 %]")
     assert finding.verdict == "undecided"
+
+
+@pytest.mark.parametrize(("kept", "where"), [([0], ""), ([0, 0], " in every seed")])
+def test_headline_of_a_method_that_kept_the_start(kept, where):
+    """Validation kept step 0: the policy is the reference, whatever noise the metric has, and no per cent are told."""
+    finding = said(0.2, -0.1, 0.5, kept_step=kept)
+    assert finding.sentence == f"PMLE is the reference that it started from: step 0 was kept{where}"
+    assert finding.verdict == "unchanged"
+    assert said(-4.5, -5.7, -3.4, kept_step=[*kept, 8]).verdict == "better"
+
+
+def test_headline_without_any_difference():
+    """The same number on every prompt claims no more than that."""
+    finding = said(0.0, 0.0, 0.0, kept_step=[8])
+    assert finding.sentence == (
+        "PMLE does not differ from the reference in the forward KL to the target: every difference is 0"
+    )
+    assert finding.verdict == "unchanged"
 
 
 def test_headline_where_higher_is_better_is_in_the_metrics_own_unit():

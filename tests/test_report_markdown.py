@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
+from markdown_it import MarkdownIt
 from test_report import COMPARISON, difference, estimate
 
 from distalign.report import ReportError, results_markdown
@@ -29,7 +31,7 @@ def test_the_table_has_every_number_with_its_error():
     text = results_markdown(COMPARISON, "distalign compare quickstart.yaml")
     assert "Made by `distalign compare quickstart.yaml`." in text
     assert "| PMLE | 6.0 ± 0.5 | 0.758 ± 0.012 | 40 ± 1 |" in text.replace("40.0 ± 1.0", "40 ± 1")
-    assert "* KL(π*‖π): Distance." in text
+    assert r"* KL(π\*‖π): Distance." in text
     assert text.count("| reference") == 1 or "π₀" in text
 
 
@@ -55,6 +57,49 @@ def test_one_seed_says_that_nothing_is_known_over_seeds():
     text = results_markdown(content)
     assert "one seed: nothing is known over seeds" in text
     assert "Separate: PMLE − DPO." in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a|b",
+        r"a\|b\\",
+        "`a`",
+        "``a` b",
+        "a\n\n# b\r\nc",
+        "<b>a</b>",
+        "a & &lt;",
+        "**a** _b_ c_d_e ~~f~~",
+        "[a](b)",
+        "![a][b]",
+    ],
+)
+def test_no_name_or_setting_is_markup(name):
+    """A Markdown reader finds the same tables, headings and lists as with a plain name, and every text as it is."""
+    content = json.loads(json.dumps(three_seeds([2.0, 2.1, 1.9])).replace('"dpo"', json.dumps(name)))
+    content["columns"].append({"key": "length", "label": name, "about": name, "unit": name})
+    content["methods"][name]["length"] = estimate(3.0, 0.1)
+    content["win_rates"] = {"judge": name, "matrix": {name: {"pmle": estimate(0.5, 0.1)}}}
+    content["ratings"] = {name: difference(1.0, 0.5, 1.5)}
+    content.update(name=name, environment={"device": name, "torch": name})
+    other = json.loads(json.dumps(content).replace(json.dumps(name), '"plain-name"'))
+    tokens, plain = read_markdown(content), read_markdown(other)
+    assert [token.type for token in tokens if token.type != "inline"] == [t.type for t in plain if t.type != "inline"]
+    shown = " ".join(name.split())
+    found, wanted = ([text(token) for token in each if token.type == "inline"] for each in (tokens, plain))
+    assert sum("plain-name" in part for part in wanted) == 12
+    assert found == [part.replace("plain-name", shown) for part in wanted]
+
+
+def read_markdown(content):
+    """The parts of a comparison's Markdown as a reader with tables finds them."""
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    return reader.parse(results_markdown(content, f"run {content['name']}"))
+
+
+def text(token):
+    """The text of a part; what is markup of its own within is marked."""
+    return "".join(c.content if c.type in ("text", "code_inline") else f"<{c.type}>" for c in token.children)
 
 
 def test_what_is_no_comparison_is_refused():

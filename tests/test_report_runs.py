@@ -235,6 +235,63 @@ def test_tables_are_written_as_csv(everything):
     )
 
 
+@pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(1)", "\t=1", " =1", "＝1", "-2;=1"])
+def test_no_name_is_a_formula(tmp_path, name):
+    """Names behind an apostrophe and quoted, wherever they stand; numbers stay numbers, negative ones too."""
+    content = json.loads(json.dumps(evaluation()).replace('"pmle"', json.dumps(name)))
+    content["paired"][name]["reward"] = {"mean": -0.5, "low": -0.7, "high": -0.3}
+    content["columns"][0].update(key=name, unit=name)
+    for part in ("methods", "paired"):
+        for row in content[part].values():
+            row[name] = row.pop("reward")
+    (tmp_path / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    write_report(tmp_path)
+    found = read_csv(tmp_path / "tables" / "differences.csv")[0]
+    assert [found[key] for key in ("policy", "metric", "unit")] == [f"'{name}"] * 3
+    assert [found[key] for key in ("mean", "low", "high", "n")] == ["-0.5", "-0.7", "-0.3", ""]
+    tables = list((tmp_path / "tables").iterdir())
+    assert len(tables) == 5
+    for table in tables:
+        names = table.read_text(encoding="utf-8")
+        assert names.count(name) == names.count(f'"\'{name}"') > 0
+
+
+def test_no_metrics_name_is_a_formula(tmp_path):
+    """What a training run logged under such a name."""
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "=1+1": -2.5}])
+    write_report(tmp_path)
+    assert read_csv(tmp_path / "tables" / "last.csv") == [{"metric": "'=1+1", "value": "-2.5", "step": "1.0"}]
+
+
+ILLEGAL = "\0\x1b\x7f\x85\ud800\ufdd0\uffff\U0010fffe"
+
+
+def test_what_html_does_not_admit_is_replaced(tmp_path):
+    """NUL, other controls, half surrogates, noncharacters: U+FFFD on the page, in its data and in every other file."""
+    content = evaluation() | {"settings": {f"k{ILLEGAL}": ILLEGAL}, "citation": ILLEGAL}
+    text = json.dumps(content).replace('"pmle"', r'"p\u0000"')
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    sample = {"prompt": f"one{ILLEGAL}\ttwo\nthree", "responses": {"p\0": f"a{ILLEGAL}b"}}
+    write_lines(folder / "samples.jsonl", [sample])
+    run = write_training(tmp_path / "run\x01", note=ILLEGAL)
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": step, f"l{ILLEGAL}": step} for step in (1, 2)])
+    pages = [write_report(folder), write_report(run), write_report([folder, run], tmp_path / "out")]
+    for page in pages:
+        shown = page.read_text(encoding="utf-8")
+        data = [json.loads(html.unescape(part)) for part in re.findall(r' data-panels?="([^"]*)"', shown)]
+        shown += "".join(path.read_text(encoding="utf-8") for path in page.parent.glob("tables/*.csv"))
+        assert not re.search(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800\ufdd0\uffff\U0010fffe]", shown)
+        assert not re.search(r"\\[xuU]", repr(data))
+        assert "\ufffd" in repr(data)
+    page, clean = pages[0].read_text(encoding="utf-8"), "\ufffd" * len(ILLEGAL)
+    for part in (f"one{clean}\ttwo\nthree", f"a{clean}b", f"k{clean}: {clean}", ">p\ufffd<"):
+        assert part in page
+    assert "| p\ufffd |" in results_markdown(json.loads(text))
+    assert {row["policy"] for row in read_csv(folder / "tables" / "ratings.csv")} > {"p\ufffd"}
+
+
 def test_a_training_runs_last_values_are_written_as_csv(tmp_path):
     """Numbers as they were logged."""
     write_report(write_training(tmp_path, 2.0))

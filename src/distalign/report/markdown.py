@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -13,7 +14,6 @@ from .numbers import (
     format_estimate,
     format_interval,
     format_seconds,
-    rating_text,
     seeds_text,
 )
 from .results import REFERENCE, Column, Difference, Results
@@ -25,11 +25,17 @@ __all__ = ["results_markdown"]
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
 MAIN = "forward_kl"
 
+# What may begin markup: a bracket where it ends a link's text, a low line where it is not within a word.
+_MARKUP = re.compile(r"[\\`*<>&|~#$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
+
 
 def results_markdown(content: dict[str, Any], command: str = "") -> str:
-    """The content of results.json as Markdown. `command` is what made it. Raises ReportError if it is no comparison."""
+    """The content of results.json as Markdown, in which its texts are no markup. `command` is what made it.
+
+    Raises ReportError if it is no comparison.
+    """
     results = Results.parse(content)
-    parts = [f"# Results: {results.name}", _origin(results, command), _table(results)]
+    parts = [f"# Results: {_plain(results.name)}", _origin(results, command), _table(results)]
     parts += [_win_rates(results), _standings(results)]
     if any(MAIN in row for row in results.paired.values()):
         parts += [_changes(results), _separations(results)]
@@ -42,8 +48,8 @@ def _origin(results: Results, command: str) -> str:
     work = f"{format_seconds(float(sum(results.seconds.values())))} of work" if results.seconds else ""
     facts = (seeds_text(results.seeds).capitalize(), counts_text(results), about.get("device", ""), versions, work)
     lines = [
-        f"Made by `{command}`." if command else "",
-        f"{'; '.join(fact for fact in facts if fact)}.",
+        f"Made by {_code(command)}." if command else "",
+        f"{_plain('; '.join(str(fact) for fact in facts if fact))}.",
         "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
     ]
     return "\n".join(line for line in lines if line)
@@ -54,7 +60,7 @@ def _table(results: Results) -> str:
     rows = [["", *(heading(column) for column in columns)]]
     for name in ordered_rows(results):
         rows.append([display_name(name), *(_cell(results, name, column) for column in columns)])
-    about = [f"* {column.label}: {column.about}" for column in columns if column.about]
+    about = [f"* {_plain(column.label)}: {_plain(column.about)}" for column in columns if column.about]
     if any(one.stars for row in results.significance.values() for one in row.values()):
         about.append(f"* Stars: {STARS}")
     return "\n".join([*_lines(rows), "", *about])
@@ -65,7 +71,7 @@ def _cell(results: Results, name: str, column: Column) -> str:
     if measure is None:
         return "–"
     found = results.significance.get(name, {}).get(column.key)
-    stars = found.stars.replace("*", r"\*") if found else ""
+    stars = found.stars if found else ""
     return f"{format_estimate(measure.mean, measure.se)}{stars}"
 
 
@@ -78,7 +84,7 @@ def _win_rates(results: Results) -> str:
     for one in names:
         found = [matrix.get(one, {}).get(other) for other in names]
         rows.append([display_name(one), *("–" if m is None else format_estimate(m.mean, m.se) for m in found)])
-    judge = f"Judged by {results.win_rates.judge}; mean" if results.win_rates.judge else "Mean"
+    judge = f"Judged by {_plain(results.win_rates.judge)}; mean" if results.win_rates.judge else "Mean"
     return "\n".join(["## Win rates", "", *_lines(rows), "", f"{judge} ± standard error."])
 
 
@@ -92,7 +98,7 @@ def _standings(results: Results) -> str:
         rows.append(
             [
                 display_name(name),
-                rating_text(rating) if rating else "–",
+                _written(rating) if rating else "–",
                 format_band(controlled.mean, controlled.low, controlled.high) if controlled else "–",
             ]
         )
@@ -139,8 +145,8 @@ def _separations(results: Results) -> str:
             *_lines(rows),
             "",
             f"A pair separates if {rule}; nothing corrects for the number of pairs.",
-            f"Separate: {'; '.join(apart) or 'none'}.",
-            f"Not told apart by these runs: {'; '.join(together) or 'none'}.",
+            f"Separate: {_plain('; '.join(apart)) or 'none'}.",
+            f"Not told apart by these runs: {_plain('; '.join(together)) or 'none'}.",
         ]
     )
 
@@ -172,8 +178,17 @@ def _written(found: Difference) -> str:
 
 
 def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    def cell(text: str) -> str:
-        return " ".join(text.split()).replace("|", r"\|")
-
-    head, *body = [f"| {' | '.join(map(cell, row))} |" for row in rows]
+    head, *body = [f"| {' | '.join(map(_plain, row))} |" for row in rows]
     return [head, f"|{' --- |' * len(rows[0])}", *body]
+
+
+def _plain(text: str) -> str:
+    """A text in one line, with a backslash before everything that may begin markup."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A text in one line as code, between more backticks than it has in a row."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from .results import REFERENCE, TARGET, Column, Difference, Results
+from .results import REFERENCE, TARGET, Column, Results
 
 __all__ = [
     "Finding",
@@ -16,7 +16,6 @@ __all__ = [
     "format_interval",
     "format_number",
     "format_seconds",
-    "rating_text",
 ]
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -33,7 +32,7 @@ class Finding(NamedTuple):
 
     method: str
     sentence: str
-    verdict: Literal["better", "worse", "undecided"]
+    verdict: Literal["better", "worse", "unchanged", "undecided"]
 
 
 def format_estimate(mean: float, se: float) -> str:
@@ -69,7 +68,12 @@ def format_number(value: int | float) -> str:
 
 
 def format_interval(mean: float, low: float, high: float) -> str:
-    """A difference with its 95 % interval, signed, to the digits that the interval leaves: −4.9 [−6.2, −3.6]."""
+    """A difference with its 95 % interval, signed, to the digits that the interval leaves: −4.9 [−6.2, −3.6].
+
+    One that is 0 without doubt, such as the rating that the others are measured against, is shown as 0.
+    """
+    if mean == low == high == 0:
+        return "0"
     if not all(map(math.isfinite, (mean, low, high))):
         return f"{_not_finite(mean) if not math.isfinite(mean) else _minus(f'{mean:+.3g}')} [?, ?]"
     decimals = _decimals((high - low) / (2 * 1.96))
@@ -84,12 +88,6 @@ def format_band(mean: float, low: float, high: float) -> str:
     decimals = min(_decimals((high - low) / (2 * 1.96)), 6)
     mean_text, *ends = (_minus(f"{value:.{decimals}f}") for value in (mean, low, high))
     return f"{mean_text} [{', '.join(ends)}]"
-
-
-def rating_text(rating: Difference) -> str:
-    """A rating with its interval; the one that the others are measured against is 0 and has none."""
-    fixed = rating.mean == rating.low == rating.high == 0
-    return "0" if fixed else format_interval(rating.mean, rating.low, rating.high)
 
 
 def format_seconds(seconds: float) -> str:
@@ -160,6 +158,12 @@ def _finding(results: Results, name: str, column: Column) -> Finding:
     difference = results.paired[name][column.key]
     what = _WORDS.get(column.key, column.label)
     who = display_name(name)
+    kept = results.kept_step.get(name, [])
+    if kept and not any(kept):
+        seeds = " in every seed" if len(kept) > 1 else ""
+        return Finding(name, f"{who} is the reference that it started from: step 0 was kept{seeds}", "unchanged")
+    if difference.mean == difference.low == difference.high == 0:
+        return Finding(name, f"{who} does not differ from the reference in {what}: every difference is 0", "unchanged")
     amount, interval = _amount(results, name, column)
     if difference.clear:
         verb = "raises" if difference.mean > 0 else "lowers"

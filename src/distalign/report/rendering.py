@@ -10,13 +10,18 @@ from typing import Any
 
 import yaml
 
+from .results import legible
+
 __all__ = ["ASSETS", "as_yaml", "render"]
 
 ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def render(template: str, context: dict[str, Any], scripts: Sequence[str] = ()) -> str:
-    """The page that a template of `assets` makes of the context, with scripts of `assets`: no others may run."""
+    """The page that a template of `assets` makes of the context, with scripts of `assets`: no others may run.
+
+    What HTML does not admit is U+FFFD on it, wherever it came from.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -29,7 +34,7 @@ def render(template: str, context: dict[str, Any], scripts: Sequence[str] = ()) 
     code = "\n".join((ASSETS / script).read_text(encoding="utf-8") for script in scripts)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     own = {"script": code, "script_source": f"'sha256-{digest}'" if code else "'none'"}
-    return environment.get_template(template).render(context | own)
+    return legible(environment.get_template(template).render(context | own))
 
 
 def as_yaml(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -24,12 +25,17 @@ __all__ = [
     "ReportError",
     "Results",
     "Sample",
+    "legible",
 ]
 
 Model = TypeVar("Model", bound=BaseModel)
 
 REMEDY = "run the comparison again"
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
+
+# What HTML admits nowhere in a text: controls but white space, halves of surrogate pairs, noncharacters.
+_NONCHARACTERS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
+_ILLEGAL = re.compile(f"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NONCHARACTERS}]")
 
 
 class ReportError(InputError):
@@ -188,6 +194,17 @@ class Sample(NamedTuple):
     note: str = ""
 
 
+def legible(value: Any) -> Any:
+    """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit."""
+    if isinstance(value, str):
+        return _ILLEGAL.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [legible(part) for part in value]
+    if isinstance(value, dict):
+        return {legible(key): legible(part) for key, part in value.items()}
+    return value
+
+
 def read_results(path: Path) -> Results:
     """Read results.json. Raises ReportError if it does not parse or lacks something."""
     return read_json(path, Results, REMEDY)
@@ -214,7 +231,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             raise ReportError(f"{path}:{number}: not JSON ({error.msg}); repair or remove the line") from None
         if not isinstance(row, dict):
             raise ReportError(f"{path}:{number}: found {_short(row)}, not a JSON object; repair or remove the line")
-        rows.append({"_where": f"{path}:{number}", **row})
+        rows.append({"_where": f"{path}:{number}", **legible(row)})
     return rows
 
 
@@ -243,7 +260,7 @@ def series(rows: Sequence[dict[str, float]], key: str) -> list[tuple[float, floa
 def _checked(model: type[Model], content: Any, where: str, remedy: str) -> Model:
     """The content as the model; raises ReportError with the path of the first value that is wrong."""
     try:
-        return model.model_validate(content)
+        return model.model_validate(legible(content))
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "the top level"

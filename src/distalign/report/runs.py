@@ -10,7 +10,7 @@ import yaml
 
 from .logs import Logs, read_logs
 from .numbers import display_name
-from .results import ReportError, Results, Sample, read_metrics, read_results, read_samples
+from .results import ReportError, Results, Sample, legible, read_metrics, read_results, read_samples
 
 __all__ = ["TRAINING", "Run", "merged", "merged_logs", "merged_samples", "read_run", "read_runs", "read_text"]
 
@@ -46,7 +46,7 @@ def read_run(folder: Path, label: str = "") -> Run:
 
     Raises ReportError, which says where and what to do, if it is neither or a file is broken.
     """
-    label = label or folder.resolve().name
+    label = legible(label or folder.resolve().name)
     if (folder / "results.json").exists():
         results = read_results(folder / "results.json")
         logs = read_logs(folder, results.trained)

@@ -18,7 +18,6 @@ from .numbers import (
     format_number,
     format_seconds,
     main_column,
-    rating_text,
 )
 from .rendering import as_yaml
 from .results import REFERENCE, TARGET, Column, Difference, Measure, Results, Sample
@@ -110,7 +109,7 @@ def difference_forest(results: Results) -> dict[str, Any] | None:
 
 def rating_forest(results: Results) -> dict[str, Any] | None:
     """Bradley–Terry ratings with their intervals as bars, the best first."""
-    texts = {name: rating_text(rating) for name, rating in results.ratings.items()}
+    texts = {name: format_interval(r.mean, r.low, r.high) for name, r in results.ratings.items()}
     return _forest(results, results.ratings, texts, 0.0, "the reference") if texts else None
 
 

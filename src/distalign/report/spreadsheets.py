@@ -10,11 +10,14 @@ from .results import Results
 
 __all__ = ["write_last_values", "write_tables"]
 
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the wide ones are read as the others
+
 
 def write_tables(results: Results, folder: Path) -> None:
     """Write a CSV file a table into the folder: estimates, differences, win_rates, ratings, length_controlled.
 
-    Names are the rows' and columns' own; a number that is not known is nan. A table without lines is not written.
+    Names are the rows' and columns' own; a number that is not known is nan. A table without lines is not written. A
+    text that a spreadsheet would take for a formula has an apostrophe before it.
     """
     units = {column.key: column.unit or "" for column in results.columns}
     policy = ["policy", "metric", "unit"]
@@ -67,7 +70,14 @@ def _write(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) ->
     if rows:
         path.parent.mkdir(exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([head, *rows])
+            # Quoted, a text cannot end its cell where a spreadsheet takes another character for the separator.
+            writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+            writer.writerows([[_inert(value) for value in row] for row in (head, *rows)])
+
+
+def _inert(value: object) -> object:
+    """A text that begins as a formula does, behind an apostrophe; anything else as it is."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value
 
 
 def _written(n: int | None) -> object:
