@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Calibration", "calibrate"]
 
 COIN = math.log(2)  # nats per pair at γ = 0
+FEWEST = 2  # pairs of which there is a standard error
+# Pairs whose responses differ, from which on the profile likelihood's interval holds γ about as often as it says.
+ENOUGH = 10
 _FALL = 1.920729410347062  # half the 95 % quantile of χ²(1): what the log-likelihood may fall within the interval
 _WEAK, _STRONG = 0.1, 5.0  # nats of |γ Δ ln π|: below it a pair is a coin, above it certain
 
@@ -36,12 +39,15 @@ def calibrate(logps: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs
         maximise over γ:  mean over pairs of  p ln σ(γ Δ) + (1 − p) ln σ(−γ Δ),   Δ = ln π(a) − ln π(b)
 
     `logps` are sums over response tokens in nats, column 0 the preferred response; `probability` p says with which
-    probability that is so, 1 where it is None. Pairs count as independent.
+    probability that is so, 1 where it is None. Pairs count as independent. The interval of fewer than `ENOUGH` pairs
+    with Δ ≠ 0 is unknown, from −inf to inf.
 
-    Raises ValueError where a number is not finite, a probability outside [0, 1], or every Δ is 0.
+    Raises ValueError for fewer than `FEWEST` pairs, and where a number is not finite, a probability outside [0, 1], or
+    every Δ is 0.
 
     Source: arXiv 2506.01523v2, eq. 3, 4.
     """
+    check_count(len(logps))
     logps = logps.detach().to("cpu", torch.float64)
     label = torch.ones(len(logps), dtype=torch.float64) if probability is None else probability.detach().cpu().double()
     if not bool(logps.isfinite().all()) or not bool(((label >= 0) & (label <= 1)).all()):
@@ -63,8 +69,11 @@ def calibrate(logps: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs
     correct = torch.where(logit > 0, label, torch.where(logit < 0, 1 - label, 0.5))
     confidence = logit.abs().sigmoid()
     reliability = reliability_table(confidence, correct)
+    interval = Interval(gamma, -math.inf, math.inf)
+    if int((gap != 0).sum()) >= ENOUGH:
+        interval = _profile(gamma, lambda g: float(nll(g).sum()), 1 / float(gap.abs().max()))
     return Calibration(
-        gamma=_profile(gamma, lambda g: float(nll(g).sum()), 1 / float(gap.abs().max())),
+        gamma=interval,
         nll=mean_and_se(nll(gamma)),
         accuracy=mean_and_se(torch.where(gap > 0, label, torch.where(gap < 0, 1 - label, 0.5))),
         ece=expected_calibration_error(confidence, correct),
@@ -75,9 +84,20 @@ def calibrate(logps: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs
     )
 
 
+def check_count(pairs: int) -> None:
+    """Raise ValueError for fewer than `FEWEST` pairs."""
+    if pairs < FEWEST:
+        raise ValueError(
+            f"γ from {pairs} labelled pair{'' if pairs == 1 else 's'} has no error; give {ENOUGH} or more, of which "
+            "there is an interval"
+        )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What held-out pairs say of a policy's γ, with its 95 % profile-likelihood interval; ±inf if separable.
+
+    Both ends of the interval are infinite where the pairs are too few (`ENOUGH`) to know it.
 
     `nll` is in nats per pair, to be held against `COIN`, that of γ = 0; γ was fitted on these very pairs, which
     flatters it by about 1/(2 · pairs). `accuracy` is how often the label is what the policy prefers at any γ > 0. `ece`
@@ -98,6 +118,11 @@ class Calibration:
     def meaning(self) -> list[str]:
         """What to think of it, in sentences."""
         gamma, low, high = self.gamma
+        if math.isinf(low) and math.isinf(high):
+            return [
+                f"Fewer than {ENOUGH} of these {self.pairs} pairs have responses of different log-probability, too few "
+                "for an interval: how far γ may be from this is unknown. Give more held-out pairs."
+            ]
         if math.isinf(gamma):
             verb, bound = ("agrees with", f"> {low:.3g}") if gamma > 0 else ("contradicts", f"< {high:.3g}")
             return [

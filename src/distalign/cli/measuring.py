@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -117,9 +119,9 @@ def calibrate(
     check_path(json_path)
     quiet()
     from distalign.calibrate import calibrate as fit
+    from distalign.calibrate import check_count
     from distalign.data import encode_pairs, read_pairs
     from distalign.engine import Group, score_in_batches
-    from distalign.errors import InputError
     from distalign.policy import find_model
     from distalign.progress import progress
 
@@ -127,12 +129,23 @@ def calibrate(
     data = read_pairs(pairs, limit=limit)
     encoded, _ = encode_pairs(source.tokenizer(), data, max_length=source.max_length())
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in encoded]
+    with _about(pairs):
+        check_count(len(groups))
     with progress("pairs", len(groups)) as advance:
         scores = score_in_batches(source.model(), groups, token_budget=token_budget, progress=advance)
     labels = scores.logps.new_tensor([1.0 if pair.probability is None else pair.probability for pair in encoded])
-    try:
+    with _about(pairs):
         found = fit(scores.logps.view(-1, 2), labels)
-    except ValueError as error:
-        raise InputError(f"{pairs}: {error}") from None
     print_rich(found.table())
     write_json(json_path, found.to_json())
+
+
+@contextmanager
+def _about(place: str) -> Iterator[None]:
+    """Say of which file a ValueError is. Raises InputError."""
+    from distalign.errors import InputError
+
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from None
