@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 
@@ -12,6 +13,7 @@ import tiny
 
 from distalign import cli, comparison, trainer
 from distalign.comparison import compare
+from distalign.finished import run_key
 from distalign.recipe import load_recipe
 
 
@@ -160,3 +162,54 @@ def test_a_reward_of_other_pairs_is_trained_again(recipe, tmp_path):
     assert [file.stat().st_mtime_ns for file in path.glob("*.safetensors")] == stamp
     compare(recipe(*flags, "target.gamma=0.9"), ["rkl"], [0], resume=True)
     assert weights() != before
+
+
+REWARDED = (
+    "reward={train: {init: scratch, epochs: 1}}",
+    "methods={rkl: {gamma: 0.5, beta: 0.1}}",
+    "rollout.samples=2",
+)
+
+
+@pytest.mark.parametrize("torn", ["model.safetensors", "reward.json", "run.json"])
+def test_a_reward_that_was_not_written_to_its_end_is_trained_anew(recipe, trained, caplog, torn):
+    """Weights or settings cut in the middle, or a training that was stopped: the same reward, and a line in the log."""
+    folder = recipe().run_dir / "reward"
+    compare(recipe(*REWARDED), ["rkl"], [0])
+    whole = (folder / "model.safetensors").read_bytes()
+    trained.clear()
+    (folder / torn).write_bytes((folder / torn).read_bytes()[:-20])
+    with caplog.at_level(logging.INFO, "distalign.comparison"):
+        compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    assert "trained anew" in caplog.text
+    assert str(folder) in caplog.text
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert trained == []
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "distalign.comparison"):
+        compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    assert "trained anew" not in caplog.text
+
+
+@pytest.mark.parametrize("by_module", [True, False])
+def test_a_changed_reward_function_is_another_run(recipe, tmp_path, monkeypatch, by_module):
+    """By path and by module, which is found without being run; to a method that takes no reward it does not matter."""
+    package = tmp_path / "rewards_of_resume"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    own = package / "own.py"
+    own.write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = "rewards_of_resume.own" if by_module else own
+    made = recipe(f"reward={{function: '{place}:short'}}", "methods={rkl: {gamma: 0.5}, pmle: {gamma: 0.5, beta: 0}}")
+
+    def keys():
+        return [run_key(made, name, 0, "weights", "data") for name in ("rkl", "pmle")]
+
+    before = keys()
+    assert keys() == before
+    own.write_text("raise SystemExit  # for another reason")
+    after = keys()
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    assert "rewards_of_resume.own" not in sys.modules

@@ -34,6 +34,7 @@ from distalign.policy import weights_digest
 from distalign.progress import progress
 from distalign.recipe import Recipe
 from distalign.reward import RewardError
+from distalign.reward.saved import UnreadableReward
 from distalign.targets import Target
 from distalign.trainer import AlignmentTrainer
 
@@ -193,12 +194,20 @@ def _finish(bench: Bench, name: str, folder: Path, resume: bool) -> Finished:
 
 
 def _make_reward(bench: Bench, folder: Path, resume: bool) -> None:
-    """The recipe's reward; one that was trained before stays if it is of the same settings, weights and pairs."""
+    """The recipe's reward; a trained one stays if it is whole and of the same settings, weights and pairs."""
     if not any(one.train is not None for one in bench.recipe.reward):
         reward_of(bench, folder)
         return
     key = reward_key(bench.recipe, bench.seed, weights_digest(bench.source), _data(bench))
-    reward_of(bench, folder, keep=resume and is_of(folder, key))
+    if resume and is_of(folder, key):
+        try:
+            reward_of(bench, folder, keep=True)
+            return
+        except UnreadableReward as error:
+            logger.warning("%s: it is trained anew", error)
+    elif resume and folder.is_dir():
+        logger.info("%s: unfinished, or of other settings, weights or pairs: the reward is trained anew", folder)
+    reward_of(bench, folder)
     claim(folder, key)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +64,13 @@ def load_finished(folder: Path, key: str, pairs: list[EncodedPair]) -> Finished 
 def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> str:
     """Hash of what decides a method's run: its settings, the seed, the model's weights, the pairs and prompts.
 
-    The other methods of the recipe, its name and its place do not count. A reward of a file counts by its content.
+    The other methods of the recipe, its name and its place do not count, nor does a reward that the method does not
+    take. Another's file counts by its content, a function's too, whether named by path or by module.
     """
-    settings = recipe.only([name]).model_dump(mode="json", exclude={"name", "output_dir", "compare"})
-    return _hash([settings, _rewards(recipe), seed, weights, data])
+    rewarded = recipe.method(name).needs.reward
+    left_out = {"name", "output_dir", "compare"} if rewarded else {"name", "output_dir", "compare", "reward"}
+    settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
+    return _hash([settings, _rewards(recipe) if rewarded else [], seed, weights, data])
 
 
 def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
@@ -97,15 +102,25 @@ def _rewards(recipe: Recipe) -> list[str]:
     """Digests of the files and folders that rewards are read from."""
     found = []
     for one in recipe.reward:
-        places = [one.model, one.function.rpartition(":")[0] if one.function else None]
-        for place in places:
-            path = Path(place) if place else None
+        for place in (one.model, _source(one.function) if one.function else None):
+            path = Path(place).expanduser() if place else None
             if path is not None and path.is_file():
                 found.append(hashlib.sha256(path.read_bytes()).hexdigest())
             elif path is not None and path.is_dir():
                 files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
                 found += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return found
+
+
+def _source(function: str) -> str | None:
+    """The file that `file.py:name` or `module:name` is in; a module is found, not run. None for one without a file."""
+    place = function.rpartition(":")[0]
+    if place.endswith(".py"):
+        return place
+    if place in sys.modules:
+        return getattr(sys.modules[place], "__file__", None)
+    spec = importlib.util.find_spec(place)
+    return None if spec is None else spec.origin
 
 
 def _hash(value: Any) -> str:

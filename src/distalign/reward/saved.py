@@ -39,6 +39,10 @@ _TENSORS, _MODEL, _ADAPTER = "reward.safetensors", "model.safetensors", "adapter
 _SCORE = "base_model.model.score.weight"
 
 
+class UnreadableReward(RewardError):
+    """A folder that holds no whole reward, such as one whose writing was stopped."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """What a trained reward was made of."""
@@ -82,7 +86,7 @@ def load_reward(folder: str | Path, *, base: Any, tokenizer: Any, token_budget: 
     """The reward that `Trained.save` wrote, on the device of `base`, with identical scores.
 
     `base` and `tokenizer` are those of the policy, and must be those it was trained with. Raises RewardError if they
-    are not, or the folder is incomplete.
+    are not, UnreadableReward if the folder is incomplete.
     """
     folder = Path(folder).expanduser()
     try:
@@ -96,7 +100,7 @@ def load_reward(folder: str | Path, *, base: Any, tokenizer: Any, token_budget: 
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, RewardError):
             raise
-        raise RewardError(f"reward {folder}: it cannot be read ({error}); train it again") from error
+        raise UnreadableReward(f"reward {folder}: it cannot be read ({error}); train it again") from error
     probe = about["probe"]
     found = _logp(base, probe["prompt"], probe["response"])
     # Half precision moves a sequence by a fraction of a nat, another model by many.
