@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +29,8 @@ from distalign.judge import check_judge
 from distalign.policy import Source, find_model, weights_digest
 from distalign.reward import Reward, check_rewards, make_reward
 from distalign.targets import Target, Tilt
+
+logger = logging.getLogger("distalign.evaluate")
 
 
 @dataclass
@@ -70,15 +74,13 @@ def prepare(settings: Evaluation, target: Target | None) -> Bench:
             )
     pairs, facts, rows = _read_pairs(settings, tokenizer)
     if settings.prompts is not None:
-        data = read_prompts(settings.prompts, limit=settings.limit)
+        data = read_prompts(settings.prompts)
         rows, facts = data.rows, {"prompts": settings.prompts, "format": data.format, **facts}
     elif settings.pairs is None and settings.target is not None:
         rows = target_prompts(settings.target, tokenizer)[1]
         facts["prompts"] = "the target's, held out"
         facts["format"] = "standard" if isinstance(rows[0].prompt, str) else "conversational"
-    encoded = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in rows]
-    distinct = list({tuple(one.prompt): one for one in encoded}.values())[: settings.limit]
-    facts["held-out prompts"] = len(distinct)
+    distinct = _distinct(rows, tokenizer, settings.limit, facts)
     if len(distinct) < 2:
         raise InputError(f"{settings.name}: {len(distinct)} different prompts; standard errors need two: give more")
     conversational = bool(tokenizer.chat_template) and facts["format"] == "conversational"
@@ -109,6 +111,35 @@ def _read_pairs(settings: Evaluation, tokenizer: Any) -> tuple[list[EncodedPair]
     pairs, counts = encode_pairs(tokenizer, data, max_length=settings.max_length)
     facts = {"pairs": settings.pairs, "format": data.format, "held-out pairs": len(pairs), "encoding": str(counts)}
     return pairs, facts, [Prompt(row.prompt, row.where, row.extra) for row in data]
+
+
+def _distinct(rows: Sequence[Prompt], tokenizer: Any, limit: int, facts: dict[str, Any]) -> list[EncodedPrompt]:
+    """The first `limit` rows that differ in their prompt or another column, encoded; what they are is put into facts.
+
+    Functions that reward or judge are given the columns, so the same prompt with others is another row.
+    """
+    found: dict[tuple[tuple[int, ...], str], EncodedPrompt] = {}
+    folded = 0
+    for row in rows:
+        if len(found) == limit:
+            break
+        one = EncodedPrompt(encode_prompt(tokenizer, row), row.where, row)
+        key = tuple(one.prompt), json.dumps(row.extra, sort_keys=True, default=repr)
+        folded += key in found
+        found.setdefault(key, one)
+    facts["held-out prompts"] = len(found)
+    if folded:
+        facts["repeated rows left out"] = folded
+        logger.info("%d rows repeat another, prompt and columns, and are left out", folded)
+    shared = len(found) - len({prompt for prompt, _ in found})
+    if shared:
+        facts["prompts that are another's with other columns"] = shared
+        logger.warning(
+            "%d of %d prompts are another's with other columns; standard errors count each as a prompt of its own",
+            shared,
+            len(found),
+        )
+    return list(found.values())
 
 
 def _check_room(settings: Evaluation, sources: Mapping[str, Source], prompts: Sequence[EncodedPrompt]) -> None:

@@ -21,7 +21,8 @@ class Evaluation(Section):
 
     model: the reference π₀, which every policy shares its tokenizer with. policies: name → folder, adapter or hub id.
     prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`). pairs: held-out labelled
-    pairs, for what policies prefer. target: a known target made of `model`. reward scores responses, judge compares
+    pairs, for what policies prefer. limit: the prompts to answer; rows count as one only if their prompt and all their
+    other columns are the same. target: a known target made of `model`. reward scores responses, judge compares
     them (null: by the target's own preference, or by the reward where there is one; without either nothing is
     compared). opponents: every two policies, or each with the reference alone. gamma: sharpness of P_π (null: found on
     the pairs by each policy, half judging the other half).
