@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from distalign import cli
 from distalign.engine import Group, score
@@ -75,24 +76,29 @@ def test_every_policy_has_every_number(results):
     assert results["methods"]["reference"]["chosen_change"]["mean"] == 0
 
 
-def test_the_numbers_are_those_of_scoring_each_policy_again(place, results):
-    """KL, entropy and displacement from the kept responses, by the engine's ordinary pass."""
-    made = settings(place)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_numbers_are_those_of_scoring_each_policy_again(place, temperature):
+    """KL, entropy and displacement from the kept responses, by the engine's ordinary pass at the same temperature."""
+    made = settings(place, f"temperature={temperature}", name=f"at-{temperature}")
+    results = evaluate(made)
     reference, moved = tiny.model(), tiny.model()
     moved.load_state_dict(type(moved).from_pretrained(place / "moved").state_dict())
-    folder = made.run_dir / "policies" / "moved"
-    responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
     with (place / "pairs.jsonl").open() as file:
         rows = [json.loads(line) for line in file]
     tokenizer = tiny.tokenizer()
     prompts = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True) for r in rows]
     prompts = [list(p["input_ids"] if hasattr(p, "keys") else p) for p in prompts]
-    groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
-    with torch.no_grad():
-        scores = score(moved, groups, reference=reference, entropy=True)
-    row = results["methods"]["moved"]
-    assert row["kl_reference"]["mean"] == pytest.approx(float(scores.step_kl.sum(-1).mean()), abs=1e-4)
-    assert row["entropy"]["mean"] == pytest.approx(float(scores.step_entropy.sum(-1).mean()), abs=1e-4)
+    for name, model in (("reference", reference), ("moved", moved)):
+        folder, row = made.run_dir / "policies" / name, results["methods"][name]
+        responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
+        groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
+        with torch.no_grad():
+            scores = score(model, groups, reference=reference, entropy=True, temperature=temperature)
+        assert row["kl_reference"]["mean"] == pytest.approx(float(scores.step_kl.sum(-1).mean()), abs=1e-4)
+        assert row["entropy"]["mean"] == pytest.approx(float(scores.step_entropy.sum(-1).mean()), abs=1e-4)
+        flat = [response for own in responses for response in own]
+        assert row["length"]["mean"] == pytest.approx(sum(map(len, flat)) / len(flat))
+        assert row["missing_end"]["mean"] == pytest.approx(sum(one[-1] != tiny.END for one in flat) / len(flat))
     assert row["kl_reference"]["mean"] > 0.01
     change = row["chosen_change"]["mean"] - row["rejected_change"]["mean"]
     assert row["nll"]["mean"] < 0.7
@@ -111,7 +117,22 @@ def test_win_rates_add_up_and_rank_as_the_target_prefers(results):
     assert matrix["moved"]["reference"]["mean"] > 0.5
     assert results["ratings"]["reference"]["mean"] == 0
     assert results["ratings"]["moved"]["low"] < results["ratings"]["moved"]["mean"]
+    assert results["ratings"]["moved"]["mean"] > 0
     assert set(results["length_controlled"]) <= {"moved", "adapted"}
+
+
+def test_differences_are_those_of_the_means(results):
+    """From the reference, and of every two policies in both directions, the first minus the second."""
+    for one, other, row in [
+        *((name, "reference", row) for name, row in results["paired"].items()),
+        *((one, other, row) for one, rows in results["between"].items() for other, row in rows.items()),
+    ]:
+        for key in ("entropy", "kl_reference", "reward", "accuracy"):
+            first, second = (results["methods"][name][key]["mean"] for name in (one, other))
+            assert row[key]["mean"] == pytest.approx(first - second, abs=1e-9), (one, other, key)
+        assert row["entropy"]["low"] < row["entropy"]["mean"] < row["entropy"]["high"]
+        assert abs(row["entropy"]["mean"]) > 0.05
+    assert {(one, *rows) for one, rows in results["between"].items()} == {("moved", "adapted"), ("adapted", "moved")}
 
 
 def flat(value, path=""):
@@ -158,6 +179,12 @@ def test_changed_weights_are_another_policy(place, tmp_path):
     assert sources[0] == sources[1]
     tiny.model(initializer_range=0.3).save_pretrained(tmp_path / "moved")
     assert answers.weights_digest(answers_source(tmp_path / "moved")) != sources[0]
+    shutil.copytree(place / "adapted", tmp_path / "adapted")
+    adapted = answers.weights_digest(answers_source(tmp_path / "adapted"))
+    assert adapted == answers.weights_digest(answers_source(place / "adapted"))
+    weights = load_file(tmp_path / "adapted" / "adapter_model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, tmp_path / "adapted" / "adapter_model.safetensors")
+    assert answers.weights_digest(answers_source(tmp_path / "adapted")) != adapted
     source, reference = answers_source(place / "moved"), answers_source(place / "model")
 
     def key(name="moved", start=reference, prompts=([1],), pairs=(), end_id=3, **change):

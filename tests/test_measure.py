@@ -19,9 +19,11 @@ from distalign.measure import (
     forward_kl,
     measure_pairs,
     measure_samples,
+    significance,
     summarise,
     win_probability,
 )
+from distalign.metrics import holm, paired_p_value, significance_mark
 from distalign.rollout import sample
 from distalign.targets import with_logit_bias
 
@@ -194,3 +196,43 @@ def test_seeds_on_the_same_pairs_are_no_more_pairs():
         assert found["nll"].mean == pytest.approx(float(torch.cat([run.values["nll"] for run in runs]).mean()))
         assert differences(runs, runs)["nll"].mean == 0
     assert summarise(same)["ece"].mean == pytest.approx(summarise(own)["ece"].mean)
+
+
+def test_a_policy_and_its_reference_draw_with_their_own_random_numbers():
+    """The same weights give other responses as the reference: a win rate compares independent ones."""
+    task = make_task(samples=20)
+    own, start = (measure_samples(task.base, task, reference=one).responses for one in (task.base, None))
+    assert own != start
+    assert start == measure_samples(task.base, task, reference=None).responses
+
+
+def test_marks_are_against_the_baseline_and_one_half_adjusted_together():
+    """Win rates against one half, the rest against the baseline where it has it; Holm over all policies at once."""
+    generator = torch.Generator().manual_seed(0)
+
+    def policy(**shift):
+        values = {key: torch.randn(30, generator=generator).double() + by for key, by in shift.items()}
+        return [Measured(values, [])]
+
+    start = policy(entropy=2.0, length=0.0, repetition=0.0)
+    runs = {
+        "a": policy(entropy=2.2, win_rate=0.9, reward=5.0, repetition=9.0),
+        "b": policy(entropy=3.0, length=0.3, win_rate=0.5),
+    }
+    p = {}
+    for name, (one,) in runs.items():
+        for key in ("win_rate", "entropy", "length"):
+            if key in one.values:
+                half = torch.full((30,), 0.5).double()
+                against = half if key == "win_rate" else start[0].values[key]
+                p[name, key] = paired_p_value(one.values[key], against, seed=3, resamples=4000)
+    adjusted = dict(zip(p, holm(torch.tensor(list(p.values())).double()).tolist(), strict=True))
+    found = significance(runs, start, seed=3)
+    assert {(name, key) for name, row in found.items() for key in row} == set(p)
+    for (name, key), value in p.items():
+        mark = found[name][key]
+        assert (mark["p"], mark["holm"]) == pytest.approx((value, adjusted[name, key]))
+        assert mark["stars"] == significance_mark(adjusted[name, key])
+    assert any(mark["stars"] for mark in found["b"].values())
+    assert any(found[name][key]["holm"] > value for (name, key), value in p.items())
+    assert significance({}, start, seed=3) == {}
