@@ -47,16 +47,17 @@ TARGETS = torch.randint(VOCABULARY, (ROWS,), generator=torch.Generator().manual_
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("keep", [0, 500, 10**6])
 @pytest.mark.usefixtures("tiles")
-def test_logps_equal_log_softmax(kind, temperature, frozen):
-    """Values and gradients of ln p(y); a frozen head gets no gradient."""
+def test_logps_equal_log_softmax(kind, temperature, frozen, keep):
+    """Values and gradients of ln p(y), whatever waits for the backward pass; a frozen head gets no gradient."""
     hidden, weight, bias, rest = inputs(**HEADS[kind])
     if frozen:
         weight, bias = weight.detach(), None if bias is None else bias.detach()
     leaves = [tensor for tensor in (hidden, weight, bias) if tensor is not None and tensor.requires_grad]
     upstream = torch.linspace(-1, 2, ROWS, dtype=torch.float64)
     expected = direct(hidden, weight, bias, temperature=temperature, **rest).gather(1, TARGETS[:, None])[:, 0]
-    found = score_rows(HiddenRows(hidden, Head(weight, bias, **rest), temperature), TARGETS).logps
+    found = score_rows(HiddenRows(hidden, Head(weight, bias, **rest), temperature), TARGETS, keep=keep).logps
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
         torch.autograd.grad(found, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
@@ -122,6 +123,22 @@ def test_dtypes(dtype, tolerance):
     torch.testing.assert_close(out.entropy.double(), -(log_p.exp() * log_p).sum(1), rtol=tolerance, atol=tolerance)
     grads = torch.autograd.grad(out.logps.sum() + out.entropy.sum(), [hidden, weight, bias])
     assert [grad.dtype for grad in grads] == [dtype] * 3
+
+
+@pytest.mark.parametrize(("keep", "products"), [(0, 10), (8 * ROWS * 16, 8), (10**6, 5)])
+def test_kept_tiles_spare_products(keep, products, monkeypatch):
+    """Tiles that fit are not computed again, once: a second backward pass through the graph computes all of them."""
+    monkeypatch.setattr(head_module, "tile_shape", lambda *_: (ROWS, 8))
+    made = []
+    tile = HiddenRows.tile
+    monkeypatch.setattr(HiddenRows, "tile", lambda *arguments: made.append(1) or tile(*arguments))
+    hidden, weight, _, _ = inputs()
+    logps = score_rows(HiddenRows(hidden, Head(weight)), TARGETS, keep=keep).logps.sum()
+    first = torch.autograd.grad(logps, [hidden, weight], retain_graph=True)
+    assert len(made) == products
+    second = torch.autograd.grad(logps, [hidden, weight])
+    assert len(made) == products + 5
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=1e-12)
 
 
 def test_forbidden_tokens():

@@ -194,8 +194,8 @@ def test_the_largest_micro_batch_is_what_the_data_give():
 
 def some_memory(**settings):
     """1 GB of weights, 0.3 of gradients and optimizer, 1 MB a token."""
-    options = {"gradients": 10**8, "optimizer": 2 * 10**8, "head": 0, "fixed": 0.0, "per_token": 1e6, "tokens": 4096}
-    options |= {"weights": 10**9, "longest": 300, "vocabulary": 1000, "device": torch.device("cpu")}
+    options = {"gradients": 10**8, "optimizer": 2 * 10**8, "head": 0, "kept": 0.0, "fixed": 0.0, "per_token": 1e6}
+    options |= {"weights": 10**9, "tokens": 4096, "longest": 300, "vocabulary": 1000, "device": torch.device("cpu")}
     return Memory(**{**options, **settings})
 
 

@@ -116,7 +116,7 @@ def shared_prefix_attention(
             k = torch.cat([keys[first], keys[piece]], dim=2)
             v = torch.cat([values[first], values[piece]], dim=2)
             out.append(_attend(layout, queries[piece], k, v, window, **options))
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat([part.transpose(1, 2) for part in out], dim=1), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)

@@ -6,9 +6,9 @@ With z the logits of a row, p = softmax(z) and y its token, all in nats:
     H(p)    = ln Σ_j exp z_j − Σ_j p_j z_j
     KL(p‖q) = Σ_j p_j (z_j − w_j) − ln Σ_j exp z_j + ln Σ_j exp w_j        (w: logits of the reference q)
 
-The sums run over tiles with a running maximum, so no [rows, vocabulary] tensor is kept. The backward pass computes the
-tiles again, except where the head is frozen and only log-probabilities are asked for: then d ln p(y) / d hidden is
-found on the way.
+The sums run over tiles with a running maximum, so no [rows, vocabulary] tensor is made. The backward pass computes the
+tiles again but for the first ones, which may be kept. Where the head is frozen and only log-probabilities are asked
+for, nothing is: d ln p(y) / d hidden is found on the way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from distalign.engine.tiles import Kept, Sums, gather
 
 
 class CannotTile(Exception):
@@ -122,12 +124,13 @@ Rows = HiddenRows | LogitRows
 
 
 def score_rows(
-    rows: Rows, targets: Int[Tensor, "rows"], *, entropy: bool = False, reference: Rows | None = None
+    rows: Rows, targets: Int[Tensor, "rows"], *, entropy: bool = False, reference: Rows | None = None, keep: int = 0
 ) -> RowScores:
     """Log-probability of each row's target, with its entropy and its KL to a reference if asked for.
 
-    Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference.
-    Raises ValueError if the reference has another vocabulary.
+    Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Up to `keep`
+    bytes of exp(logits) wait for the backward pass, which is then spared these products, where log-probabilities alone
+    are asked for. Raises ValueError if the reference has another vocabulary.
     """
     if reference is not None and reference.vocabulary != rows.vocabulary:
         raise ValueError(
@@ -136,7 +139,7 @@ def score_rows(
         )
     if isinstance(rows, LogitRows):
         return _score_logits(rows, targets, entropy, reference)
-    ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled())
+    ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep)
     outputs: Any = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
     logps, h, kl, reference_logps = outputs
     asked = reference is not None
@@ -172,6 +175,7 @@ class _Ask:
     entropy: bool
     reference: Rows | None
     gradient: bool
+    keep: int
 
     @property
     def only_logps(self) -> bool:
@@ -198,53 +202,26 @@ def tile_shape(rows: int, vocabulary: int, device: torch.device) -> tuple[int, i
     return block, math.ceil(vocabulary / math.ceil(vocabulary / width))
 
 
-class _Sums:
-    """Running sums over tiles of exp(z), and of exp(z) times other values, all relative to a running maximum."""
-
-    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.top = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=device)
-        self.total = torch.zeros(rows, dtype=dtype, device=device)
-        self.others: list[Tensor] = []
-
-    def add(self, z: Float[Tensor, "block tile"], *, keep: bool) -> tuple[Tensor, Tensor]:
-        """Take a tile in; return exp(z − top) (in place of z unless `keep`) and the factor for sums made so far."""
-        top = torch.maximum(self.top, z.amax(-1))
-        fade = (self.top - top).exp_()
-        weights = torch.sub(z, top[:, None]).exp_() if keep else z.sub_(top[:, None]).exp_()
-        self.total = self.total * fade + weights.sum(-1)
-        self.top = top
-        return weights, fade
-
-    @property
-    def log(self) -> Float[Tensor, "block"]:
-        """ln Σ exp z."""
-        return self.top + self.total.log()
-
-
-def _gather(z: Tensor, targets: Tensor, start: int, stop: int, into: Tensor) -> Tensor:
-    inside = (targets >= start) & (targets < stop)
-    found = z.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None]).squeeze(1)
-    return torch.where(inside, found, into)
-
-
-def _scan(ask: _Ask, block: slice) -> tuple[Tensor, ...]:
+def _scan(ask: _Ask, block: slice, kept: Kept) -> tuple[Tensor, ...]:
     """Log-probs, reference log-probs, both log-normalisers, entropy and KL of one block of rows.
 
     What was not asked for is meaningless.
     """
     rows, targets, reference = ask.rows, ask.targets[block], ask.reference
     shape = {"dtype": rows.dtype, "device": rows.hidden.device}
-    sums, reference_sums = (_Sums(len(targets), **shape) for _ in range(2))
+    sums, reference_sums = (Sums(len(targets), **shape) for _ in range(2))
     hit, reference_hit, mean_z, mean_w = (torch.zeros(len(targets), **shape) for _ in range(4))
     for start, stop in ask.tiles():
         z = rows.tile(block, start, stop)
-        hit = _gather(z, targets, start, stop, hit)
+        hit = gather(z, targets, start, stop, hit)
         weights, fade = sums.add(z, keep=not ask.only_logps)
-        if not ask.only_logps:
+        if ask.only_logps:
+            kept.add(block, start, weights, sums.top)
+        else:
             mean_z = mean_z * fade + torch.linalg.vecdot(weights, z.clamp_(min=-1e30))
         if reference is not None:
             w = reference.tile(block, start, stop).to(rows.dtype)
-            reference_hit = _gather(w, targets, start, stop, reference_hit)
+            reference_hit = gather(w, targets, start, stop, reference_hit)
             mean_w = mean_w * fade + torch.linalg.vecdot(weights, w.clamp(min=-1e30))
             reference_sums.add(w, keep=False)
     log_z, log_w = sums.log, reference_sums.log if reference is not None else sums.log
@@ -257,16 +234,16 @@ def _scan_with_gradient(ask: _Ask, block: slice) -> tuple[Tensor, Tensor]:
     """Log-probs of one block of rows and their derivative with respect to the hidden states."""
     rows, targets = ask.rows, ask.targets[block]
     hidden = rows.hidden[block]
-    sums = _Sums(len(targets), rows.dtype, hidden.device)
+    sums = Sums(len(targets), rows.dtype, hidden.device)
     hit, at_hit = (torch.zeros(len(targets), dtype=rows.dtype, device=hidden.device) for _ in range(2))
     mean = torch.zeros(hidden.shape, dtype=rows.dtype, device=hidden.device)
     constant = rows.head.softcap is None
     for start, stop in ask.tiles():
         z = rows.tile(block, start, stop)
-        hit = _gather(z, targets, start, stop, hit)
+        hit = gather(z, targets, start, stop, hit)
         slope = rows.slope(z)
         if isinstance(slope, Tensor):
-            at_hit = _gather(slope, targets, start, stop, at_hit)
+            at_hit = gather(slope, targets, start, stop, at_hit)
         weights, fade = sums.add(z, keep=False)
         weights = weights if constant else weights.mul_(slope)
         mean.mul_(fade[:, None])
@@ -312,7 +289,11 @@ class _TiledHead(torch.autograd.Function):
                 ctx.save_for_backward(gradient)
                 empty = logps.new_zeros(0)
                 return logps, empty, empty.clone(), empty.clone()
-            parts = zip(*(_scan(ask, block) for block in ask.blocks()), strict=True)
+            # With a cap the gradient needs z itself.
+            ctx.kept = Kept(
+                ask.keep if ask.gradient and any(ctx.needs_input_grad[:3]) and ask.rows.head.softcap is None else 0
+            )
+            parts = zip(*(_scan(ask, block, ctx.kept) for block in ask.blocks()), strict=True)
             logps, reference_logps, *saved = (torch.cat(part) for part in parts)
         ctx.save_for_backward(hidden, weight, bias, *saved)
         _, _, entropy, kl = saved
@@ -327,11 +308,12 @@ class _TiledHead(torch.autograd.Function):
             return (gradient * d_logps[:, None]).to(gradient.dtype), None, None, None
         hidden, weight, bias, *sums = ctx.saved_tensors
         upstream = (d_logps, d_entropy, d_kl)
-        return (*_backward(ctx.ask, hidden, weight, bias, sums, upstream, ctx.needs_input_grad), None)
+        return (*_backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad), None)
 
 
 def _backward(
     ask: _Ask,
+    kept: Kept,
     hidden: Float[Tensor, "rows hidden"],
     weight: Float[Tensor, "vocab hidden"],
     bias: Float[Tensor, "vocab"] | None,
@@ -339,7 +321,7 @@ def _backward(
     upstream: tuple[Tensor, ...],
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of hidden, weight and bias, from tiles computed again.
+    """Gradients of hidden, weight and bias, from tiles kept or computed again.
 
     d ln p_y/dz_j = 1[j = y] − p_j;   dH/dz_j = −p_j (ln p_j + H);   dKL/dz_j = p_j (ln p_j − ln q_j − KL).
     """
@@ -349,7 +331,7 @@ def _backward(
     d_bias = torch.zeros_like(weight[:, 0], dtype=dtype) if needs[2] and bias is not None else None
     for block in ask.blocks():
         for start, stop in ask.tiles():
-            d_z = _logit_gradient(ask, block, start, stop, sums, upstream).to(ask.rows.product)
+            d_z = _logit_gradient(ask, kept, block, start, stop, sums, upstream).to(ask.rows.product)
             if d_hidden is not None:
                 _add_product(d_hidden[block], d_z, ask.rows.weight(start, stop))
             if d_weight is not None:
@@ -366,17 +348,20 @@ def _backward(
 
 
 def _logit_gradient(
-    ask: _Ask, block: slice, start: int, stop: int, sums: list[Tensor], upstream: tuple[Tensor, ...]
+    ask: _Ask, kept: Kept, block: slice, start: int, stop: int, sums: list[Tensor], upstream: tuple[Tensor, ...]
 ) -> Float[Tensor, "block tile"]:
     """Gradient with respect to W h + b on one tile."""
     log_z, log_w, entropy, kl = (part[block, None] for part in sums)
     d_logps, d_entropy, d_kl = (part[block, None] for part in upstream)
-    z = ask.rows.tile(block, start, stop)
+    found = kept.take(block, start)
+    z = ask.rows.tile(block, start, stop) if found is None else found[0]
     slope = ask.rows.slope(z)
-    log_p = z.sub_(log_z)
-    if ask.only_logps:
-        d_z = log_p.exp_().mul_(-d_logps)
+    if found is not None:
+        d_z = z.mul_((found[1] - log_z).exp_().mul_(-d_logps))
+    elif ask.only_logps:
+        d_z = z.sub_(log_z).exp_().mul_(-d_logps)
     else:
+        log_p = z.sub_(log_z)
         d_z = log_p.exp()
         factor = log_p.clamp_(min=-1e30).mul_(d_kl - d_entropy).sub_(d_logps + d_entropy * entropy + d_kl * kl)
         if ask.reference is not None:
@@ -386,4 +371,4 @@ def _logit_gradient(
     column = ask.targets[block, None] - start
     inside = (column >= 0) & (column < stop - start)
     d_z.scatter_add_(1, column.clamp(0, stop - start - 1), torch.where(inside, d_logps, 0).to(d_z.dtype))
-    return d_z.mul_(slope)
+    return d_z if isinstance(slope, float) and slope == 1.0 else d_z.mul_(slope)

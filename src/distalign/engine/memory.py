@@ -27,8 +27,10 @@ from distalign.engine.available import spread
 from distalign.engine.encoding import device_of
 from distalign.engine.head import tile_shape
 from distalign.engine.packing import Group
+from distalign.engine.recompute import recomputes
 from distalign.engine.scoring import Scores
 from distalign.engine.selfcheck import check
+from distalign.engine.tiles import KEPT
 
 # Lengths of a group: its prompt, and each of its responses.
 Shape = tuple[int, tuple[int, ...]]
@@ -55,15 +57,16 @@ class Memory:
     """Bytes that training needs. `needs(tokens)` comes on top of `weights`, which are there when it starts.
 
     weights: all models in memory. gradients: of what is trained. optimizer: its state, None where it is not known.
-    head: the gradient of a trained head on its way. fixed, per_token: of a micro-batch. tokens: of the largest
-    micro-batch that will come. longest: of the largest group, which is never split. spread: bytes that the process
-    takes for a byte of a micro-batch.
+    head: the gradient of a trained head on its way. kept: logits per token that would wait for the backward pass, were
+    there room. fixed, per_token: of a micro-batch. tokens: of the largest micro-batch that will come. longest: of the
+    largest group, which is never split. spread: bytes that the process takes for a byte of a micro-batch.
     """
 
     weights: int
     gradients: int
     optimizer: int | None
     head: int
+    kept: float
     fixed: float
     per_token: float
     tokens: int
@@ -77,9 +80,10 @@ class Memory:
         return round((self.fixed + self.per_token * tokens) * self.spread)
 
     def tiles(self, tokens: int) -> int:
-        """Blocks of logits, and the gradient of a trained head while a micro-batch passes."""
+        """Blocks of logits, and the gradient of a trained head on its way, which takes the place of kept blocks."""
         rows, width = tile_shape(tokens, self.vocabulary, self.device)
-        return self.head + _TILES * rows * min(width, self.vocabulary) * torch.float32.itemsize
+        tile = rows * min(width, self.vocabulary) * torch.float32.itemsize
+        return max(self.head, min(KEPT, round(self.kept * tokens))) + _TILES * tile
 
     def needs(self, tokens: int) -> int:
         """All that is allocated while a micro-batch of that many tokens is trained on."""
@@ -125,12 +129,13 @@ def estimate(
     tiled = path != "plain" and head.weight.requires_grad
     coefficients = _coefficients(model, forward, path)
     per_token, heaviest = max((_price(coefficients, _features(one, path)) / _tokens(one), one) for one in set(known))
-    factor = _recomputed(model, forward, heaviest) if _checkpointed(model) else 1.0
+    factor = _recomputed(model, forward, heaviest) if recomputes(model) else 1.0
     return Memory(
         weights=_bytes(tensor for module in (model, *resident) for tensor in _tensors(module)),
         gradients=trained,
         optimizer=None if optimizer is None else round(optimizer * trained),
         head=head.weight.numel() * torch.float32.itemsize if tiled else 0,
+        kept=_logits(known, head.weight) if tiled and not recomputes(model) else 0.0,
         fixed=float(coefficients[0]),
         per_token=per_token * factor,
         tokens=max(sizes[-1], min(token_budget, sum(sizes[-batch:]))),
@@ -143,6 +148,11 @@ def estimate(
 
 def _tokens(shape: Shape) -> int:
     return shape[0] + sum(shape[1])
+
+
+def _logits(shapes: Iterable[Shape], weight: Tensor) -> float:
+    """Bytes of logits per token, in the group that has most."""
+    return max(sum(shape[1]) / _tokens(shape) for shape in shapes) * len(weight) * torch.float32.itemsize
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -239,10 +249,6 @@ def _groups(model: Any, shapes: Sequence[Shape]) -> list[Group]:
 
 
 # What is computed again -----------------------------------------------------------------------------------------------
-
-
-def _checkpointed(model: nn.Module) -> bool:
-    return any(getattr(m, "gradient_checkpointing", False) or "checkpoint_fn" in vars(m) for m in model.modules())
 
 
 def _recomputed(model: nn.Module, forward: Callable[[list[Group]], Scores], shape: Shape) -> float:

@@ -38,7 +38,7 @@ def set_recompute(model: Any, recompute: Recompute) -> None:
     switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     if recompute == "none":
-        if _is_on(model):
+        if recomputes(model):
             off()
         return
     switch({"use_reentrant": False, **({"context_fn": _contexts} if recompute == "selective" else {})})
@@ -47,8 +47,9 @@ def set_recompute(model: Any, recompute: Recompute) -> None:
     model.disable_input_require_grads()
 
 
-def _is_on(model: nn.Module) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+def recomputes(model: nn.Module) -> bool:
+    """Whether some layers of the model are computed again in its backward pass."""
+    return any(getattr(m, "gradient_checkpointing", False) or "checkpoint_fn" in vars(m) for m in model.modules())
 
 
 def _contexts() -> Any:
