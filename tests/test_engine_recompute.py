@@ -1,11 +1,15 @@
-"""What is computed again in the backward pass changes memory and time, never a number; nor do sparse embeddings."""
+"""What the backward pass computes again changes memory and time, never a number; nor does a tied embedding."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
 from engine_models import GROUPS, VOCABULARY, build, gradients, largest_difference
 from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 
 from distalign.engine import score
 from distalign.engine.features import read
@@ -89,15 +93,17 @@ def test_tied_embedding_gives_no_second_dense_gradient():
     model = build(tie_word_embeddings=True).train()
     weight = model.get_input_embeddings().weight
     assert weight is model.get_output_embeddings().weight
-    kinds = []
-    weight.register_hook(lambda gradient: kinds.append(gradient.layout))
+    score(model, GROUPS)
     # Twice, into a gradient that is there already.
     for _ in range(2):
-        score(model, GROUPS).logps.sum().backward()
+        logps = score(model, GROUPS).logps.sum()
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            logps.backward()
+    large = [event.name for event in recorded.events() if list(weight.shape) in event.input_shapes]
+    assert "aten::add_" in large  # into the gradient of the first pass
+    assert not {"aten::add", "aten::copy_", "aten::clone", "aten::zeros_like"} & set(large)
     assert weight.grad is not None
-    assert weight.grad.layout == torch.strided
-    assert kinds == [torch.strided, torch.strided]
-    assert not model.get_input_embeddings().sparse
+    assert "forward" not in vars(model.get_input_embeddings())
     found = weight.grad.clone()
     model.zero_grad()
     for group in GROUPS:
@@ -107,6 +113,33 @@ def test_tied_embedding_gives_no_second_dense_gradient():
             (2 * logps.gather(-1, torch.tensor(response)[:, None]).sum()).backward()
     torch.testing.assert_close(found, weight.grad, rtol=1e-5, atol=1e-5)
     assert found.shape[0] == VOCABULARY
+
+
+def test_tied_embedding_gives_partial_gradients():
+    """Of the embedding alone, of a frozen one, of the values beside the log-probs, of a row that is padding's."""
+    model = build(tie_word_embeddings=True).train()
+    value_head = torch.nn.Linear(32, 1, dtype=torch.float64)
+    embedding = model.get_input_embeddings()
+
+    def gradient(passes):
+        scores = passes()
+        (found,) = torch.autograd.grad(scores.logps.sum() + scores.values.square().sum(), [embedding.weight])
+        return found
+
+    def ours():
+        return score(model, GROUPS, value_head=value_head)
+
+    found = gradient(ours)
+    with patch("distalign.engine.scoring.tied", lambda model: nullcontext()):
+        expected = gradient(ours)
+        embedding.padding_idx = GROUPS[0].prompt[0]
+        masked = gradient(ours)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(ours), masked, rtol=0, atol=1e-12)
+    assert (masked - expected).abs().max() > 1e-6
+    embedding.weight.requires_grad_(False)
+    score(model, GROUPS).logps.sum().backward()
+    assert embedding.weight.grad is None
 
 
 def test_a_model_that_cannot_says_so():

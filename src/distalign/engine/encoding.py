@@ -52,25 +52,6 @@ def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: fl
     return HiddenRows(hidden, head_of(model), temperature)
 
 
-@contextmanager
-def sparse_embedding(model: Any) -> Iterator[None]:
-    """Let an embedding that is also the head pass on the gradients of the rows it used, and no others.
-
-    They are added in place to the head's gradient, which is dense: a second tensor of its size is never made. Only for
-    passes whose hidden states are used by the head alone: without its gradient the embedding's would stay sparse.
-    """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = type(embedding) is nn.Embedding and type(head) is nn.Linear and embedding.weight is head.weight
-    before = tied and embedding.sparse
-    try:
-        if tied:
-            embedding.sparse = True
-        yield
-    finally:
-        if tied:
-            embedding.sparse = before
-
-
 def decoder_of(model: Any) -> nn.Module:
     """The part of the model that ends in hidden states. Raises CannotTile if it cannot be told from the head."""
     decoder = model.get_decoder()

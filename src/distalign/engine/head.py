@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from distalign.engine.tied import Tie
 from distalign.engine.tiles import Kept, Sums, gather
 
 
@@ -124,13 +125,21 @@ Rows = HiddenRows | LogitRows
 
 
 def score_rows(
-    rows: Rows, targets: Int[Tensor, "rows"], *, entropy: bool = False, reference: Rows | None = None, keep: int = 0
+    rows: Rows,
+    targets: Int[Tensor, "rows"],
+    *,
+    entropy: bool = False,
+    reference: Rows | None = None,
+    keep: int = 0,
+    tie: Tie | None = None,
 ) -> RowScores:
     """Log-probability of each row's target, with its entropy and its KL to a reference if asked for.
 
     Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Up to `keep`
     bytes of exp(logits) wait for the backward pass, which is then spared these products, where log-probabilities alone
-    are asked for. Raises ValueError if the reference has another vocabulary.
+    are asked for. With a `tie` the weight's gradient goes to the embedding that shares it.
+
+    Raises ValueError if the reference has another vocabulary.
     """
     if reference is not None and reference.vocabulary != rows.vocabulary:
         raise ValueError(
@@ -139,7 +148,7 @@ def score_rows(
         )
     if isinstance(rows, LogitRows):
         return _score_logits(rows, targets, entropy, reference)
-    ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep)
+    ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep, tie)
     outputs: Any = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
     logps, h, kl, reference_logps = outputs
     asked = reference is not None
@@ -176,6 +185,7 @@ class _Ask:
     reference: Rows | None
     gradient: bool
     keep: int
+    tie: Tie | None
 
     @property
     def only_logps(self) -> bool:
@@ -308,7 +318,12 @@ class _TiledHead(torch.autograd.Function):
             return (gradient * d_logps[:, None]).to(gradient.dtype), None, None, None
         hidden, weight, bias, *sums = ctx.saved_tensors
         upstream = (d_logps, d_entropy, d_kl)
-        return (*_backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad), None)
+        found = _backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad)
+        d_hidden, d_weight, d_bias = found
+        tie = ctx.ask.tie
+        if d_weight is not None and tie is not None and tie.waits:
+            tie.gradient, d_weight = d_weight, None
+        return d_hidden, d_weight, d_bias, None
 
 
 def _backward(

@@ -326,5 +326,5 @@ class _Alive(TorchDispatchMode):
 
 
 def _leaves(tree: Any) -> list[Tensor]:
-    """Tensors with a storage: gradients of embeddings may be sparse."""
+    """Tensors with a storage: an embedding may be set to give sparse gradients."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]

@@ -13,11 +13,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distalign.engine.below import Below
-from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm, sparse_embedding
+from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm
 from distalign.engine.head import HiddenRows, Rows, head_of, score_rows
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
 from distalign.engine.recompute import recomputes
 from distalign.engine.selfcheck import check
+from distalign.engine.tied import tied
 from distalign.engine.tiles import KEPT
 
 # A reference model, or a function whose context gives one (for instance the policy with its adapter off).
@@ -81,11 +82,10 @@ def score(
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
     _validate(model, groups)
     places = frame(groups, device_of(model))
-    # A loss of the values alone would leave the head out of the backward pass.
-    with sparse_embedding(model) if value_head is None else nullcontext():
+    with tied(model) as tie:
         rows, reference_rows = _both_rows(model, reference, groups, temperature)
     keep = 0 if recomputes(model) else KEPT
-    values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows, keep=keep)
+    values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows, keep=keep, tie=tie)
     return Scores(
         token_logps=_lay_out(values.logps, places),
         mask=places.mask,
