@@ -7,13 +7,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engine_models import GROUPS, VOCABULARY, build, gradients, largest_difference
+from engine_models import GROUPS, VOCABULARY, build, direct_token_logps, gradients, largest_difference
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from distalign.engine import score
 from distalign.engine.features import read
 from distalign.engine.recompute import set_recompute
+from distalign.engine.tied import Tie, _Rows
 
 # PEFT 0.21 and transformers' PEFT code read names that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -138,6 +139,71 @@ def test_tied_embedding_gives_partial_gradients():
     embedding.weight.requires_grad_(False)
     score(model, GROUPS).logps.sum().backward()
     assert embedding.weight.grad is None
+
+
+@pytest.mark.parametrize("cut", ["embed_tokens", "layers.0"])
+def test_tied_head_keeps_its_gradient_where_the_embedding_gets_none(cut):
+    """A hook that detaches stops the backward pass before it comes to the embedding."""
+    model = build(tie_word_embeddings=True)
+    handle = model.model.get_submodule(cut).register_forward_hook(lambda module, inputs, output: output.detach())
+    score(model, GROUPS).logps.sum().backward()
+    found = gradients(model)
+    torch.cat(direct_token_logps(model)).sum().backward()
+    handle.remove()
+    assert largest_difference(found, gradients(model)) < 1e-6
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_tied_embedding_takes_nothing_from_another_backward_pass(broken):
+    """A pass that ends before the embedding, or fails there, leaves the head's gradient to no later one."""
+    model = build(tie_word_embeddings=True)
+    value_head = torch.nn.Linear(32, 1, dtype=torch.float64)
+    weight, other = model.get_input_embeddings().weight, model.model.layers[0].mlp.up_proj.weight
+    expected = torch.autograd.grad(score(model, GROUPS, value_head=value_head).values.square().sum(), [weight])
+    scores = score(model, GROUPS, value_head=value_head)
+
+    def fail(gradient):
+        raise ArithmeticError
+
+    if broken:
+        other.register_hook(fail)
+        with pytest.raises(ArithmeticError):
+            scores.logps.sum().backward(retain_graph=True)
+    else:
+        torch.autograd.grad(scores.logps.sum(), [other], retain_graph=True)
+    found = torch.autograd.grad(scores.values.square().sum(), [weight])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_tied_embedding_in_a_compiled_decoder():
+    """What is compiled does not carry the tie of one pass into the next."""
+    model = build(tie_word_embeddings=True)
+    score(model, GROUPS)
+    model.get_input_embeddings().compile(backend="eager")
+    for groups in (GROUPS[:2], GROUPS):
+        model.zero_grad()
+        score(model, groups).logps.sum().backward()
+    found = gradients(model)
+    torch.cat(direct_token_logps(model)).sum().backward()
+    assert largest_difference(found, gradients(model)) < 1e-6
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-3), (torch.float16, 5e-4)])
+def test_tied_embedding_sums_a_frequent_token_precisely(dtype, tolerance):
+    """Many small rows of one token are not rounded off one by one against the head's gradient."""
+    torch.manual_seed(0)
+    ids, rows = torch.randint(3, (2000,)), (2e-3 * torch.rand(2000, 16)).to(dtype)
+    head = torch.randn(5, 16).to(dtype)
+    weight = torch.zeros(5, 16, dtype=dtype, requires_grad=True)
+    tie = Tie()
+    out = _Rows.apply(weight, ids, tie, None) * 1
+    taken = []
+    out.register_hook(lambda gradient: taken.append(tie.give(head.clone())))
+    out.backward(rows)
+    assert taken == [True]
+    exact = head.double().index_put((ids,), rows.double(), accumulate=True)
+    assert weight.grad is not None
+    assert (weight.grad.double() - exact).norm() < tolerance * exact.norm()
 
 
 def test_a_model_that_cannot_says_so():

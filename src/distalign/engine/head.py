@@ -328,9 +328,8 @@ class _TiledHead(torch.autograd.Function):
         upstream = (d_logps, d_entropy, d_kl)
         found = _backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad)
         d_hidden, d_weight, d_bias = found
-        tie = ctx.ask.tie
-        if d_weight is not None and tie is not None and tie.waits:
-            tie.gradient, d_weight = d_weight, None
+        if d_weight is not None and ctx.ask.tie is not None and ctx.ask.tie.give(d_weight):
+            d_weight = None
         return d_hidden, d_weight, d_bias, None
 
 

@@ -5,6 +5,7 @@ autograd would make a gradient of the size of the vocabulary twice, and a third 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,19 +17,18 @@ from torch.autograd.function import once_differentiable
 
 
 class Tie:
-    """Carries the head's gradient of the weight to the embedding, whose backward pass always comes after the head's.
-
-    `waits`: an embedding is there to take it.
-    """
+    """Carries the head's gradient of the weight to a look-up of the embedding, whose backward pass comes after."""
 
     def __init__(self) -> None:
-        self.waits = False
-        self.gradient: Float[Tensor, "vocab hidden"] | None = None
+        self.lookups: list[weakref.ref[Any]] = []
 
-    def take(self) -> Tensor | None:
-        """What the head gave in this backward pass, once."""
-        gradient, self.gradient = self.gradient, None
-        return gradient
+    def give(self, gradient: Float[Tensor, "vocab hidden"]) -> bool:
+        """Hand the gradient over; False if no look-up follows in this backward pass (cut off, or not asked for)."""
+        for lookup in (reference() for reference in self.lookups):
+            if lookup is not None and torch._C._will_engine_execute_node(lookup):  # pyright: ignore
+                lookup.given = torch._C._current_graph_task_id(), gradient
+                return True
+        return False
 
 
 @contextmanager
@@ -46,30 +46,41 @@ def tied(model: Any) -> Iterator[Tie | None]:
         yield None
         return
     tie = Tie()
-    embedding.forward = lambda input: _Rows.apply(embedding.weight, input, tie, embedding.padding_idx)
+
+    def forward(input: Tensor) -> Any:
+        if torch.compiler.is_compiling():  # what is compiled once serves every later pass, and no tie but this one
+            return nn.functional.embedding(input, embedding.weight, embedding.padding_idx)
+        return _Rows.apply(embedding.weight, input, tie, embedding.padding_idx)
+
+    embedding.forward = forward
     try:
         yield tie
     finally:
-        del embedding.forward
+        vars(embedding).pop("forward", None)
 
 
 class _Rows(torch.autograd.Function):
-    """weight, ids → weight[ids]; its gradient is added to what the tie carries."""
+    """weight, ids → weight[ids]; its gradient is added to what the tie gave."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Int[Tensor, "..."], tie: Tie, padding: int | None) -> Tensor:
-        tie.waits |= ctx.needs_input_grad[0]
+        tie.lookups.append(weakref.ref(ctx))
         ctx.save_for_backward(ids)
-        ctx.shape, ctx.tie, ctx.padding = weight.shape, tie, padding
+        ctx.shape, ctx.padding, ctx.given = weight.shape, padding, (None, None)
         return nn.functional.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_rows: Tensor) -> tuple[Tensor, None, None, None]:
         (ids,) = ctx.saved_tensors
-        gradient = ctx.tie.take()
-        if gradient is None:  # the loss does not see the head
+        (task, gradient), ctx.given = ctx.given, (None, None)
+        if gradient is None or task != torch._C._current_graph_task_id():  # the loss does not see the head
             gradient = d_rows.new_zeros(ctx.shape)
         if ctx.padding is not None:
             d_rows = d_rows.masked_fill((ids == ctx.padding)[..., None], 0)
+        if gradient.itemsize < torch.float32.itemsize:
+            # A token's rows are summed first: one by one they would be rounded off against the head's gradient.
+            ids, places = ids.unique(return_inverse=True)
+            sums = d_rows.new_zeros(len(ids), d_rows.shape[-1], dtype=torch.float32)
+            d_rows = sums.index_put_((places,), d_rows.to(torch.float32), accumulate=True)
         return gradient.index_put_((ids,), d_rows.to(gradient.dtype), accumulate=True), None, None, None
