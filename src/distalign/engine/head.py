@@ -135,10 +135,9 @@ def score_rows(
 ) -> RowScores:
     """Log-probability of each row's target, with its entropy and its KL to a reference if asked for.
 
-    Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Where
-    log-probabilities alone are asked for, exp(logits) wait for the backward pass, which is then spared these products:
-    as many bytes as the gradient of the weight will take, whose place they hold, or `keep` if that is more. With a
-    `tie` the weight's gradient goes to the embedding that shares it.
+    Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Up to `keep`
+    bytes of exp(logits) wait for the backward pass, which is then spared these products, where log-probabilities alone
+    are asked for. With a `tie` the weight's gradient goes to the embedding that shares it.
 
     Raises ValueError if the reference has another vocabulary.
     """
@@ -226,7 +225,7 @@ def _scan(ask: _Ask, block: slice, kept: Kept) -> tuple[Tensor, ...]:
         z = rows.tile(block, start, stop)
         hit = gather(z, targets, start, stop, hit)
         weights, fade = sums.add(z, keep=not ask.only_logps)
-        if ask.only_logps and block.start == 0:
+        if ask.only_logps:
             kept.add(block, start, weights, sums.top)
         else:
             mean_z = mean_z * fade + torch.linalg.vecdot(weights, z.clamp_(min=-1e30))
@@ -239,16 +238,6 @@ def _scan(ask: _Ask, block: slice, kept: Kept) -> tuple[Tensor, ...]:
     entropy = log_z - mean_z / sums.total
     kl = (mean_z - mean_w) / sums.total - log_z + log_w
     return hit - log_z, reference_hit - log_w, log_z, log_w, entropy, kl
-
-
-def _room(ask: _Ask, weight: Float[Tensor, "vocab hidden"]) -> int:
-    """Bytes of tiles that may be kept. None with a cap, for then the gradient needs z itself.
-
-    Of the first block alone: it gives its tiles up one by one as it writes the weight's gradient.
-    """
-    if not ask.gradient or ask.rows.head.softcap is not None:
-        return 0
-    return max(ask.keep, weight.numel() * ask.rows.dtype.itemsize if weight.requires_grad else 0)
 
 
 def _scan_with_gradient(ask: _Ask, block: slice) -> tuple[Tensor, Tensor]:
@@ -310,7 +299,10 @@ class _TiledHead(torch.autograd.Function):
                 ctx.save_for_backward(gradient)
                 empty = logps.new_zeros(0)
                 return logps, empty, empty.clone(), empty.clone()
-            ctx.kept = Kept(_room(ask, weight) if any(ctx.needs_input_grad[:3]) else 0)
+            # With a cap the gradient needs z itself.
+            ctx.kept = Kept(
+                ask.keep if ask.gradient and any(ctx.needs_input_grad[:3]) and ask.rows.head.softcap is None else 0
+            )
             parts = zip(*(_scan(ask, block, ctx.kept) for block in ask.blocks()), strict=True)
             logps, reference_logps, *saved = (torch.cat(part) for part in parts)
         ctx.save_for_backward(hidden, weight, bias, *saved)

@@ -80,10 +80,13 @@ class Memory:
         return round((self.fixed + self.per_token * tokens) * self.spread)
 
     def tiles(self, tokens: int) -> int:
-        """Blocks of logits, and the gradient of a trained head on its way, which takes the place of kept blocks."""
+        """Blocks of logits, those that are kept, and the gradient of a trained head on its way."""
         rows, width = tile_shape(tokens, self.vocabulary, self.device)
         tile = rows * min(width, self.vocabulary) * torch.float32.itemsize
-        return max(self.head, min(KEPT, round(self.kept * tokens))) + _TILES * tile
+        kept = min(KEPT, round(self.kept * tokens))
+        # A CPU's memory is taken as it is written, and the gradient is written as the kept blocks go.
+        together = max(self.head, kept) if self.device.type == "cpu" else self.head + kept
+        return together + _TILES * tile
 
     def needs(self, tokens: int) -> int:
         """All that is allocated while a micro-batch of that many tokens is trained on."""
@@ -243,7 +246,7 @@ def _groups(model: Any, shapes: Sequence[Shape]) -> list[Group]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
-        return torch.randint(model.get_input_embeddings().num_embeddings, (count,), generator=generator).tolist()
+        return torch.randint(len(model.get_input_embeddings().weight), (count,), generator=generator).tolist()
 
     return [Group(draw(prompt), [draw(length) for length in lengths]) for prompt, lengths in shapes]
 

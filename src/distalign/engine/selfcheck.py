@@ -100,7 +100,7 @@ def _state(model: Any) -> tuple:
 
 def _find_path(model: Any) -> EngineReport:
     config = model.config.get_text_config()
-    groups = sample_groups(config, model.get_input_embeddings().num_embeddings)
+    groups = sample_groups(config, len(model.get_input_embeddings().weight))
     truth = encode(model, groups, "plain", 1.0)
     targets = frame(groups, device_of(model)).targets
     expected = score_rows(truth, targets).logps

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Bytes of a head's tiles that may wait for the backward pass where nothing is recomputed, even if its gradient is less.
+# Bytes of a head's tiles that may wait for the backward pass.
 KEPT = 2**27
 
 

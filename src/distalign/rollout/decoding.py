@@ -202,7 +202,7 @@ def _why_not(model: Any, tolerance: float) -> str | None:
         windows = expected_windows(config)
     except CannotShare as refusal:
         return str(refusal)
-    groups = sample_groups(config, model.get_input_embeddings().num_embeddings)
+    groups = sample_groups(config, len(model.get_input_embeddings().weight))
     device = device_of(model)
     parents, kept = torch.tensor([0, 0, 1], device=device), torch.tensor([0, 2], device=device)
     tokens = torch.tensor([groups[0].responses[0][0], groups[0].responses[1][0], groups[1].responses[0][0]]).to(device)
