@@ -23,10 +23,10 @@ $(VENV)/.quickstart: $(VENV)/.installed
 quickstart: $(VENV)/.quickstart
 	$(BIN)/distalign compare recipes/quickstart.yaml
 
-# About a quarter of an hour on one core; docs/benchmarks.md has the commands of the full tables.
+# Some ten minutes on one core by its parts; docs/benchmarks.md has the commands of the full tables.
 bench: $(VENV)/.quickstart
 	mkdir -p runs/bench
-	$(BIN)/python benchmarks/throughput.py --models small-32k --rounds 3 --json runs/bench/small.json
+	$(BIN)/python benchmarks/throughput.py --models small-32k --workloads tldr,group8 --rounds 2 --json runs/bench/small.json
 	$(BIN)/python benchmarks/throughput.py --models smollm2-135m --workloads tldr,group8 --against trl_best,separate_rows --rounds 2 --json runs/bench/throughput.json
 	$(BIN)/python benchmarks/generation.py --samples 1,8 --rounds 2 --json runs/bench/generation.json
 
