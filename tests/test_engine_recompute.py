@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -206,6 +207,23 @@ def test_tied_embedding_sums_a_frequent_token_precisely(dtype, tolerance):
     exact = head.double().index_put((ids,), rows.double(), accumulate=True)
     assert weight.grad is not None
     assert (weight.grad.double() - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    "adapter", [{"target_modules": ["embed_tokens", "q_proj"]}, {"trainable_token_indices": [3, 4, 5]}]
+)
+def test_an_adapted_embedding(tie, adapter):
+    """PEFT's wrappers of an embedding have no `num_embeddings`; gradients of what they train are those of the model."""
+    config = LoraConfig(r=2, init_lora_weights=False, **{"target_modules": ["q_proj"], **adapter})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT on adapters of tied weights
+        model = get_peft_model(build(tie_word_embeddings=tie), config)
+    score(model, GROUPS).logps.sum().backward()
+    found = gradients(model)
+    model.zero_grad()
+    torch.cat(direct_token_logps(model)).sum().backward()
+    assert largest_difference(found, gradients(model)) < 1e-6
 
 
 def test_a_model_that_cannot_says_so():

@@ -207,6 +207,13 @@ def test_the_largest_budget_fits_and_no_larger_one(free):
     assert memory.needs(largest) <= free < memory.needs(round(largest * 1.1) + 1)
 
 
+def test_kept_tiles_count_beside_the_gradient_off_the_cpu():
+    """An accelerator allocates the head's gradient while all kept tiles are there; a CPU writes it as they go."""
+    for device, more in (("cpu", 0), ("cuda", 3 * 10**7)):
+        without, kept = (some_memory(head=4 * 10**7, kept=k, device=torch.device(device)) for k in (0.0, 3e4))
+        assert kept.tiles(1000) - without.tiles(1000) == more
+
+
 def test_no_budget_helps_where_a_group_does_not_fit():
     """0 for that, None where what is free is not known."""
     assert some_memory().largest_budget(500 * 10**6) == 0

@@ -39,10 +39,8 @@ def tied(model: Any) -> Iterator[Tie | None]:
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     plain = type(embedding) is nn.Embedding and type(head) is nn.Linear and "forward" not in vars(embedding)
+    plain = plain and embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
     if not plain or embedding.weight is not head.weight or not embedding.weight.requires_grad:
-        yield None
-        return
-    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         yield None
         return
     tie = Tie()
