@@ -1,8 +1,10 @@
 """Attention in which responses share one prompt, for models that take attention functions from transformers.
 
 The row is cut into its segments: a prompt attends to itself, a response to its prompt and to itself. No [tokens,
-tokens] mask is built. Sliding windows are applied BY POSITION, because in a packed row the distance between two places
-is not the distance between their tokens. Where a layout says so, FlexAttention computes the whole row in one call.
+tokens] mask is built, but for short rows without gradient on an accelerator, which loses more time between many small
+calls than in one large one. Sliding windows are applied BY POSITION, because in a packed row the distance between two
+places is not the distance between their tokens. Where a layout says so, FlexAttention computes the whole row in one
+call.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ _CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 # Settings by which a model restricts attention in a way that no attention function is told about.
 _UNKNOWN_RESTRICTIONS = ("attention_chunk_size", "window_size", "attention_window", "local_attention_window")
 
+# Tokens of a row up to which a mask of the whole row is built: 32 MB in half precision.
+_SHORT = 4096
+
 
 class CannotShare(Exception):
     """The model asks for something that this attention does not compute. The message says what."""
@@ -50,6 +55,7 @@ class Layout:
         self.calls: list[flex.Call] = []
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
         self._block_masks: dict[tuple[int | None, torch.device], BlockMask] = {}
+        self._whole_masks: dict[tuple[int | None, torch.device, torch.dtype | None], Tensor] = {}
 
     def mask(self, queries: int, keys: int, window: int | None, device: torch.device) -> Bool[Tensor, "queries keys"]:
         """True where a query may look: the queries are the last of the `keys` consecutive positions."""
@@ -66,6 +72,19 @@ class Layout:
         if key not in self._block_masks:
             self._block_masks[key] = flex.block_mask(self.segments, window, device)
         return self._block_masks[key]
+
+    def whole_mask(self, call: flex.Call) -> Float[Tensor, "1 1 tokens tokens"]:
+        """What is added to the scores of the whole row: 0 where a query may look, −∞ elsewhere."""
+        key = (call.window, call.device, call.dtype)
+        if key not in self._whole_masks:
+            first, end, own = (span.to(call.device)[:, None] for span in flex.spans(self.segments, call.window))
+            place = torch.arange(self.tokens, device=call.device)
+            seen = ((place >= first) & (place < end)) | ((place >= own) & (place <= place[:, None]))
+            # Rows of memory of whole blocks of 16: kernels copy a mask whose rows are not aligned, in every layer.
+            shape = (self.tokens, -(-self.tokens // 16) * 16)
+            mask = torch.full(shape, -torch.inf, device=call.device, dtype=call.dtype)
+            self._whole_masks[key] = mask[None, None, :, : self.tokens].masked_fill_(seen, 0)
+        return self._whole_masks[key]
 
 
 _LAYOUT: ContextVar[Layout | None] = ContextVar("distalign_layout", default=None)
@@ -102,6 +121,10 @@ def shared_prefix_attention(
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
 
+    if _in_one_call(call):
+        whole = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.whole_mask(call), scale=scaling)
+        return whole.transpose(1, 2).contiguous(), None
+
     # `split` has one concatenation as its backward; slices would each add a zero-padded copy of the row.
     queries, keys, values = (tensor.split(layout.pieces, dim=2) for tensor in (query, key, value))
     options["dropout"] = dropout
@@ -120,6 +143,20 @@ def shared_prefix_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)
+
+
+def _in_one_call(call: flex.Call) -> bool:
+    """Whether the row is short and plain enough for one call under a mask of the whole row, where calls are dear."""
+    plain = call.dropout == 0 and call.softcap is None and not call.sinks
+    # Other head sizes, and float64, have no kernel but the one that keeps the scores of all heads.
+    aligned = call.dim == call.value_dim and call.dim % 8 == 0
+    alone = _calls_are_dear(call.device) and not torch.is_grad_enabled()
+    return alone and plain and aligned and call.dtype in flex.DTYPES and call.tokens <= _SHORT
+
+
+def _calls_are_dear(device: torch.device) -> bool:
+    """Whether starting a kernel takes longer than running a small one."""
+    return device.type != "cpu"
 
 
 def _attend(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distalign.engine.encoding import device_of, evaluating
 from distalign.engine.head import Head, HiddenRows, LogitRows, Rows, score_rows
 from distalign.engine.packing import Group, frame, micro_batches
-from distalign.engine.scoring import _rows, _validate
+from distalign.engine.scoring import _rows, _validate, worth_compiling
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def score_drawn(
     places = [_places(one) for one in drawn]
     counts = [sum(len(own) for own in one.responses) for one in drawn]
     sums = [torch.zeros(4, count, dtype=torch.float64) for count in counts]
-    done = 0
+    kernels, done = worth_compiling(groups), 0
     with evaluating(reference):
         for batch in micro_batches(groups, token_budget):
             chosen = [groups[index] for index in batch]
-            rows = _rows(reference, chosen, temperature)
+            rows = _rows(reference, chosen, temperature, kernels=kernels)
             targets = frame(chosen, device_of(reference)).targets
             # The reference's rows go prompt by prompt and within a prompt policy by policy.
             owner = torch.tensor([p for i in batch for p, one in enumerate(drawn) for r in one.responses[i] for _ in r])

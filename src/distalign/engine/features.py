@@ -70,7 +70,7 @@ def read(model: nn.Module, groups: Sequence[Group], *, logps: bool = False) -> R
 
 def _encode(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Rows]:
     """Hidden states that predict the tokens of `groups`, and what gives their log-probabilities."""
-    report = check(model)
+    report = check(model, kernels=torch.is_grad_enabled())
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
     if report.path != "plain" and (report.length_limit is None or longest <= report.length_limit):
         rows = encode(model, groups, report.path, 1.0, by_flex=report.by_flex)

@@ -5,11 +5,9 @@ data, a tensor a row, so that one compiled kernel serves rows of every length an
 window. Nothing of size [tokens, tokens] is built. Scaling and softcap reach the kernel as tensors too: torch 2.13
 cannot differentiate through a Python number that it has made symbolic.
 
-What has been run, all of it on CPU: torch's dense eager form of the operator, values and derivatives; the whole call
-traced by dynamo with its derivative; values of the C++ that torch generates in place of Triton. THE TRITON KERNELS HAVE
-NEVER BEEN RUN, and no speed is claimed. That is why the engine compares them with the attention by segments when a
-model is first used (`distalign.engine.check`), and does without them where they raise or disagree. The first such
-comparison in a process compiles them, which costs far more than the comparison.
+The engine compares it with the attention by segments when a model is first trained (`distalign.engine.check`), and does
+without it where it raises or disagrees. The first such comparison in a process compiles the kernels: half a minute on
+an H100. Passes without gradient wait for that only where they are long (`engine.scoring.worth_compiling`).
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ BLOCK = 128
 
 # Triton's dot takes no fewer than 16 columns; much wider heads than 256 do not fit into the shared memory of a GPU.
 _HEAD_SIZES = range(16, 257)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Call(NamedTuple):
@@ -103,7 +101,7 @@ def serves(call: Call) -> bool:
         has_kernels(call.device)
         and call.tokens > BLOCK
         and call.dropout == 0
-        and call.dtype in _DTYPES
+        and call.dtype in DTYPES
         and call.dim in _HEAD_SIZES
         and call.value_dim in _HEAD_SIZES
     )

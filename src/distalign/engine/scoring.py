@@ -24,6 +24,9 @@ from distalign.engine.tiles import KEPT
 # A reference model, or a function whose context gives one (for instance the policy with its adapter off).
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
+# Tokens of one call without gradient from which on kernels are worth the half minute that compiling them takes.
+_WORTH_COMPILING = 2**21
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -83,7 +86,7 @@ def score(
     _validate(model, groups)
     places = frame(groups, device_of(model))
     with tied(model) as tie:
-        rows, reference_rows = _both_rows(model, reference, groups, temperature)
+        rows, reference_rows = _both_rows(model, reference, groups, temperature, kernels=torch.is_grad_enabled())
     keep = 0 if recomputes(model) else KEPT
     values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows, keep=keep, tie=tie)
     return Scores(
@@ -121,6 +124,7 @@ def score_in_batches(
     groups. Raises ValueError as `score` and `micro_batches` do, before anything is computed.
     """
     _validate(model, groups)
+    check(model, kernels=worth_compiling(groups))
     places = frame(groups, device_of(model))
     starts = _starts(groups)
     result: dict[str, Tensor] = {}
@@ -154,38 +158,45 @@ def _starts(groups: Sequence[Group]) -> list[int]:
     return starts
 
 
+def worth_compiling(groups: Sequence[Group]) -> bool:
+    """Whether scoring all of these without gradient takes longer than compiling kernels for it."""
+    return sum(group.tokens for group in groups) >= _WORTH_COMPILING
+
+
 def _path(model: nn.Module, groups: Sequence[Group]) -> str:
     """The path that serves these groups: the model's, unless they are too long for it."""
-    report = check(model)
+    report = check(model, kernels=False)
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
     return "plain" if report.length_limit is not None and longest > report.length_limit else report.path
 
 
-def _rows(model: nn.Module, groups: Sequence[Group], temperature: float) -> Rows:
-    return encode(model, groups, _path(model, groups), temperature, by_flex=check(model).by_flex)
+def _rows(model: nn.Module, groups: Sequence[Group], temperature: float, *, kernels: bool) -> Rows:
+    """Rows of the model; with `kernels`, FlexAttention is tried if it has not been."""
+    return encode(model, groups, _path(model, groups), temperature, by_flex=check(model, kernels=kernels).by_flex)
 
 
 def _both_rows(
-    model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float
+    model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float, *, kernels: bool
 ) -> tuple[Rows, Rows | None]:
     """Rows of the model and of its reference; what both compute alike is computed once."""
+    rows = partial(_rows, model, groups, temperature, kernels=kernels)
     if reference is None:
-        return _rows(model, groups, temperature), None
+        return rows(), None
+    reference_rows = partial(_reference_rows, reference, groups, temperature, kernels=kernels)
     if isinstance(reference, nn.Module) and _same_body(model, reference):
-        rows = _rows(model, groups, temperature)
-        if isinstance(rows, HiddenRows):
-            return rows, HiddenRows(rows.hidden.detach(), head_of(reference), temperature)
-        return rows, _reference_rows(reference, groups, temperature)
+        found = rows()
+        if isinstance(found, HiddenRows):
+            return found, HiddenRows(found.hidden.detach(), head_of(reference), temperature)
+        return found, reference_rows()
     below = Below(model) if _path(model, groups) == "shared" else None
     # The reference first: its activations are gone before the model's are kept for the backward pass.
-    reference_rows = _reference_rows(reference, groups, temperature, below)
-    rows = partial(_rows, model, groups, temperature)
-    return rows() if below is None else below.take(rows), reference_rows
+    of_reference = reference_rows(below)
+    return rows() if below is None else below.take(rows), of_reference
 
 
 def _same_body(model: nn.Module, reference: nn.Module) -> bool:
     """Whether both models have the very same decoder weights and no dropout, so that only their heads differ."""
-    if model.training or reference.training or check(reference).path == "plain":
+    if model.training or reference.training or check(reference, kernels=False).path == "plain":
         return False
     ours, theirs = (
         [(name, id(tensor)) for name, tensor in decoder_of(either).named_parameters()] for either in (model, reference)
@@ -194,7 +205,12 @@ def _same_body(model: nn.Module, reference: nn.Module) -> bool:
 
 
 def _reference_rows(
-    reference: Reference, groups: Sequence[Group], temperature: float, below: Below | None = None
+    reference: Reference,
+    groups: Sequence[Group],
+    temperature: float,
+    below: Below | None = None,
+    *,
+    kernels: bool,
 ) -> Rows:
     context = nullcontext(reference) if isinstance(reference, nn.Module) else reference()
     with context as model:
@@ -204,7 +220,7 @@ def _reference_rows(
         with evaluating(model):
             shares = below is not None and model is below.model and _path(model, groups) == "shared"
             with below.keep() if below is not None and shares else nullcontext():
-                return _rows(model, groups, temperature)
+                return _rows(model, groups, temperature, kernels=kernels)
 
 
 def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "responses steps"]:

@@ -69,15 +69,17 @@ _FLEX_TOLERANCES: dict[torch.dtype | None, float] = {torch.float32: 5e-3, torch.
 # More than two blocks of the mask, none of whose edges is the edge of a piece; a piece of no tokens and one of one.
 _FLEX_SAMPLE = (Segment(140, (60, 0, 1, 37)), Segment(3, (90,)))
 
-_REPORTS: WeakKeyDictionary[nn.Module, dict[tuple, EngineReport]] = WeakKeyDictionary()
+# The report of every state of a model, and the calls of its layers on which FlexAttention has not been tried yet.
+_REPORTS: WeakKeyDictionary[nn.Module, dict[tuple, tuple[EngineReport, list[flex.Call]]]] = WeakKeyDictionary()
 
 
-def check(model: nn.Module, *, again: bool = False) -> EngineReport:
+def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> EngineReport:
     """Find the fastest path on which `model` gives the log-probabilities of its own logits, and remember it.
 
     Run at the first use of a model; `again=True` repeats it. A change of dtype, device, attention implementation or
-    head repeats it too. Modes and the random state are left as they were. Raises TypeError if `model` is not a causal
-    language model of transformers or PEFT.
+    head repeats it too. Without `kernels` FlexAttention, whose first use in a process compiles for half a minute, is
+    left untried: `by_flex` then says what an earlier trial found. Modes and the random state are left as they were.
+    Raises TypeError if `model` is not a causal language model of transformers or PEFT.
     """
     require_causal_lm(model)
     reports = _REPORTS.setdefault(model, {})
@@ -86,8 +88,12 @@ def check(model: nn.Module, *, again: bool = False) -> EngineReport:
         device = device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
             reports[key] = _find_path(model)
-        _log(reports[key])
-    return reports[key]
+        _log(reports[key][0])
+    report, untried = reports[key]
+    if kernels and untried:
+        report = replace(report, by_flex=_try_flex(report.model_type, untried))
+        reports[key] = report, []
+    return report
 
 
 def _state(model: Any) -> tuple:
@@ -98,7 +104,8 @@ def _state(model: Any) -> tuple:
     return type(head), bias, weight.dtype, weight.device, autocast, model.config.get_text_config()._attn_implementation
 
 
-def _find_path(model: Any) -> EngineReport:
+def _find_path(model: Any) -> tuple[EngineReport, list[flex.Call]]:
+    """How the model is served, and what its layers ask for where it is served by packed rows."""
     config = model.config.get_text_config()
     groups = sample_groups(config, len(model.get_input_embeddings().weight))
     truth = encode(model, groups, "plain", 1.0)
@@ -109,18 +116,14 @@ def _find_path(model: Any) -> EngineReport:
     try:
         reason, error, calls = _try_shared(model, groups, targets, expected, limits)
         if reason is None:
-            shared = replace(report, path="shared", reason="agrees with separate encoding", max_error=error)
-            return replace(shared, by_flex=_try_flex(config.model_type, calls))
+            return replace(report, path="shared", reason="agrees with separate encoding", max_error=error), calls
         padded = score_rows(encode(model, groups, "padded", 1.0), targets).logps
     except CannotTile as refusal:
-        return replace(report, reason=f"{refusal}; log-probabilities come from the model's own logits")
+        return replace(report, reason=f"{refusal}; log-probabilities come from the model's own logits"), []
     error, wrong = _compare(padded, expected, limits)
     if not wrong:
-        return replace(report, path="padded", reason=f"{reason}; prompts are not shared", max_error=error)
-    return replace(
-        report,
-        reason=f"{reason}; padded rows differ from its own logits too, by {error:.2g} nats",
-    )
+        return replace(report, path="padded", reason=f"{reason}; prompts are not shared", max_error=error), []
+    return replace(report, reason=f"{reason}; padded rows differ from its own logits too, by {error:.2g} nats"), []
 
 
 def _try_shared(

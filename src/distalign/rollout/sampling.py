@@ -88,8 +88,7 @@ def sample_with_states(
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
     drawn = _sample(model, prompts, n, drawing, seed, rows, progress, watch=True)
-    states = [state for own in drawn for one in own for state in one.states]
-    return [[one.ids for one in own] for own in drawn], torch.stack(states)
+    return [[one.ids for one in own] for own in drawn], torch.cat([one.states for own in drawn for one in own])
 
 
 @dataclass
@@ -97,7 +96,7 @@ class _Response:
     """The tokens of a response, and the hidden state before each of them if states are watched."""
 
     ids: list[int] = field(default_factory=list)
-    states: list[Tensor] = field(default_factory=list)
+    states: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 @torch.no_grad()
@@ -169,14 +168,15 @@ def _decode(
     """One token a step for the responses not ended, from the logits of the first token and the states behind them."""
     responses = [_Response() for _ in range(len(logits))]
     alive = torch.arange(len(responses), device=logits.device)
+    watched: list[tuple[Tensor, Tensor]] = []
     for step in range(drawing.max_new_tokens):
         if step < drawing.min_new_tokens:
             logits[:, drawing.end_id] = -math.inf
         tokens = choose(logits, drawing.temperature, drawing.top_p, generator)
-        for place, (row, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
+        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
             responses[row].ids.append(token)
-            if states is not None:
-                responses[row].states.append(states[place])
+        if states is not None:
+            watched.append((alive, states))
         going = close_gaps(tokens != drawing.end_id)
         if not len(going) or step == drawing.max_new_tokens - 1:
             break
@@ -185,6 +185,11 @@ def _decode(
             tokens, alive = tokens[going], alive[going]
         logits = own.step(tokens)
         states = own.call.states if states is not None else None
+    if watched:
+        owners, states = (torch.cat(parts) for parts in zip(*watched, strict=True))
+        by_response = states[owners.argsort(stable=True)].split([len(response.ids) for response in responses])
+        for response, own_states in zip(responses, by_response, strict=True):
+            response.states = own_states
     return responses
 
 
