@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from distalign.engine import Group
 from distalign.policy import find_model
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 
 def small_model() -> Any:
     """A Llama of 11 million parameters, 72 % of them its vocabulary's, with random weights."""
@@ -94,26 +96,52 @@ def body_size(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in vocabulary)
 
 
-def roof(size: int = 2048, repeats: int = 3) -> float:
-    """Floating-point operations a CPU second of a large matrix product, in this process, now."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    torch.mm(a, b)
-    start = time.process_time()
-    for _ in range(repeats):
+@dataclass(frozen=True)
+class Machine:
+    """Where a side computes, "cpu" or "cuda", and what it is measured by there.
+
+    On a CPU: CPU seconds of this process, which other programs hardly lengthen, and its resident memory (Linux). On a
+    GPU: seconds on the wall, read when the GPU has done all that it was given, and what torch has allocated there.
+    """
+
+    device: str = "cpu"
+
+    @property
+    def unit(self) -> str:
+        """What `seconds` counts."""
+        return "CPU s" if self.device == "cpu" else "s"
+
+    def seconds(self) -> float:
+        """The clock."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def memory(self) -> tuple[float, float]:
+        """Memory in MB: now, and the peak since it was last forgotten."""
+        if self.device != "cpu":
+            return torch.cuda.memory_allocated() / 1e6, torch.cuda.max_memory_allocated() / 1e6
+        found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+        now, peak = (int(found[name].split()[0]) / 1000 for name in ("VmRSS", "VmHWM"))
+        return now, peak
+
+    def forget_peak(self) -> None:
+        """Let the peak of `memory` start anew from what is there now."""
+        if self.device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            torch.cuda.reset_peak_memory_stats()
+
+    def roof(self, dtype: str = "float32") -> float:
+        """Floating-point operations a second of a large matrix product in this process, now."""
+        size, repeats = (2048, 3) if self.device == "cpu" else (8192, 20)
+        a, b = (torch.randn(size, size, device=self.device, dtype=DTYPES[dtype]) for _ in range(2))
         torch.mm(a, b)
-    return repeats * 2 * size**3 / (time.process_time() - start)
-
-
-def memory() -> tuple[float, float]:
-    """Resident memory of this process in MB: now, and the peak since it was last forgotten (Linux)."""
-    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    now, peak = (int(found[name].split()[0]) / 1000 for name in ("VmRSS", "VmHWM"))
-    return now, peak
-
-
-def forget_peak() -> None:
-    """Let the peak of `memory` start anew from what is resident now."""
-    Path("/proc/self/clear_refs").write_text("5")
+        start = self.seconds()
+        for _ in range(repeats):
+            torch.mm(a, b)
+        return repeats * 2 * size**3 / (self.seconds() - start)
 
 
 def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
@@ -122,7 +150,7 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
     return {"time_ratio": statistics.median(each), "low": min(each), "high": max(each)}
 
 
-def facts() -> dict[str, Any]:
+def facts(device: str = "cpu") -> dict[str, Any]:
     """The machine and the versions of what was measured."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
@@ -135,8 +163,10 @@ def facts() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     return {
         "processor": processor,
+        **gpu,
         "cores": os.cpu_count(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

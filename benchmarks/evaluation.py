@@ -6,8 +6,9 @@ Policies: the reference and three adapters of it with small random weights. `--p
 sample of at most `--tokens` tokens each. The evaluation loads every policy, hashes its weights, samples it, takes
 entropy and KL(π ‖ π₀) of every response at every step over the full vocabulary, and writes its files; no reward and no
 judge, which cost what they cost. Generations alone: the same calls of `sample` on loaded models. CPU seconds of this
-process on `--threads` threads; the order is turned in every round, and the ratio is the median of the rounds beside its
-least and its largest.
+process on `--threads` threads; with `--device cuda` seconds on the wall, after one round that warms up. The order is
+turned in every round, and the ratio is the median of the rounds beside its least and its largest. Where the evaluation
+spends its time is in its results, and shown: seconds on the wall.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import facts
+from common import DTYPES, Machine, facts
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from transformers import TrainingArguments
 
 from distalign.data import encode_prompt, end_token_id, read_prompts
 from distalign.evaluate import evaluate, load_evaluation
@@ -34,7 +36,7 @@ from distalign.rollout import sample
 MODEL = "smollm2-135m-instruct"
 
 
-def prepare(folder: Path, count: int, tokens: int) -> tuple[Path, dict[str, str]]:
+def prepare(folder: Path, count: int, tokens: int, dtype: str = "float32") -> tuple[Path, dict[str, str]]:
     """Prompts, adapters and settings in a folder: (the recipe, the policies)."""
     text = files("distalign").joinpath("assets/everyday_prompts.txt").read_text(encoding="utf-8")
     lines = [line for line in text.split("\n") if line.strip()][:count]
@@ -55,13 +57,13 @@ def prepare(folder: Path, count: int, tokens: int) -> tuple[Path, dict[str, str]
     recipe = folder / "evaluation.yaml"
     recipe.write_text(
         f"model: {MODEL}\nprompts: {folder}/prompts.jsonl\nlimit: {count}\nmax_new_tokens: {tokens}\n"
-        f"output_dir: {folder}/runs\n"
+        f"output_dir: {folder}/runs\ndtype: {dtype}\n"
     )
     return recipe, policies
 
 
-def generations(recipe: Path, policies: dict[str, str]) -> float:
-    """CPU seconds of sampling every policy on loaded models."""
+def generations(recipe: Path, policies: dict[str, str], machine: Machine) -> float:
+    """Seconds of sampling every policy on loaded models."""
     settings = load_evaluation(recipe, [], [])
     source = find_model(MODEL)
     tokenizer = source.tokenizer()
@@ -69,54 +71,67 @@ def generations(recipe: Path, policies: dict[str, str]) -> float:
     end_id = end_token_id(tokenizer, conversational=True)
     spent = 0.0
     for number, place in enumerate([MODEL, *policies.values()]):
-        model = find_model(place).model()
-        start = time.process_time()
+        model: Any = find_model(place).model(settings.dtype)
+        model.to(machine.device)
+        start = machine.seconds()
         asked: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "end_id": end_id, "rows": settings.rows}
         sample(model, prompts, n=1, temperature=1.0, seed=number, **asked)
-        spent += time.process_time() - start
+        spent += machine.seconds() - start
     return spent
 
 
-def evaluation(recipe: Path, policies: dict[str, str], round_: int) -> float:
-    """CPU seconds of evaluating the same policies in a fresh folder."""
+def evaluation(recipe: Path, policies: dict[str, str], round_: int, machine: Machine) -> tuple[float, dict[str, float]]:
+    """Seconds of evaluating the same policies in a fresh folder, and on the wall those of its parts."""
     settings = load_evaluation(
         recipe, [f"name=round-{round_}"], [f"{name}={place}" for name, place in policies.items()]
     )
-    start = time.process_time()
-    evaluate(settings)
-    return time.process_time() - start
+    start = machine.seconds()
+    parts = evaluate(settings)["seconds"]
+    return machine.seconds() - start, parts
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print a line, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
     parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    rows = []
+    options = parser.parse_args(arguments)
+    found = TrainingArguments(output_dir="unused").device.type
+    if found != options.device:
+        parser.error(f"--device {options.device}: an evaluation takes what it finds, which is {found} here")
+    torch.set_num_threads(options.threads)
+    machine, rows = Machine(options.device), []
     with tempfile.TemporaryDirectory() as name:
-        recipe, policies = prepare(Path(name), arguments.prompts, arguments.tokens)
-        for round_ in range(arguments.rounds):
-            sides = {"generation": lambda: generations(recipe, policies)}
-            sides["evaluation"] = lambda number=round_: evaluation(recipe, policies, number)
-            order = list(sides) if round_ % 2 == 0 else list(sides)[::-1]
-            spent = {side: sides[side]() for side in order}
+        recipe, policies = prepare(Path(name), options.prompts, options.tokens, options.dtype)
+        for round_ in range(options.rounds + (options.device != "cpu")):
+            spent: dict[str, Any] = {}
+            for side in ("generation", "evaluation") if round_ % 2 == 0 else ("evaluation", "generation"):
+                if side == "generation":
+                    spent[side] = generations(recipe, policies, machine)
+                else:
+                    spent[side], spent["parts"] = evaluation(recipe, policies, round_, machine)
             rows.append({**spent, "ratio": spent["evaluation"] / spent["generation"]})
+    if options.device != "cpu":
+        rows.pop(0)
     ratios = [row["ratio"] for row in rows]
     middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
     spent = statistics.median(row["generation"] for row in rows)
     Console().print(
-        f"4 policies × {arguments.prompts} prompts × at most {arguments.tokens} tokens: evaluation / generations alone "
-        f"{middle:.2f} [{low:.2f}, {high:.2f}] over {len(rows)} rounds; generations {spent:.0f} CPU s"
+        f"4 policies × {options.prompts} prompts × at most {options.tokens} tokens: evaluation / generations alone "
+        f"{middle:.2f} [{low:.2f}, {high:.2f}] over {len(rows)} rounds; generations {spent:.1f} {machine.unit}"
     )
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"rows": rows, "threads": arguments.threads, "machine": facts()}, indent=1)
-        )
+    parts = {part: statistics.median(row["parts"][part] for row in rows) for part in rows[0]["parts"]}
+    whole = statistics.median(row["evaluation"] for row in rows)
+    told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
+    Console().print(f"the evaluation: {whole:.1f} {machine.unit}; its parts in seconds on the wall: {told}")
+    if options.json:
+        measured = {"rows": rows, "threads": options.threads, "dtype": options.dtype, "machine": facts(options.device)}
+        options.json.write_text(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, WORKLOADS, body_size, forget_peak, memory, useful_operations
+from common import DTYPES, MODELS, WORKLOADS, Machine, body_size, useful_operations
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainingArguments
 
@@ -51,6 +50,13 @@ class Job:
     reference: tuple[tuple[float, ...], ...] = ()
     threads: int = 1
     gradients: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    trl_batch: int = 1
+
+    def load(self) -> Any:
+        """The model, where it is trained."""
+        return MODELS[self.model]().to(self.device, DTYPES[self.dtype])
 
     def groups(self, model: Any) -> list[Group]:
         """The token ids that all sides train on."""
@@ -58,42 +64,44 @@ class Job:
 
 
 class Turns(TrainerCallback):
-    """Takes each optimizer step only when told to, and reports its CPU seconds and its memory."""
+    """Takes each optimizer step only when told to, and reports its seconds and its memory."""
 
     def __init__(self, pipe: Connection, job: Job, model: Any, facts: dict[str, float]) -> None:
         self.pipe, self.job, self.model, self.facts = pipe, job, model, facts
-        self.inside = 0.0
+        self.machine, self.inside = Machine(job.device), 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Wait for the word; then the step begins."""
         self.pipe.recv()
         self.inside = 0.0
-        forget_peak()
-        self.before, _ = memory()
-        self.started = time.process_time()
+        self.machine.forget_peak()
+        self.before, _ = self.machine.memory()
+        self.started = self.machine.seconds()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Forward and backward are through."""
-        self.backward = time.process_time() - self.started
-        _, self.peak = memory()
+        self.backward = self.machine.seconds() - self.started
+        _, self.peak = self.machine.memory()
         if self.job.gradients is not None:
             gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
             save_file({name: grad.contiguous() for name, grad in gradients.items()}, self.job.gradients)
             self.job = replace(self.job, gradients=None)
-        self.stepping = time.process_time()
+        self.stepping = self.machine.seconds()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer has stepped: report."""
-        whole = self.backward + time.process_time() - self.stepping
+        whole = self.backward + self.machine.seconds() - self.stepping
         report = {"seconds": self.backward, "step": whole, "growth": self.peak - self.before, "peak": self.peak}
         if self.inside:
             report["outside"] = 1 - self.inside / whole
         self.pipe.send(report | self.facts)
 
 
-def reference_logps(model: str, workload: str, prompts: int) -> tuple[tuple[float, ...], ...]:
+def reference_logps(
+    model: str, workload: str, prompts: int, device: str = "cpu", dtype: str = "float32"
+) -> tuple[tuple[float, ...], ...]:
     """Log-probabilities of every pair under the start of all sides, which is their reference: computed once, before."""
-    start = MODELS[model]()
+    start = MODELS[model]().to(device, DTYPES[dtype])
     groups = WORKLOADS[workload].groups(prompts, start.config.vocab_size)
     logps = score_in_batches(start, groups, token_budget=2048).logps
     return tuple(tuple(pair) for pair in logps.view(len(groups), -1).tolist())
@@ -102,7 +110,7 @@ def reference_logps(model: str, workload: str, prompts: int) -> tuple[tuple[floa
 def _arguments(job: Job, folder: str, **settings: Any) -> dict[str, Any]:
     return {
         "output_dir": folder,
-        "use_cpu": True,
+        "use_cpu": job.device == "cpu",
         "bf16": False,
         "max_steps": job.steps,
         "max_grad_norm": 0.0,
@@ -117,10 +125,12 @@ def _arguments(job: Job, folder: str, **settings: Any) -> dict[str, Any]:
 
 def train_ours(pipe: Connection, job: Job, folder: str) -> None:
     """Our trainer with DPO, whose γ is TRL's beta."""
-    model = MODELS[job.model]()
+    model = job.load()
     groups = job.groups(model)
     rows = [EncodedPair(g.prompt, *g.responses, None, f"row {i}") for i, g in enumerate(groups)]
-    reference = {row.key: torch.tensor(logps) for row, logps in zip(rows, job.reference, strict=True)}
+    reference = {
+        row.key: torch.tensor(logps, device=job.device) for row, logps in zip(rows, job.reference, strict=True)
+    }
     set_recompute(model, job.recompute)
     policy = Policy(model, None, Source(job.model, "", ""), reference=lambda: nullcontext(model))
     arguments = _arguments(job, folder, per_device_train_batch_size=job.prompts)
@@ -152,7 +162,7 @@ class _Lengths:
 
 def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     """Our trainer with RKL: 8 responses to each TL;DR-like prompt, drawn, rewarded and learned from in every step."""
-    model = MODELS[job.model]()
+    model = job.load()
     workload = WORKLOADS["group8"]
     rows = [EncodedPrompt(group.prompt) for group in workload.groups(job.prompts, model.config.vocab_size)]
     tokens = workload.response[1]
@@ -176,10 +186,14 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
 
 
 def _timed(function: Any, turns: Turns) -> Any:
+    if turns.job.device != "cpu":
+        # To wait for the GPU before and after every call would slow down what is measured.
+        return function
+
     def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.process_time()
+        start = turns.machine.seconds()
         result = function(*args, **kwargs)
-        turns.inside += time.process_time() - start
+        turns.inside += turns.machine.seconds() - start
         return result
 
     return timed
@@ -188,8 +202,8 @@ def _timed(function: Any, turns: Turns) -> Any:
 def train_trl(pipe: Connection, job: Job, folder: str) -> None:
     """TRL's DPOTrainer as shipped ("trl_defaults"), or as a GPU user would set it ("trl_best").
 
-    trl_best: one pair a micro-batch, no activation checkpointing, and the head on response positions only, which TRL
-    does by itself where Triton is.
+    trl_best: `trl_batch` pairs a micro-batch, no activation checkpointing, and the head on response positions only,
+    which TRL does by itself where Triton is.
     """
     import trl.trainer.utils
     from datasets import Dataset
@@ -204,7 +218,7 @@ def train_trl(pipe: Connection, job: Job, folder: str) -> None:
         def _precompute_ref_logps(self, dataset: Any, *args: Any) -> Any:
             return dataset
 
-    model = MODELS[job.model]()
+    model = job.load()
     groups = job.groups(model)
     rows = [
         {
@@ -218,8 +232,12 @@ def train_trl(pipe: Connection, job: Job, folder: str) -> None:
     ]
     settings: dict[str, Any] = {"per_device_train_batch_size": job.prompts}
     if job.side == "trl_best":
-        settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job.prompts}
+        batches, left = divmod(job.prompts, job.trl_batch)
+        if left:
+            raise ValueError(f"{job.prompts} pairs a step are not a multiple of {job.trl_batch} a micro-batch")
+        settings = {"per_device_train_batch_size": job.trl_batch, "gradient_accumulation_steps": batches}
         settings["gradient_checkpointing"] = False
+    if job.side == "trl_best" and job.device == "cpu":
         if not hasattr(trl.trainer.utils, "_use_triton"):
             raise RuntimeError("this TRL has no trl.trainer.utils._use_triton: its head cannot be tuned; take TRL 1.16")
         trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore
@@ -244,13 +262,13 @@ def train_groups(pipe: Connection, job: Job, folder: str) -> None:
 
     The loss weights the log-probabilities by fixed numbers, as a policy gradient does.
     """
-    model = MODELS[job.model]().train()
+    model = job.load().train()
     groups = job.groups(model)
     check(model)
     if job.side == "ours":
         set_recompute(model, job.recompute)
     turns = Turns(pipe, job, model, {"operations": useful_operations(model.config, groups, body_size(model))})
-    weights = [torch.linspace(-1, 1, len(g.responses), dtype=torch.float64) for g in groups]
+    weights = [torch.linspace(-1, 1, len(g.responses), dtype=torch.float64, device=job.device) for g in groups]
     for _ in range(job.steps):
         model.zero_grad()
         turns.on_step_begin()
@@ -263,7 +281,7 @@ def train_groups(pipe: Connection, job: Job, folder: str) -> None:
                 for response, weight in zip(group.responses, own, strict=True):
                     alone = [Group(group.prompt, [response])]
                     rows = encode(model, alone, "padded", 1.0)
-                    logps = score_rows(rows, frame(alone, torch.device("cpu")).targets).logps
+                    logps = score_rows(rows, frame(alone, torch.device(job.device)).targets).logps
                     (logps.double().sum() * weight).backward()
         turns.on_pre_optimizer_step()
         turns.on_step_end()
@@ -304,4 +322,4 @@ def gradient_error(first: Path, second: Path) -> float:
 
     a, b = load_file(first), load_file(second)
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
+    return max(float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in b)

@@ -9,8 +9,11 @@ median over the rounds, with the least and the largest. The memory of a side is 
 forward and backward of its first step, before there is an optimizer state; its ratio is ours / theirs. Gradients of
 the first step are compared tensor by tensor.
 
+With --device cuda everything is on one GPU: seconds are then the wall's, and memory is what torch allocates there.
+--dtype is that of the weights, on all sides. TRL's best side takes --trl-batch pairs a micro-batch.
+
 Our side runs at two settings, and every number is given of both: "lean" takes one group a micro-batch (token_budget
-512) and recomputes selectively, "fast" takes 2,048 tokens and recomputes nothing.
+512) and recomputes selectively, "fast" takes 2,048 tokens (or --token-budget) and recomputes nothing.
 
 trl_defaults is TRL as shipped: activation checkpointing, every position through the head on a CPU. trl_best is what its
 GPU users get: one pair a micro-batch, no checkpointing, the head on response positions only. separate_rows is this
@@ -32,7 +35,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from common import MODELS, PROMPTS, WORKLOADS, facts, ratio, roof
+from common import DTYPES, MODELS, PROMPTS, WORKLOADS, Machine, facts, ratio
 from rich.console import Console
 from rich.table import Table
 from sides import Job, Side, gradient_error, reference_logps
@@ -49,16 +52,20 @@ def compare(model: str, workload: str, options: argparse.Namespace) -> list[dict
     prompts = options.prompts or PROMPTS[model]
     if workload == "group8":
         prompts = max(1, prompts // 4)
+    machine, where = Machine(options.device), {"device": options.device, "dtype": options.dtype}
     common = {
+        **where,
         "model": model,
         "workload": workload,
         "prompts": prompts,
         "steps": options.rounds + 1,
-        "reference": () if workload == "group8" else reference_logps(model, workload, prompts),
+        "reference": () if workload == "group8" else reference_logps(model, workload, prompts, **where),
         "threads": options.threads,
+        "trl_batch": options.trl_batch,
     }
+    budgets = {"fast": options.token_budget} if options.token_budget else {}
     jobs = {
-        name: Job(side="ours", token_budget=SETTINGS[name][0], recompute=SETTINGS[name][1], **common)
+        name: Job(side="ours", token_budget=budgets.get(name, SETTINGS[name][0]), recompute=SETTINGS[name][1], **common)
         for name in options.settings
     }
     jobs |= {name: Job(side=name, token_budget=0, recompute="none", **common) for name in against}
@@ -72,11 +79,11 @@ def compare(model: str, workload: str, options: argparse.Namespace) -> list[dict
             taken: dict[str, list[dict]] = {name: [] for name in sides}
             roofs = []
             for turn in range(options.rounds):
-                roofs.append(roof())
+                roofs.append(machine.roof(options.dtype))
                 for name in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
                     taken[name].append(sides[name].step())
                     done = f"{model} {workload} round {turn + 1} of {options.rounds}"
-                    print(f"{done}: {name} {taken[name][-1]['seconds']:.2f} CPU s", flush=True)
+                    print(f"{done}: {name} {taken[name][-1]['seconds']:.3f} {machine.unit}", flush=True)
         finally:
             for side in sides.values():
                 side.stop()
@@ -92,6 +99,8 @@ def compare(model: str, workload: str, options: argparse.Namespace) -> list[dict
                 "workload": workload,
                 "prompts": prompts,
                 "setting": name,
+                **where,
+                "trl_batch": options.trl_batch,
                 "token_budget": job.token_budget,
                 "recompute": job.recompute,
                 "against": other,
@@ -110,7 +119,7 @@ def compare(model: str, workload: str, options: argparse.Namespace) -> list[dict
 
 
 def _side(seconds: Sequence[float], first: dict[str, float]) -> dict[str, float]:
-    """What was measured of one side: median CPU seconds, and MB of memory in its first step."""
+    """What was measured of one side: median seconds, and MB of memory in its first step."""
     return {"seconds": statistics.median(seconds), "growth_mb": first["growth"], "peak_mb": first["peak"]}
 
 
@@ -151,6 +160,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, help="prompts a step; by default 4 of the 135M, 8 of the small model")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the weights, on all sides")
+    parser.add_argument("--token-budget", type=int, help='tokens of a micro-batch at "fast" instead of 2,048')
+    parser.add_argument("--trl-batch", type=int, default=1, help="pairs of a micro-batch of trl_best")
     parser.add_argument("--json", type=Path, help="where the numbers go")
     options = parser.parse_args(arguments)
     for name, known in several.items():
@@ -170,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for workload in options.workloads:
             rows += compare(model, workload, options)
             if options.json and rows:
-                options.json.write_text(json.dumps({"rows": rows, **facts()}, indent=2) + "\n", encoding="utf-8")
+                options.json.write_text(
+                    json.dumps({"rows": rows, **facts(options.device)}, indent=2) + "\n", encoding="utf-8"
+                )
     show(rows)
 
 

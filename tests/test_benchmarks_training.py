@@ -67,6 +67,46 @@ def test_throughput_writes_what_it_measures(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+def test_throughput_takes_other_weights_and_larger_micro_batches(tmp_path):
+    """In bfloat16 gradients of both sides agree to its rounding, two pairs a micro-batch on both."""
+    path = tmp_path / "throughput.json"
+    work = ["--models", "small-32k", "--workloads", "tldr", "--rounds", "1", "--prompts", "2", "--dtype", "bfloat16"]
+    sides = ["--settings", "fast", "--token-budget", "1100", "--against", "trl_best", "--trl-batch", "2"]
+    throughput.main([*work, *sides, "--json", str(path)])
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (row["device"], row["dtype"], row["token_budget"], row["trl_batch"]) == ("cpu", "bfloat16", 1100, 2)
+    assert 1e-4 < row["max_gradient_error"] < 0.05
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+def test_a_machine_has_a_clock_a_memory_and_a_roof():
+    """On a CPU: seconds of this process, memory of it, and the rate that the clock gives."""
+    machine = common.Machine("cpu")
+    before = machine.seconds()
+    assert machine.roof() > 1e8
+    assert machine.seconds() - before > 0
+    now, peak = machine.memory()
+    assert 10 < now <= peak
+    assert "gpu" not in common.facts()
+
+
+def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
+    """Time is read on the wall when all is done; memory is what torch has allocated there, in MB."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: done.append("forgot"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3e6)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5e6)
+    monkeypatch.setattr(common.time, "perf_counter", lambda: done.append("read") or 1.0)
+    machine = common.Machine("cuda")
+    assert machine.seconds() == 1.0
+    machine.forget_peak()
+    assert machine.memory() == (3, 5)
+    assert done == ["waited", "read", "forgot"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
 def test_memory_writes_what_it_measures(tmp_path, capsys):
     """A row for each side; what is computed again need not be kept."""
     path = tmp_path / "memory.json"
@@ -92,6 +132,8 @@ def test_unknown_names_are_refused(capsys):
     with pytest.raises(SystemExit):
         throughput.main(["--models", "gpt5"])
     assert "smollm2-135m, small-32k" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        throughput.main(["--device", "tpu"])
 
 
 def test_cost_counts_tokens_and_measures(monkeypatch, tmp_path, capsys):
