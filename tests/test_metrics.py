@@ -19,6 +19,9 @@ from distalign.metrics import (
     distinct_n,
     expected_calibration_error,
     holm,
+    jackknife,
+    jackknife_distinct_n,
+    jackknife_self_bleu,
     mean_and_se,
     paired_bootstrap,
     paired_difference,
@@ -222,3 +225,33 @@ def test_self_bleu_is_its_definition(sequences, n):
         scores.append(math.exp(log + min(0, 1 - nearest / len(own))))
     value = self_bleu(sequences, n=n)
     assert math.isnan(value) if not scores else value == pytest.approx(sum(scores) / len(scores))
+
+
+TEXTS = st.lists(st.lists(st.integers(0, 3), max_size=7), max_size=3)  # an item: some share n-grams, some are empty
+
+
+@given(st.lists(TEXTS, min_size=2, max_size=6), st.integers(1, 3))
+def test_jackknife_of_distinct_n_is_its_definition(items, n):
+    """Counted once, leaving out what an item alone has: equal to `distinct_n` of the rest, item by item, NaN too."""
+    found = jackknife_distinct_n(items, n=n)
+    each = jackknife(lambda some: distinct_n([text for item in some for text in item], n=n), items)
+    assert found == pytest.approx(each, abs=1e-12, nan_ok=True)
+
+
+@given(st.lists(TEXTS.filter(lambda item: item != []), min_size=3, max_size=5), st.integers(1, 4))
+def test_jackknife_of_self_bleu_is_its_definition(items, n):
+    """Counted once: equal to `self_bleu` of the rest, item by item, NaN too."""
+    found = jackknife_self_bleu(items, n=n)
+    each = jackknife(lambda some: self_bleu([text for item in some for text in item], n=n), items)
+    assert found == pytest.approx(each, abs=1e-12, nan_ok=True)
+
+
+def test_a_jackknife_needs_two_items():
+    """One left out leaves none; self-BLEU of what is left needs two sequences."""
+    for items in ([], [[[1, 2, 3]]]):
+        with pytest.raises(ValueError, match="needs at least two"):
+            jackknife_distinct_n(items, n=2)
+        with pytest.raises(ValueError, match="needs at least two"):
+            jackknife_self_bleu(items)
+    with pytest.raises(ValueError, match="needs two"):
+        jackknife_self_bleu([[[1, 2, 3]], [[1, 2, 3]]])

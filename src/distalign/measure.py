@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from distalign.metrics import (
     Bin,
     Estimate,
     Interval,
-    distinct_n,
     expected_calibration_error,
     holm,
     jackknife,
+    jackknife_distinct_n,
+    jackknife_self_bleu,
     mean_and_se,
     paired_difference,
     paired_p_value,
@@ -266,7 +268,7 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     keys = [key for key in runs[0].values if all(key in run.values for run in runs)]
     found = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
     by_prompt = [[own for run in runs for own in run.responses[index]] for index in range(len(runs[0].responses))]
-    found["distinct_2"] = jackknife(lambda prompts: distinct_n([r for own in prompts for r in own], n=2), by_prompt)
+    found["distinct_2"] = jackknife_distinct_n(by_prompt, n=2)
     found["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
     found["self_bleu"] = _self_bleu(by_prompt)
     if len(runs[0].confidence):
@@ -285,7 +287,7 @@ def _self_bleu(by_prompt: Sequence[Sequence[list[int]]]) -> Estimate:
     if len(by_prompt) < 3:
         return Estimate(math.nan, math.nan, 0)
     folds = [own for own in (by_prompt[start::_FOLDS] for start in range(_FOLDS)) if own]
-    mean, se, _ = jackknife(lambda some: self_bleu([r for fold in some for own in fold for r in own]), folds)
+    mean, se, _ = jackknife_self_bleu([[r for own in fold for r in own] for fold in folds])
     return Estimate(mean, se, len(by_prompt))
 
 
@@ -296,16 +298,24 @@ def differences(runs: Sequence[Measured], baseline: Sequence[Measured]) -> dict[
 
 
 def significance(
-    runs: Mapping[str, Sequence[Measured]], baseline: Sequence[Measured], *, seed: int
+    runs: Mapping[str, Sequence[Measured]],
+    baseline: Sequence[Measured],
+    *,
+    seed: int,
+    known: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({}),
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Which metrics of which method differ from the baseline's: p by paired bootstrap, and adjusted (Holm) over all.
 
     A win rate is held against one half. `stars` mark the adjusted p: * below 0.05, ** below 0.01, *** below 0.001.
+    `known` is what this gave for the same values before others came: its p are taken, and adjusted anew.
     """
     tests: list[tuple[str, str, float]] = []
     for name, own in runs.items():
         for key in _TESTED:
             if not all(key in run.values for run in own):
+                continue
+            if key in known.get(name, {}):
+                tests.append((name, key, known[name][key]["p"]))
                 continue
             values = _over_seeds(own, key)
             if key == "win_rate":

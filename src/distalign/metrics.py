@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "expected_calibration_error",
     "holm",
     "jackknife",
+    "jackknife_distinct_n",
+    "jackknife_self_bleu",
     "mean_and_se",
     "paired_bootstrap",
     "paired_difference",
@@ -158,12 +160,8 @@ def jackknife(statistic: Callable[[list[T]], float], items: Sequence[T]) -> Esti
 
     In the unit of the statistic. Raises ValueError for fewer than two items.
     """
-    items, n = list(items), len(items)
-    if n < 2:
-        raise ValueError(f"{n} items; the jackknife leaves one out and needs at least two")
-    without = torch.tensor([statistic(items[:i] + items[i + 1 :]) for i in range(n)], dtype=torch.float64)
-    se = math.sqrt((n - 1) / n * float(((without - without.mean()) ** 2).sum()))
-    return Estimate(statistic(items), se, n)
+    items = _two_or_more(items)
+    return _delete_one(statistic(items), [statistic(items[:i] + items[i + 1 :]) for i in range(len(items))])
 
 
 def accuracy(logit: Float[Tensor, "n"]) -> Estimate:
@@ -242,6 +240,24 @@ def distinct_n(sequences: Sequence[Sequence[int]], *, n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
+def jackknife_distinct_n(items: Sequence[Sequence[Sequence[int]]], *, n: int) -> Estimate:
+    """`distinct_n` of all items' token sequences together, and its error by `jackknife` over the items.
+
+    One count serves all: leaving an item out takes away its n-grams, and those kinds that no other item has. The
+    fraction is NaN as `distinct_n` is, the error also where one item alone has n tokens. Raises ValueError for fewer
+    than two items.
+    """
+    counts = [Counter(gram for text in item for gram in _ngrams(text, n)) for item in _two_or_more(items)]
+    holders = Counter(gram for own in counts for gram in own)
+    total = sum(own.total() for own in counts)
+
+    def distinct(own: Counter[tuple[int, ...]]) -> float:
+        left = total - own.total()
+        return (len(holders) - sum(holders[gram] == 1 for gram in own)) / left if left else math.nan
+
+    return _delete_one(distinct(Counter()), [distinct(own) for own in counts])
+
+
 def repeated_ngram_rate(sequences: Sequence[Sequence[int]], *, n: int) -> Estimate:
     """Fraction of a sequence's n-grams that have occurred before in the same sequence, averaged over sequences.
 
@@ -266,27 +282,19 @@ def self_bleu(sequences: Sequence[Sequence[int]], *, n: int = 4) -> float:
 
     Raises ValueError for fewer than two sequences. Source: arXiv 1802.01886.
     """
-    if len(sequences) < 2:
-        raise ValueError(f"{len(sequences)} sequences; self-BLEU compares each with the others and needs two")
-    logs = [0.0] * len(sequences)
-    for k in range(1, n + 1):
-        counts = [Counter(_ngrams(sequence, k)) for sequence in sequences]
-        top: dict[tuple[int, ...], list[int]] = {}
-        for own in counts:
-            for gram, count in own.items():
-                top[gram] = sorted([*top.get(gram, [0, 0]), count])[-2:]
-        for i, own in enumerate(counts):
-            # The most among the others: the second place, where this sequence alone holds the first.
-            matched = sum(min(c, top[g][0] if c == top[g][1] else top[g][1]) for g, c in own.items())
-            logs[i] += math.log((matched or 0.1) / max(own.total(), 1)) / n
-    lengths = Counter(len(sequence) for sequence in sequences)
-    scores = []
-    for log, length in zip(logs, map(len, sequences), strict=True):
-        if length >= n:
-            others = (other for other, count in lengths.items() if count > (other == length))
-            nearest = min(others, key=lambda other: (abs(other - length), other))
-            scores.append(math.exp(log + min(0.0, 1 - nearest / length)))
-    return math.fsum(scores) / len(scores) if scores else math.nan
+    return _self_bleu(_grams(sequences, n), [len(sequence) for sequence in sequences], range(len(sequences)), n)
+
+
+def jackknife_self_bleu(items: Sequence[Sequence[Sequence[int]]], *, n: int = 4) -> Estimate:
+    """`self_bleu` of all items' token sequences together, and its error by `jackknife` over the items; one count.
+
+    Raises ValueError for fewer than two items, or if fewer than two sequences are left without one of them.
+    """
+    sequences = [sequence for item in items for sequence in item]
+    grams, lengths = _grams(sequences, n), [len(sequence) for sequence in sequences]
+    places = iter(range(len(sequences)))
+    numbers = [[next(places) for _ in item] for item in items]
+    return jackknife(lambda some: _self_bleu(grams, lengths, [i for own in some for i in own], n), numbers)
 
 
 @lru_cache(maxsize=4096)
@@ -311,7 +319,59 @@ def student_quantile(freedom: int | float, *, level: float = 0.95) -> float:
 def _ngrams(sequence: Sequence[int], n: int) -> list[tuple[int, ...]]:
     if n < 1:
         raise ValueError(f"n is {n}; an n-gram has at least one token")
-    return [tuple(sequence[i : i + n]) for i in range(len(sequence) - n + 1)]
+    return list(zip(*(sequence[start:] for start in range(n)), strict=False))
+
+
+def _grams(sequences: Sequence[Sequence[int]], n: int) -> Int[np.ndarray, "rows 4"]:
+    """Number of a sequence, number of a k-gram in it (k = 1 … n), k, and how often; sorted by k-gram and frequency."""
+    numbers: dict[tuple[int, ...], int] = {}
+    rows = [
+        (index, numbers.setdefault(gram, len(numbers)), k, count)
+        for index, sequence in enumerate(sequences)
+        for k in range(1, n + 1)
+        for gram, count in Counter(_ngrams(sequence, k)).items()
+    ]
+    found = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    return found[np.lexsort((found[:, 3], found[:, 1]))]
+
+
+def _self_bleu(grams: Int[np.ndarray, "rows 4"], lengths: Sequence[int], chosen: Sequence[int], n: int) -> float:
+    """`self_bleu` of those sequences, by number, given the `_grams` and lengths of all."""
+    if len(chosen) < 2:
+        raise ValueError(f"{len(chosen)} sequences; self-BLEU compares each with the others and needs two")
+    here = np.zeros(len(lengths), dtype=bool)
+    here[list(chosen)] = True
+    owner, gram, k, count = grams[here[grams[:, 0]]].T
+    # The sequence that has a gram most often meets the second most; any other meets one that has it at least as often.
+    first, last = np.diff(gram, prepend=-1) != 0, np.diff(gram, append=-1) != 0
+    second = np.where(first, 0, np.roll(count, 1))[last]
+    met = np.minimum(count, second[np.cumsum(first) - 1])
+    matched = np.bincount(owner * n + k - 1, weights=met, minlength=len(lengths) * n).reshape(-1, n).tolist()
+    present = Counter(lengths[i] for i in chosen)
+    nearest = {
+        length: min((o for o, c in present.items() if c > (o == length)), key=lambda o: (abs(o - length), o))
+        for length in present
+    }
+    scores = []
+    for i in chosen:
+        if (length := lengths[i]) >= n:
+            log = 0.0
+            for order, hits in enumerate(matched[i]):
+                log += math.log((hits or 0.1) / (length - order)) / n
+            scores.append(math.exp(log + min(0.0, 1 - nearest[length] / length)))
+    return math.fsum(scores) / len(scores) if scores else math.nan
+
+
+def _two_or_more(items: Sequence[T]) -> list[T]:
+    if len(items) < 2:
+        raise ValueError(f"{len(items)} items; the jackknife leaves one out and needs at least two")
+    return list(items)
+
+
+def _delete_one(value: float, without: Sequence[float]) -> Estimate:
+    """A statistic and its jackknife error, from its values without each item."""
+    values, n = torch.tensor(without, dtype=torch.float64), len(without)
+    return Estimate(value, math.sqrt((n - 1) / n * float(((values - values.mean()) ** 2).sum())), n)
 
 
 def _float64(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
