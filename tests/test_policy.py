@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -18,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from distalign.card import model_card
 from distalign.engine import Group, score
 from distalign.methods import PMLE
-from distalign.policy import ModelError, Policy, Source, find_model, make_policy, share
+from distalign.policy import ModelError, Policy, Source, find_model, make_policy, share, weights_digest
 from distalign.recipe import Lora
 
 PAIRS = [Group(p.prompt, [p.chosen, p.rejected]) for p in tiny.encoded_pairs(4)]
@@ -85,6 +87,42 @@ def test_an_adapter_folder_loads_with_its_adapter_merged(tiny_folder, tmp_path):
     again.save(tmp_path / "again", "")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(logps(saved), logps(again.model), rtol=0, atol=1e-4)
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(tiny_folder, tmp_path, monkeypatch):
+    """The hash of names and contents, the base's before the adapter's; a file is read again only where it changed."""
+
+    def spelled_out(*folders):
+        digest = hashlib.sha256()
+        for folder in folders:
+            for file in sorted(folder.iterdir()):
+                if file.name in ("config.json", "adapter_config.json") or file.suffix == ".safetensors":
+                    digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_folder, base)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    plain, adapted = Source("base", str(base), ""), Source("adapted", str(base), "", adapter=str(adapter))
+    opened, real = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *how, **more: opened.append(self.name) or real(self, *how, **more))
+
+    def read(source):
+        opened.clear()
+        digest = weights_digest(source)
+        files = sorted(opened)
+        assert digest == spelled_out(*(Path(place) for place in (source.path, source.adapter) if place))
+        return files
+
+    assert read(plain) == ["config.json", "model.safetensors"]
+    assert read(adapted) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert read(adapted) == read(plain) == []
+    (adapter / "adapter_model.safetensors").write_bytes(b"Weights")
+    assert read(adapted) == ["adapter_model.safetensors"]
+    (base / "config.json").write_text("{ }")
+    assert "config.json" in read(adapted)
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,10 @@ PACKAGED = {
 }
 
 
+# State of the hash of weights after files, in their order: what begins with the same files goes on from there.
+_DIGESTS: dict[tuple[Any, ...], Any] = {}
+
+
 class ModelError(InputError):
     """A model that cannot be loaded or used: says which, what was found, and what to do."""
 
@@ -61,13 +65,17 @@ class Source:
     trust_remote_code: bool = False
     adapter: str | None = None
 
+    @property
+    def tokenizer_path(self) -> str:
+        """Folder or hub id of the tokenizer: the adapter's own where it has one."""
+        if self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
+            return self.adapter
+        return self.path
+
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError."""
-        path = self.path
-        if self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
-            path = self.adapter
         with _explained(self.name):
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=self.trust_remote_code)
+            return AutoTokenizer.from_pretrained(self.tokenizer_path, trust_remote_code=self.trust_remote_code)
 
     def config(self) -> Any:
         """The model's configuration, without its weights. Raises ModelError."""
@@ -122,22 +130,31 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
 
 
 def weights_digest(source: Source) -> str:
-    """Hash of a folder's weights and configuration; of a hub model its commit, and its name where that is unknown."""
-    digest = hashlib.sha256()
+    """Hash of a folder's weights and configuration; of a hub model its commit, and its name where that is unknown.
+
+    Within a process a file is read once, as long as its path, size and times stay what they were.
+    """
+    digest, seen = hashlib.sha256(), ()
     for place in (source.path, source.adapter):
         folder = Path(place) if place else None
         if folder is None:
             continue
         if not folder.is_dir():
-            commit = getattr(source.config(), "_commit_hash", None)
-            digest.update(f"{source.path}@{commit}".encode())
+            commit = f"{source.path}@{getattr(source.config(), '_commit_hash', None)}"
+            digest.update(commit.encode())
+            seen = (*seen, commit)
             continue
         for file in sorted(folder.iterdir()):
             if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
-                digest.update(file.name.encode())
-                with file.open("rb") as opened:
-                    while block := opened.read(1 << 24):
-                        digest.update(block)
+                path, stamp = file.resolve(), file.stat()
+                seen = (*seen, (file.name, path, stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns))
+                if seen not in _DIGESTS:
+                    digest.update(file.name.encode())
+                    with path.open("rb") as opened:
+                        while block := opened.read(1 << 24):
+                            digest.update(block)
+                    _DIGESTS[seen] = digest
+                digest = _DIGESTS[seen].copy()
     return digest.hexdigest()
 
 
