@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 
-from distalign.evaluate import evaluate, load_evaluation
+from distalign.errors import InputError
+from distalign.evaluate import evaluate, load_evaluation, run
 from distalign.evaluate.bench import prepare
+from distalign.policy import Source
 
 # A prompt, and the column that a function is given.
 ROWS = [
@@ -72,6 +75,52 @@ def test_nothing_is_told_where_nothing_repeats(settings, caplog):
     bench = prepare(settings([ROWS[0], ROWS[3]]), None)
     assert {LEFT_OUT, SHARED}.isdisjoint(bench.facts)
     assert caplog.text == ""
+
+
+def test_a_tokenizer_is_loaded_once_for_equal_files(settings, tiny_folder, tmp_path, monkeypatch):
+    """The reference's serves its copies; one of other files is loaded once, and its copies are not."""
+    made = settings([ROWS[0], ROWS[3]])
+    for name in ("copy", "other", "other-copy"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        if name.startswith("other"):
+            # The same vocabulary in another file.
+            text = json.loads((tmp_path / name / "tokenizer.json").read_text(encoding="utf-8"))
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(text, indent=3), encoding="utf-8")
+    policies = {name: str(tmp_path / name) for name in ("copy", "other", "other-copy")} | {"same": str(tiny_folder)}
+    loaded, real = [], Source.tokenizer
+    monkeypatch.setattr(Source, "tokenizer", lambda source: loaded.append(source.name) or real(source))
+    prepare(made.model_copy(update={"policies": policies}), None)
+    assert loaded == [str(tiny_folder), policies["other"]]
+
+
+def test_results_are_written_before_a_judge_that_fails(settings, tmp_path, monkeypatch, tiny_folder):
+    """They are the whole but for what the judge says, which is added without computing the rest again."""
+    (tmp_path / "judges.py").write_text(
+        "def fair(prompts, completions, **columns):\n    return [0.75] * len(prompts)\n"
+        "def broken(prompts, completions, **columns):\n    raise RuntimeError('out of order')\n"
+    )
+    counted, real = [], run.summarise
+    monkeypatch.setattr(run, "summarise", lambda runs: counted.append(1) or real(runs))
+
+    def made(judge):
+        flags = [f"judge={{function: '{tmp_path}/judges.py:{judge}'}}"] if judge else []
+        one = settings([ROWS[0], ROWS[3]], f"name=by-{judge}", *flags)
+        return one.model_copy(update={"policies": {"a": str(tiny_folder)}})
+
+    def written(judge):
+        return json.loads((made(judge).run_dir / "results.json").read_text(encoding="utf-8"))
+
+    with pytest.raises(InputError, match="out of order"):
+        evaluate(made("broken"))
+    evaluate(made("fair"))
+    evaluate(made(None))
+    assert len(counted) == 3 * 2
+    judged, alone = written("fair"), written(None)
+    assert judged["methods"]["a"].pop("win_rate")["n"] == 2
+    assert judged["significance"]["a"].pop("win_rate")
+    for part in ("methods", "paired", "points"):
+        assert written("broken")[part] == alone[part] == judged[part]
+    assert set(judged) - set(alone) == {"win_rates", "ratings", "length_controlled"}
 
 
 def test_a_function_is_given_the_columns_of_every_row_that_stays(settings, tmp_path):

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -31,6 +32,9 @@ from distalign.reward import Reward, check_rewards, make_reward
 from distalign.targets import Target, Tilt
 
 logger = logging.getLogger("distalign.evaluate")
+
+# How the names of a tokenizer's files begin; a template of chats is none of its vocabulary.
+_OF_TOKENIZERS = ("tokeniz", "vocab", "merges", "added_tokens", "special_tokens")
 
 
 @dataclass
@@ -66,12 +70,7 @@ def prepare(settings: Evaluation, target: Target | None) -> Bench:
     sources = {"reference": find_model(settings.model, trust_remote_code=trust)}
     sources |= {name: find_model(place, trust_remote_code=trust) for name, place in settings.policies.items()}
     tokenizer = sources["reference"].tokenizer()
-    for name, source in sources.items():
-        if source.tokenizer().get_vocab() != tokenizer.get_vocab():
-            raise InputError(
-                f"policy {name}: its tokenizer is not that of the reference {settings.model}; policies with other "
-                "tokens have no KL to it: evaluate them by themselves, each beside its own reference"
-            )
+    _check_tokenizers(settings, sources, tokenizer)
     pairs, facts, rows = _read_pairs(settings, tokenizer)
     if settings.prompts is not None:
         data = read_prompts(settings.prompts)
@@ -101,6 +100,35 @@ def prepare(settings: Evaluation, target: Target | None) -> Bench:
         end_id=end_token_id(tokenizer, conversational=conversational),
         facts=facts,
     )
+
+
+def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], tokenizer: Any) -> None:
+    """Refuse policies of other tokens than the reference's. A tokenizer is loaded only if its files are new."""
+    vocabulary, alike = tokenizer.get_vocab(), [sources["reference"].tokenizer_path]
+    for name, source in sources.items():
+        if any(_same_files(source.tokenizer_path, one) for one in alike):
+            continue
+        if source.tokenizer().get_vocab() != vocabulary:
+            raise InputError(
+                f"policy {name}: its tokenizer is not that of the reference {settings.model}; policies with other "
+                "tokens have no KL to it: evaluate them by themselves, each beside its own reference"
+            )
+        alike.append(source.tokenizer_path)
+
+
+def _same_files(one: str, other: str) -> bool:
+    """Whether two tokenizers are read from one place, or from folders whose every file of a tokenizer is equal."""
+    if one == other:
+        return True
+    first, second = (
+        {
+            file.name: file.read_bytes()
+            for file in Path(place).glob("*")
+            if file.name.startswith(_OF_TOKENIZERS) and file.is_file()
+        }
+        for place in (one, other)
+    )
+    return "tokenizer.json" in first and first == second
 
 
 def _read_pairs(settings: Evaluation, tokenizer: Any) -> tuple[list[EncodedPair], dict[str, Any], list[Any]]:

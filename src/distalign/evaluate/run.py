@@ -39,6 +39,7 @@ from distalign.measure import (
     significance,
     summarise,
 )
+from distalign.metrics import mean_and_se
 from distalign.reward import Reward
 from distalign.targets import Target
 
@@ -63,8 +64,15 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     if reward is not None:
         for one in measured.values():
             measure_rewards(one, reward, bench.prompts)
-    _write(bench, measured, {})
-    return _write(bench, measured, _standing(bench, measured, reward))
+    results = _results(bench, measured)
+    _write_samples(bench, measured)
+    _write(bench, results)
+    standing = _standing(bench, measured, reward)
+    if standing:
+        # Written before, too: a judge may fail.
+        results = _judged(results, bench, measured, standing)
+        _write(bench, results)
+    return results
 
 
 def _claim(settings: Evaluation) -> None:
@@ -83,13 +91,9 @@ def _claim(settings: Evaluation) -> None:
     settings.dump(folder / "recipe.yaml")
 
 
-def _write(bench: Bench, measured: Mapping[str, Measured], standing: dict[str, Any]) -> dict[str, Any]:
-    """results.json and samples.jsonl: once before the judge, which may fail, and once with what it said."""
-    results = _results(bench, measured, standing)
-    _write_samples(bench, measured)
+def _write(bench: Bench, results: Mapping[str, Any]) -> None:
     text = json.dumps(finite(results), indent=1, ensure_ascii=False)
     (bench.settings.run_dir / "results.json").write_text(text, encoding="utf-8")
-    return results
 
 
 def _answers(bench: Bench) -> dict[str, Answers]:
@@ -217,26 +221,23 @@ def _standing(bench: Bench, measured: Mapping[str, Measured], reward: Reward | N
     return found
 
 
-def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str, Any]) -> dict[str, Any]:
+def _results(bench: Bench, measured: Mapping[str, Measured]) -> dict[str, Any]:
+    """What results.json holds but for the judge's part."""
     settings, start = bench.settings, measured["reference"]
-    others = [name for name in measured if name != "reference"]
+    others = _others(measured)
     return {
         "name": settings.name,
         "kind": "evaluation",
         "seeds": [settings.seed],
-        "columns": _columns(standing),
+        "columns": _columns("judge"),
         "methods": {name: plain(summarise([one])) for name, one in measured.items()},
-        "paired": {name: plain(differences([measured[name]], [start])) for name in others},
-        "between": {
-            one: {other: plain(differences([measured[one]], [measured[other]])) for other in others if other != one}
-            for one in others
-        },
-        "significance": significance({name: [measured[name]] for name in others}, [start], seed=settings.seed),
+        "paired": {name: plain(differences(own, [start])) for name, own in others.items()},
+        "between": _between(measured),
+        "significance": significance(others, [start], seed=settings.seed),
         "calibration": {
             name: [row._asdict() for row in calibration([one])] for name, one in measured.items() if len(one.confidence)
         },
         "points": {name: _points(one) for name, one in measured.items()},
-        **standing,
         **_forecast(bench),
         "pairs": bench.facts,
         "settings": settings.model_dump(mode="json"),
@@ -246,9 +247,41 @@ def _results(bench: Bench, measured: Mapping[str, Measured], standing: dict[str,
     }
 
 
-def _columns(standing: dict[str, Any]) -> list[dict[str, Any]]:
+def _judged(
+    results: Mapping[str, Any], bench: Bench, measured: Mapping[str, Measured], standing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those results with what the judge said: its tables, and the win rate wherever a metric stands."""
+    methods = dict(results["methods"])
+    for name, one in measured.items():
+        if "win_rate" in one.values:
+            methods[name] = {**methods[name], **plain({"win_rate": mean_and_se(one.values["win_rate"])})}
+    return {
+        **results,
+        "columns": _columns(standing["win_rates"]["judge"]),
+        "methods": methods,
+        "between": _between(measured),
+        "significance": significance(
+            _others(measured), [measured["reference"]], seed=bench.settings.seed, known=results["significance"]
+        ),
+        **standing,
+    }
+
+
+def _others(measured: Mapping[str, Measured]) -> dict[str, list[Measured]]:
+    return {name: [one] for name, one in measured.items() if name != "reference"}
+
+
+def _between(measured: Mapping[str, Measured]) -> dict[str, dict[str, Any]]:
+    """Paired differences of every two policies, both ways."""
+    others = _others(measured)
+    return {
+        one: {other: plain(differences(own, others[other])) for other in others if other != one}
+        for one, own in others.items()
+    }
+
+
+def _columns(judge: str) -> list[dict[str, Any]]:
     """The columns, with what they are of here."""
-    judge = standing.get("win_rates", {}).get("judge", "judge")
     about = {
         "accuracy": "How often the policy's preference agrees with a held-out label.",
         "win_rate": f"How often the response is preferred to the reference's, by the judge ({judge}).",
