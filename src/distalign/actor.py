@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ MONITOR, VALUES, COUNTS = "health.json", "value_head.safetensors", "reward_count
 class Actor:
     """Rounds of one run. `note(metrics, weight)` takes numbers of a round for the next log line.
 
-    `rows` are the prompts (or labelled pairs) of the run by number; `args` are the TrainingArguments. `batches` says
-    which rows are together in a round.
+    `rows` are the prompts (or labelled pairs) of the run by number; `args` are the TrainingArguments. Models run inside
+    `autocast()`, rewards do not. `batches` says which rows are together in a round.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class Actor:
         token_budget: int,
         monitor: Monitor | None,
         note: Callable[[dict[str, float], int], None],
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.policy, self.method, self.rollout, self.rows = policy, method, rollout, rows
         self.accumulated, self.token_budget, self.seed = args.gradient_accumulation_steps, token_budget, args.seed
-        self.monitor, self.note = monitor, note
+        self.monitor, self.note, self.autocast = monitor, note, autocast
         self.batches = RoundBatches(
             len(rows),
             batch_size=args.per_device_train_batch_size,
@@ -76,7 +78,8 @@ class Actor:
         rows = [self.rows[index] for index in members]
         if self.buffer is None or self.buffer.round != number:
             started = time.perf_counter()
-            self.buffer = self.rollout.draw(model, rows, list(members), seed=self.seed, number=number)
+            with self.autocast():
+                self.buffer = self.rollout.draw(model, rows, list(members), seed=self.seed, number=number)
             self._start, self._seen = step, []
             self.note({"rollout_time": time.perf_counter() - started}, 1)
         buffer = self.buffer
@@ -118,7 +121,7 @@ class Actor:
     def _scores(self, model: nn.Module, buffer: Buffer, **settings: Any) -> Scores:
         groups = [Group(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)]
         settings |= {"token_budget": self.token_budget, "temperature": self.rollout.settings.temperature}
-        with evaluating(model):
+        with self.autocast(), evaluating(model):
             return score_in_batches(model, groups, **settings)
 
     def _give_credit(self, buffer: Buffer, found: Scores) -> None:
@@ -150,7 +153,8 @@ class Actor:
             # Batches of one optimizer step draw by different random numbers.
             number = mix(buffer.round, step - self._start, indices[0])
             prompts = [buffer.prompts[place] for place in places]
-            fresh = self.rollout.sample(model, prompts, seed=self.seed + 1, number=number)
+            with self.autocast():
+                fresh = self.rollout.sample(model, prompts, seed=self.seed + 1, number=number)
         found = []
         for place, own in zip(places, fresh, strict=True):
             # Fresh responses take the place of drawn ones, unless pairs are made of these.

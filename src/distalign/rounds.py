@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
+from transformers import TrainingArguments
 
 from distalign.errors import InputError
 from distalign.methods import Method
@@ -47,6 +48,20 @@ def check_rollout(label: str, method: Method, settings: Any) -> None:
         )
     if settings.pairing == "best_worst" and needs.pairs == "sampled" and not needs.reward:
         raise TrainingError(f"{label}: rollout.pairing is best_worst, but the method has no reward; take all")
+
+
+def check_arguments(label: str, args: TrainingArguments) -> None:
+    """Raise TrainingError for arguments of transformers that cannot be followed here."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise TrainingError(
+            f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
+            "show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.torch_compile:
+        raise TrainingError(
+            f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
+            "leave it out of training"
+        )
 
 
 def check_needs(label: str, method: Method, *, reference: bool, rollout: Rollout | None) -> None:

@@ -40,7 +40,7 @@ from distalign.policy import Policy
 from distalign.preference import preference_logit, preference_nll
 from distalign.progress import progress
 from distalign.room import DRAWING, Room, explained, measure, out_of_memory
-from distalign.rounds import Rollout, TrainingError, acts, check_needs
+from distalign.rounds import Rollout, TrainingError, acts, check_arguments, check_needs
 
 logger = logging.getLogger("distalign.trainer")
 
@@ -82,7 +82,8 @@ class AlignmentTrainer(Trainer):
     ):
         self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
         self.rollout, self.acts = rollout, acts(method)
-        self._check(args)
+        check_arguments(label, args)
+        check_needs(label, method, reference=policy.reference is not None, rollout=rollout)
         args.remove_unused_columns = False
         stopping: list[TrainerCallback] = []
         if patience is not None and eval_pairs:
@@ -101,6 +102,9 @@ class AlignmentTrainer(Trainer):
             processing_class=policy.tokenizer,
             callbacks=[*(callbacks or []), *stopping],
         )
+        if isinstance(policy.reference, nn.Module):
+            # The Trainer has put the policy where it is trained.
+            policy.reference.to(args.device)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.extra_evaluation = extra_evaluation
@@ -115,22 +119,10 @@ class AlignmentTrainer(Trainer):
         self.room: Room | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
 
-    def _check(self, args: TrainingArguments) -> None:
-        if args.world_size > 1 or args.n_gpu > 1:
-            raise TrainingError(
-                f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
-                "show it one device (CUDA_VISIBLE_DEVICES=0)"
-            )
-        if args.torch_compile:
-            raise TrainingError(
-                f"{self.label}: torch_compile would compile the model's own forward, which the engine does not call; "
-                "leave it out of training"
-            )
-        check_needs(self.label, self.method, reference=self.policy.reference is not None, rollout=self.rollout)
-
     def _actor(self) -> Actor:
         assert self.rollout is not None
         settings: Any = {"args": self.args, "token_budget": self.token_budget, "monitor": self.monitor}
+        settings["autocast"] = self.accelerator.autocast
         return Actor(self.policy, self.method, self.rollout, self.rows, note=self.notes.add, **settings)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -170,7 +162,7 @@ class AlignmentTrainer(Trainer):
         if not missing:
             return
         groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in missing]
-        with self.policy.as_reference() as model:
+        with self.accelerator.autocast(), self.policy.as_reference() as model:
             logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
         for row, pair in zip(missing, logps.view(-1, 2), strict=True):
             self.reference_cache[row.key] = pair
@@ -195,13 +187,16 @@ class AlignmentTrainer(Trainer):
         if resume_from_checkpoint:
             self._resume(Path(str(resume_from_checkpoint)))
         else:
-            self.policy.assert_starts_at_reference([Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]])
+            with self.accelerator.autocast():
+                self.policy.assert_starts_at_reference([Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]])
         self._free = available(self.args.device)
         with progress(self.label, 1) as self._advance, explained(self.label):
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self.policy.remove_value_head()
+                # Without the autocast that accelerate put around its forward: used by itself it is what it is.
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _resume(self, checkpoint: Path) -> None:
         if self.actor is not None:
@@ -243,7 +238,8 @@ class AlignmentTrainer(Trainer):
         return total
 
     def _micro_batch(self, model: nn.Module, micro: Sequence[Collected], whole: int) -> Tensor:
-        with self.compute_loss_context_manager():
+        # accelerate's own autocast is around the model's forward, which the engine does not call.
+        with self.accelerator.autocast():
             scores = self.score(model, micro)
             pairing = "all" if self.rollout is None else self.rollout.settings.pairing
             pairs, samples = look(scores, micro, self.method.needs, pairing)
@@ -284,7 +280,7 @@ class AlignmentTrainer(Trainer):
 
         needs = self.method.needs
         settings: Any = {"args": self.args, "token_budget": self.token_budget, "free": self._free}
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             room = measure(self.label, self.policy, score, self.rows, needs, self.rollout, **settings)
         room.tell()
         return room
@@ -314,7 +310,7 @@ class AlignmentTrainer(Trainer):
         collected = self.labelled(rows, reference=self.policy.reference is not None)
         model: Any = self.model
         groups = [one.group for one in collected]
-        with evaluating(model):
+        with self.accelerator.autocast(), evaluating(model):
             logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
         return labelled_pairs(logps.view(-1, 2), collected)
 
@@ -328,7 +324,7 @@ class AlignmentTrainer(Trainer):
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model: Any = self.model
         pairs = self.held_out(rows)
-        with evaluating(model):
+        with self.accelerator.autocast(), evaluating(model):
             extra = self.extra_evaluation(model) if self.extra_evaluation else {}
         rewards = self.method.implied_reward(pairs.logps, pairs.reference_logps)
         logit = preference_logit(rewards, gamma=1.0)
@@ -359,7 +355,8 @@ class AlignmentTrainer(Trainer):
             return self.monitor.update({"logps/chosen": found["logps/chosen"]}, self.state.global_step)
         rows: Any = self.eval_dataset
         limit, seed = self.monitor.settings.prompts, self.args.seed
-        metrics = observe(self.policy, self.rollout, model, rows, limit, self.token_budget, seed)
+        with self.accelerator.autocast():
+            metrics = observe(self.policy, self.rollout, model, rows, limit, self.token_budget, seed)
         if not metrics:
             return {}
         metrics |= self.monitor.update({**metrics, "logps/chosen": found["logps/chosen"]}, self.state.global_step)
