@@ -28,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import TrainingArguments
 
+from distalign import policy
 from distalign.data import encode_prompt, end_token_id, read_prompts
 from distalign.evaluate import evaluate, load_evaluation
 from distalign.policy import find_model
@@ -85,6 +86,7 @@ def evaluation(recipe: Path, policies: dict[str, str], round_: int, machine: Mac
     settings = load_evaluation(
         recipe, [f"name=round-{round_}"], [f"{name}={place}" for name, place in policies.items()]
     )
+    policy._DIGESTS.clear()  # An evaluation is a process of its own, which has hashed no weights yet.
     start = machine.seconds()
     parts = evaluate(settings)["seconds"]
     return machine.seconds() - start, parts

@@ -86,8 +86,8 @@ class Source:
         """Longest sequence that the model can encode, in tokens; None if it names no limit."""
         return getattr(self.config().get_text_config(), "max_position_embeddings", None)
 
-    def model(self, dtype: str = "float32") -> PreTrainedModel:
-        """The model's weights, from safetensors only, in evaluation mode. Raises ModelError."""
+    def model(self, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
+        """The model's weights on `device`, from safetensors only, in evaluation mode. Raises ModelError."""
         with _explained(self.name):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 self.path,
@@ -95,6 +95,7 @@ class Source:
                 use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
             )
+            model = model if device is None else model.to(device)
             if self.adapter is not None:
                 model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
             return model.eval()

@@ -192,8 +192,8 @@ def load_base(bench: Bench, target: Target | None) -> None:
 
 def load(bench: Bench, source: Source) -> Any:
     """A policy's weights, frozen, on the device that training would take."""
-    model: Any = source.model(bench.settings.dtype)
-    return model.to(TrainingArguments(output_dir="unused").device).requires_grad_(False)
+    model = source.model(bench.settings.dtype, TrainingArguments(output_dir="unused").device)
+    return model.requires_grad_(False)
 
 
 def reward_of(bench: Bench) -> Reward | None:
