@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 else:
                     spent[side], spent["parts"] = evaluation(recipe, policies, round_, machine)
             rows.append({**spent, "ratio": spent["evaluation"] / spent["generation"]})
+            told = ", ".join(f"{side} {spent[side]:.1f} {machine.unit}" for side in ("generation", "evaluation"))
+            print(f"round {round_ + 1}: {told}, ratio {rows[-1]['ratio']:.2f}", flush=True)
     if options.device != "cpu":
         rows.pop(0)
     ratios = [row["ratio"] for row in rows]
