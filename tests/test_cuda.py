@@ -29,12 +29,12 @@ from transformers import TrainingArguments
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, below, check, flex, score, score_in_batches, selfcheck
-from distalign.engine.drawn import score_drawn, score_own
+from distalign.engine.drawn import score_drawn
 from distalign.engine.recompute import set_recompute
 from distalign.methods import METHODS
 from distalign.policy import Source, make_policy
 from distalign.recipe import Lora
-from distalign.rollout import decoding, sample, sample_with_states, sampling
+from distalign.rollout import decoding, sample, sample_with_scores, sample_with_states, sampling
 from distalign.trainer import AlignmentTrainer
 
 DEVICE = torch.device(os.environ.get("DISTALIGN_TEST_DEVICE", "cuda"))
@@ -304,7 +304,8 @@ def test_responses_scored_from_the_states_that_drew_them(family):
     model, settings = two(family)[0], {"token_budget": 64, "temperature": 0.7}
     reference, own = moved(model), drawn_by(model, temperature=0.7)
     (found,) = score_drawn([own], PROMPTS, reference, **settings)
-    alone = score_own(own, temperature=0.7)
+    alone = sample_with_scores(model, PROMPTS, **SETTINGS, temperature=0.7)
+    assert alone.responses == own.responses
     groups = list(map(Group, PROMPTS, own.responses))
     expected = score_in_batches(model, groups, reference=reference, entropy=True, **settings)
     limit = {"rtol": 0, "atol": 100 * tolerance(family, torch.float64)}

@@ -9,7 +9,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distalign.engine import flex
-from distalign.engine.packing import Segment
+from distalign.engine.packing import ReadPrompt, Segment
 
 NAME = "distalign_shared_prefix"
 
@@ -44,11 +44,18 @@ class CannotShare(Exception):
 class Layout:
     """The segments of one packed row, its masks (made once per window), and what the layers asked for.
 
-    by_flex: leave the calls that FlexAttention serves to it.
+    by_flex: leave the calls that FlexAttention serves to it. read: for each segment, its prompt if it was read before;
+    such a row is computed segment by segment.
     """
 
-    def __init__(self, segments: tuple[Segment, ...], *, by_flex: bool = False) -> None:
-        self.segments = segments
+    def __init__(
+        self,
+        segments: tuple[Segment, ...],
+        *,
+        by_flex: bool = False,
+        read: Sequence[ReadPrompt | None] | None = None,
+    ) -> None:
+        self.segments, self.read = segments, read
         self.by_flex = by_flex
         self.pieces = [length for segment in segments for length in segment.lengths]
         self.tokens = sum(self.pieces)
@@ -113,7 +120,7 @@ def shared_prefix_attention(
     options = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     call = flex.Call.of(query, key, value, window, dropout=dropout, **options)
     layout.calls.append(call)
-    if layout.by_flex and flex.serves(call):
+    if layout.by_flex and layout.read is None and flex.serves(call):
         whole = flex.attend(query, key, value, layout.block_mask(window, query.device), **options)
         return whole.transpose(1, 2).contiguous(), None
 
@@ -121,7 +128,7 @@ def shared_prefix_attention(
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
 
-    if _in_one_call(call):
+    if layout.read is None and _in_one_call(call):
         whole = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.whole_mask(call), scale=scaling)
         return whole.transpose(1, 2).contiguous(), None
 
@@ -129,15 +136,24 @@ def shared_prefix_attention(
     queries, keys, values = (tensor.split(layout.pieces, dim=2) for tensor in (query, key, value))
     options["dropout"] = dropout
     out: list[Tensor] = []
-    for segment in layout.segments:
+    for number, segment in enumerate(layout.segments):
         first = len(out)
-        out.append(_attend(layout, queries[first], keys[first], values[first], window, **options))
+        known = None if layout.read is None else layout.read[number]
+        if known is None:
+            prompt_keys, prompt_values = keys[first], values[first]
+            out.append(_attend(layout, queries[first], prompt_keys, prompt_values, window, **options))
+        else:
+            layer = len(layout.calls) - 1
+            prompt_keys, prompt_values = (
+                part[layer][None].repeat_interleave(repeat, dim=1) for part in (known.keys, known.values)
+            )
+            out.append(values[first])
         for piece in range(first + 1, first + 1 + len(segment.responses)):
             if layout.pieces[piece] == 0:
                 out.append(values[piece])
                 continue
-            k = torch.cat([keys[first], keys[piece]], dim=2)
-            v = torch.cat([values[first], values[piece]], dim=2)
+            k = torch.cat([prompt_keys, keys[piece]], dim=2)
+            v = torch.cat([prompt_values, values[piece]], dim=2)
             out.append(_attend(layout, queries[piece], k, v, window, **options))
     return torch.cat([part.transpose(1, 2) for part in out], dim=1), None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from distalign.engine.encoding import device_of, evaluating
 from distalign.engine.head import Head, HiddenRows, LogitRows, Rows, score_rows
-from distalign.engine.packing import Group, frame, micro_batches
+from distalign.engine.packing import Group, ReadPrompt, frame, micro_batches
 from distalign.engine.scoring import _rows, _validate, worth_compiling
 
 
@@ -51,11 +51,13 @@ def score_drawn(
     *,
     token_budget: int,
     temperature: float = 1.0,
+    read: Sequence[ReadPrompt | None] | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> list[DrawnScores]:
     """What `score` says of each policy's responses with that reference, policy by policy.
 
-    Everything is of softmax(logits / temperature). `progress(done, total)` counts prompts. Raises ValueError for
+    Everything is of softmax(logits / temperature). Prompts that the reference has read before, a value a prompt, are
+    not read again. `progress(done, total)` counts prompts. Raises ValueError for
     responses that cannot be scored, states that are not one a token, and a reference with another vocabulary.
     """
     for one in drawn:
@@ -74,7 +76,8 @@ def score_drawn(
     with evaluating(reference):
         for batch in micro_batches(groups, token_budget):
             chosen = [groups[index] for index in batch]
-            rows = _rows(reference, chosen, temperature, kernels=kernels)
+            known = None if read is None else [read[index] for index in batch]
+            rows = _rows(reference, chosen, temperature, kernels=kernels, read=known)
             targets = frame(chosen, device_of(reference)).targets
             # The reference's rows go prompt by prompt and within a prompt policy by policy.
             owner = torch.tensor([p for i in batch for p, one in enumerate(drawn) for r in one.responses[i] for _ in r])
@@ -90,21 +93,6 @@ def score_drawn(
             if progress is not None:
                 progress(done, len(groups))
     return [DrawnScores(*total) for total in sums]
-
-
-@torch.no_grad()
-def score_own(one: Drawn, *, temperature: float = 1.0) -> DrawnScores:
-    """As `score_drawn` for the reference itself, from its states alone: its KL is 0."""
-    device = one.states.device
-    targets = torch.tensor([token for own in one.responses for response in own for token in response], device=device)
-    values = score_rows(HiddenRows(one.states, one.head, temperature), targets, entropy=True)
-    assert values.entropy is not None
-    owner = torch.cat(_places(one))[:, 1]
-    logps, entropy = (
-        torch.zeros(int(owner.max()) + 1, dtype=torch.float64).index_add_(0, owner, part.cpu().double())
-        for part in (values.logps, values.entropy)
-    )
-    return DrawnScores(logps, entropy, torch.zeros_like(logps), logps)
 
 
 def _places(one: Drawn) -> list[Int[Tensor, "tokens 2"]]:

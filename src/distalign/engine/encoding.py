@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from distalign.engine.attention import Layout, shared_attention
 from distalign.engine.head import CannotTile, HiddenRows, LogitRows, Rows, head_of
-from distalign.engine.packing import Group, PaddedRows, frame, pack, pad
+from distalign.engine.packing import Group, PaddedRows, ReadPrompt, frame, pack, pad
 
 # Padded tokens of one forward call of the padded path.
 _PADDED_TOKENS = 4096
@@ -41,14 +41,26 @@ def device_of(model: nn.Module) -> torch.device:
     return embeddings.weight.device
 
 
-def encode(model: nn.Module, groups: Sequence[Group], path: str, temperature: float, *, by_flex: bool = False) -> Rows:
+def encode(
+    model: nn.Module,
+    groups: Sequence[Group],
+    path: str,
+    temperature: float,
+    *,
+    by_flex: bool = False,
+    read: Sequence[ReadPrompt | None] | None = None,
+) -> Rows:
     """The rows that predict the response tokens of `groups`, by `path`: "shared", "padded" or "plain".
 
-    by_flex: on the shared path, leave the layers that FlexAttention serves to it.
+    On the shared path, `by_flex` leaves the layers that FlexAttention serves to it, and prompts of `read`, a value a
+    group, are not read again.
     """
     if path == "plain":
         return LogitRows(_plain(model, groups), temperature)
-    hidden = shared_hidden(model, groups, by_flex=by_flex)[0] if path == "shared" else _padded(model, groups)
+    if path == "padded":
+        hidden = _padded(model, groups)
+    else:
+        hidden, _ = shared_hidden(model, groups, by_flex=by_flex, read=read)
     return HiddenRows(hidden, head_of(model), temperature)
 
 
@@ -64,18 +76,28 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 def shared_hidden(
-    model: Any, groups: Sequence[Group], *, by_flex: bool = False
+    model: Any,
+    groups: Sequence[Group],
+    *,
+    by_flex: bool = False,
+    read: Sequence[ReadPrompt | None] | None = None,
 ) -> tuple[Float[Tensor, "rows hidden"], Layout]:
     """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
 
-    Raises CannotShare where the model asks its attention for something that cannot be shared.
+    Prompts of `read`, a value a group, are not encoded again. Raises CannotShare where the model asks its attention for
+    something that cannot be shared.
     """
-    row = pack(groups, device_of(model))
-    layout = Layout(row.segments, by_flex=by_flex)
+    known = [one for one in read or () if one is not None]
+    if not known or all(len(response) == 1 for group in groups for response in group.responses):
+        # Without prompts read before; a row of nothing but such prompts would have no token.
+        known, read = [], None
+    row = pack(groups, device_of(model), read)
+    layout = Layout(row.segments, by_flex=by_flex, read=read)
     decoder = decoder_of(model)
     with shared_attention(decoder, layout):
         out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
-    return out[0][0].index_select(0, row.predictors), layout
+    states = torch.cat([*(one.state[None] for one in known), out[0][0]]) if known else out[0][0]
+    return states.index_select(0, row.predictors), layout
 
 
 def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:

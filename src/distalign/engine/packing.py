@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -33,8 +33,23 @@ class Group:
 
 
 @dataclass(frozen=True)
+class ReadPrompt:
+    """What a model made of a prompt when it read it before: keys and values of every layer, and the state at its end.
+
+    Of a layer with a sliding window the last keys and values suffice, as many as a later token can see.
+    """
+
+    keys: list[Float[Tensor, "_kv_heads _tokens _dim"]]
+    values: list[Float[Tensor, "_kv_heads _tokens _value_dim"]]
+    state: Float[Tensor, "hidden"]
+
+
+@dataclass(frozen=True)
 class Segment:
-    """Where one group lies in a packed row: input tokens of the prompt, then of each response (possibly none)."""
+    """Where one group lies in a packed row: input tokens of the prompt, then of each response (possibly none).
+
+    A prompt that has been read before has none.
+    """
 
     prompt: int
     responses: tuple[int, ...]
@@ -47,7 +62,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """All groups in one row. `predictors`: for every response token in order, the input position that predicts it."""
+    """All groups in one row. `predictors`: for every response token in order, the input position that predicts it.
+
+    Positions are counted after those of the prompts read before, each of which has one: that of its last token.
+    """
 
     input_ids: Int[Tensor, "1 tokens"]
     position_ids: Int[Tensor, "1 tokens"]
@@ -91,24 +109,29 @@ def frame(groups: Sequence[Group], device: torch.device) -> Frame:
     )
 
 
-def pack(groups: Sequence[Group], device: torch.device) -> PackedRow:
-    """Put all groups into one row, each prompt once."""
+def pack(groups: Sequence[Group], device: torch.device, read: Sequence[ReadPrompt | None] | None = None) -> PackedRow:
+    """Put all groups into one row, each prompt once; those of `read`, a value a group, not at all."""
+    known = [False] * len(groups) if read is None else [one is not None for one in read]
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
     segments = []
-    for group in groups:
+    before = sum(known)
+    for index, group in enumerate(groups):
         size = len(group.prompt)
-        ids += group.prompt
-        positions += range(size)
-        last_of_prompt = len(ids) - 1
+        if known[index]:
+            last_of_prompt = sum(known[:index])
+        else:
+            ids += group.prompt
+            positions += range(size)
+            last_of_prompt = before + len(ids) - 1
         for response in group.responses:
             inputs = len(response) - 1
             predictors.append(last_of_prompt)
-            predictors += range(len(ids), len(ids) + inputs)
+            predictors += range(before + len(ids), before + len(ids) + inputs)
             ids += response[:-1]
             positions += range(size, size + inputs)
-        segments.append(Segment(size, tuple(len(response) - 1 for response in group.responses)))
+        segments.append(Segment(0 if known[index] else size, tuple(len(r) - 1 for r in group.responses)))
     return PackedRow(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distalign.engine.below import Below
 from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm
 from distalign.engine.head import HiddenRows, Rows, head_of, score_rows
-from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
+from distalign.engine.packing import Frame, Group, ReadPrompt, frame, micro_batches, validate
 from distalign.engine.recompute import recomputes
 from distalign.engine.selfcheck import check
 from distalign.engine.tied import tied
@@ -170,9 +170,17 @@ def _path(model: nn.Module, groups: Sequence[Group]) -> str:
     return "plain" if report.length_limit is not None and longest > report.length_limit else report.path
 
 
-def _rows(model: nn.Module, groups: Sequence[Group], temperature: float, *, kernels: bool) -> Rows:
+def _rows(
+    model: nn.Module,
+    groups: Sequence[Group],
+    temperature: float,
+    *,
+    kernels: bool,
+    read: Sequence[ReadPrompt | None] | None = None,
+) -> Rows:
     """Rows of the model; with `kernels`, FlexAttention is tried if it has not been."""
-    return encode(model, groups, _path(model, groups), temperature, by_flex=check(model, kernels=kernels).by_flex)
+    by_flex = check(model, kernels=kernels).by_flex
+    return encode(model, groups, _path(model, groups), temperature, by_flex=by_flex, read=read)
 
 
 def _both_rows(

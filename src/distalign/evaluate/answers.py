@@ -21,17 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.engine import Group, score_in_batches
-from distalign.engine.drawn import Drawn, score_drawn, score_own
+from distalign.engine.drawn import Drawn, score_drawn
 from distalign.engine.head import CannotTile, head_of
+from distalign.engine.packing import ReadPrompt
 from distalign.evaluate.settings import Evaluation
 from distalign.policy import Source, weights_digest
 from distalign.progress import progress
-from distalign.rollout import sample, sample_with_states
+from distalign.rollout import sample, sample_with_scores, sample_with_states
 
 logger = logging.getLogger("distalign.evaluate")
 
 _STATES = "states.safetensors"
-_FORMAT = 2  # of what is kept; another number, and everything is drawn again
+_READ = 2**30  # bytes of the prompts' keys and values that the reference may keep between its answers and its pass
+_FORMAT = 3  # of what is kept; another number, and everything is drawn again
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Answers:
     """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, a value a response.
 
     `pair_logps` are ln π of the held-out pairs, preferred response first. `drawn` is what the responses are scored
-    from; None when they have been. `own_reference`: they are the reference's own. `states` are those
-    of answers that were kept before they were scored: with the policy's head they make `drawn`.
+    from; None when they have been. `states` are those of answers that were kept before they were scored: with the
+    policy's head they make `drawn`. `read` are the prompts as the reference read them, of its own fresh answers.
     """
 
     name: str
@@ -49,8 +51,8 @@ class Answers:
     pair_logps: Float[Tensor, "pairs 2"]
     scores: dict[str, Float[Tensor, "responses"]]
     drawn: Drawn | None = None
-    own_reference: bool = False
     states: Float[Tensor, "tokens hidden"] | None = None
+    read: list[ReadPrompt | None] | None = None
 
     def save(self, folder: Path) -> None:
         """Write it, the states only while they wait to be scored; the key last, so that no torn folder is believed."""
@@ -75,7 +77,7 @@ def load_answers(folder: Path, name: str, key: str) -> Answers | None:
         states = None if "kl" in scores else load_file(folder / _STATES)["states"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return Answers(name, key, responses, pair_logps, scores, own_reference=name == "reference", states=states)
+    return Answers(name, key, responses, pair_logps, scores, states=states)
 
 
 def content_key(
@@ -117,54 +119,64 @@ def draw_answers(
         "end_id": end_id,
         "seed": 1_000_003 * settings.seed + draw_number(name),
     }
-    scores: dict[str, Tensor] = {}
-    drawn = None
     with progress(f"answers of {name}", len(prompts)) as advance:
-        try:
-            head = head_of(model)
-            responses, states = sample_with_states(model, prompts, **asked, progress=advance)
-            drawn = Drawn(responses, states, head)
-        except CannotTile:
-            responses = sample(model, prompts, **asked, progress=advance)
-    if drawn is None:
-        groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
-        budget = settings.token_budget
-        found = score_in_batches(
-            model, groups, token_budget=budget, reference=reference, entropy=True, temperature=settings.temperature
-        )
-        assert found.step_entropy is not None
-        assert found.step_kl is not None
-        scores = {"logps": found.logps, "entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
-        scores = {key: values.double().cpu() for key, values in scores.items()}
+        found = _draw(model, reference, prompts, asked | {"progress": advance}, settings.token_budget)
     pair_logps = torch.zeros(0, 2, dtype=torch.float64)
     if pairs:
         with progress(f"pairs of {name}", len(pairs)) as advance:
-            found = score_in_batches(model, pairs, token_budget=settings.token_budget, progress=advance)
-        pair_logps = found.logps.double().cpu().view(-1, 2)
-    return Answers(name, key, responses, pair_logps, scores, drawn, own_reference=model is reference)
+            scores = score_in_batches(model, pairs, token_budget=settings.token_budget, progress=advance)
+        pair_logps = scores.logps.double().cpu().view(-1, 2)
+    return Answers(name, key, pair_logps=pair_logps, **found)
+
+
+def _draw(
+    model: Any, reference: Any, prompts: Sequence[list[int]], asked: dict[str, Any], token_budget: int
+) -> dict[str, Any]:
+    """Responses, and their scores or what they are to be scored from, by the names of `Answers`."""
+    if model is reference:
+        # Its scores need no pass. On a CPU a second pass over the prompts is dear; elsewhere calls are, not operations.
+        own = sample_with_scores(model, prompts, **asked, keep=_READ if model.device.type == "cpu" else 0)
+        scores = {"logps": own.logps, "entropy": own.entropy, "kl": torch.zeros_like(own.logps)}
+        return {"responses": own.responses, "scores": scores, "read": own.read}
+    try:
+        head = head_of(model)
+    except CannotTile:
+        responses, temperature = sample(model, prompts, **asked), asked["temperature"]
+        groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
+        settings: dict[str, Any] = {"token_budget": token_budget, "temperature": temperature}
+        found = score_in_batches(model, groups, reference=reference, entropy=True, **settings)
+        assert found.step_entropy is not None
+        assert found.step_kl is not None
+        scores = {"logps": found.logps, "entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
+        return {"responses": responses, "scores": {key: values.double().cpu() for key, values in scores.items()}}
+    responses, states = sample_with_states(model, prompts, **asked)
+    return {"responses": responses, "scores": {}, "drawn": Drawn(responses, states, head)}
 
 
 def score_answers(
-    answers: Sequence[Answers], reference: Any, settings: Evaluation, prompts: Sequence[list[int]]
+    answers: Sequence[Answers],
+    reference: Any,
+    settings: Evaluation,
+    prompts: Sequence[list[int]],
+    read: Sequence[ReadPrompt | None] | None = None,
 ) -> None:
     """Entropy and KL(π ‖ π₀) of every response that has none yet, in one pass of the reference for all policies.
 
-    Answers drawn by the reference itself need no pass: their states are the reference's.
+    Prompts that the reference has read before, a value a prompt, are not read again.
     """
-    waiting = [(one, one.drawn) for one in answers if one.drawn is not None]
-    own = [one for one in waiting if one[0].own_reference]
-    others = [one for one in waiting if not one[0].own_reference]
-    found = [score_own(drawn, temperature=settings.temperature) for _, drawn in own]
-    if others:
-        with progress("KL to the reference", len(prompts)) as advance:
-            found += score_drawn(
-                [drawn for _, drawn in others],
-                prompts,
-                reference,
-                token_budget=settings.token_budget,
-                temperature=settings.temperature,
-                progress=advance,
-            )
-    for (one, _), scores in zip([*own, *others], found, strict=True):
+    waiting = [one for one in answers if one.drawn is not None]
+    if not waiting:
+        return
+    with progress("KL to the reference", len(prompts)) as advance:
+        found = score_drawn(
+            [one.drawn for one in waiting if one.drawn is not None],
+            prompts,
+            reference,
+            token_budget=settings.token_budget,
+            temperature=settings.temperature,
+            read=read,
+            progress=advance,
+        )
+    for one, scores in zip(waiting, found, strict=True):
         one.scores = {"logps": scores.logps, "entropy": scores.entropy, "kl": scores.kl}
         one.drawn = None

@@ -123,7 +123,8 @@ def _answers(bench: Bench) -> dict[str, Answers]:
         del model
         bench.seconds[f"answers of {name}"] = time.monotonic() - started
     started = time.monotonic()
-    score_answers([found[name] for name in fresh], bench.base, settings, bench.ids)
+    score_answers([found[name] for name in fresh], bench.base, settings, bench.ids, found["reference"].read)
+    found["reference"].read = None
     bench.seconds["KL to the reference"] = time.monotonic() - started
     for name in fresh:
         found[name].save(folder / name)

@@ -23,9 +23,10 @@ from transformers.cache_utils import Cache
 
 from distalign.engine.attention import CannotShare, attention_configs, expected_windows
 from distalign.engine.encoding import device_of, evaluating
+from distalign.engine.packing import ReadPrompt
 from distalign.engine.selfcheck import sample_groups
 from distalign.errors import InputError
-from distalign.rollout.prefix import PrefixCache
+from distalign.rollout.prefix import PrefixCache, plain_layers
 
 logger = logging.getLogger("distalign.rollout")
 
@@ -107,6 +108,25 @@ class Encoded:
     def lengths(self) -> Int[Tensor, "prompts"]:
         """Tokens of the prompts."""
         return self.mask.sum(1)
+
+    @property
+    def bytes(self) -> int:
+        """What the keys and values of all layers take; 0 where a layer keeps something else."""
+        tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+    def read(self) -> list[ReadPrompt]:
+        """What the model has made of each prompt, in memory of its own. The states must be watched.
+
+        Raises CannotShare if some layer of the cache is not plain keys and values.
+        """
+        pairs = [(layer.keys.clone(), layer.values.clone()) for layer in plain_layers(self.cache)]
+        return [
+            ReadPrompt(
+                [keys[row, :, -length:] for keys, _ in pairs], [values[row, :, -length:] for _, values in pairs], state
+            )
+            for row, (length, state) in enumerate(zip(self.lengths.tolist(), self.states, strict=True))
+        ]
 
 
 def encode_prompts(model: Any, prompts: Sequence[list[int]], pad_id: int, *, watch: bool = False) -> Encoded:

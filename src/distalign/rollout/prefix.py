@@ -64,10 +64,8 @@ class PrefixCache(Cache):
     def __init__(
         self, cache: Cache, mask: Int[Tensor, "prompts width"], parents: Int[Tensor, "rows"], room: int
     ) -> None:
-        plain: list[Any] = cache.layers
+        plain = plain_layers(cache)
         for layer in plain:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
-                raise CannotShare(f"its cache has layers of type {type(layer).__name__}")
             if layer.keys.shape[0] != mask.shape[0] or layer.keys.shape[2] > mask.shape[1]:
                 raise CannotShare(f"its cache has keys of shape {tuple(layer.keys.shape)}")
         super().__init__(layers=[PrefixLayer(layer.keys, layer.values, len(parents), room) for layer in plain])
@@ -143,6 +141,15 @@ class PrefixCache(Cache):
 
 
 _CACHE: ContextVar[PrefixCache | None] = ContextVar("distalign_prefix_cache", default=None)
+
+
+def plain_layers(cache: Cache) -> list[Any]:
+    """The layers of a cache of keys and values. Raises CannotShare if one keeps something else."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            raise CannotShare(f"its cache has layers of type {type(layer).__name__}")
+    return layers
 
 
 def close_gaps(kept: Bool[Tensor, "rows"]) -> Int[Tensor, "kept"]:

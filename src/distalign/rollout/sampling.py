@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distalign.engine.encoding import evaluating
-from distalign.rollout.decoding import Forked, Shared, encode_prompts, shares_prompts
+from distalign.engine.packing import ReadPrompt
+from distalign.rollout.decoding import Encoded, Forked, Shared, encode_prompts, shares_prompts
 from distalign.rollout.prefix import close_gaps
 
 
@@ -67,7 +68,7 @@ def sample(
     alone. Raises ValueError for an empty prompt or settings out of range.
     """
     drawing = Drawing(max_new_tokens, min_new_tokens, temperature, top_p, end_id)
-    return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, watch=False)]
+    return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress)]
 
 
 def sample_with_states(
@@ -87,16 +88,76 @@ def sample_with_states(
     The states are in the order of the responses: prompt by prompt, response by response, token by token.
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
-    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, watch=True)
-    return [[one.ids for one in own] for own in drawn], torch.cat([one.states for own in drawn for one in own])
+    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, note=lambda states, logits, tokens: states)
+    return [[one.ids for one in own] for own in drawn], torch.cat([one.noted for own in drawn for one in own])
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """Responses of a model, responses[prompt][response], and what their sampling has computed besides.
+
+    Sums over the tokens of each response, in nats, in float64: ln π and the entropy at every step. `read` has the
+    prompts as the model has read them, or None.
+    """
+
+    responses: list[list[list[int]]]
+    logps: Float[Tensor, "responses"]
+    entropy: Float[Tensor, "responses"]
+    read: list[ReadPrompt | None]
+
+
+def sample_with_scores(
+    model: Any,
+    prompts: Sequence[list[int]],
+    *,
+    n: int = 1,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    end_id: int,
+    seed: int,
+    rows: int = 64,
+    keep: int = 0,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Spoken:
+    """As `sample`, with log-probabilities and entropies of softmax(logits / temperature), which scoring need not find.
+
+    Prompts as read are kept in up to `keep` bytes, of a model whose responses share them. Raises ValueError as
+    `sample` does, and for a temperature of 0.
+    """
+    if temperature == 0:
+        raise ValueError("sample_with_scores: temperature is 0, which has no probabilities; take one above 0")
+    drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
+    read: list[ReadPrompt | None] = [None] * len(prompts)
+    room = keep
+
+    def note(_: Tensor, logits: Tensor, tokens: Tensor) -> Float[Tensor, "rows 2"]:
+        log_p = (logits / temperature).log_softmax(-1)
+        entropy = -torch.linalg.vecdot(log_p.exp(), log_p.clamp(min=-1e30))
+        return torch.stack([log_p.gather(-1, tokens[:, None])[:, 0], entropy], -1)
+
+    def visit(indices: Sequence[int], encoded: Encoded) -> None:
+        nonlocal room
+        room -= encoded.bytes
+        if room >= 0 and shares_prompts(model):
+            for index, one in zip(indices, encoded.read(), strict=True):
+                read[index] = one
+
+    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, note=note, visit=visit if keep else None)
+    sums = [one.noted.double().sum(0).cpu() for own in drawn for one in own]
+    logps, entropy = (torch.stack([each[column] for each in sums]) for column in (0, 1))
+    return Spoken([[one.ids for one in own] for own in drawn], logps, entropy, read)
+
+
+# What to remember of each row, from the states [rows, hidden], the logits made of them and the tokens drawn from these.
+_Note = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
 class _Response:
-    """The tokens of a response, and the hidden state before each of them if states are watched."""
+    """The tokens of a response, and what was noted of each of them."""
 
     ids: list[int] = field(default_factory=list)
-    states: Tensor = field(default_factory=lambda: torch.zeros(0))
+    noted: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
 @torch.no_grad()
@@ -109,8 +170,10 @@ def _sample(
     rows: int,
     progress: Callable[[int, int], Any] | None,
     *,
-    watch: bool,
+    note: _Note | None = None,
+    visit: Callable[[Sequence[int], Encoded], None] | None = None,
 ) -> list[list[_Response]]:
+    """As `sample`; `visit` sees every batch of prompts, by their numbers, when it has been read."""
     _check(prompts, n, rows)
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -120,7 +183,10 @@ def _sample(
     with evaluating(model):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            flat = _respond(model, [prompts[i] for i in batch], n, rows, drawing, generator, watch=watch)
+            encoded = encode_prompts(model, [prompts[i] for i in batch], drawing.end_id, watch=note is not None)
+            if visit is not None:
+                visit(batch, encoded)
+            flat = _respond(model, encoded, n, rows, drawing, generator, note)
             for position, index in enumerate(batch):
                 results[index] = flat[position * n : (position + 1) * n]
             if progress is not None:
@@ -138,45 +204,44 @@ def _check(prompts: Sequence[list[int]], n: int, rows: int) -> None:
 
 def _respond(
     model: Any,
-    prompts: list[list[int]],
+    encoded: Encoded,
     n: int,
     rows: int,
     drawing: Drawing,
     generator: torch.Generator,
-    *,
-    watch: bool,
+    note: _Note | None,
 ) -> list[_Response]:
-    """`n` responses a prompt, in order: one forward over the prompts, then at most `rows` responses at once."""
-    encoded = encode_prompts(model, prompts, drawing.end_id, watch=watch)
+    """`n` responses to each prompt, in order, at most `rows` at once."""
     kind = Shared if shares_prompts(model) else Forked
-    parts = torch.arange(len(prompts), device=generator.device).repeat_interleave(n).split(rows)
+    parts = torch.arange(len(encoded.mask), device=generator.device).repeat_interleave(n).split(rows)
     responses: list[_Response] = []
     for index, parents in enumerate(parts):
         own = kind(encoded, parents, drawing.max_new_tokens, again=index < len(parts) - 1)
-        states = encoded.states[parents] if watch else None
-        responses += _decode(own, encoded.logits[parents], states, drawing, generator)
+        states = encoded.states if note is None else encoded.states[parents]
+        responses += _decode(own, encoded.logits[parents], states, drawing, generator, note)
     return responses
 
 
 def _decode(
     own: Forked | Shared,
     logits: Float[Tensor, "rows vocabulary"],
-    states: Float[Tensor, "rows hidden"] | None,
+    states: Tensor,
     drawing: Drawing,
     generator: torch.Generator,
+    note: _Note | None,
 ) -> list[_Response]:
     """One token a step for the responses not ended, from the logits of the first token and the states behind them."""
     responses = [_Response() for _ in range(len(logits))]
     alive = torch.arange(len(responses), device=logits.device)
-    watched: list[tuple[Tensor, Tensor]] = []
+    noted: list[tuple[Tensor, Tensor]] = []
     for step in range(drawing.max_new_tokens):
         if step < drawing.min_new_tokens:
             logits[:, drawing.end_id] = -math.inf
         tokens = choose(logits, drawing.temperature, drawing.top_p, generator)
         for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
             responses[row].ids.append(token)
-        if states is not None:
-            watched.append((alive, states))
+        if note is not None:
+            noted.append((alive, note(states, logits, tokens)))
         going = close_gaps(tokens != drawing.end_id)
         if not len(going) or step == drawing.max_new_tokens - 1:
             break
@@ -184,12 +249,12 @@ def _decode(
             own.keep(going)
             tokens, alive = tokens[going], alive[going]
         logits = own.step(tokens)
-        states = own.call.states if states is not None else None
-    if watched:
-        owners, states = (torch.cat(parts) for parts in zip(*watched, strict=True))
-        by_response = states[owners.argsort(stable=True)].split([len(response.ids) for response in responses])
-        for response, own_states in zip(responses, by_response, strict=True):
-            response.states = own_states
+        states = own.call.states
+    if noted:
+        owners, values = (torch.cat(parts) for parts in zip(*noted, strict=True))
+        by_response = values[owners.argsort(stable=True)].split([len(response.ids) for response in responses])
+        for response, own_values in zip(responses, by_response, strict=True):
+            response.noted = own_values
     return responses
 
 
