@@ -133,14 +133,17 @@ def _draw(
     model: Any, reference: Any, prompts: Sequence[list[int]], asked: dict[str, Any], token_budget: int
 ) -> dict[str, Any]:
     """Responses, and their scores or what they are to be scored from, by the names of `Answers`."""
-    if model is reference:
-        # Its scores need no pass. On a CPU a second pass over the prompts is dear; elsewhere calls are, not operations.
-        own = sample_with_scores(model, prompts, **asked, keep=_READ if model.device.type == "cpu" else 0)
-        scores = {"logps": own.logps, "entropy": own.entropy, "kl": torch.zeros_like(own.logps)}
-        return {"responses": own.responses, "scores": scores, "read": own.read}
     try:
         head = head_of(model)
     except CannotTile:
+        head = None
+    if model is reference:
+        # Its scores need no pass. On a CPU a second pass over the prompts is dear; elsewhere calls are, not operations.
+        keep = _READ if head is not None and model.device.type == "cpu" else 0
+        own = sample_with_scores(model, prompts, **asked, keep=keep)
+        scores = {"logps": own.logps, "entropy": own.entropy, "kl": torch.zeros_like(own.logps)}
+        return {"responses": own.responses, "scores": scores, "read": own.read}
+    if head is None:
         responses, temperature = sample(model, prompts, **asked), asked["temperature"]
         groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
         settings: dict[str, Any] = {"token_budget": token_budget, "temperature": temperature}

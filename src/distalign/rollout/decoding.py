@@ -115,11 +115,13 @@ class Encoded:
         tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
         return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
-    def read(self) -> list[ReadPrompt]:
-        """What the model has made of each prompt, in memory of its own. The states must be watched.
+    def read(self) -> list[ReadPrompt] | None:
+        """What the model has made of each prompt, in memory of its own; None if not every layer has keys of its own.
 
-        Raises CannotShare if some layer of the cache is not plain keys and values.
+        The states must be watched. Raises CannotShare if some layer of the cache is not plain keys and values.
         """
+        if len(self.cache.layers) != self.call.model.config.get_text_config().num_hidden_layers:
+            return None
         pairs = [(layer.keys.clone(), layer.values.clone()) for layer in plain_layers(self.cache)]
         return [
             ReadPrompt(

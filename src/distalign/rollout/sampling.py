@@ -88,7 +88,8 @@ def sample_with_states(
     The states are in the order of the responses: prompt by prompt, response by response, token by token.
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
-    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, note=lambda states, logits, tokens: states)
+    settings: dict[str, Any] = {"note": lambda states, logits, tokens: states, "watch": True}
+    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, **settings)
     return [[one.ids for one in own] for own in drawn], torch.cat([one.noted for own in drawn for one in own])
 
 
@@ -139,10 +140,11 @@ def sample_with_scores(
         nonlocal room
         room -= encoded.bytes
         if room >= 0 and shares_prompts(model):
-            for index, one in zip(indices, encoded.read(), strict=True):
+            for index, one in zip(indices, encoded.read() or (), strict=False):
                 read[index] = one
 
-    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, note=note, visit=visit if keep else None)
+    seen: dict[str, Any] = {"watch": True, "visit": visit} if keep else {}
+    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, note=note, **seen)
     sums = [one.noted.double().sum(0).cpu() for own in drawn for one in own]
     logps, entropy = (torch.stack([each[column] for each in sums]) for column in (0, 1))
     return Spoken([[one.ids for one in own] for own in drawn], logps, entropy, read)
@@ -171,9 +173,13 @@ def _sample(
     progress: Callable[[int, int], Any] | None,
     *,
     note: _Note | None = None,
+    watch: bool = False,
     visit: Callable[[Sequence[int], Encoded], None] | None = None,
 ) -> list[list[_Response]]:
-    """As `sample`; `visit` sees every batch of prompts, by their numbers, when it has been read."""
+    """As `sample`, with what is noted of every token; the note is given states only if they are watched.
+
+    `visit` sees every batch of prompts, by their numbers, when it has been read.
+    """
     _check(prompts, n, rows)
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -183,7 +189,7 @@ def _sample(
     with evaluating(model):
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            encoded = encode_prompts(model, [prompts[i] for i in batch], drawing.end_id, watch=note is not None)
+            encoded = encode_prompts(model, [prompts[i] for i in batch], drawing.end_id, watch=watch)
             if visit is not None:
                 visit(batch, encoded)
             flat = _respond(model, encoded, n, rows, drawing, generator, note)
@@ -217,7 +223,7 @@ def _respond(
     responses: list[_Response] = []
     for index, parents in enumerate(parts):
         own = kind(encoded, parents, drawing.max_new_tokens, again=index < len(parts) - 1)
-        states = encoded.states if note is None else encoded.states[parents]
+        states = encoded.states[parents] if encoded.call.watch else encoded.states
         responses += _decode(own, encoded.logits[parents], states, drawing, generator, note)
     return responses
 
