@@ -104,6 +104,19 @@ def test_prompts_that_the_reference_has_read_are_not_read_again(family, budget):
             assert sum(seen) == sum(map(len, PROMPTS)) - kept + tokens - sum(map(len, responses))
 
 
+def test_prompts_whose_keys_depend_on_their_company_are_read_again():
+    """Dynamic RoPE: what was kept of prompts that were read together is not used."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    reference = build("llama", rope_parameters=rope, max_position_embeddings=16)
+    prompts = [[5, 9, 17], list(range(3, 23))]
+    own = sample_with_scores(reference, prompts, **SETTINGS, keep=2**20)
+    tokens = sum(len(response) for each in own.responses for response in each)
+    drawn = [Drawn(own.responses, torch.randn(tokens, 32).double(), head_of(reference))]
+    (expected,) = score_drawn(drawn, prompts, reference, token_budget=64)
+    (found,) = score_drawn(drawn, prompts, reference, token_budget=64, read=own.read)
+    torch.testing.assert_close(found.reference_logps, expected.reference_logps, rtol=0, atol=1e-9)
+
+
 def test_how_much_of_the_prompts_is_kept():
     """Batch by batch while there is room; nothing where responses do not share their prompts."""
     model = build("llama")

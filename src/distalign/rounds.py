@@ -64,6 +64,20 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         )
 
 
+def without_autocast(model: Any) -> None:
+    """Take off the autocast that accelerate put around a model's forward: used by itself the model is what it was.
+
+    accelerate's own `unwrap_model` takes off the model's decorators besides.
+    """
+    original = vars(model).pop("_original_forward", None)
+    if original is None:
+        return
+    if getattr(original, "__func__", None) is type(model).forward:
+        vars(model).pop("forward", None)
+    else:
+        model.forward = original
+
+
 def check_needs(label: str, method: Method, *, reference: bool, rollout: Rollout | None) -> None:
     """Raise TrainingError if what the method needs is not there."""
     needs = method.needs

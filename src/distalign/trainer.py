@@ -40,7 +40,7 @@ from distalign.policy import Policy
 from distalign.preference import preference_logit, preference_nll
 from distalign.progress import progress
 from distalign.room import DRAWING, Room, explained, measure, out_of_memory
-from distalign.rounds import Rollout, TrainingError, acts, check_arguments, check_needs
+from distalign.rounds import Rollout, TrainingError, acts, check_arguments, check_needs, without_autocast
 
 logger = logging.getLogger("distalign.trainer")
 
@@ -195,8 +195,7 @@ class AlignmentTrainer(Trainer):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self.policy.remove_value_head()
-                # Without the autocast that accelerate put around its forward: used by itself it is what it is.
-                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+                without_autocast(self.model)
 
     def _resume(self, checkpoint: Path) -> None:
         if self.actor is not None:

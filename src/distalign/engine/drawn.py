@@ -19,6 +19,7 @@ from distalign.engine.encoding import device_of, evaluating
 from distalign.engine.head import Head, HiddenRows, LogitRows, Rows, score_rows
 from distalign.engine.packing import Group, ReadPrompt, frame, micro_batches
 from distalign.engine.scoring import _rows, _validate, worth_compiling
+from distalign.engine.selfcheck import check
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ def score_drawn(
     counts = [sum(len(own) for own in one.responses) for one in drawn]
     sums = [torch.zeros(4, count, dtype=torch.float64) for count in counts]
     kernels, done = worth_compiling(groups), 0
+    if check(reference, kernels=False).length_limit is not None:
+        # Its keys depend on the longest sequence that was read beside them.
+        read = None
     with evaluating(reference):
         for batch in micro_batches(groups, token_budget):
             chosen = [groups[index] for index in batch]

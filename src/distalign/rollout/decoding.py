@@ -125,7 +125,9 @@ class Encoded:
         pairs = [(layer.keys.clone(), layer.values.clone()) for layer in plain_layers(self.cache)]
         return [
             ReadPrompt(
-                [keys[row, :, -length:] for keys, _ in pairs], [values[row, :, -length:] for _, values in pairs], state
+                [keys[row, :, -length:] for keys, _ in pairs],
+                [values[row, :, -length:] for _, values in pairs],
+                state.clone(),
             )
             for row, (length, state) in enumerate(zip(self.lengths.tolist(), self.states, strict=True))
         ]
