@@ -110,7 +110,8 @@ class AlignmentTrainer(Trainer):
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = rollout.settings.temperature if rollout is not None and self.acts else 1.0
-        shared = reference_cache is not None and self.temperature == 1
+        # Others' log-probabilities are of full precision.
+        shared = reference_cache is not None and self.temperature == 1 and self.accelerator.mixed_precision == "no"
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
         self.monitor = Monitor(health, label) if health is not None else None
         self.notes = Notes()

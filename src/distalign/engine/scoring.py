@@ -104,7 +104,8 @@ def _values(rows: Rows, value_head: nn.Module) -> Float[Tensor, "rows"]:
     if not isinstance(rows, HiddenRows):
         raise ValueError("score: this model's hidden states cannot be told from its logits, so it has no value head.")
     parameter = next(value_head.parameters())
-    return value_head(rows.hidden.to(parameter.dtype)).view(-1)
+    with torch.autocast(rows.hidden.device.type, enabled=False):
+        return value_head(rows.hidden.to(parameter.dtype)).view(-1)
 
 
 def score_in_batches(
