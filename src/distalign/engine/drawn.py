@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distalign.engine.encoding import device_of, evaluating
-from distalign.engine.head import Head, HiddenRows, LogitRows, Rows, score_rows
+from distalign.engine.head import Head, HiddenRows, score_rows
 from distalign.engine.packing import Group, ReadPrompt, frame, micro_batches
 from distalign.engine.scoring import _rows, _validate, worth_compiling
 from distalign.engine.selfcheck import check
@@ -89,7 +89,7 @@ def score_drawn(
                 mine = (owner == number).nonzero()[:, 0].to(targets.device)
                 own = torch.cat([places[number][index] for index in batch])
                 states = HiddenRows(one.states[own[:, 0]].to(targets.device), one.head, temperature)
-                values = score_rows(states, targets[mine], entropy=True, reference=_chosen(rows, mine))
+                values = score_rows(states, targets[mine], entropy=True, reference=rows.chosen(mine))
                 parts = (values.logps, values.entropy, values.kl, values.reference_logps)
                 found = torch.stack([part.cpu().double() for part in parts if part is not None])
                 sums[number].index_add_(1, own[:, 1], found)
@@ -109,9 +109,3 @@ def _places(one: Drawn) -> list[Int[Tensor, "tokens 2"]]:
             token, response = token + len(each), response + 1
         places.append(torch.tensor(rows))
     return places
-
-
-def _chosen(rows: Rows, index: Int[Tensor, "chosen"]) -> Rows:
-    if isinstance(rows, HiddenRows):
-        return HiddenRows(rows.hidden[index], rows.head, rows.temperature)
-    return LogitRows(rows.logits[index], rows.temperature)

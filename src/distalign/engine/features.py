@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distalign.engine.encoding import device_of, encode
@@ -62,7 +62,7 @@ def read(model: nn.Module, groups: Sequence[Group], *, logps: bool = False) -> R
     starts[(lengths + 1).cumsum(0) - lengths - 1] = True
     total = None
     if logps:
-        values = score_rows(_chosen(rows, ~starts.roll(-1)), ids).logps
+        values = score_rows(rows.chosen(~starts.roll(-1)), ids).logps
         wide = values.to(torch.float32 if device.type == "mps" else torch.float64)
         total = wide.new_zeros(len(lengths)).index_add(0, owner, wide)
     return Reading(hidden[~starts], ids, owner, lengths, total)
@@ -84,9 +84,3 @@ def _encode(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hi
             hidden.append(out.hidden_states[-1][0, -len(response) :])
             logits.append(out.logits[0, -len(response) :])
     return torch.cat(hidden), LogitRows(torch.cat(logits))
-
-
-def _chosen(rows: Rows, keep: Bool[Tensor, "rows"]) -> Rows:
-    if isinstance(rows, HiddenRows):
-        return HiddenRows(rows.hidden[keep], rows.head)
-    return LogitRows(rows.logits[keep])

@@ -84,6 +84,10 @@ class HiddenRows:
         self.vocabulary, self.rows = head.weight.shape[0], hidden.shape[0]
         self.temperature = temperature
 
+    def chosen(self, index: Tensor) -> HiddenRows:
+        """Some of the rows, by number or by mask."""
+        return HiddenRows(self.hidden[index], self.head, self.temperature)
+
     def weight(self, start: int, stop: int) -> Float[Tensor, "tile hidden"]:
         """Rows of the head's weight, in the dtype of the products."""
         return self.head.weight[start:stop].to(self.product)
@@ -115,6 +119,10 @@ class LogitRows:
         self.logits, self.temperature = logits, temperature
         self.rows, self.vocabulary = logits.shape
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
+
+    def chosen(self, index: Tensor) -> LogitRows:
+        """Some of the rows, by number or by mask."""
+        return LogitRows(self.logits[index], self.temperature)
 
     def tile(self, rows: slice, start: int, stop: int) -> Float[Tensor, "block tile"]:
         """Logits over the temperature; a new tensor, free to be overwritten."""
