@@ -105,16 +105,19 @@ def test_prompts_that_the_reference_has_read_are_not_read_again(family, budget):
 
 
 def test_prompts_whose_keys_depend_on_their_company_are_read_again():
-    """Dynamic RoPE: what was kept of prompts that were read together is not used."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
-    reference = build("llama", rope_parameters=rope, max_position_embeddings=16)
-    prompts = [[5, 9, 17], list(range(3, 23))]
-    own = sample_with_scores(reference, prompts, **SETTINGS, keep=2**20)
-    tokens = sum(len(response) for each in own.responses for response in each)
-    drawn = [Drawn(own.responses, torch.randn(tokens, 32).double(), head_of(reference))]
-    (expected,) = score_drawn(drawn, prompts, reference, token_budget=64)
-    (found,) = score_drawn(drawn, prompts, reference, token_budget=64, read=own.read)
-    torch.testing.assert_close(found.reference_logps, expected.reference_logps, rtol=0, atol=1e-9)
+    """Long RoPE turns the keys of short prompts another way beside a long one: what was kept of them is not used."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope |= {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}
+    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    reference = build("phi3", torch.float32, **lengths, rope_parameters=rope)
+    prompts = [[5, 9, 17, 33], [7, 8, 3], list(range(20, 40)), [61, 3]]
+    own = sample_with_scores(reference, prompts, n=1, max_new_tokens=4, end_id=12, seed=3, keep=2**20)
+    assert None not in own.read
+    states = torch.randn(13, reference.config.hidden_size)
+    drawn = [Drawn([[[4, 5, 6, 7]], [[7, 8, 9]], [[4, 4]], [[9, 3, 3, 3]]], states, head_of(reference))]
+    (expected,) = score_drawn(drawn, prompts, reference, token_budget=8)
+    (found,) = score_drawn(drawn, prompts, reference, token_budget=8, read=own.read)
+    torch.testing.assert_close(found.reference_logps, expected.reference_logps, rtol=0, atol=1e-5)
 
 
 def test_how_much_of_the_prompts_is_kept():
