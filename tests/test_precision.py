@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import acting
 import pytest
@@ -10,6 +11,7 @@ import tiny
 import torch
 from test_trainer import trainer
 
+from distalign.collected import Collected
 from distalign.engine import Group, check, score
 from distalign.methods import METHODS
 from distalign.policy import Source, make_policy
@@ -63,6 +65,24 @@ def test_a_trained_model_is_left_without_autocast(tmp_path):
     assert check(model).path == "shared"
     expected = logits.double().log_softmax(-1)[range(3), [8, 9, 10]]
     torch.testing.assert_close(scores.token_logps[0].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_precisions_share_no_reference(tmp_path):
+    """Before any step the policy is its reference in either precision, whoever scored the pairs before."""
+    cache = {}
+    for number, bf16 in enumerate([False, True, False]):
+        settings = {"bf16": bf16, "reference_cache": cache, "held": tiny.encoded_pairs(6)}
+        found = trainer(tmp_path / str(number), METHODS_HERE["dpo"], **settings).evaluate()
+        assert found["eval_preference/median_logit"] == 0
+        assert found["eval_loss"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+def test_a_value_head_keeps_its_precision(tmp_path):
+    """What it says is float32, whatever the layers compute in."""
+    made = acting.trainer(tmp_path, METHODS["rkl"](0.5, 0.3, advantage="gae"), bf16=True)
+    collected = [Collected(Group([5, 6, 7], [[8, 9], [10, 11]]))]
+    with made.accelerator.autocast():
+        assert made.score(made.model, collected).values.dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device, a GPU with CUDA")
