@@ -100,21 +100,23 @@ def body_size(model: Any) -> int:
 class Machine:
     """Where a side computes, "cpu" or "cuda", and what it is measured by there.
 
-    On a CPU: CPU seconds of this process, which other programs hardly lengthen, and its resident memory (Linux). On a
-    GPU: seconds on the wall, read when the GPU has done all that it was given, and what torch has allocated there.
+    On a CPU: CPU seconds of this process, which other programs hardly lengthen, or with `wall` seconds on the wall,
+    which several threads shorten; and its resident memory (Linux). On a GPU: seconds on the wall, read when the GPU has
+    done all that it was given, and what torch has allocated there.
     """
 
     device: str = "cpu"
+    wall: bool = False
 
     @property
     def unit(self) -> str:
         """What `seconds` counts."""
-        return "CPU s" if self.device == "cpu" else "s"
+        return "CPU s" if self.device == "cpu" and not self.wall else "s"
 
     def seconds(self) -> float:
         """The clock."""
         if self.device == "cpu":
-            return time.process_time()
+            return time.perf_counter() if self.wall else time.process_time()
         torch.cuda.synchronize()
         return time.perf_counter()
 

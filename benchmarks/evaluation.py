@@ -6,9 +6,9 @@ Policies: the reference and three adapters of it with small random weights. `--p
 sample of at most `--tokens` tokens each. The evaluation loads every policy, hashes its weights, samples it, takes
 entropy and KL(π ‖ π₀) of every response at every step over the full vocabulary, and writes its files; no reward and no
 judge, which cost what they cost. Generations alone: the same calls of `sample` on loaded models. CPU seconds of this
-process on `--threads` threads; with `--device cuda` seconds on the wall, after one round that warms up. The order is
-turned in every round, and the ratio is the median of the rounds beside its least and its largest. Where the evaluation
-spends its time is in its results, and shown: seconds on the wall.
+process on one thread; seconds on the wall with more `--threads`, and with `--device cuda`, after one round that warms
+up. The order is turned in every round, and the ratio is the median of the rounds beside its least and its largest.
+Where the evaluation spends its time is in its results, and shown: seconds on the wall.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if found != options.device:
         parser.error(f"--device {options.device}: an evaluation takes what it finds, which is {found} here")
     torch.set_num_threads(options.threads)
-    machine, rows = Machine(options.device), []
+    machine, rows = Machine(options.device, wall=options.threads > 1), []
     with tempfile.TemporaryDirectory() as name:
         recipe, policies = prepare(Path(name), options.prompts, options.tokens, options.dtype)
         for round_ in range(options.rounds + (options.device != "cpu")):

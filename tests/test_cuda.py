@@ -23,18 +23,17 @@ import tiny
 import torch
 from engine_models import GROUPS, build, direct_logits, direct_token_logps, largest_difference
 from test_engine_below import adapted
-from test_engine_drawn import PROMPTS, SETTINGS, drawn_by
+from test_engine_drawn import KEEP, PROMPTS, SETTINGS, draw
 from test_trainer import direct_loss, trainer
 from transformers import TrainingArguments
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, below, check, flex, score, score_in_batches, selfcheck
-from distalign.engine.drawn import score_drawn
 from distalign.engine.recompute import set_recompute
 from distalign.methods import METHODS
 from distalign.policy import Source, make_policy
 from distalign.recipe import Lora
-from distalign.rollout import decoding, sample, sample_with_scores, sample_with_states, sampling
+from distalign.rollout import decoding, sample, sample_in_batches, sample_with_scores, sampling
 from distalign.trainer import AlignmentTrainer
 
 DEVICE = torch.device(os.environ.get("DISTALIGN_TEST_DEVICE", "cuda"))
@@ -270,7 +269,9 @@ def test_one_cache_for_all_responses_changes_no_token(family, monkeypatch):
     """A prompt's cache shared, and copied for every response: the same draws, and the states that gave the logits."""
     model, truth = two(family)
     assert decoding.shares_prompts(model)
-    responses, states = sample_with_states(model, PROMPTS, **SETTINGS)
+    drawn = []
+    responses = sample_in_batches(model, PROMPTS, lambda *batch: drawn.append(batch), **SETTINGS)
+    states = torch.cat([own.states for _, own in sorted(drawn, key=lambda batch: batch[0])])
     monkeypatch.setattr(sampling, "shares_prompts", lambda model: False)
     assert sample(model, PROMPTS, **SETTINGS) == responses
     assert sample(model, PROMPTS, **{**SETTINGS, "seed": 4}) != responses
@@ -302,11 +303,10 @@ def test_frequencies_of_samples(temperature):
 def test_responses_scored_from_the_states_that_drew_them(family):
     """What an evaluation computes equals scoring the responses again on the same device."""
     model, settings = two(family)[0], {"token_budget": 64, "temperature": 0.7}
-    reference, own = moved(model), drawn_by(model, temperature=0.7)
-    (found,) = score_drawn([own], PROMPTS, reference, **settings)
+    responses, found, _ = draw(model, reference := moved(model), keep=KEEP[1], temperature=0.7)
     alone = sample_with_scores(model, PROMPTS, **SETTINGS, temperature=0.7)
-    assert alone.responses == own.responses
-    groups = list(map(Group, PROMPTS, own.responses))
+    assert alone.responses == responses
+    groups = list(map(Group, PROMPTS, responses))
     expected = score_in_batches(model, groups, reference=reference, entropy=True, **settings)
     limit = {"rtol": 0, "atol": 100 * tolerance(family, torch.float64)}
     for one in (found, alone):

@@ -1,15 +1,17 @@
-"""Responses scored from the states that drew them: the same numbers as scoring them again."""
+"""Responses scored from the states and logits that drew them: the same numbers as scoring them again."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from engine_models import FAMILIES, build
 
 from distalign.engine import Group, check, score
-from distalign.engine.drawn import Drawn, score_drawn
+from distalign.engine.drawn import Drawn, DrawnScores, score_drawn
 from distalign.engine.head import CannotTile, head_of
-from distalign.rollout import decoding, sample, sample_with_scores, sample_with_states
+from distalign.rollout import decoding, sample, sample_in_batches, sample_with_scores
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 SETTINGS = {"n": 3, "max_new_tokens": 6, "end_id": 12, "seed": 3, "rows": 5}
@@ -17,48 +19,89 @@ SETTINGS = {"n": 3, "max_new_tokens": 6, "end_id": 12, "seed": 3, "rows": 5}
 # Eager attention of gemma2 overflows at padding in float64.
 UNEVEN = sorted(FAMILIES.keys() - {"gemma2"})
 
+# Of the logits none is kept, those of a few steps, or all.
+KEEP = [0, 12_000, 2**20]
 
-def drawn_by(model, prompts=PROMPTS, **settings):
-    """Responses with their states, and the head."""
-    responses, states = sample_with_states(model, prompts, **(SETTINGS | settings))
-    return Drawn(responses, states, head_of(model))
+
+def draw(model, reference, *, keep=0, change=lambda drawn: drawn, **settings):
+    """Responses, their scores in order, batch by batch as they were drawn, and the places of all kept logits."""
+    settings = SETTINGS | settings
+    parts, places = {}, []
+
+    def each(numbers, drawn):
+        own, temperature = [PROMPTS[i] for i in numbers], settings.get("temperature", 1.0)
+        found = score_drawn(change(drawn), own, reference, token_budget=20, temperature=temperature)
+        by_prompt = (values.split([len(one) for one in drawn.responses]) for values in vars(found).values())
+        parts.update(zip(numbers, zip(*by_prompt, strict=True), strict=True))
+        places.append(drawn.places)
+
+    responses = sample_in_batches(model, PROMPTS, each, keep=keep, **settings)
+    in_order = zip(*(parts[index] for index in range(len(PROMPTS))), strict=True)
+    return responses, DrawnScores(*map(torch.cat, in_order)), places
+
+
+def of_states(responses, states, model):
+    """Responses without kept logits."""
+    places = torch.full((len(states),), -1)
+    return Drawn(responses, states, head_of(model), states.new_zeros(0, head_of(model).weight.shape[0]), places)
+
+
+def close(found, expected, *, atol):
+    """Sums that drawing found against those of scoring."""
+    torch.testing.assert_close(found.logps, expected.logps, rtol=0, atol=atol)
+    torch.testing.assert_close(found.entropy, expected.step_entropy.sum(-1), rtol=0, atol=atol)
+    torch.testing.assert_close(found.kl, expected.step_kl.sum(-1), rtol=0, atol=atol)
+    torch.testing.assert_close(found.reference_logps, expected.reference_logps, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("family", UNEVEN)
-def test_watching_changes_no_response_and_its_states_are_those_of_scoring(family):
-    """Every family with a plain head: the states give the engine's log-probabilities and entropy, in float64.
+@pytest.mark.parametrize("keep", KEEP)
+def test_watching_changes_no_response_and_what_was_seen_is_what_scoring_finds(family, keep):
+    """Every family with a plain head: states and logits give the engine's numbers, in float64, against themselves.
 
     To 5e-5: some families keep parts of themselves in float32.
     """
     model = build(family)
     try:
-        own = drawn_by(model)
+        responses, found, _ = draw(model, model, keep=keep)
     except CannotTile:
         pytest.skip(f"{family}: its head is not a plain linear layer")
-    assert own.responses == sample(model, PROMPTS, **SETTINGS)
-    groups = [Group(prompt, responses) for prompt, responses in zip(PROMPTS, own.responses, strict=True)]
-    expected = score(model, groups, entropy=True)
-    (found,) = score_drawn([own], PROMPTS, model, token_budget=64)
-    torch.testing.assert_close(found.logps, expected.logps, rtol=0, atol=5e-5)
-    torch.testing.assert_close(found.entropy, expected.step_entropy.sum(-1), rtol=0, atol=5e-5)
+    assert responses == sample(model, PROMPTS, **SETTINGS)
+    groups = [Group(prompt, own) for prompt, own in zip(PROMPTS, responses, strict=True)]
+    close(found, score(model, groups, entropy=True, reference=model), atol=5e-5)
     assert float(found.kl.abs().max()) < 5e-5
     assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("budget", [20, 4096])
-def test_several_policies_share_one_pass_of_the_reference(temperature, budget):
-    """Each policy's KL, log-probabilities and the reference's equal those of scoring it alone."""
-    reference, policies = build("llama"), [build(family) for family in ("qwen3", "olmo2", "mistral_window")]
-    drawn = [drawn_by(model, temperature=temperature, seed=seed) for seed, model in enumerate(policies)]
-    found = score_drawn(drawn, PROMPTS, reference, token_budget=budget, temperature=temperature)
-    for model, own, scores in zip(policies, drawn, found, strict=True):
-        groups = [Group(prompt, responses) for prompt, responses in zip(PROMPTS, own.responses, strict=True)]
-        expected = score(model, groups, reference=reference, entropy=True, temperature=temperature)
-        torch.testing.assert_close(scores.logps, expected.logps, rtol=0, atol=1e-9)
-        torch.testing.assert_close(scores.kl, expected.step_kl.sum(-1), rtol=0, atol=1e-9)
-        torch.testing.assert_close(scores.reference_logps, expected.reference_logps, rtol=0, atol=1e-9)
-        assert float(scores.kl.max()) > 1e-3
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("family", ["qwen3", "olmo2", "mistral_window"])
+def test_a_policy_is_as_far_from_the_reference_as_scoring_says(family, temperature, keep):
+    """KL, log-probabilities and the reference's, whatever part of the logits was kept."""
+    reference, model = build("llama"), build(family)
+    responses, found, places = draw(model, reference, keep=keep, temperature=temperature)
+    groups = [Group(prompt, own) for prompt, own in zip(PROMPTS, responses, strict=True)]
+    close(found, score(model, groups, reference=reference, entropy=True, temperature=temperature), atol=1e-9)
+    assert float(found.kl.max()) > 1e-3
+    kept = torch.cat(places) >= 0
+    assert bool(kept.any()) == (keep > 0)
+    assert bool(kept.all()) == (keep == KEEP[-1])
+
+
+def test_kept_logits_spare_the_head():
+    """With all of them kept a head that is lost is not missed; the places of a batch are its own, from 0 on."""
+    reference, model = build("llama"), build("qwen3")
+
+    def lose(drawn):
+        return replace(drawn, head=replace(drawn.head, weight=torch.full_like(drawn.head.weight, torch.nan)))
+
+    _, expected, places = draw(model, reference)
+    _, found, places = draw(model, reference, keep=2**20, change=lose)
+    torch.testing.assert_close(found.kl, expected.kl, rtol=0, atol=1e-9)
+    assert [sorted(own.tolist()) for own in places] == [list(range(len(own))) for own in places]
+    assert len(places) == len(PROMPTS)
+    _, lost, _ = draw(model, reference, keep=KEEP[1], change=lose)
+    assert bool(lost.kl.isnan().any())
 
 
 @pytest.mark.parametrize("family", UNEVEN)
@@ -89,14 +132,14 @@ def test_prompts_that_the_reference_has_read_are_not_read_again(family, budget):
     responses = [[[5]], [[7, 8, 9], [3]], [[4, 4], [6]], [[9]]]
     states = torch.randn(13 - 2, policy.config.hidden_size, dtype=torch.float64)
     tokens = sum(len(one) for each in responses for one in each)
-    drawn = [Drawn(responses, states[:tokens], head_of(policy))]
+    drawn = of_states(responses, states[:tokens], policy)
     settings = {"token_budget": budget, "temperature": 0.7}
-    (expected,) = score_drawn(drawn, PROMPTS, reference, **settings)
+    expected = score_drawn(drawn, PROMPTS, reference, **settings)
     seen = []
     reference.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
     for read in (own.read, [*own.read[:2], None, own.read[3]], [None, None, own.read[2], None]):
         del seen[:]
-        (found,) = score_drawn(drawn, PROMPTS, reference, read=read, **settings)
+        found = score_drawn(drawn, PROMPTS, reference, read=read, **settings)
         for name in ("logps", "entropy", "kl", "reference_logps"):
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=5e-5)
         if budget == 4096 and check(reference).path == "shared":
@@ -114,9 +157,9 @@ def test_prompts_whose_keys_depend_on_their_company_are_read_again():
     own = sample_with_scores(reference, prompts, n=1, max_new_tokens=4, end_id=12, seed=3, keep=2**20)
     assert None not in own.read
     states = torch.randn(13, reference.config.hidden_size)
-    drawn = [Drawn([[[4, 5, 6, 7]], [[7, 8, 9]], [[4, 4]], [[9, 3, 3, 3]]], states, head_of(reference))]
-    (expected,) = score_drawn(drawn, prompts, reference, token_budget=8)
-    (found,) = score_drawn(drawn, prompts, reference, token_budget=8, read=own.read)
+    drawn = of_states([[[4, 5, 6, 7]], [[7, 8, 9]], [[4, 4]], [[9, 3, 3, 3]]], states, reference)
+    expected = score_drawn(drawn, prompts, reference, token_budget=8)
+    found = score_drawn(drawn, prompts, reference, token_budget=8, read=own.read)
     torch.testing.assert_close(found.reference_logps, expected.reference_logps, rtol=0, atol=1e-5)
 
 
@@ -135,12 +178,12 @@ def test_how_much_of_the_prompts_is_kept():
 
 
 def test_states_that_do_not_belong_are_refused():
-    """A state too few, a prompt too many."""
+    """A state with its place too few, a prompt too many."""
     model = build("llama")
-    own = drawn_by(model)
+    own = of_states([[[5, 6], [7]], [[8]]], torch.zeros(4, model.config.hidden_size, dtype=torch.float64), model)
     for wrong, prompts in (
-        (Drawn(own.responses, own.states[1:], own.head), PROMPTS),
-        (own, [*PROMPTS, [3]]),
+        (replace(own, states=own.states[1:], places=own.places[1:]), PROMPTS[:2]),
+        (own, PROMPTS[:3]),
     ):
-        with pytest.raises(ValueError, match="give the states of all responses"):
-            score_drawn([wrong], prompts, model, token_budget=64)
+        with pytest.raises(ValueError, match="give the states and places of all responses"):
+            score_drawn(wrong, prompts, model, token_budget=64)

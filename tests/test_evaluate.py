@@ -206,18 +206,26 @@ def test_another_reference_is_another_distance(place, tmp_path):
     assert other["methods"]["moved"]["kl_reference"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
-def test_a_stop_before_the_scores_loses_no_answers(place, tmp_path, monkeypatch):
-    """Answers are kept as they come; the states wait beside them, and are gone when they have been scored."""
+def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
+    """What was drawn before is kept with its scores, and the rest comes out as if nothing had stopped."""
     made = settings(place, f"output_dir={tmp_path}")
     whole = evaluate(settings(place, f"output_dir={tmp_path}", "name=whole"))
-    with monkeypatch.context() as patch:
-        patch.setattr("distalign.evaluate.run.score_answers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(made)
-    assert (made.run_dir / "policies" / "adapted" / "states.safetensors").is_file()
-    monkeypatch.setattr("distalign.evaluate.run.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
+    drawn, real, stops = [], answers.draw_answers, ["adapted"]
+
+    def stop(name, *args, **more):
+        if name in stops:
+            raise KeyboardInterrupt
+        drawn.append(name)
+        return real(name, *args, **more)
+
+    monkeypatch.setattr("distalign.evaluate.run.draw_answers", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(made)
+    assert drawn == ["reference", "moved"]
+    stops.clear()
+    # The prompts that the reference read are gone with the process.
     assert flat(evaluate(made)["methods"]) == pytest.approx(flat(whole["methods"]), rel=1e-5)
-    assert not (made.run_dir / "policies" / "adapted" / "states.safetensors").exists()
+    assert drawn == ["reference", "moved", "adapted"]
 
 
 def test_what_is_in_the_folder_is_not_overwritten(place, tmp_path):

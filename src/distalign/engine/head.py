@@ -13,7 +13,6 @@ for, nothing is: d ln p(y) / d hidden is found on the way.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from distalign.engine.tied import Tie
-from distalign.engine.tiles import Kept, Sums, gather
+from distalign.engine.tiles import Kept, Sums, gather, tile_shape
 
 
 class CannotTile(Exception):
@@ -75,7 +74,7 @@ class HiddenRows:
     """
 
     def __init__(self, hidden: Float[Tensor, "rows hidden"], head: Head, temperature: float = 1.0) -> None:
-        self.hidden, self.head = hidden, head
+        self.hidden, self.head, self.device = hidden, head, hidden.device
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         product = torch.get_autocast_dtype(device) if autocast else torch.promote_types(hidden.dtype, head.weight.dtype)
@@ -113,20 +112,29 @@ class HiddenRows:
 
 
 class LogitRows:
-    """Rows of logits that the model computed itself."""
+    """Rows of logits that the model computed itself: all of them, or those at `places`, in that order."""
 
-    def __init__(self, logits: Float[Tensor, "rows vocab"], temperature: float = 1.0) -> None:
-        self.logits, self.temperature = logits, temperature
-        self.rows, self.vocabulary = logits.shape
+    def __init__(
+        self,
+        logits: Float[Tensor, "some vocab"],
+        temperature: float = 1.0,
+        places: Int[Tensor, "rows"] | None = None,
+    ) -> None:
+        self.logits, self.temperature, self.device = logits, temperature, logits.device
+        self.places, self.vocabulary = places, logits.shape[1]
+        self.rows = len(logits if places is None else places)
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
 
     def chosen(self, index: Tensor) -> LogitRows:
         """Some of the rows, by number or by mask."""
-        return LogitRows(self.logits[index], self.temperature)
+        places = torch.arange(self.rows, device=self.device) if self.places is None else self.places
+        return LogitRows(self.logits, self.temperature, places[index])
 
     def tile(self, rows: slice, start: int, stop: int) -> Float[Tensor, "block tile"]:
         """Logits over the temperature; a new tensor, free to be overwritten."""
-        return self.logits[rows, start:stop].to(self.dtype) / self.temperature
+        z = self.logits[:, start:stop]
+        z = z[rows] if self.places is None else z.index_select(0, self.places[rows])
+        return z.to(self.dtype) / self.temperature
 
 
 Rows = HiddenRows | LogitRows
@@ -154,17 +162,20 @@ def score_rows(
             f"reference: its vocabulary has {reference.vocabulary} tokens, the policy's {rows.vocabulary}; "
             "take a reference with the same head."
         )
-    if isinstance(rows, LogitRows):
-        return _score_logits(rows, targets, entropy, reference)
     ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep, tie)
-    outputs: Any = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
-    logps, h, kl, reference_logps = outputs
+    if isinstance(rows, HiddenRows):
+        outputs: Any = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
+        logps, h, kl, reference_logps = outputs
+    elif ask.gradient:
+        return _score_logits(rows, targets, entropy, reference)
+    else:
+        logps, reference_logps, _, _, h, kl = _scan_all(ask, Kept(0))
     asked = reference is not None
     return RowScores(logps, h if entropy else None, kl if asked else None, reference_logps if asked else None)
 
 
 def _score_logits(rows: LogitRows, targets: Tensor, entropy: bool, reference: Rows | None) -> RowScores:
-    log_p = (rows.logits.to(rows.dtype) / rows.temperature).log_softmax(-1)
+    log_p = rows.tile(slice(None), 0, rows.vocabulary).log_softmax(-1)
     p = log_p.exp() if entropy or reference is not None else log_p
     h = -_weighted(p, log_p) if entropy else None
     kl = reference_logps = None
@@ -187,7 +198,7 @@ def _pick(values: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Ask:
-    rows: HiddenRows
+    rows: Any  # Rows; those of logits have no backward pass here
     targets: Tensor
     entropy: bool
     reference: Rows | None
@@ -200,33 +211,25 @@ class _Ask:
         return not self.entropy and self.reference is None
 
     def blocks(self) -> Iterator[slice]:
-        block, _ = tile_shape(self.rows.rows, self.rows.vocabulary, self.rows.hidden.device)
+        block, _ = tile_shape(self.rows.rows, self.rows.vocabulary, self.rows.device)
         return (slice(a, min(a + block, self.rows.rows)) for a in range(0, self.rows.rows, block))
 
     def tiles(self) -> Iterator[tuple[int, int]]:
-        _, width = tile_shape(self.rows.rows, self.rows.vocabulary, self.rows.hidden.device)
+        _, width = tile_shape(self.rows.rows, self.rows.vocabulary, self.rows.device)
         return ((a, min(a + width, self.rows.vocabulary)) for a in range(0, self.rows.vocabulary, width))
 
 
-def tile_shape(rows: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
-    """Rows and vocabulary entries of one tile: half a million logits (2 MB) on a CPU, 64 million on an accelerator.
-
-    The more rows there are, the narrower the tile, down to a width at which a matrix product is still efficient.
-    """
-    elements, narrow, most_rows = (2**19, 1024, 1024) if device.type == "cpu" else (2**26, 4096, 16384)
-    blocks = math.ceil(max(rows, 1) / most_rows)
-    block = math.ceil(max(rows, 1) / blocks)
-    width = max(narrow, elements // block)
-    return block, math.ceil(vocabulary / math.ceil(vocabulary / width))
+def _scan_all(ask: _Ask, kept: Kept) -> tuple[Tensor, ...]:
+    """Log-probs, reference log-probs, both log-normalisers, entropy and KL; what was not asked for is meaningless."""
+    with torch.autocast(ask.rows.device.type, enabled=False):
+        parts = zip(*(_scan(ask, block, kept) for block in ask.blocks()), strict=True)
+        return tuple(torch.cat(part) for part in parts)
 
 
 def _scan(ask: _Ask, block: slice, kept: Kept) -> tuple[Tensor, ...]:
-    """Log-probs, reference log-probs, both log-normalisers, entropy and KL of one block of rows.
-
-    What was not asked for is meaningless.
-    """
+    """What `_scan_all` finds, of one block of rows."""
     rows, targets, reference = ask.rows, ask.targets[block], ask.reference
-    shape = {"dtype": rows.dtype, "device": rows.hidden.device}
+    shape = {"dtype": rows.dtype, "device": rows.device}
     sums, reference_sums = (Sums(len(targets), **shape) for _ in range(2))
     hit, reference_hit, mean_z, mean_w = (torch.zeros(len(targets), **shape) for _ in range(4))
     for start, stop in ask.tiles():
@@ -311,8 +314,7 @@ class _TiledHead(torch.autograd.Function):
             ctx.kept = Kept(
                 ask.keep if ask.gradient and any(ctx.needs_input_grad[:3]) and ask.rows.head.softcap is None else 0
             )
-            parts = zip(*(_scan(ask, block, ctx.kept) for block in ask.blocks()), strict=True)
-            logps, reference_logps, *saved = (torch.cat(part) for part in parts)
+            logps, reference_logps, *saved = _scan_all(ask, ctx.kept)
         ctx.save_for_backward(hidden, weight, bias, *saved)
         _, _, entropy, kl = saved
         ctx.mark_non_differentiable(reference_logps)

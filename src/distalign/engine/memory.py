@@ -25,12 +25,11 @@ from torch.utils._pytree import tree_leaves
 
 from distalign.engine.available import spread
 from distalign.engine.encoding import device_of
-from distalign.engine.head import tile_shape
 from distalign.engine.packing import Group
 from distalign.engine.recompute import recomputes
 from distalign.engine.scoring import Scores
 from distalign.engine.selfcheck import check
-from distalign.engine.tiles import KEPT
+from distalign.engine.tiles import KEPT, tile_shape
 
 # Lengths of a group: its prompt, and each of its responses.
 Shape = tuple[int, tuple[int, ...]]

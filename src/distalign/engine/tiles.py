@@ -1,6 +1,8 @@
-"""What passes from tile to tile of a head: sums with a running maximum, and tiles kept for the backward pass."""
+"""Tiles of a head: their shape, and what passes between them: sums with a running maximum, tiles kept for later."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +10,18 @@ from torch import Tensor
 
 # Bytes of a head's tiles that may wait for the backward pass.
 KEPT = 2**27
+
+
+def tile_shape(rows: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary entries of one tile: half a million logits (2 MB) on a CPU, 64 million on an accelerator.
+
+    The more rows there are, the narrower the tile, down to a width at which a matrix product is still efficient.
+    """
+    elements, narrow, most_rows = (2**19, 1024, 1024) if device.type == "cpu" else (2**26, 4096, 16384)
+    blocks = math.ceil(max(rows, 1) / most_rows)
+    block = math.ceil(max(rows, 1) / blocks)
+    width = max(narrow, elements // block)
+    return block, math.ceil(vocabulary / math.ceil(vocabulary / width))
 
 
 class Sums:

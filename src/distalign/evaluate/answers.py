@@ -21,28 +21,29 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.engine import Group, score_in_batches
+from distalign.engine.available import available
 from distalign.engine.drawn import Drawn, score_drawn
 from distalign.engine.head import CannotTile, head_of
 from distalign.engine.packing import ReadPrompt
 from distalign.evaluate.settings import Evaluation
 from distalign.policy import Source, weights_digest
 from distalign.progress import progress
-from distalign.rollout import sample, sample_with_scores, sample_with_states
+from distalign.rollout import sample, sample_in_batches, sample_with_scores
 
 logger = logging.getLogger("distalign.evaluate")
 
-_STATES = "states.safetensors"
-_READ = 2**30  # bytes of the prompts' keys and values that the reference may keep between its answers and its pass
-_FORMAT = 3  # of what is kept; another number, and everything is drawn again
+# On a CPU operations are dear, and what is kept spares some. Bytes of the prompts' keys and values, up to a quarter of
+# the memory, that the reference keeps for the other policies' responses, and of a batch's logits.
+_READ, _LOGITS = 2**32, 2**30
+_FORMAT = 4  # of what is kept; another number, and everything is drawn again
 
 
 @dataclass
 class Answers:
     """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, a value a response.
 
-    `pair_logps` are ln π of the held-out pairs, preferred response first. `drawn` is what the responses are scored
-    from; None when they have been. `states` are those of answers that were kept before they were scored: with the
-    policy's head they make `drawn`. `read` are the prompts as the reference read them, of its own fresh answers.
+    `pair_logps` are ln π of the held-out pairs, preferred response first. `read` are the prompts as the reference read
+    them, of its own fresh answers.
     """
 
     name: str
@@ -50,17 +51,12 @@ class Answers:
     responses: list[list[list[int]]]
     pair_logps: Float[Tensor, "pairs 2"]
     scores: dict[str, Float[Tensor, "responses"]]
-    drawn: Drawn | None = None
-    states: Float[Tensor, "tokens hidden"] | None = None
     read: list[ReadPrompt | None] | None = None
 
     def save(self, folder: Path) -> None:
-        """Write it, the states only while they wait to be scored; the key last, so that no torn folder is believed."""
+        """Write it; the key last, so that no torn folder is believed."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key.json").unlink(missing_ok=True)
-        (folder / _STATES).unlink(missing_ok=True)
-        if self.drawn is not None:
-            save_file({"states": self.drawn.states.cpu().contiguous()}, folder / _STATES)
         save_file({"pair_logps": self.pair_logps, **self.scores}, folder / "scores.safetensors")
         (folder / "responses.json").write_text(json.dumps(self.responses), encoding="utf-8")
         (folder / "key.json").write_text(json.dumps({"key": self.key}), encoding="utf-8")
@@ -74,10 +70,9 @@ def load_answers(folder: Path, name: str, key: str) -> Answers | None:
         scores = load_file(folder / "scores.safetensors")
         responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
         pair_logps = scores.pop("pair_logps")
-        states = None if "kl" in scores else load_file(folder / _STATES)["states"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError):
         return None
-    return Answers(name, key, responses, pair_logps, scores, states=states)
+    return Answers(name, key, responses, pair_logps, scores)
 
 
 def content_key(
@@ -111,8 +106,12 @@ def draw_answers(
     *,
     end_id: int,
     reference: Any,
+    read: Sequence[ReadPrompt | None] | None = None,
 ) -> Answers:
-    """Sample the policy, with random numbers of its name's own, and score the pairs."""
+    """Sample the policy, with random numbers of its name's own, and score responses and pairs.
+
+    Prompts that the reference has read before, a value a prompt, are not read again for their responses' KL.
+    """
     asked: dict[str, Any] = {"n": settings.samples, "max_new_tokens": settings.max_new_tokens, "rows": settings.rows}
     asked |= {
         "temperature": settings.temperature,
@@ -120,7 +119,7 @@ def draw_answers(
         "seed": 1_000_003 * settings.seed + draw_number(name),
     }
     with progress(f"answers of {name}", len(prompts)) as advance:
-        found = _draw(model, reference, prompts, asked | {"progress": advance}, settings.token_budget)
+        found = _draw(model, reference, read, prompts, asked | {"progress": advance}, settings.token_budget)
     pair_logps = torch.zeros(0, 2, dtype=torch.float64)
     if pairs:
         with progress(f"pairs of {name}", len(pairs)) as advance:
@@ -130,56 +129,46 @@ def draw_answers(
 
 
 def _draw(
-    model: Any, reference: Any, prompts: Sequence[list[int]], asked: dict[str, Any], token_budget: int
+    model: Any,
+    reference: Any,
+    read: Sequence[ReadPrompt | None] | None,
+    prompts: Sequence[list[int]],
+    asked: dict[str, Any],
+    token_budget: int,
 ) -> dict[str, Any]:
-    """Responses, and their scores or what they are to be scored from, by the names of `Answers`."""
-    try:
-        head = head_of(model)
-    except CannotTile:
-        head = None
+    """Responses and their scores, by the names of `Answers`."""
+    plain, spares = _has_plain_head(model), model.device.type == "cpu"
     if model is reference:
-        # Its scores need no pass. On a CPU a second pass over the prompts is dear; elsewhere calls are, not operations.
-        keep = _READ if head is not None and model.device.type == "cpu" else 0
+        keep = min(_READ, (available(model.device) or 0) // 4) if plain and spares else 0
         own = sample_with_scores(model, prompts, **asked, keep=keep)
         scores = {"logps": own.logps, "entropy": own.entropy, "kl": torch.zeros_like(own.logps)}
         return {"responses": own.responses, "scores": scores, "read": own.read}
-    if head is None:
-        responses, temperature = sample(model, prompts, **asked), asked["temperature"]
+    settings: dict[str, Any] = {"token_budget": token_budget, "temperature": asked["temperature"]}
+    if not plain:
+        responses = sample(model, prompts, **asked)
         groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
-        settings: dict[str, Any] = {"token_budget": token_budget, "temperature": temperature}
         found = score_in_batches(model, groups, reference=reference, entropy=True, **settings)
         assert found.step_entropy is not None
         assert found.step_kl is not None
         scores = {"logps": found.logps, "entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
         return {"responses": responses, "scores": {key: values.double().cpu() for key, values in scores.items()}}
-    responses, states = sample_with_states(model, prompts, **asked)
-    return {"responses": responses, "scores": {}, "drawn": Drawn(responses, states, head)}
+    n = asked["n"]
+    sums = torch.zeros(3, len(prompts), n, dtype=torch.float64)
+
+    def score_batch(numbers: Sequence[int], drawn: Drawn) -> None:
+        own, known = [prompts[i] for i in numbers], None if read is None else [read[i] for i in numbers]
+        found = score_drawn(drawn, own, reference, read=known, **settings)
+        sums[:, numbers] = torch.stack([found.logps, found.entropy, found.kl]).view(3, -1, n)
+
+    # In half precision the head computed logits that are rounded; products of its states are not.
+    keep = _LOGITS if spares and model.dtype.itemsize >= 4 else 0
+    responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep)
+    return {"responses": responses, "scores": dict(zip(("logps", "entropy", "kl"), sums.flatten(1), strict=True))}
 
 
-def score_answers(
-    answers: Sequence[Answers],
-    reference: Any,
-    settings: Evaluation,
-    prompts: Sequence[list[int]],
-    read: Sequence[ReadPrompt | None] | None = None,
-) -> None:
-    """Entropy and KL(π ‖ π₀) of every response that has none yet, in one pass of the reference for all policies.
-
-    Prompts that the reference has read before, a value a prompt, are not read again.
-    """
-    waiting = [one for one in answers if one.drawn is not None]
-    if not waiting:
-        return
-    with progress("KL to the reference", len(prompts)) as advance:
-        found = score_drawn(
-            [one.drawn for one in waiting if one.drawn is not None],
-            prompts,
-            reference,
-            token_budget=settings.token_budget,
-            temperature=settings.temperature,
-            read=read,
-            progress=advance,
-        )
-    for one, scores in zip(waiting, found, strict=True):
-        one.scores = {"logps": scores.logps, "entropy": scores.entropy, "kl": scores.kl}
-        one.drawn = None
+def _has_plain_head(model: Any) -> bool:
+    try:
+        head_of(model)
+    except CannotTile:
+        return False
+    return True

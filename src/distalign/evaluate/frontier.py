@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from distalign.errors import InputError
-from distalign.evaluate.answers import content_key, draw_answers, load_answers, score_answers
+from distalign.evaluate.answers import content_key, draw_answers, load_answers
 from distalign.evaluate.bench import frontier_of, load_base, prepare, reward_of
 from distalign.evaluate.run import FRONTIER
 from distalign.evaluate.settings import Evaluation
@@ -42,11 +42,10 @@ def forecast(
     base = bench.sources["reference"]
     key = content_key("reference", base, base, settings, bench.ids, [], bench.end_id)
     answers = load_answers(folder, "reference", key)
-    if answers is None or answers.states is not None:
+    if answers is None:
         answers = draw_answers(
             "reference", key, bench.base, settings, bench.ids, [], end_id=bench.end_id, reference=bench.base
         )
-        score_answers([answers], bench.base, settings, bench.ids)
         answers.save(folder)
     reward = reward_of(bench)
     assert reward is not None

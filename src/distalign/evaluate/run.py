@@ -20,10 +20,8 @@ from distalign.data import (
     plain_text,
 )
 from distalign.engine import score_in_batches
-from distalign.engine.drawn import Drawn
-from distalign.engine.head import head_of
 from distalign.errors import InputError
-from distalign.evaluate.answers import Answers, content_key, draw_answers, load_answers, score_answers
+from distalign.evaluate.answers import Answers, content_key, draw_answers, load_answers
 from distalign.evaluate.bench import Bench, frontier_of, load, load_base, prepare, reward_of
 from distalign.evaluate.settings import Evaluation
 from distalign.evaluate.standing import all_opponents, judge_all, standings
@@ -97,37 +95,27 @@ def _write(bench: Bench, results: Mapping[str, Any]) -> None:
 
 
 def _answers(bench: Bench) -> dict[str, Answers]:
-    """Of every policy, from its folder or drawn now; scored against the reference in one pass for all."""
+    """Of every policy, from its folder or drawn and scored now; the reference comes first."""
     settings, folder = bench.settings, bench.settings.run_dir / "policies"
     found: dict[str, Answers] = {}
-    fresh = []
+    read = None
     for name, source in bench.sources.items():
         started = time.monotonic()
         base = bench.sources["reference"]
         key = content_key(name, source, base, settings, bench.ids, bench.groups, bench.end_id)
         kept = load_answers(folder / name, name, key)
-        if kept is not None and kept.states is None:
+        if kept is not None:
             logger.info("%s: its answers are those of %s", name, folder / name)
             found[name] = kept
             continue
         model = bench.base if name == "reference" else load(bench, source)
-        if kept is not None and kept.states is not None:
-            kept.drawn = Drawn(kept.responses, kept.states.to(model.device), head_of(model))
-            found[name] = kept
-        else:
-            found[name] = draw_answers(
-                name, key, model, settings, bench.ids, bench.groups, end_id=bench.end_id, reference=bench.base
-            )
-            found[name].save(folder / name)
-        fresh.append(name)
+        asked: dict[str, Any] = {"end_id": bench.end_id, "reference": bench.base, "read": read}
+        found[name] = draw_answers(name, key, model, settings, bench.ids, bench.groups, **asked)
+        found[name].save(folder / name)
+        if name == "reference":
+            read, found[name].read = found[name].read, None
         del model
         bench.seconds[f"answers of {name}"] = time.monotonic() - started
-    started = time.monotonic()
-    score_answers([found[name] for name in fresh], bench.base, settings, bench.ids, found["reference"].read)
-    found["reference"].read = None
-    bench.seconds["KL to the reference"] = time.monotonic() - started
-    for name in fresh:
-        found[name].save(folder / name)
     return found
 
 

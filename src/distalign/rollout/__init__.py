@@ -12,7 +12,7 @@ from distalign.rollout.backends import (
 )
 from distalign.rollout.buffer import Buffer
 from distalign.rollout.missing_end import apply_missing_end
-from distalign.rollout.sampling import choose, sample, sample_with_scores, sample_with_states
+from distalign.rollout.sampling import choose, sample, sample_in_batches, sample_with_scores
 
 __all__ = [
     "Backend",
@@ -25,6 +25,6 @@ __all__ = [
     "choose",
     "make_backend",
     "sample",
+    "sample_in_batches",
     "sample_with_scores",
-    "sample_with_states",
 ]

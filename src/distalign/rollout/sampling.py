@@ -16,7 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from distalign.engine.drawn import Drawn
 from distalign.engine.encoding import evaluating
+from distalign.engine.head import LogitRows, head_of, score_rows
 from distalign.engine.packing import ReadPrompt
 from distalign.rollout.decoding import Encoded, Forked, Shared, encode_prompts, shares_prompts
 from distalign.rollout.prefix import close_gaps
@@ -71,9 +73,10 @@ def sample(
     return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress)]
 
 
-def sample_with_states(
+def sample_in_batches(
     model: Any,
     prompts: Sequence[list[int]],
+    each: Callable[[Sequence[int], Drawn], Any],
     *,
     n: int = 1,
     max_new_tokens: int,
@@ -81,16 +84,47 @@ def sample_with_states(
     end_id: int,
     seed: int,
     rows: int = 64,
+    keep: int = 0,
     progress: Callable[[int, int], Any] | None = None,
-) -> tuple[list[list[list[int]]], Float[Tensor, "tokens hidden"]]:
-    """As `sample`, with the hidden state that the head saw before each token: what scoring would compute once more.
+) -> list[list[list[int]]]:
+    """As `sample`; `each(numbers, drawn)` is given every batch of prompts, by their numbers, with what answered them.
 
-    The states are in the order of the responses: prompt by prompt, response by response, token by token.
+    Up to `keep` bytes of a batch's logits are in `drawn`: those of the first steps, overwritten by the next batch.
+    Raises CannotTile if the model's head is not plain, and ValueError as `sample` does.
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
-    settings: dict[str, Any] = {"note": lambda states, logits, tokens: states, "watch": True}
-    drawn = _sample(model, prompts, n, drawing, seed, rows, progress, **settings)
-    return [[one.ids for one in own] for own in drawn], torch.cat([one.noted for own in drawn for one in own])
+    head = head_of(model)
+    kept = _Kept(keep, max(rows, n) * max_new_tokens)
+
+    def hand_on(numbers: Sequence[int], flat: list[_Response]) -> None:
+        responses = [one.ids for one in flat]
+        states, places = (torch.cat(parts) for parts in zip(*(one.noted for one in flat), strict=True))
+        by_prompt = [responses[first : first + n] for first in range(0, len(responses), n)]
+        each(numbers, Drawn(by_prompt, states, head, kept.logits, places))
+        kept.used = 0
+
+    settings: dict[str, Any] = {"note": kept.note, "watch": True, "answered": hand_on}
+    return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, **settings)]
+
+
+class _Kept:
+    """The logits of a batch's first steps, in memory that every batch uses again: up to so many bytes, for `tokens`."""
+
+    def __init__(self, keep: int, tokens: int) -> None:
+        self.keep, self.tokens, self.used = keep, tokens, 0
+        self.logits = torch.zeros(0, 0)
+
+    def note(self, states: Tensor, logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every row the state, and the place at which its logits are kept: −1 if there is no room."""
+        count, size = logits.shape
+        if self.logits.shape[1] != size:
+            self.logits = logits.new_empty(min(self.keep // logits[0].nbytes, self.tokens), size)
+        if self.used + count > len(self.logits):
+            return states, torch.full((count,), -1, device=logits.device)
+        places = torch.arange(self.used, self.used + count, device=logits.device)
+        self.logits[self.used : self.used + count] = logits
+        self.used += count
+        return states, places
 
 
 @dataclass(frozen=True)
@@ -131,10 +165,10 @@ def sample_with_scores(
     read: list[ReadPrompt | None] = [None] * len(prompts)
     room = keep
 
-    def note(_: Tensor, logits: Tensor, tokens: Tensor) -> Float[Tensor, "rows 2"]:
-        log_p = (logits / temperature).log_softmax(-1)
-        entropy = -torch.linalg.vecdot(log_p.exp(), log_p.clamp(min=-1e30))
-        return torch.stack([log_p.gather(-1, tokens[:, None])[:, 0], entropy], -1)
+    def note(_: Tensor, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        found = score_rows(LogitRows(logits, temperature), tokens, entropy=True)
+        assert found.entropy is not None
+        return found.logps, found.entropy
 
     def visit(indices: Sequence[int], encoded: Encoded) -> None:
         nonlocal room
@@ -145,13 +179,13 @@ def sample_with_scores(
 
     seen: dict[str, Any] = {"watch": True, "visit": visit} if keep else {}
     drawn = _sample(model, prompts, n, drawing, seed, rows, progress, note=note, **seen)
-    sums = [one.noted.double().sum(0).cpu() for own in drawn for one in own]
-    logps, entropy = (torch.stack([each[column] for each in sums]) for column in (0, 1))
+    noted = zip(*(one.noted for own in drawn for one in own), strict=True)
+    logps, entropy = (torch.stack([one.double().sum() for one in column]).cpu() for column in noted)
     return Spoken([[one.ids for one in own] for own in drawn], logps, entropy, read)
 
 
 # What to remember of each row, from the states [rows, hidden], the logits made of them and the tokens drawn from these.
-_Note = Callable[[Tensor, Tensor, Tensor], Tensor]
+_Note = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -159,7 +193,7 @@ class _Response:
     """The tokens of a response, and what was noted of each of them."""
 
     ids: list[int] = field(default_factory=list)
-    noted: Tensor = field(default_factory=lambda: torch.zeros(0))
+    noted: tuple[Tensor, ...] = ()
 
 
 @torch.no_grad()
@@ -175,10 +209,12 @@ def _sample(
     note: _Note | None = None,
     watch: bool = False,
     visit: Callable[[Sequence[int], Encoded], None] | None = None,
+    answered: Callable[[Sequence[int], list[_Response]], None] | None = None,
 ) -> list[list[_Response]]:
     """As `sample`, with what is noted of every token; the note is given states only if they are watched.
 
-    `visit` sees every batch of prompts, by their numbers, when it has been read.
+    `visit` sees every batch of prompts, by their numbers, when it has been read, and `answered` when it has been
+    answered: its responses, prompt by prompt.
     """
     _check(prompts, n, rows)
     device = model.get_input_embeddings().weight.device
@@ -193,6 +229,8 @@ def _sample(
             if visit is not None:
                 visit(batch, encoded)
             flat = _respond(model, encoded, n, rows, drawing, generator, note)
+            if answered is not None:
+                answered(batch, flat)
             for position, index in enumerate(batch):
                 results[index] = flat[position * n : (position + 1) * n]
             if progress is not None:
@@ -239,7 +277,7 @@ def _decode(
     """One token a step for the responses not ended, from the logits of the first token and the states behind them."""
     responses = [_Response() for _ in range(len(logits))]
     alive = torch.arange(len(responses), device=logits.device)
-    noted: list[tuple[Tensor, Tensor]] = []
+    noted: list[tuple[Tensor, ...]] = []
     for step in range(drawing.max_new_tokens):
         if step < drawing.min_new_tokens:
             logits[:, drawing.end_id] = -math.inf
@@ -247,7 +285,7 @@ def _decode(
         for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
             responses[row].ids.append(token)
         if note is not None:
-            noted.append((alive, note(states, logits, tokens)))
+            noted.append((alive, *note(states, logits, tokens)))
         going = close_gaps(tokens != drawing.end_id)
         if not len(going) or step == drawing.max_new_tokens - 1:
             break
@@ -257,10 +295,10 @@ def _decode(
         logits = own.step(tokens)
         states = own.call.states
     if noted:
-        owners, values = (torch.cat(parts) for parts in zip(*noted, strict=True))
-        by_response = values[owners.argsort(stable=True)].split([len(response.ids) for response in responses])
-        for response, own_values in zip(responses, by_response, strict=True):
-            response.noted = own_values
+        owners, *values = (torch.cat(parts) for parts in zip(*noted, strict=True))
+        order, lengths = owners.argsort(stable=True), [len(response.ids) for response in responses]
+        for response, *parts in zip(responses, *(one[order].split(lengths) for one in values), strict=True):
+            response.noted = tuple(parts)
     return responses
 
 
