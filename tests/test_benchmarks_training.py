@@ -90,6 +90,14 @@ def test_a_machine_has_a_clock_a_memory_and_a_roof():
     assert "gpu" not in common.facts()
 
 
+def test_the_clock_of_several_threads_is_on_the_wall(monkeypatch):
+    """CPU seconds add up over threads, so that more of them would never be faster."""
+    monkeypatch.setattr(common.time, "perf_counter", lambda: 7.0)
+    monkeypatch.setattr(common.time, "process_time", lambda: 3.0)
+    assert (common.Machine().seconds(), common.Machine().unit) == (3.0, "CPU s")
+    assert (common.Machine(wall=True).seconds(), common.Machine(wall=True).unit) == (7.0, "s")
+
+
 def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
     """Time is read on the wall when all is done; memory is what torch has allocated there, in MB."""
     done = []

@@ -76,10 +76,14 @@ def test_watching_changes_no_response_and_what_was_seen_is_what_scoring_finds(fa
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("keep", KEEP)
 @pytest.mark.parametrize("family", ["qwen3", "olmo2", "mistral_window"])
-def test_a_policy_is_as_far_from_the_reference_as_scoring_says(family, temperature, keep):
-    """KL, log-probabilities and the reference's, whatever part of the logits was kept."""
+@pytest.mark.parametrize("rows", [2, 5, 12])
+def test_a_policy_is_as_far_from_the_reference_as_scoring_says(family, temperature, keep, rows):
+    """KL, log-probabilities and the reference's, whatever part of the logits was kept.
+
+    Prompts answered in two parts, one by one, and together, where the reference reads them in several passes.
+    """
     reference, model = build("llama"), build(family)
-    responses, found, places = draw(model, reference, keep=keep, temperature=temperature)
+    responses, found, places = draw(model, reference, keep=keep, temperature=temperature, rows=rows)
     groups = [Group(prompt, own) for prompt, own in zip(PROMPTS, responses, strict=True)]
     close(found, score(model, groups, reference=reference, entropy=True, temperature=temperature), atol=1e-9)
     assert float(found.kl.max()) > 1e-3

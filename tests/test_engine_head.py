@@ -162,6 +162,28 @@ def test_large_logits_do_not_overflow():
     assert (out.entropy >= -1e-2).all()
 
 
+@pytest.mark.usefixtures("tiles")
+def test_rows_of_a_table_of_logits_are_scored_tile_by_tile():
+    """Without gradient: any rows, in any order, with tokens that cannot be, as by the definitions."""
+    table, places = torch.randn(2 * ROWS, VOCABULARY, dtype=torch.float64), torch.randperm(2 * ROWS)[:ROWS]
+    table[:, [0, 5]] = -torch.inf
+    targets = TARGETS.clone().masked_fill_((TARGETS == 0) | (TARGETS == 5), 1)
+    other, weight, _, _ = inputs(seed=9)
+    log_p, log_q = (table[places] / 0.8).log_softmax(1), direct(other, weight, None, temperature=0.8)
+    p, pick = log_p.exp(), targets[:, None]
+    possible = log_p.isfinite()
+    entropy = -torch.where(possible, p * log_p, 0).sum(1)
+    kl = torch.where(possible, p * (log_p - log_q), 0).sum(1)
+    for rows in (LogitRows(table, 0.8, places), LogitRows(table, 0.8).chosen(places), LogitRows(table[places], 0.8)):
+        with torch.no_grad():
+            out = score_rows(rows, targets, entropy=True, reference=HiddenRows(other, Head(weight), 0.8))
+        found, expected = [out.logps, out.entropy, out.kl], [log_p.gather(1, pick)[:, 0], entropy, kl]
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(out.reference_logps, log_q.gather(1, pick)[:, 0], rtol=1e-11, atol=1e-11)
+    some = LogitRows(table, 0.8, places).chosen(TARGETS > 20)
+    assert torch.equal(some.tile(slice(None), 0, VOCABULARY), table[places][TARGETS > 20] / 0.8)
+
+
 def test_other_vocabulary_is_refused():
     """A reference with another vocabulary is an error that names both sizes."""
     hidden, weight, _, _ = inputs()

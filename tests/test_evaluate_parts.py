@@ -10,8 +10,11 @@ import torch
 
 from distalign.calibrate import calibrate
 from distalign.data import EncodedPair, EncodedPrompt
+from distalign.engine import Group, score
+from distalign.evaluate import answers
 from distalign.evaluate.answers import Answers, load_answers
 from distalign.evaluate.run import _cross_fitted
+from distalign.evaluate.settings import Evaluation
 from distalign.evaluate.standing import judge_all, standings
 from distalign.judge import Judgement
 
@@ -46,6 +49,36 @@ def test_a_folder_that_was_being_written_again_is_not_believed(tmp_path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         replace(one, responses=[[[5, 3]]], scores={"kl": torch.ones(1).double()}).save(tmp_path)
     assert load_answers(tmp_path, "a", "key") is None
+
+
+@pytest.mark.parametrize(("dtype", "keep"), [("float32", 2**30), ("bfloat16", 0)])
+def test_rounded_logits_are_not_kept(dtype, keep, monkeypatch):
+    """In half precision the head's logits are coarser than products of its states, which are taken in float32."""
+    asked, real = [], answers.sample_in_batches
+
+    def noted(*given, **settings):
+        asked.append(settings["keep"])
+        return real(*given, **settings)
+
+    monkeypatch.setattr(answers, "sample_in_batches", noted)
+    policy, reference = (tiny.model().to(getattr(torch, dtype)) for _ in range(2))
+    made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4)
+    answers.draw_answers("a", "key", policy, made, [[5, 6], [7]], [], end_id=3, reference=reference)
+    assert asked == [keep]
+
+
+def test_answers_come_with_their_own_scores():
+    """Prompts of several lengths in several batches, two answers each: every score is that of its response."""
+    policy, reference = tiny.model(initializer_range=0.3).double(), tiny.model().double()
+    prompts = [[5, 6, 9, 11], [7], [8, 4, 5], [9, 9], [12, 4, 6, 7, 8]]
+    made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, samples=2, rows=4, temperature=0.7)
+    one = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=reference)
+    groups = [Group(prompt, own) for prompt, own in zip(prompts, one.responses, strict=True)]
+    expected = score(policy, groups, reference=reference, entropy=True, temperature=0.7)
+    assert float(expected.step_kl.sum(-1).min()) > 1e-3
+    for name, values in {"logps": expected.logps, "entropy": expected.step_entropy, "kl": expected.step_kl}.items():
+        whole = values if name == "logps" else values.sum(-1)
+        torch.testing.assert_close(one.scores[name], whole.detach(), rtol=0, atol=1e-9, msg=name)
 
 
 class Lookup:
