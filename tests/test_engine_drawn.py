@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,21 @@ def test_kept_logits_spare_the_head():
     assert len(places) == len(PROMPTS)
     _, lost, _ = draw(model, reference, keep=KEEP[1], change=lose)
     assert bool(lost.kl.isnan().any())
+
+
+def test_what_was_noted_of_a_batch_goes_with_it():
+    """Memory is that of a batch, however many there are."""
+    model, sizes = build("llama"), []
+
+    def each(_, drawn):
+        width = drawn.states.shape[1]
+        found = (one for one in gc.get_objects() if type(one) is torch.Tensor and one.shape[1:] == (width,))
+        storages = (one.untyped_storage() for one in found)
+        sizes.append(sum({one.data_ptr(): one.nbytes() for one in storages}.values()))
+
+    sample_in_batches(model, [[7, 8]] * 12, each, **SETTINGS)
+    assert len(sizes) == 12
+    assert max(sizes) < 2 * min(sizes)
 
 
 @pytest.mark.parametrize("family", UNEVEN)

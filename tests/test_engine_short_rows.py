@@ -11,12 +11,10 @@ from engine_models import GROUPS, build, direct_token_logps
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_engine_drawn import of_states
 from torch.nn import functional as F
 
-from distalign.engine import Group, attention, flex, score, score_in_batches, scoring, selfcheck
+from distalign.engine import attention, flex, score, score_in_batches, scoring, selfcheck
 from distalign.engine.attention import Layout
-from distalign.engine.drawn import score_drawn
 from distalign.engine.packing import Segment
 
 CPU = torch.device("cpu")
@@ -151,9 +149,3 @@ def test_kernels_for_long_passes(trials, monkeypatch):
     monkeypatch.setattr(scoring, "_WORTH_COMPILING", tokens)
     score_in_batches(build("llama"), GROUPS, token_budget=100)
     assert len(trials) == 1
-    model = build("llama")
-    groups = [Group([3, 4], [[5, 6]])]
-    monkeypatch.setattr(scoring, "_WORTH_COMPILING", 4)
-    states = torch.zeros(2, model.config.hidden_size, dtype=torch.float64)
-    score_drawn(of_states([[[5, 6]]], states, model), [groups[0].prompt], model, token_budget=100)
-    assert len(trials) == 2

@@ -67,9 +67,15 @@ def test_rounded_logits_are_not_kept(dtype, keep, monkeypatch):
     assert asked == [keep]
 
 
-def test_answers_come_with_their_own_scores():
-    """Prompts of several lengths in several batches, two answers each: every score is that of its response."""
+@pytest.mark.parametrize("scaling", [None, 4.0])
+def test_answers_come_with_their_own_scores(scaling, monkeypatch):
+    """Prompts of several lengths in several batches, two answers each: every score is that of its response.
+
+    Also where the configuration names a scaling of logits that the model does not apply, with none of them kept.
+    """
+    monkeypatch.setattr(answers, "_LOGITS", 0)
     policy, reference = tiny.model(initializer_range=0.3).double(), tiny.model().double()
+    policy.config.logits_scaling = scaling
     prompts = [[5, 6, 9, 11], [7], [8, 4, 5], [9, 9], [12, 4, 6, 7, 8]]
     made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, samples=2, rows=4, temperature=0.7)
     one = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=reference)

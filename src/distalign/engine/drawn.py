@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from distalign.engine.encoding import device_of, evaluating
 from distalign.engine.head import Head, HiddenRows, LogitRows, Rows, score_rows
 from distalign.engine.packing import Group, ReadPrompt, frame, micro_batches
-from distalign.engine.scoring import _rows, _validate, worth_compiling
+from distalign.engine.scoring import _rows, _validate
 from distalign.engine.selfcheck import check
 
 
@@ -83,7 +83,6 @@ def score_drawn(
     tokens = torch.arange(sum(per_prompt)).split(per_prompt)
     owner = torch.arange(len(per_response)).repeat_interleave(torch.tensor(per_response))
     sums = torch.zeros(4, len(per_response), dtype=torch.float64)
-    kernels = worth_compiling(groups)
     if check(reference, kernels=False).length_limit is not None:
         # Its keys depend on the longest sequence that was read beside them.
         read = None
@@ -92,7 +91,7 @@ def score_drawn(
             chosen = [groups[index] for index in batch]
             known = None if read is None else [read[index] for index in batch]
             own = torch.cat([tokens[index] for index in batch])
-            reference_rows = _rows(reference, chosen, temperature, kernels=kernels, read=known)
+            reference_rows = _rows(reference, chosen, temperature, kernels=False, read=known)
             targets = frame(chosen, device_of(reference)).targets
             for part, rows in drawn.rows(own.to(targets.device), temperature):
                 values = score_rows(rows, targets[part], entropy=True, reference=reference_rows.chosen(part))

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distalign.engine import Group, score_in_batches
+from distalign.engine import Group, check, score_in_batches
 from distalign.engine.available import available
 from distalign.engine.drawn import Drawn, score_drawn
 from distalign.engine.head import CannotTile, head_of
@@ -32,8 +32,8 @@ from distalign.rollout import sample, sample_in_batches, sample_with_scores
 
 logger = logging.getLogger("distalign.evaluate")
 
-# On a CPU operations are dear, and what is kept spares some. Bytes of the prompts' keys and values, up to a quarter of
-# the memory, that the reference keeps for the other policies' responses, and of a batch's logits.
+# On a CPU operations are dear, and what is kept spares some. Bytes of the prompts' keys and values that the reference
+# keeps for the other policies' responses, and of a batch's logits, if a quarter of the free memory is as much.
 _READ, _LOGITS = 2**32, 2**30
 _FORMAT = 4  # of what is kept; another number, and everything is drawn again
 
@@ -107,10 +107,12 @@ def draw_answers(
     end_id: int,
     reference: Any,
     read: Sequence[ReadPrompt | None] | None = None,
+    keep_read: bool = False,
 ) -> Answers:
     """Sample the policy, with random numbers of its name's own, and score responses and pairs.
 
-    Prompts that the reference has read before, a value a prompt, are not read again for their responses' KL.
+    Prompts that the reference has read before, a value a prompt, are not read again for their responses' KL. With
+    `keep_read` the answers of the reference itself have them.
     """
     asked: dict[str, Any] = {"n": settings.samples, "max_new_tokens": settings.max_new_tokens, "rows": settings.rows}
     asked |= {
@@ -119,7 +121,8 @@ def draw_answers(
         "seed": 1_000_003 * settings.seed + draw_number(name),
     }
     with progress(f"answers of {name}", len(prompts)) as advance:
-        found = _draw(model, reference, read, prompts, asked | {"progress": advance}, settings.token_budget)
+        asked["progress"] = advance
+        found = _draw(model, reference, prompts, asked, settings.token_budget, read=read, keep_read=keep_read)
     pair_logps = torch.zeros(0, 2, dtype=torch.float64)
     if pairs:
         with progress(f"pairs of {name}", len(pairs)) as advance:
@@ -131,15 +134,18 @@ def draw_answers(
 def _draw(
     model: Any,
     reference: Any,
-    read: Sequence[ReadPrompt | None] | None,
     prompts: Sequence[list[int]],
     asked: dict[str, Any],
     token_budget: int,
+    *,
+    read: Sequence[ReadPrompt | None] | None,
+    keep_read: bool,
 ) -> dict[str, Any]:
     """Responses and their scores, by the names of `Answers`."""
-    plain, spares = _has_plain_head(model), model.device.type == "cpu"
+    plain, on_cpu = _has_plain_head(model), model.device.type == "cpu"
+    spare = (available(model.device) or 2**32) // 4
     if model is reference:
-        keep = min(_READ, (available(model.device) or 0) // 4) if plain and spares else 0
+        keep = min(_READ, spare) if keep_read and plain and on_cpu else 0
         own = sample_with_scores(model, prompts, **asked, keep=keep)
         scores = {"logps": own.logps, "entropy": own.entropy, "kl": torch.zeros_like(own.logps)}
         return {"responses": own.responses, "scores": scores, "read": own.read}
@@ -161,14 +167,15 @@ def _draw(
         sums[:, numbers] = torch.stack([found.logps, found.entropy, found.kl]).view(3, -1, n)
 
     # In half precision the head computed logits that are rounded; products of its states are not.
-    keep = _LOGITS if spares and model.dtype.itemsize >= 4 else 0
+    keep = min(_LOGITS, spare) if on_cpu and model.dtype.itemsize >= 4 else 0
     responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep)
     return {"responses": responses, "scores": dict(zip(("logps", "entropy", "kl"), sums.flatten(1), strict=True))}
 
 
 def _has_plain_head(model: Any) -> bool:
+    """Whether the states give the logits, and by the self-check the model's own."""
     try:
         head_of(model)
     except CannotTile:
         return False
-    return True
+    return check(model, kernels=False).path != "plain"

@@ -110,6 +110,7 @@ def _answers(bench: Bench) -> dict[str, Answers]:
             continue
         model = bench.base if name == "reference" else load(bench, source)
         asked: dict[str, Any] = {"end_id": bench.end_id, "reference": bench.base, "read": read}
+        asked["keep_read"] = len(bench.sources) > 1
         found[name] = draw_answers(name, key, model, settings, bench.ids, bench.groups, **asked)
         found[name].save(folder / name)
         if name == "reference":

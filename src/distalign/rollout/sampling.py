@@ -89,7 +89,7 @@ def sample_in_batches(
 ) -> list[list[list[int]]]:
     """As `sample`; `each(numbers, drawn)` is given every batch of prompts, by their numbers, with what answered them.
 
-    Up to `keep` bytes of a batch's logits are in `drawn`: those of the first steps, overwritten by the next batch.
+    Up to `keep` bytes of a batch's logits are in `drawn`, those of the steps that found room, until the next batch.
     Raises CannotTile if the model's head is not plain, and ValueError as `sample` does.
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
@@ -102,6 +102,8 @@ def sample_in_batches(
         by_prompt = [responses[first : first + n] for first in range(0, len(responses), n)]
         each(numbers, Drawn(by_prompt, states, head, kept.logits, places))
         kept.used = 0
+        for one in flat:
+            one.noted = ()
 
     settings: dict[str, Any] = {"note": kept.note, "watch": True, "answered": hand_on}
     return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, **settings)]
