@@ -94,7 +94,7 @@ def sample_in_batches(
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
     head = head_of(model)
-    kept = _Kept(keep, max(rows, n) * max_new_tokens)
+    kept = _KeptLogits(keep, max(rows, n) * max_new_tokens)
 
     def hand_on(numbers: Sequence[int], flat: list[_Response]) -> None:
         responses = [one.ids for one in flat]
@@ -109,8 +109,8 @@ def sample_in_batches(
     return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, **settings)]
 
 
-class _Kept:
-    """The logits of a batch's first steps, in memory that every batch uses again: up to so many bytes, for `tokens`."""
+class _KeptLogits:
+    """Logits of the steps of a batch that find room: `keep` bytes, for `tokens` at most, used again by every batch."""
 
     def __init__(self, keep: int, tokens: int) -> None:
         self.keep, self.tokens, self.used = keep, tokens, 0
