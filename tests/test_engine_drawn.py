@@ -167,6 +167,21 @@ def test_prompts_that_the_reference_has_read_are_not_read_again(family, budget):
             assert sum(seen) == sum(map(len, PROMPTS)) - kept + tokens - sum(map(len, responses))
 
 
+def test_prompts_that_were_read_take_no_room_in_a_pass():
+    """Of a pass's tokens: with all prompts read before, the responses alone fill it, and one pass takes them all."""
+    reference = build("llama")
+    own = sample_with_scores(reference, PROMPTS, **SETTINGS, keep=2**20)
+    states = torch.randn(8, reference.config.hidden_size, dtype=torch.float64)
+    drawn = of_states([[[5, 6]], [[7, 8]], [[4, 4]], [[9, 9]]], states, reference)
+    check(reference)
+    seen = []
+    reference.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    for read, passes in ((own.read, [4]), (None, [10, 8, 5])):
+        del seen[:]
+        score_drawn(drawn, PROMPTS, reference, token_budget=11, read=read)
+        assert seen == passes
+
+
 def test_prompts_whose_keys_depend_on_their_company_are_read_again():
     """Long RoPE turns the keys of short prompts another way beside a long one: what was kept of them is not used."""
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}

@@ -87,11 +87,17 @@ def score_drawn(
         # Its keys depend on the longest sequence that was read beside them.
         read = None
     with evaluating(reference):
-        for batch in micro_batches(groups, token_budget):
+        # A prompt that has been read is no token of the pass.
+        known = [None] * len(groups) if read is None else read
+        to_read = [
+            group if one is None else Group([], group.responses) for group, one in zip(groups, known, strict=True)
+        ]
+        for batch in micro_batches(to_read, token_budget):
             chosen = [groups[index] for index in batch]
-            known = None if read is None else [read[index] for index in batch]
             own = torch.cat([tokens[index] for index in batch])
-            reference_rows = _rows(reference, chosen, temperature, kernels=False, read=known)
+            reference_rows = _rows(
+                reference, chosen, temperature, kernels=False, read=[known[index] for index in batch]
+            )
             targets = frame(chosen, device_of(reference)).targets
             for part, rows in drawn.rows(own.to(targets.device), temperature):
                 values = score_rows(rows, targets[part], entropy=True, reference=reference_rows.chosen(part))

@@ -243,7 +243,7 @@ def _scan(ask: _Ask, block: slice, kept: Kept) -> tuple[Tensor, ...]:
         if reference is not None:
             w = reference.tile(block, start, stop).to(rows.dtype)
             reference_hit = gather(w, targets, start, stop, reference_hit)
-            mean_w = mean_w * fade + torch.linalg.vecdot(weights, w.clamp(min=-1e30))
+            mean_w = mean_w * fade + torch.linalg.vecdot(weights, w.clamp_(min=-1e30))
             reference_sums.add(w, keep=False)
     log_z, log_w = sums.log, reference_sums.log if reference is not None else sums.log
     entropy = log_z - mean_z / sums.total

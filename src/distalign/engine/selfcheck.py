@@ -14,6 +14,7 @@ from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine import flex
@@ -25,7 +26,7 @@ from distalign.engine.attention import (
     shared_prefix_attention,
 )
 from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm, shared_hidden
-from distalign.engine.head import CannotTile, HiddenRows, head_of, score_rows
+from distalign.engine.head import CannotTile, HiddenRows, LogitRows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")
@@ -94,6 +95,23 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
         report = replace(report, by_flex=_try_flex(report.model_type, untried))
         reports[key] = report, []
     return report
+
+
+def require_plain_head(
+    model: nn.Module, states: Float[Tensor, "rows hidden"] | Float[Tensor, "0"], logits: Float[Tensor, "rows vocab"]
+) -> None:
+    """Raise CannotTile unless the model's head, as `head_of` reads it, gives these logits of these states.
+
+    They are rows that the model has just computed; compared are log-probabilities over the whole vocabulary.
+    """
+    head = head_of(model)
+    if len(states) != len(logits):
+        raise CannotTile("its head is not called with hidden states")
+    both = HiddenRows(states, head), LogitRows(logits)
+    found, expected = (rows.tile(slice(None), 0, rows.vocabulary).log_softmax(-1) for rows in both)
+    error, wrong = _compare(found, expected, _tolerances(model))
+    if wrong:
+        raise CannotTile(f"its head gives other logits than its own, by {error:.2g} nats")
 
 
 def _state(model: Any) -> tuple:

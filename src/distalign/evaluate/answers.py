@@ -23,7 +23,7 @@ from torch import Tensor
 from distalign.engine import Group, check, score_in_batches
 from distalign.engine.available import available
 from distalign.engine.drawn import Drawn, score_drawn
-from distalign.engine.head import CannotTile, head_of
+from distalign.engine.head import CannotTile
 from distalign.engine.packing import ReadPrompt
 from distalign.evaluate.settings import Evaluation
 from distalign.policy import Source, weights_digest
@@ -142,22 +142,13 @@ def _draw(
     keep_read: bool,
 ) -> dict[str, Any]:
     """Responses and their scores, by the names of `Answers`."""
-    plain, on_cpu = _has_plain_head(model), model.device.type == "cpu"
-    spare = (available(model.device) or 2**32) // 4
+    on_cpu, spare = model.device.type == "cpu", (available(model.device) or 2**32) // 4
     if model is reference:
-        keep = min(_READ, spare) if keep_read and plain and on_cpu else 0
+        keep = min(_READ, spare) if keep_read and on_cpu and check(model, kernels=False).path == "shared" else 0
         own = sample_with_scores(model, prompts, **asked, keep=keep)
         scores = {"logps": own.logps, "entropy": own.entropy, "kl": torch.zeros_like(own.logps)}
         return {"responses": own.responses, "scores": scores, "read": own.read}
     settings: dict[str, Any] = {"token_budget": token_budget, "temperature": asked["temperature"]}
-    if not plain:
-        responses = sample(model, prompts, **asked)
-        groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
-        found = score_in_batches(model, groups, reference=reference, entropy=True, **settings)
-        assert found.step_entropy is not None
-        assert found.step_kl is not None
-        scores = {"logps": found.logps, "entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
-        return {"responses": responses, "scores": {key: values.double().cpu() for key, values in scores.items()}}
     n = asked["n"]
     sums = torch.zeros(3, len(prompts), n, dtype=torch.float64)
 
@@ -168,14 +159,22 @@ def _draw(
 
     # In half precision the head computed logits that are rounded; products of its states are not.
     keep = min(_LOGITS, spare) if on_cpu and model.dtype.itemsize >= 4 else 0
-    responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep)
+    try:
+        responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep)
+    except CannotTile as refusal:
+        logger.warning("%s; its answers are scored by running it again", refusal)
+        return _draw_and_score(model, reference, prompts, asked, settings)
     return {"responses": responses, "scores": dict(zip(("logps", "entropy", "kl"), sums.flatten(1), strict=True))}
 
 
-def _has_plain_head(model: Any) -> bool:
-    """Whether the states give the logits, and by the self-check the model's own."""
-    try:
-        head_of(model)
-    except CannotTile:
-        return False
-    return check(model, kernels=False).path != "plain"
+def _draw_and_score(
+    model: Any, reference: Any, prompts: Sequence[list[int]], asked: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """As `_draw`, of a model whose logits cannot be told from its states."""
+    responses = sample(model, prompts, **asked)
+    groups = [Group(prompt, own) for prompt, own in zip(prompts, responses, strict=True)]
+    found = score_in_batches(model, groups, reference=reference, entropy=True, **settings)
+    assert found.step_entropy is not None
+    assert found.step_kl is not None
+    scores = {"logps": found.logps, "entropy": found.step_entropy.sum(-1), "kl": found.step_kl.sum(-1)}
+    return {"responses": responses, "scores": {key: values.double().cpu() for key, values in scores.items()}}

@@ -20,6 +20,7 @@ from distalign.engine.drawn import Drawn
 from distalign.engine.encoding import evaluating
 from distalign.engine.head import LogitRows, head_of, score_rows
 from distalign.engine.packing import ReadPrompt
+from distalign.engine.selfcheck import require_plain_head
 from distalign.rollout.decoding import Encoded, Forked, Shared, encode_prompts, shares_prompts
 from distalign.rollout.prefix import close_gaps
 
@@ -90,11 +91,20 @@ def sample_in_batches(
     """As `sample`; `each(numbers, drawn)` is given every batch of prompts, by their numbers, with what answered them.
 
     Up to `keep` bytes of a batch's logits are in `drawn`, those of the steps that found room, until the next batch.
-    Raises CannotTile if the model's head is not plain, and ValueError as `sample` does.
+    Raises CannotTile, before the first batch is answered, if the model's head is not plain or its first logits are not
+    those of their states, and ValueError as `sample` does.
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
     head = head_of(model)
     kept = _KeptLogits(keep, max(rows, n) * max_new_tokens)
+    seen = False
+
+    def note(states: Tensor, logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal seen
+        if not seen:
+            require_plain_head(model, states[:8], logits[:8])
+            seen = True
+        return states, kept.places(logits)
 
     def hand_on(numbers: Sequence[int], flat: list[_Response]) -> None:
         responses = [one.ids for one in flat]
@@ -105,7 +115,7 @@ def sample_in_batches(
         for one in flat:
             one.noted = ()
 
-    settings: dict[str, Any] = {"note": kept.note, "watch": True, "answered": hand_on}
+    settings: dict[str, Any] = {"note": note, "watch": True, "answered": hand_on}
     return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, **settings)]
 
 
@@ -116,17 +126,17 @@ class _KeptLogits:
         self.keep, self.tokens, self.used = keep, tokens, 0
         self.logits = torch.zeros(0, 0)
 
-    def note(self, states: Tensor, logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every row the state, and the place at which its logits are kept: −1 if there is no room."""
+    def places(self, logits: Tensor) -> Tensor:
+        """The place at which the logits of every row are kept: −1 if there is no room."""
         count, size = logits.shape
         if self.logits.shape[1] != size:
             self.logits = logits.new_empty(min(self.keep // logits[0].nbytes, self.tokens), size)
         if self.used + count > len(self.logits):
-            return states, torch.full((count,), -1, device=logits.device)
+            return torch.full((count,), -1, device=logits.device)
         places = torch.arange(self.used, self.used + count, device=logits.device)
         self.logits[self.used : self.used + count] = logits
         self.used += count
-        return states, places
+        return places
 
 
 @dataclass(frozen=True)
