@@ -182,6 +182,32 @@ def test_prompts_that_were_read_take_no_room_in_a_pass():
         assert seen == passes
 
 
+def test_prompts_that_are_read_again_take_their_room():
+    """Of responses of one token each: a row of nothing else would be empty, so their prompts are in it, and counted."""
+    reference = build("llama")
+    own = sample_with_scores(reference, PROMPTS, **SETTINGS, keep=2**20)
+    drawn = of_states([[[5]], [[7]], [[4]], [[9]]], torch.randn(4, reference.config.hidden_size).double(), reference)
+    check(reference)
+    seen = []
+    reference.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    score_drawn(drawn, PROMPTS, reference, token_budget=11, read=own.read)
+    assert seen == [9, 9, 1]
+
+
+def test_a_reference_that_reads_whole_sequences_counts_whole_sequences():
+    """One whose prompts cannot be shared is given what it asks for, not what another would be spared."""
+    reference = build("llama")
+    own = sample_with_scores(reference, PROMPTS, **SETTINGS, keep=2**20)
+    bloom = build("bloom")
+    assert check(bloom).path == "padded"
+    states = torch.randn(8, bloom.config.hidden_size, dtype=torch.float64)
+    drawn = of_states([[[5, 6]], [[7, 8]], [[4, 4]], [[9, 9]]], states, bloom)
+    seen = []
+    bloom.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numel()))
+    score_drawn(drawn, PROMPTS, bloom, token_budget=11, read=own.read)
+    assert len(seen) == 3
+
+
 def test_prompts_whose_keys_depend_on_their_company_are_read_again():
     """Long RoPE turns the keys of short prompts another way beside a long one: what was kept of them is not used."""
     rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distalign.calibrate import calibrate
 from distalign.data import EncodedPair, EncodedPrompt
@@ -67,15 +70,31 @@ def test_rounded_logits_are_not_kept(dtype, keep, monkeypatch):
     assert asked == [keep]
 
 
-@pytest.mark.parametrize("scaling", [None, 4.0])
-def test_answers_come_with_their_own_scores(scaling, monkeypatch):
+def multiply_the_head(model):
+    """Let the model multiply its head's weight itself, so that nobody who watches the head sees its states."""
+
+    @functools.wraps(model.forward)
+    def forward(input_ids, logits_to_keep=0, **settings):
+        out = model.model(input_ids=input_ids, **settings)
+        logits = F.linear(out.last_hidden_state[:, -logits_to_keep:], model.lm_head.weight)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize("head", ["plain", "not scaled", "not called"])
+def test_answers_come_with_their_own_scores(head, monkeypatch):
     """Prompts of several lengths in several batches, two answers each: every score is that of its response.
 
-    Also where the configuration names a scaling of logits that the model does not apply, with none of them kept.
+    Also where the configuration names a scaling of logits that the model does not apply, with none of them kept, and
+    where the model multiplies its head's weight by itself.
     """
     monkeypatch.setattr(answers, "_LOGITS", 0)
     policy, reference = tiny.model(initializer_range=0.3).double(), tiny.model().double()
-    policy.config.logits_scaling = scaling
+    if head == "not scaled":
+        policy.config.logits_scaling = 4.0
+    if head == "not called":
+        multiply_the_head(policy)
     prompts = [[5, 6, 9, 11], [7], [8, 4, 5], [9, 9], [12, 4, 6, 7, 8]]
     made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, samples=2, rows=4, temperature=0.7)
     one = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=reference)

@@ -83,21 +83,16 @@ def score_drawn(
     tokens = torch.arange(sum(per_prompt)).split(per_prompt)
     owner = torch.arange(len(per_response)).repeat_interleave(torch.tensor(per_response))
     sums = torch.zeros(4, len(per_response), dtype=torch.float64)
-    if check(reference, kernels=False).length_limit is not None:
-        # Its keys depend on the longest sequence that was read beside them.
+    report = check(reference, kernels=False)
+    if report.path != "shared" or report.length_limit is not None:
+        # Such a reference reads whole sequences, or has keys that depend on the longest one read beside them.
         read = None
     with evaluating(reference):
-        # A prompt that has been read is no token of the pass.
-        known = [None] * len(groups) if read is None else read
-        to_read = [
-            group if one is None else Group([], group.responses) for group, one in zip(groups, known, strict=True)
-        ]
-        for batch in micro_batches(to_read, token_budget):
+        for batch in micro_batches(groups, token_budget, read):
             chosen = [groups[index] for index in batch]
+            known = None if read is None else [read[index] for index in batch]
             own = torch.cat([tokens[index] for index in batch])
-            reference_rows = _rows(
-                reference, chosen, temperature, kernels=False, read=[known[index] for index in batch]
-            )
+            reference_rows = _rows(reference, chosen, temperature, kernels=False, read=known)
             targets = frame(chosen, device_of(reference)).targets
             for part, rows in drawn.rows(own.to(targets.device), temperature):
                 values = score_rows(rows, targets[part], entropy=True, reference=reference_rows.chosen(part))

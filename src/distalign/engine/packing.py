@@ -169,20 +169,28 @@ def _pad_batch(sequences: list[tuple[list[int], int]], batch: list[int], device:
     return PaddedRows(ids.to(device), torch.tensor(predictors, device=device), batch)
 
 
-def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[int]]:
+def micro_batches(
+    groups: Sequence[Group], token_budget: int, read: Sequence[ReadPrompt | None] | None = None
+) -> list[list[int]]:
     """Split groups into micro-batches: lists of indices into `groups`, each group into the first that has room for it.
 
-    The longest groups choose first. Tokens are counted with the prompt shared. A group is never split; one that exceeds
-    the budget is alone in its batch. Raises ValueError if `token_budget` is below 1.
+    The longest groups choose first. Tokens are counted with the prompt shared, and without those of `read`, a value a
+    group; one whose responses have one token each is counted in full, because a row of nothing else would be empty. A
+    group is never split; one that exceeds the budget is alone in its batch. Raises ValueError if `token_budget` is
+    below 1.
     """
     if token_budget < 1:
         raise ValueError(
             f"micro_batches: token_budget is {token_budget}; give the number of tokens of one batch, at least 1."
         )
+    sizes = [group.tokens for group in groups]
+    for index, (group, known) in enumerate(zip(groups, read or (), strict=read is not None)):
+        if known is not None and any(len(response) > 1 for response in group.responses):
+            sizes[index] -= len(group.prompt)
     batches: list[list[int]] = []
     rooms: list[int] = []
-    for index in sorted(range(len(groups)), key=lambda index: -groups[index].tokens):
-        size = groups[index].tokens
+    for index in sorted(range(len(groups)), key=lambda index: -sizes[index]):
+        size = sizes[index]
         place = next((place for place, room in enumerate(rooms) if room >= size), len(rooms))
         if place == len(rooms):
             batches.append([])

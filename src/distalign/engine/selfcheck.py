@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ from distalign.engine.attention import (
     shared_prefix_attention,
 )
 from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm, shared_hidden
-from distalign.engine.head import CannotTile, HiddenRows, LogitRows, head_of, score_rows
+from distalign.engine.head import CannotTile, HiddenRows, LogitRows, Rows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")
@@ -102,16 +102,34 @@ def require_plain_head(
 ) -> None:
     """Raise CannotTile unless the model's head, as `head_of` reads it, gives these logits of these states.
 
-    They are rows that the model has just computed; compared are log-probabilities over the whole vocabulary.
+    They are rows that the model has just computed; compared are log-probabilities over the whole vocabulary, beyond the
+    rounding of the logits. A model that is refused is served by its own logits from then on, whatever `check` found.
     """
     head = head_of(model)
     if len(states) != len(logits):
-        raise CannotTile("its head is not called with hidden states")
-    both = HiddenRows(states, head), LogitRows(logits)
-    found, expected = (rows.tile(slice(None), 0, rows.vocabulary).log_softmax(-1) for rows in both)
-    error, wrong = _compare(found, expected, _tolerances(model))
+        _refuse_head(model, "its head is not called with hidden states")
+    found, expected = (_log_softmax(rows) for rows in (HiddenRows(states, head), LogitRows(logits)))
+    rounding = torch.finfo(_precision(model)).eps * logits.where(logits.isfinite(), 0).abs().amax(-1, keepdim=True)
+    beyond = ((found - expected).abs() - rounding).where(found != expected, 0).clamp(min=0)
+    error, wrong = _compare(beyond, torch.zeros_like(beyond), _tolerances(model))
     if wrong:
-        raise CannotTile(f"its head gives other logits than its own, by {error:.2g} nats")
+        _refuse_head(model, f"its head gives other logits than its own, by {error:.2g} nats")
+
+
+def _log_softmax(rows: Rows) -> Float[Tensor, "rows vocab"]:
+    """Of a few rows; in half precision a tile's weights are copied, never the whole head's."""
+    starts = range(0, rows.vocabulary, 8192)
+    tiles = [rows.tile(slice(None), start, min(start + 8192, rows.vocabulary)) for start in starts]
+    return torch.cat(tiles, -1).log_softmax(-1)
+
+
+def _refuse_head(model: Any, reason: str) -> NoReturn:
+    """Raise CannotTile, and serve the model by its own logits from now on."""
+    reason = f"{reason}; log-probabilities come from the model's own logits"
+    report = EngineReport("plain", reason, model.config.get_text_config().model_type, 0.0, _tolerances(model)[0])
+    _REPORTS.setdefault(model, {})[_state(model)] = report, []
+    _log(report)
+    raise CannotTile(reason)
 
 
 def _state(model: Any) -> tuple:
@@ -244,11 +262,13 @@ def _compare(found: Tensor, expected: Tensor, limits: tuple[float, float]) -> tu
 
 
 def _tolerances(model: Any) -> tuple[float, float]:
+    return _TOLERANCES.get(_precision(model), _TOLERANCES[torch.bfloat16])
+
+
+def _precision(model: Any) -> torch.dtype:
     weight = model.get_input_embeddings().weight
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
-    return _TOLERANCES.get(dtype, _TOLERANCES[torch.bfloat16])
+    autocast = torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
 def sample_groups(config: Any, vocabulary: int) -> list[Group]:

@@ -161,8 +161,9 @@ def _draw(
     keep = min(_LOGITS, spare) if on_cpu and model.dtype.itemsize >= 4 else 0
     try:
         responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep)
-    except CannotTile as refusal:
-        logger.warning("%s; its answers are scored by running it again", refusal)
+    except CannotTile:
+        responses = None  # And the frames of the exception, with a batch in them, are gone.
+    if responses is None:
         return _draw_and_score(model, reference, prompts, asked, settings)
     return {"responses": responses, "scores": dict(zip(("logps", "entropy", "kl"), sums.flatten(1), strict=True))}
 

@@ -97,13 +97,15 @@ def sample_in_batches(
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
     head = head_of(model)
     kept = _KeptLogits(keep, max(rows, n) * max_new_tokens)
-    seen = False
+    checked = False
+
+    def visit(_: Sequence[int], encoded: Encoded) -> None:
+        nonlocal checked
+        if not checked:
+            require_plain_head(model, encoded.states[:8], encoded.logits[:8])
+            checked = True
 
     def note(states: Tensor, logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal seen
-        if not seen:
-            require_plain_head(model, states[:8], logits[:8])
-            seen = True
         return states, kept.places(logits)
 
     def hand_on(numbers: Sequence[int], flat: list[_Response]) -> None:
@@ -115,7 +117,7 @@ def sample_in_batches(
         for one in flat:
             one.noted = ()
 
-    settings: dict[str, Any] = {"note": note, "watch": True, "answered": hand_on}
+    settings: dict[str, Any] = {"note": note, "watch": True, "visit": visit, "answered": hand_on}
     return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, **settings)]
 
 
