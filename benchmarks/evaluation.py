@@ -5,10 +5,11 @@
 Policies: the reference and three adapters of it with small random weights. `--prompts` everyday requests as chats, one
 sample of at most `--tokens` tokens each. The evaluation loads every policy, hashes its weights, samples it, takes
 entropy and KL(π ‖ π₀) of every response at every step over the full vocabulary, and writes its files; no reward and no
-judge, which cost what they cost. Generations alone: the same calls of `sample` on loaded models. CPU seconds of this
-process on one thread; seconds on the wall with more `--threads`, and with `--device cuda`, after one round that warms
-up. The order is turned in every round, and the ratio is the median of the rounds beside its least and its largest.
-Where the evaluation spends its time is in its results, and shown: seconds on the wall.
+judge, which cost what they cost. Generations alone: the same call of `sample` on a model of its own that is loaded
+already, just before the evaluation draws from that policy or just after, by turns: a machine's speed changes within
+minutes. The evaluation's clock stands still meanwhile. CPU seconds of this process on one thread; seconds on the wall
+with more `--threads`, and with `--device cuda`, after one round that warms up. The ratio is the median of the rounds
+beside its least and its largest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import DTYPES, Machine, facts
@@ -30,7 +32,7 @@ from transformers import TrainingArguments
 
 from distalign import policy
 from distalign.data import encode_prompt, end_token_id, read_prompts
-from distalign.evaluate import evaluate, load_evaluation
+from distalign.evaluate import evaluate, load_evaluation, run
 from distalign.policy import find_model
 from distalign.rollout import sample
 
@@ -63,33 +65,47 @@ def prepare(folder: Path, count: int, tokens: int, dtype: str = "float32") -> tu
     return recipe, policies
 
 
-def generations(recipe: Path, policies: dict[str, str], machine: Machine) -> float:
-    """Seconds of sampling every policy on loaded models."""
-    settings = load_evaluation(recipe, [], [])
-    source = find_model(MODEL)
-    tokenizer = source.tokenizer()
-    prompts = [encode_prompt(tokenizer, row) for row in read_prompts(str(settings.prompts))]
-    end_id = end_token_id(tokenizer, conversational=True)
-    spent = 0.0
-    for number, place in enumerate([MODEL, *policies.values()]):
-        model: Any = find_model(place).model(settings.dtype)
-        model.to(machine.device)
-        start = machine.seconds()
-        asked: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "end_id": end_id, "rows": settings.rows}
-        sample(model, prompts, n=1, temperature=1.0, seed=number, **asked)
-        spent += machine.seconds() - start
-    return spent
-
-
-def evaluation(recipe: Path, policies: dict[str, str], round_: int, machine: Machine) -> tuple[float, dict[str, float]]:
-    """Seconds of evaluating the same policies in a fresh folder, and on the wall those of its parts."""
+def measure(recipe: Path, policies: dict[str, str], round_: int, machine: Machine) -> dict[str, Any]:
+    """Seconds of evaluating the policies in a fresh folder, of sampling them alone, and both of each policy."""
     settings = load_evaluation(
         recipe, [f"name=round-{round_}"], [f"{name}={place}" for name, place in policies.items()]
     )
+    places, draw = {"reference": MODEL, **policies}, run.draw_answers
+    tokenizer = find_model(MODEL).tokenizer()
+    asked: dict[str, Any] = {"end_id": end_token_id(tokenizer, conversational=True), "rows": settings.rows}
+    prompts = [encode_prompt(tokenizer, row) for row in read_prompts(str(settings.prompts))]
+    parts: dict[str, dict[str, float]] = {}
+    aside = 0.0
+
+    def alone(name: str) -> None:
+        nonlocal aside
+        start = machine.seconds()
+        model: Any = find_model(places[name]).model(settings.dtype)
+        model.to(machine.device)
+        loaded = machine.seconds()
+        sample(model, prompts, n=1, max_new_tokens=settings.max_new_tokens, seed=round_, **asked)
+        parts[name]["generation"] = machine.seconds() - loaded
+        aside += machine.seconds() - start
+
+    def beside(name: str, *given: Any, **more: Any) -> Any:
+        first = (round_ + len(parts)) % 2 == 0
+        parts[name] = {}
+        if first:
+            alone(name)
+        start = machine.seconds()
+        answers = draw(name, *given, **more)
+        parts[name]["evaluation"] = machine.seconds() - start
+        if not first:
+            alone(name)
+        return answers
+
     policy._DIGESTS.clear()  # An evaluation is a process of its own, which has hashed no weights yet.
     start = machine.seconds()
-    parts = evaluate(settings)["seconds"]
-    return machine.seconds() - start, parts
+    with patch.object(run, "draw_answers", beside):
+        evaluate(settings)
+    spent = machine.seconds() - start - aside
+    generation = sum(part["generation"] for part in parts.values())
+    return {"generation": generation, "evaluation": spent, "ratio": spent / generation, "parts": parts}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -111,14 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         recipe, policies = prepare(Path(name), options.prompts, options.tokens, options.dtype)
         for round_ in range(options.rounds + (options.device != "cpu")):
-            spent: dict[str, Any] = {}
-            for side in ("generation", "evaluation") if round_ % 2 == 0 else ("evaluation", "generation"):
-                if side == "generation":
-                    spent[side] = generations(recipe, policies, machine)
-                else:
-                    spent[side], spent["parts"] = evaluation(recipe, policies, round_, machine)
-            rows.append({**spent, "ratio": spent["evaluation"] / spent["generation"]})
-            told = ", ".join(f"{side} {spent[side]:.1f} {machine.unit}" for side in ("generation", "evaluation"))
+            rows.append(measure(recipe, policies, round_, machine))
+            told = ", ".join(f"{side} {rows[-1][side]:.1f} {machine.unit}" for side in ("generation", "evaluation"))
             print(f"round {round_ + 1}: {told}, ratio {rows[-1]['ratio']:.2f}", flush=True)
     if options.device != "cpu":
         rows.pop(0)
@@ -129,10 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"4 policies × {options.prompts} prompts × at most {options.tokens} tokens: evaluation / generations alone "
         f"{middle:.2f} [{low:.2f}, {high:.2f}] over {len(rows)} rounds; generations {spent:.1f} {machine.unit}"
     )
-    parts = {part: statistics.median(row["parts"][part] for row in rows) for part in rows[0]["parts"]}
     whole = statistics.median(row["evaluation"] for row in rows)
-    told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items())
-    Console().print(f"the evaluation: {whole:.1f} {machine.unit}; its parts in seconds on the wall: {told}")
+
+    def median(policy_name: str, side: str) -> float:
+        return statistics.median(row["parts"][policy_name][side] for row in rows)
+
+    told = ", ".join(
+        f"{one} {median(one, 'evaluation'):.1f} / {median(one, 'generation'):.1f}" for one in rows[0]["parts"]
+    )
+    Console().print(f"the evaluation: {whole:.1f} {machine.unit}; drawing and scoring / drawing alone: {told}")
     if options.json:
         measured = {"rows": rows, "threads": options.threads, "dtype": options.dtype, "machine": facts(options.device)}
         options.json.write_text(json.dumps(measured, indent=1))

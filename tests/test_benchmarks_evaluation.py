@@ -41,11 +41,11 @@ def test_benchmark_writes_what_it_measures(tmp_path, monkeypatch, capsys):
     assert set(dtypes) == {"float32", "bfloat16"}, "adapters are made in float32, policies sampled in bfloat16"
     for row in written["rows"]:
         assert row["ratio"] == pytest.approx(row["evaluation"] / row["generation"])
-        assert row["parts"].keys() == {
-            "answers of reference",
-            *(f"answers of policy-{number}" for number in range(3)),
-        }
-    assert "its parts in seconds on the wall: answers of" in capsys.readouterr().out.replace("\n", " ")
+        assert list(row["parts"]) == ["reference", *(f"policy-{number}" for number in range(3))]
+        for side in ("evaluation", "generation"):
+            own = sum(part[side] for part in row["parts"].values())
+            assert own <= row[side] * (1 + 1e-9)
+    assert "drawing and scoring / drawing alone: reference" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_device_that_an_evaluation_would_not_take_is_refused(capsys):

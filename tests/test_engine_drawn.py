@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from dataclasses import replace
 
 import pytest
@@ -122,6 +123,61 @@ def test_what_was_noted_of_a_batch_goes_with_it():
     sample_in_batches(model, [[7, 8]] * 12, each, **SETTINGS)
     assert len(sizes) == 12
     assert max(sizes) < 2 * min(sizes)
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("rows", [2, 5])
+def test_batches_scored_behind_the_drawing_have_the_same_scores(keep, rows):
+    """To the last bit, and the same responses."""
+    reference, model = build("llama"), build("qwen3")
+    check(reference)
+    responses, expected, _ = draw(model, reference, keep=keep, rows=rows)
+    again, found, _ = draw(model, reference, keep=2 * keep, rows=rows, behind=True)
+    assert again == responses
+    for name, values in vars(expected).items():
+        assert torch.equal(getattr(found, name), values)
+
+
+def test_a_batch_is_handed_on_while_the_next_is_drawn_and_keeps_its_logits():
+    """In order, one at a time, each after all steps of the next batch, whose logits are in another buffer."""
+    model, calls, passed, batches = build("llama"), [], threading.Condition(), []
+
+    def count(*_):
+        with passed:
+            calls.append(threading.current_thread())
+            passed.notify_all()
+
+    def each(numbers, drawn):
+        batches.append(numbers)
+        with passed:
+            # A batch has as many calls of the model as a response has tokens; the last one has no next.
+            assert passed.wait_for(lambda: len(calls) >= 5 * min(len(batches) + 1, 4), timeout=30)
+        assert threading.current_thread() not in calls
+        with torch.no_grad():
+            logits = drawn.states @ drawn.head.weight.T
+        torch.testing.assert_close(drawn.logits[drawn.places], logits)
+
+    check(model)
+    decoding.shares_prompts(model)
+    model.get_input_embeddings().register_forward_hook(count)
+    settings = {"max_new_tokens": 5, "end_id": 10**6, "seed": 3, "rows": 1, "keep": 2**20, "behind": True}
+    sample_in_batches(model, [[5, 6], [7, 8], [9, 11], [4, 4]], each, **settings)
+    assert [list(numbers) for numbers in batches] == [[0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_what_goes_wrong_behind_the_drawing_is_raised(last):
+    """By the batch before the end, and by the last one."""
+    model, seen = build("llama"), []
+
+    def each(numbers, _):
+        seen.append(numbers)
+        if len(seen) == (4 if last else 1):
+            raise ArithmeticError("lost")
+
+    with pytest.raises(ArithmeticError, match="lost"):
+        sample_in_batches(model, PROMPTS, each, **SETTINGS | {"rows": 3, "behind": True})
+    assert len(seen) == (4 if last else 1)
 
 
 @pytest.mark.parametrize("family", UNEVEN)

@@ -82,14 +82,20 @@ def multiply_the_head(model):
     model.forward = forward
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("head", ["plain", "not scaled", "not called"])
-def test_answers_come_with_their_own_scores(head, monkeypatch):
+def test_answers_come_with_their_own_scores(head, threads, monkeypatch):
     """Prompts of several lengths in several batches, two answers each: every score is that of its response.
 
     Also where the configuration names a scaling of logits that the model does not apply, with none of them kept, and
-    where the model multiplies its head's weight by itself.
+    where the model multiplies its head's weight by itself. With several threads batches are scored beside the drawing.
     """
     monkeypatch.setattr(answers, "_LOGITS", 0)
+    asked, real = [], answers.sample_in_batches
+    monkeypatch.setattr(
+        answers, "sample_in_batches", lambda *a, **settings: asked.append(settings) or real(*a, **settings)
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     policy, reference = tiny.model(initializer_range=0.3).double(), tiny.model().double()
     if head == "not scaled":
         policy.config.logits_scaling = 4.0
@@ -105,6 +111,7 @@ def test_answers_come_with_their_own_scores(head, monkeypatch):
     for name, values in {"logps": expected.logps, "entropy": expected.step_entropy, "kl": expected.step_kl}.items():
         whole = values if name == "logps" else values.sum(-1)
         torch.testing.assert_close(one.scores[name], whole, rtol=0, atol=1e-9, msg=name)
+    assert [settings["behind"] for settings in asked] == [threads == 2]
 
 
 class Lookup:

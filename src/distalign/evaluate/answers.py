@@ -159,8 +159,11 @@ def _draw(
 
     # In half precision the head computed logits that are rounded; products of its states are not.
     keep = min(_LOGITS, spare) if on_cpu and model.dtype.itemsize >= 4 else 0
+    # Drawing leaves cores idle: small matrices, one after another.
+    behind = on_cpu and torch.get_num_threads() > 1
+    check(reference, kernels=False)  # Which sets the random state back when it has run: here, not beside the drawing.
     try:
-        responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep)
+        responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep, behind=behind)
     except CannotTile:
         responses = None  # And the frames of the exception, with a batch in them, are gone.
     if responses is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,17 +87,22 @@ def sample_in_batches(
     seed: int,
     rows: int = 64,
     keep: int = 0,
+    behind: bool = False,
     progress: Callable[[int, int], Any] | None = None,
 ) -> list[list[list[int]]]:
     """As `sample`; `each(numbers, drawn)` is given every batch of prompts, by their numbers, with what answered them.
 
-    Up to `keep` bytes of a batch's logits are in `drawn`, those of the steps that found room, until the next batch.
+    Up to `keep` bytes of logits are in `drawn`, those of the steps that found room, while `each` runs. With `behind` it
+    runs in a thread of its own, one batch at a time, while the next batch is drawn: it must not use the model, and what
+    it raises is raised here. Of the bytes a batch then has half.
+
     Raises CannotTile, before the first batch is answered, if the model's head is not plain or its first logits are not
     those of their states, and ValueError as `sample` does.
     """
     drawing = Drawing(max_new_tokens, 0, temperature, 1.0, end_id)
     head = head_of(model)
-    kept = _KeptLogits(keep, max(rows, n) * max_new_tokens)
+    kept = _KeptLogits(keep, max(rows, n) * max_new_tokens, 2 if behind else 1)
+    running: list[Future[Any]] = []
     checked = False
 
     def visit(_: Sequence[int], encoded: Encoded) -> None:
@@ -108,31 +114,53 @@ def sample_in_batches(
     def note(states: Tensor, logits: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
         return states, kept.places(logits)
 
+    def wait() -> None:
+        while running:
+            running.pop().result()
+
     def hand_on(numbers: Sequence[int], flat: list[_Response]) -> None:
         responses = [one.ids for one in flat]
         states, places = (torch.cat(parts) for parts in zip(*(one.noted for one in flat), strict=True))
         by_prompt = [responses[first : first + n] for first in range(0, len(responses), n)]
-        each(numbers, Drawn(by_prompt, states, head, kept.logits, places))
-        kept.used = 0
+        drawn = Drawn(by_prompt, states, head, kept.logits, places)
+        if behind:
+            wait()
+            running.append(thread.submit(each, numbers, drawn))
+        else:
+            each(numbers, drawn)
+        kept.turn()
         for one in flat:
             one.noted = ()
 
     settings: dict[str, Any] = {"note": note, "watch": True, "visit": visit, "answered": hand_on}
-    return [[one.ids for one in own] for own in _sample(model, prompts, n, drawing, seed, rows, progress, **settings)]
+    with ThreadPoolExecutor(1) as thread:
+        answers = _sample(model, prompts, n, drawing, seed, rows, progress, **settings)
+        wait()
+    return [[one.ids for one in own] for own in answers]
 
 
 class _KeptLogits:
-    """Logits of the steps of a batch that find room: `keep` bytes, for `tokens` at most, used again by every batch."""
+    """Logits of the steps of a batch that find room, for `tokens` at most: `keep` bytes, in buffers used by turns."""
 
-    def __init__(self, keep: int, tokens: int) -> None:
-        self.keep, self.tokens, self.used = keep, tokens, 0
-        self.logits = torch.zeros(0, 0)
+    def __init__(self, keep: int, tokens: int, buffers: int) -> None:
+        self.keep, self.tokens, self.used = keep // buffers, tokens, 0
+        self.buffers = [torch.zeros(0, 0)] * buffers
+
+    @property
+    def logits(self) -> Float[Tensor, "kept vocab"]:
+        """Those of the batch that is drawn now."""
+        return self.buffers[0]
+
+    def turn(self) -> None:
+        """Begin the next batch, in the buffer that has waited longest."""
+        self.buffers.append(self.buffers.pop(0))
+        self.used = 0
 
     def places(self, logits: Tensor) -> Tensor:
         """The place at which the logits of every row are kept: −1 if there is no room."""
         count, size = logits.shape
         if self.logits.shape[1] != size:
-            self.logits = logits.new_empty(min(self.keep // logits[0].nbytes, self.tokens), size)
+            self.buffers[0] = logits.new_empty(min(self.keep // logits[0].nbytes, self.tokens), size)
         if self.used + count > len(self.logits):
             return torch.full((count,), -1, device=logits.device)
         places = torch.arange(self.used, self.used + count, device=logits.device)
