@@ -33,6 +33,7 @@ from transformers import TrainingArguments
 from distalign import policy
 from distalign.data import encode_prompt, end_token_id, read_prompts
 from distalign.evaluate import evaluate, load_evaluation, run
+from distalign.evaluate.answers import draw_number
 from distalign.policy import find_model
 from distalign.rollout import sample
 
@@ -74,6 +75,7 @@ def measure(recipe: Path, policies: dict[str, str], round_: int, machine: Machin
     tokenizer = find_model(MODEL).tokenizer()
     asked: dict[str, Any] = {"end_id": end_token_id(tokenizer, conversational=True), "rows": settings.rows}
     prompts = [encode_prompt(tokenizer, row) for row in read_prompts(str(settings.prompts))]
+    sample(find_model(MODEL).model(), prompts[:1], max_new_tokens=2, seed=0, **asked)  # What a process does once.
     parts: dict[str, dict[str, float]] = {}
     aside = 0.0
 
@@ -83,7 +85,7 @@ def measure(recipe: Path, policies: dict[str, str], round_: int, machine: Machin
         model: Any = find_model(places[name]).model(settings.dtype)
         model.to(machine.device)
         loaded = machine.seconds()
-        sample(model, prompts, n=1, max_new_tokens=settings.max_new_tokens, seed=round_, **asked)
+        sample(model, prompts, n=1, max_new_tokens=settings.max_new_tokens, seed=draw_number(name), **asked)
         parts[name]["generation"] = machine.seconds() - loaded
         aside += machine.seconds() - start
 

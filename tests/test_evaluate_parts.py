@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,24 @@ def test_answers_come_with_their_own_scores(head, threads, monkeypatch):
         whole = values if name == "logps" else values.sum(-1)
         torch.testing.assert_close(one.scores[name], whole, rtol=0, atol=1e-9, msg=name)
     assert [settings["behind"] for settings in asked] == [threads == 2]
+
+
+@pytest.mark.parametrize("case", ["apart", "one configuration", "autocast", "inference mode"])
+def test_what_cannot_run_in_two_threads_does_not(case, monkeypatch):
+    """Attention is set in a configuration, and autocast and inference mode are a thread's own."""
+    asked, real = [], answers.sample_in_batches
+    monkeypatch.setattr(
+        answers, "sample_in_batches", lambda *given, **settings: asked.append(settings) or real(*given, **settings)
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    policy, reference = tiny.model(), tiny.model()
+    if case == "one configuration":
+        reference = type(policy)(policy.config).eval()
+    made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, rows=1)
+    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "inference mode": torch.inference_mode()}
+    with modes.get(case, nullcontext()):
+        answers.draw_answers("a", "key", policy, made, [[5, 6], [7], [8]], [], end_id=3, reference=reference)
+    assert [settings["behind"] for settings in asked] == [case == "apart"]
 
 
 class Lookup:

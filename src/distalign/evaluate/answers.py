@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.engine import Group, check, score_in_batches
+from distalign.engine.attention import attention_configs
 from distalign.engine.available import available
 from distalign.engine.drawn import Drawn, score_drawn
 from distalign.engine.head import CannotTile
@@ -160,7 +161,7 @@ def _draw(
     # In half precision the head computed logits that are rounded; products of its states are not.
     keep = min(_LOGITS, spare) if on_cpu and model.dtype.itemsize >= 4 else 0
     # Drawing leaves cores idle: small matrices, one after another.
-    behind = on_cpu and torch.get_num_threads() > 1
+    behind = on_cpu and torch.get_num_threads() > 1 and _apart(model, reference)
     check(reference, kernels=False)  # Which sets the random state back when it has run: here, not beside the drawing.
     try:
         responses = sample_in_batches(model, prompts, score_batch, **asked, keep=keep, behind=behind)
@@ -169,6 +170,14 @@ def _draw(
     if responses is None:
         return _draw_and_score(model, reference, prompts, asked, settings)
     return {"responses": responses, "scores": dict(zip(("logps", "entropy", "kl"), sums.flatten(1), strict=True))}
+
+
+def _apart(model: Any, reference: Any) -> bool:
+    """Whether both can run at once: they have no configuration in common, and the thread no mode of its own."""
+    configs = [{id(config) for config in attention_configs(one)} for one in (model, reference)]
+    return configs[0].isdisjoint(configs[1]) and not (
+        torch.is_autocast_enabled(model.device.type) or torch.is_inference_mode_enabled()
+    )
 
 
 def _draw_and_score(

@@ -93,8 +93,9 @@ def sample_in_batches(
     """As `sample`; `each(numbers, drawn)` is given every batch of prompts, by their numbers, with what answered them.
 
     Up to `keep` bytes of logits are in `drawn`, those of the steps that found room, while `each` runs. With `behind` it
-    runs in a thread of its own, one batch at a time, while the next batch is drawn: it must not use the model, and what
-    it raises is raised here. Of the bytes a batch then has half.
+    runs in a thread of its own, one batch at a time, while the next batch is drawn: it must use nothing that shares
+    modules or configurations with the model, the caller's autocast and inference mode are not its own, and what it
+    raises is raised here, unless drawing has raised before. Of the bytes a batch then has half.
 
     Raises CannotTile, before the first batch is answered, if the model's head is not plain or its first logits are not
     those of their states, and ValueError as `sample` does.
