@@ -21,7 +21,7 @@ $(VENV)/.quickstart: $(VENV)/.installed
 	touch $@
 
 quickstart: $(VENV)/.quickstart
-	$(BIN)/distalign compare recipes/quickstart.yaml
+	$(BIN)/distalign compare quickstart
 
 # Some ten minutes on one core by its parts; docs/benchmarks.md has the commands of the full tables.
 bench: $(VENV)/.quickstart

@@ -30,12 +30,12 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import TrainingArguments
 
-from distalign import policy
 from distalign.data import encode_prompt, end_token_id, read_prompts
-from distalign.evaluate import evaluate, load_evaluation, run
-from distalign.evaluate.answers import draw_number
-from distalign.policy import find_model
-from distalign.rollout import sample
+from distalign.evaluation import evaluate, load_evaluation, run
+from distalign.evaluation.answers import draw_number
+from distalign.models import policy
+from distalign.models.policy import find_model
+from distalign.rollout.sample import sample
 
 MODEL = "smollm2-135m-instruct"
 

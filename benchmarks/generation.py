@@ -27,7 +27,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import GenerationConfig
 
-from distalign.rollout import sample
+from distalign.rollout.sample import sample
 
 PROMPT_TOKENS = (350, 460)
 

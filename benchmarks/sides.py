@@ -22,16 +22,15 @@ from transformers import TrainerCallback, TrainingArguments
 
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, check, micro_batches, score, score_in_batches
-from distalign.engine.encoding import encode
-from distalign.engine.head import score_rows
+from distalign.engine.forward import encode
+from distalign.engine.lm_head import score_rows
 from distalign.engine.packing import frame
 from distalign.engine.recompute import set_recompute
 from distalign.methods import DPO, RKL
-from distalign.policy import Policy, Source
-from distalign.recipe_sections import RolloutSettings
-from distalign.reward import Request
-from distalign.rounds import Rollout
-from distalign.trainer import AlignmentTrainer
+from distalign.models.policy import Policy, Source
+from distalign.rewards import Request
+from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.trainer import AlignmentTrainer
 
 GAMMA = 0.1
 

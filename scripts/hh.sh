@@ -5,7 +5,7 @@ set -euo pipefail
 pairs=${1:?usage: scripts/hh.sh PAIRS}
 PATH="$PWD/.venv/bin:$PATH"
 for method in pmle dpo; do
-  distalign train recipes/pairs.yaml --method "$method" --data "$pairs" \
+  distalign train pairs --method "$method" --data "$pairs" \
     --set "name=hh-$method" --set training.eval_steps=20 --overwrite --json "runs/hh-$method.json"
   python - "runs/hh-$method/metrics.jsonl" <<'PY'
 import json, sys

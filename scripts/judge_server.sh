@@ -12,6 +12,6 @@ if ! "$own/bin/python" -c "import fastapi, openai, uvicorn" 2>/dev/null; then
   echo "import site; site.addsitedir('$(site "$base")')" >"$(site "$own")/base.pth"
   "$own/bin/python" -m pip install --quiet -c constraints.txt fastapi openai uvicorn >&2
 fi
-folder=$("$own/bin/python" -c "import sys; from distalign.policy import find_model; print(find_model(sys.argv[1]).path)" "$model")
+folder=$("$own/bin/python" -c "import sys; from distalign.models.policy import find_model; print(find_model(sys.argv[1]).path)" "$model")
 echo "model $folder, url http://127.0.0.1:$port/v1"
 exec "$own/bin/python" -m transformers.cli.transformers serve "$folder" --host 127.0.0.1 --port "$port" --device cpu

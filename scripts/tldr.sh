@@ -19,7 +19,7 @@ for method in rebel pd rlhf rkl; do settings+=("methods.$method.training.max_ste
 for method in dpo rlhf rkl; do settings+=("methods.$method.training.per_device_train_batch_size=2"); done
 flags=()
 for setting in "${settings[@]}"; do flags+=(--set "$setting"); done
-distalign compare recipes/tldr.yaml --model smollm2-135m-instruct --data "$pairs" "${flags[@]}" --json "runs/tldr-smoke.json"
+distalign compare tldr --model smollm2-135m-instruct --data "$pairs" "${flags[@]}" --json "runs/tldr-smoke.json"
 python - "$run" <<'PY'
 import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])

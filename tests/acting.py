@@ -10,10 +10,9 @@ from transformers import TrainingArguments
 
 from distalign.data import EncodedPrompt, Prompt
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
-from distalign.policy import Source, make_policy
-from distalign.recipe_sections import RolloutSettings
-from distalign.rounds import Rollout
-from distalign.trainer import AlignmentTrainer
+from distalign.models.policy import Source, make_policy
+from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.trainer import AlignmentTrainer
 
 METHODS = {
     "pmle": PMLE(0.5, 0.3),

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from distalign.judge import Comparison
+from distalign.judges import Comparison
 
 REASONS = {200: "OK", 302: "Found", 400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found"}
 SLOW, CUT, MALFORMED, DRIP = "slow", "cut", "malformed", "drip"

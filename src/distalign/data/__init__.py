@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distalign.data.inspection import Inspection, inspect_pairs
+from distalign.data.inspect import Inspection, inspect_pairs
 from distalign.data.pairs import (
     Data,
     Message,
@@ -17,8 +17,8 @@ from distalign.data.pairs import (
     read_prompts,
     split_by_prompt,
 )
-from distalign.data.sources import DataError, Problem, Source
-from distalign.data.tokens import (
+from distalign.data.readers import DataError, Problem, Source
+from distalign.data.tokenize import (
     Counts,
     EncodedPair,
     EncodedPrompt,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
-from distalign.data.sources import DataError, Problem, Record, Source, describe, read_records
+from distalign.data.readers import DataError, Problem, Record, Source, describe, read_records
 
 Message = dict[str, Any]
 Text = str | list[Message]

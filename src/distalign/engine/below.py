@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distalign.engine.encoding import decoder_of, device_of
-from distalign.engine.head import HiddenRows
+from distalign.engine.forward import decoder_of, device_of
+from distalign.engine.lm_head import HiddenRows
 
 logger = logging.getLogger("distalign.engine")
 

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distalign.engine.encoding import device_of, evaluating
-from distalign.engine.head import Head, HiddenRows, LogitRows, Rows, score_rows
+from distalign.engine.forward import device_of, evaluating
+from distalign.engine.lm_head import Head, HiddenRows, LogitRows, Rows, score_rows
 from distalign.engine.packing import Group, ReadPrompt, frame, micro_batches
 from distalign.engine.scoring import _rows, _validate
 from distalign.engine.selfcheck import check

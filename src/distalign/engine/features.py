@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distalign.engine.encoding import device_of, encode
-from distalign.engine.head import HiddenRows, LogitRows, Rows, score_rows
+from distalign.engine.forward import device_of, encode
+from distalign.engine.lm_head import HiddenRows, LogitRows, Rows, score_rows
 from distalign.engine.packing import Group
 from distalign.engine.scoring import _validate
 from distalign.engine.selfcheck import check

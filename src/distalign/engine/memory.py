@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distalign.engine.available import spread
-from distalign.engine.encoding import device_of
+from distalign.engine.forward import device_of
 from distalign.engine.packing import Group
 from distalign.engine.recompute import recomputes
 from distalign.engine.scoring import Scores

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distalign.engine.below import Below
-from distalign.engine.encoding import decoder_of, device_of, encode, evaluating, require_causal_lm
-from distalign.engine.head import HiddenRows, Rows, head_of, score_rows
+from distalign.engine.forward import decoder_of, device_of, encode, evaluating, require_causal_lm
+from distalign.engine.lm_head import HiddenRows, Rows, head_of, score_rows
 from distalign.engine.packing import Frame, Group, ReadPrompt, frame, micro_batches, validate
 from distalign.engine.recompute import recomputes
 from distalign.engine.selfcheck import check

@@ -25,8 +25,8 @@ from distalign.engine.attention import (
     shared_attention,
     shared_prefix_attention,
 )
-from distalign.engine.encoding import device_of, encode, evaluating, require_causal_lm, shared_hidden
-from distalign.engine.head import CannotTile, HiddenRows, LogitRows, Rows, head_of, score_rows
+from distalign.engine.forward import device_of, encode, evaluating, require_causal_lm, shared_hidden
+from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, Rows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.estimators import kl_full
 from distalign.lab.exact import divergence, entropy, optimum
 from distalign.lab.experiment import Advance, at_least
 from distalign.lab.rates import spread
@@ -24,6 +23,7 @@ from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartile
 from distalign.lab.tabular import fit_reward
 from distalign.lab.world import Counts, Tables, draw, generator, random_tables
 from distalign.methods.dpo import dpo_loss
+from distalign.methods.estimators import kl_full
 from distalign.methods.pmle import pmle_loss
 
 _LABELS = {"pmle": "PMLE, β = 0", "pmle_kl": "PMLE, β > 0", "dpo": "DPO"}

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from distalign.estimators import (
+from distalign.lab.gradients import World
+from distalign.methods.base import Samples, declared
+from distalign.methods.estimators import (
     clipped_surrogate,
     entropy_full,
     entropy_plain,
@@ -17,8 +19,6 @@ from distalign.estimators import (
     reward_plain,
     sequence_sum,
 )
-from distalign.lab.gradients import World
-from distalign.methods.base import Samples, declared
 from distalign.methods.rkl import rkl_loss, rkl_split_loss
 
 KL, ENTROPY, REWARD, OBJECTIVE = "KL(π‖π₀)", "H(π)", "E[R]", "RKL objective"

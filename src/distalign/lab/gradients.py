@@ -97,7 +97,7 @@ class World:
             A + B / (K − 1)
 
         exactly, because the group's mean gradient is a U-statistic of degree two; A and B from all groups of two and
-        of three. Holds for surrogates that are linear in their baseline, as all of `distalign.estimators` are.
+        of three. Holds for surrogates that are linear in their baseline, as all of `distalign.methods.estimators` are.
         """
         two, three = (self.gradient(surrogate, size=size).variance for size in (2, 3))
         return [2 * three - two + 2 * (two - three) / (size - 1) for size in sizes]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distalign.lab.exact import divergence, optimum
 from distalign.lab.world import Counts, Tables
-from distalign.preference import preference_logit, preference_nll
+from distalign.methods.preference import preference_logit, preference_nll
 
 
 class Slope(NamedTuple):

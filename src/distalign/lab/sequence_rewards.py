@@ -20,7 +20,7 @@ from distalign.lab.net import Weights, double, scores, stack
 from distalign.lab.sequence_training import Adam, Schedule
 from distalign.lab.sequence_worlds import PROMPTS, Data, World, bigram
 from distalign.lab.tree import Tree
-from distalign.preference import bradley_terry_nll, induced_reward
+from distalign.methods.preference import bradley_terry_nll, induced_reward
 
 GRADIENT = 1e-4  # nats: the largest entry of the gradient of the summed loss where the search ends
 

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.estimators import sequence_sum
 from distalign.lab.net import Weights, stack
 from distalign.lab.sequence_worlds import Data, generator, logps
 from distalign.lab.tree import Tree
 from distalign.methods import Method, Pairs, Samples
-from distalign.preference import bradley_terry_nll
+from distalign.methods.estimators import sequence_sum
+from distalign.methods.preference import bradley_terry_nll
 
 
 @dataclass(frozen=True)

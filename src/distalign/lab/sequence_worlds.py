@@ -19,7 +19,7 @@ from torch import Tensor
 from distalign.lab.exact import divergence
 from distalign.lab.net import Shape, Weights, double, scores, stack, take
 from distalign.lab.tree import Tree
-from distalign.preference import preference_logit
+from distalign.methods.preference import preference_logit
 
 Key = tuple[int, int, str]  # seed, number of the repetition, "markov" or "tilted"
 PROMPTS = 2

@@ -25,7 +25,7 @@ from distalign.lab.sequence_worlds import Data, World, bigram_features, draw_pai
 from distalign.lab.shown import Shown
 from distalign.lab.tree import Tree
 from distalign.methods import DPO, PD, PMLE, REBEL, RKL, RLHF
-from distalign.preference import induced_reward
+from distalign.methods.preference import induced_reward
 
 TREE = Tree(vocabulary=8, length=4)
 WEIGHTS = torch.logspace(-1.5, 2.5, 81, dtype=torch.float64).tolist()  # an oracle's KL weights, times γ

@@ -16,8 +16,8 @@ from distalign.lab.world import Counts, Tables
 from distalign.methods.dpo import dpo_loss
 from distalign.methods.pd import pd_loss
 from distalign.methods.pmle import pmle_loss
+from distalign.methods.preference import bradley_terry_nll
 from distalign.methods.rebel import rebel_loss
-from distalign.preference import bradley_terry_nll
 
 Table = Float[Tensor, "worlds contexts responses"]
 Features = Float[Tensor, "_ contexts responses features"]

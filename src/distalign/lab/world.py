@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distalign.preference import preference_logit
+from distalign.methods.preference import preference_logit
 
 
 @dataclass(frozen=True)

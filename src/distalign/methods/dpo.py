@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
-from distalign.preference import preference_logit, preference_nll
+from distalign.methods.preference import preference_logit, preference_nll
 
 
 def dpo_loss(

@@ -13,9 +13,9 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.estimators import kl_full
 from distalign.methods.base import Needs, Pairs, Samples, check_choice, check_setting, declared, penalised_rewards
-from distalign.preference import bernoulli_kl, induced_reward, preference_logit
+from distalign.methods.estimators import kl_full
+from distalign.methods.preference import bernoulli_kl, induced_reward, preference_logit
 
 
 def pd_loss(

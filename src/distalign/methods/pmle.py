@@ -13,9 +13,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.estimators import kl_full
 from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
-from distalign.preference import induced_reward, preference_logit, preference_nll
+from distalign.methods.estimators import kl_full
+from distalign.methods.preference import induced_reward, preference_logit, preference_nll
 
 
 def pmle_loss(

@@ -13,9 +13,9 @@ from typing import ClassVar
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from distalign.estimators import entropy_full, kl_full, reward_plain, sequence_sum
 from distalign.methods.base import Credit, Needs, Pairs, Samples, check_setting, declared
-from distalign.methods.policy_gradient import PolicyGradient, gae_credit
+from distalign.methods.estimators import entropy_full, kl_full, reward_plain, sequence_sum
+from distalign.methods.ppo import PolicyGradient, gae_credit
 
 
 def rkl_loss(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distalign.methods.base import Credit, Needs, Pairs, Samples, check_setting, declared
-from distalign.methods.policy_gradient import PolicyGradient, gae_credit
+from distalign.methods.ppo import PolicyGradient, gae_credit
 from distalign.methods.rkl import rkl_loss, rkl_split_loss
 
 

@@ -5,11 +5,11 @@ Reads the files of a run folder and loads no model.
 
 from __future__ import annotations
 
-from .markdown import results_markdown
-from .numbers import format_estimate, format_interval
-from .page import write_report
-from .results import ReportError, Results
-from .tables import results_table
+from distalign.report.markdown import results_markdown
+from distalign.report.numbers import format_estimate, format_interval
+from distalign.report.page import write_report
+from distalign.report.results import ReportError, Results
+from distalign.report.tables import results_table
 
 __all__ = [
     "ReportError",

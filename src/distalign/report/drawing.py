@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .rendering import ASSETS
+from distalign.report.rendering import ASSETS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

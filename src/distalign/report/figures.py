@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from .drawing import INK, MUTED, Draw, draw_png, draw_svg
-from .numbers import display_name, format_number, main_column
-from .panels import Look, numbered_look, panel_data, panel_png, panel_svg
-from .results import REFERENCE, TARGET, Answer, Bin, Column, Difference, Predicted, Results
-from .shown import Curve, Panel
+from distalign.report.drawing import INK, MUTED, Draw, draw_png, draw_svg
+from distalign.report.numbers import display_name, format_number, main_column
+from distalign.report.panels import Look, numbered_look, panel_data, panel_png, panel_svg
+from distalign.report.results import REFERENCE, TARGET, Answer, Bin, Column, Difference, Predicted, Results
+from distalign.report.shown import Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -236,7 +236,7 @@ def _correlation_text(answers: Sequence[Answer]) -> str:
 
 def _calibration_drawing(bins: Sequence[Bin], color: str) -> Draw:
     """Predicted against observed preference: area by count, bars the 95 % Wilson interval, dashed the perfect judge."""
-    from ..metrics import wilson_interval
+    from distalign.stats.metrics import wilson_interval
 
     def draw(axes: Axes, colors: Mapping[str, str]) -> None:
         axes.plot([0, 1], [0, 1], color=colors[MUTED], linewidth=1, linestyle=(0, (4, 3)))

@@ -7,11 +7,11 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from .numbers import format_number, format_seconds
-from .panels import left_out, looks, panel_png, panel_svg
-from .rendering import as_yaml, render
-from .results import ReportError
-from .shown import Measured, Table, read_lab
+from distalign.report.numbers import format_number, format_seconds
+from distalign.report.panels import left_out, looks, panel_png, panel_svg
+from distalign.report.rendering import as_yaml, render
+from distalign.report.results import ReportError
+from distalign.report.shown import Measured, Table, read_lab
 
 __all__ = ["file_names", "is_lab", "write_lab_report"]
 

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .figures import Figure
-from .numbers import display_name
-from .panels import Look, numbered_look, panel_data
-from .results import read_metrics, series
-from .shown import Curve, Panel
+from distalign.report.figures import Figure
+from distalign.report.numbers import display_name
+from distalign.report.panels import Look, numbered_look, panel_data
+from distalign.report.results import read_metrics, series
+from distalign.report.shown import Curve, Panel
 
 __all__ = ["Logs", "curves_data", "health_figures", "read_logs", "training_figures"]
 

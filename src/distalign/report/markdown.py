@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
-from .numbers import (
+from distalign.report.numbers import (
     display_name,
     format_band,
     format_estimate,
@@ -16,8 +16,8 @@ from .numbers import (
     format_seconds,
     seeds_text,
 )
-from .results import REFERENCE, Column, Difference, Results
-from .tables import STARS, counts_text, heading, judged_rows, ordered_rows
+from distalign.report.results import REFERENCE, Column, Difference, Results
+from distalign.report.tables import STARS, counts_text, heading, judged_rows, ordered_rows
 
 __all__ = ["results_markdown"]
 

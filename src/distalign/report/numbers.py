@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from .results import REFERENCE, TARGET, Column, Results
+from distalign.report.results import REFERENCE, TARGET, Column, Results
 
 __all__ = [
     "Finding",

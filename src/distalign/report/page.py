@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .figures import Figure, calibration_figures, learning_figures, length_figures, plane_figure, row_look
-from .lab import file_names, is_lab, write_lab_report
-from .logs import Logs, curves_data, health_figures, training_figures
-from .numbers import display_name, findings, main_column, seeds_text, share_of_reference
-from .rendering import as_yaml, render
-from .results import ReportError, Results
-from .runs import TRAINING, Run, merged, merged_logs, merged_samples, read_run, read_runs
-from .sections import (
+from distalign.report.figures import (
+    Figure,
+    calibration_figures,
+    learning_figures,
+    length_figures,
+    plane_figure,
+    row_look,
+)
+from distalign.report.lab import file_names, is_lab, write_lab_report
+from distalign.report.logs import Logs, curves_data, health_figures, training_figures
+from distalign.report.numbers import display_name, findings, main_column, seeds_text, share_of_reference
+from distalign.report.rendering import as_yaml, render
+from distalign.report.results import ReportError, Results
+from distalign.report.runs import TRAINING, Run, merged, merged_logs, merged_samples, read_run, read_runs
+from distalign.report.sections import (
     difference_forest,
     estimate_rows,
     length_controlled_forest,
@@ -27,8 +34,8 @@ from .sections import (
     win_rate_table,
     written,
 )
-from .spreadsheets import write_last_values, write_tables
-from .tables import STARS, counts_text
+from distalign.report.spreadsheets import write_last_values, write_tables
+from distalign.report.tables import STARS, counts_text
 
 __all__ = ["write_report"]
 

@@ -8,9 +8,19 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .drawing import COLORS, LINE_HEIGHT, MUTED, Draw, accent, draw_png, draw_svg, label_ends, label_points
-from .numbers import format_number
-from .shown import Curve, Panel, Scale
+from distalign.report.drawing import (
+    COLORS,
+    LINE_HEIGHT,
+    MUTED,
+    Draw,
+    accent,
+    draw_png,
+    draw_svg,
+    label_ends,
+    label_points,
+)
+from distalign.report.numbers import format_number
+from distalign.report.shown import Curve, Panel, Scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

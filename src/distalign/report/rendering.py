@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from .results import legible
+from distalign.report.results import legible
 
 __all__ = ["ASSETS", "as_yaml", "render"]
 
-ASSETS = Path(__file__).parents[1] / "assets"
+ASSETS = Path(__file__).parent / "templates"
 
 
 def render(template: str, context: dict[str, Any], scripts: Sequence[str] = ()) -> str:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .logs import Logs, read_logs
-from .numbers import display_name
-from .results import ReportError, Results, Sample, legible, read_metrics, read_results, read_samples
+from distalign.report.logs import Logs, read_logs
+from distalign.report.numbers import display_name
+from distalign.report.results import ReportError, Results, Sample, legible, read_metrics, read_results, read_samples
 
 __all__ = ["TRAINING", "Run", "merged", "merged_logs", "merged_samples", "read_run", "read_runs", "read_text"]
 

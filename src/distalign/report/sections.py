@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .figures import row_look
-from .numbers import (
+from distalign.report.figures import row_look
+from distalign.report.numbers import (
     best_rows,
     display_name,
     findings,
@@ -19,9 +19,9 @@ from .numbers import (
     format_seconds,
     main_column,
 )
-from .rendering import as_yaml
-from .results import REFERENCE, TARGET, Column, Difference, Measure, Results, Sample
-from .tables import judged_rows, ordered_rows
+from distalign.report.rendering import as_yaml
+from distalign.report.results import REFERENCE, TARGET, Column, Difference, Measure, Results, Sample
+from distalign.report.tables import judged_rows, ordered_rows
 
 __all__ = [
     "difference_forest",

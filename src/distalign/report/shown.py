@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from .results import Number, read_json
+from distalign.report.results import Number, read_json
 
 __all__ = ["Claim", "Curve", "Measured", "Panel", "Shown", "Table", "read_lab"]
 

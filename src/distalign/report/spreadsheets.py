@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .results import Results
+from distalign.report.results import Results
 
 __all__ = ["write_last_values", "write_tables"]
 

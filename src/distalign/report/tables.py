@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .numbers import best_rows, display_name, format_estimate, seeds_text
-from .results import REFERENCE, TARGET, Column, Results
+from distalign.report.numbers import best_rows, display_name, format_estimate, seeds_text
+from distalign.report.results import REFERENCE, TARGET, Column, Results
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,10 +11,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from distalign.engine.encoding import device_of, evaluating
+from distalign.engine.forward import device_of, evaluating
 from distalign.engine.selfcheck import check
 from distalign.errors import InputError
-from distalign.rollout.sampling import Drawing, sample
+from distalign.rollout.sample import Drawing, sample
 
 Progress = Callable[[int, int], Any]
 

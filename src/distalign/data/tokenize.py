@@ -1,0 +1,253 @@
+"""Pairs as token ids. A prompt is never cut; a response ends at the token that ends a sampled response."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from distalign.data.pairs import Data, Pair, Prompt, Text
+from distalign.data.readers import DataError, Problem
+from distalign.errors import InputError
+
+_NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    eos_token_id: int | None
+    bos_token_id: int | None
+    chat_template: Any
+    apply_chat_template: Callable[..., Any]
+    decode: Callable[..., Any]
+    __call__: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """One pair as ids: the model reads prompt + chosen and prompt + rejected.
+
+    Responses end with the token that ends a response (unless cut by max_response_tokens), so ln π counts it. There is
+    no padding, hence no mask to confuse with a pad token that is also the end token. `row` is what it was made of.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    probability: float | None
+    where: str
+    row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """What any model reads of it: equal for equal pairs, also for a copy from another process."""
+        return tuple(map(tuple, (self.prompt, self.chosen, self.rejected)))
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """One prompt as ids, and the row that it came from."""
+
+    prompt: list[int]
+    where: str = "prompt"
+    row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass
+class Counts:
+    """What became of the pairs while encoding.
+
+    `too_long` pairs did not fit max_length, `same_after_cut` were told apart only by what max_response_tokens cut off:
+    both are left out. `cut_chosen` and `cut_rejected` responses lost their end. Tokens are those of the pairs kept.
+    """
+
+    pairs: int = 0
+    kept: int = 0
+    too_long: int = 0
+    cut_chosen: int = 0
+    cut_rejected: int = 0
+    same_after_cut: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+
+    def __str__(self) -> str:
+        told = [f"{getattr(self, f.name):,} {f.name.replace('_', ' ')}" for f in fields(self) if getattr(self, f.name)]
+        return ", ".join(told) or "no pairs"
+
+
+def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
+    """The token that ends a response, at which sampling has to stop too.
+
+    For strings the end-of-sequence token; in a chat the first special token that the template writes after an
+    assistant's words, such as `<|im_end|>`. Raises InputError if there is none.
+    """
+    if not conversational:
+        if tokenizer.eos_token_id is None:
+            raise InputError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        return tokenizer.eos_token_id
+    if not tokenizer.chat_template:
+        raise InputError(_NO_TEMPLATE)
+    user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
+    start, whole = _render(tokenizer, [user], {}, True), _render(tokenizer, [user, assistant], {}, False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = {index for index, token in added.items() if token.special} | {tokenizer.eos_token_id}
+    for index in _ids(tokenizer, whole.removeprefix(start).removeprefix("x")):
+        if index in special:
+            return index
+    raise InputError(
+        "the chat template ends an assistant's turn with no special token; add {{ eos_token }} to it there"
+    )
+
+
+def encode_prompt(tokenizer: Tokenizer, row: Prompt | Pair) -> list[int]:
+    """The ids that a response follows: the text after one BOS where the tokenizer uses it, or the rendered chat.
+
+    Of `row.extra`, `tools` and `chat_template_kwargs` reach the chat template. Raises DataError.
+    """
+    if isinstance(row.prompt, str):
+        ids, bos = _ids(tokenizer, row.prompt), tokenizer.bos_token_id
+        if bos is not None and ids[:1] != [bos] and tokenizer(row.prompt)["input_ids"][:1] == [bos]:
+            ids = [bos, *ids]
+        return ids
+    return _ids(tokenizer, _chat(tokenizer, row, row.prompt, prompt=True))
+
+
+def encode_pair(
+    tokenizer: Tokenizer, row: Pair, *, max_response_tokens: int | None = None, end_id: int | None = None
+) -> EncodedPair:
+    """One pair as token ids.
+
+    Strings: prompt and response are encoded apart, so no token spans the boundary, and the end-of-sequence token is
+    added once. Chats: the template renders prompt and response together, and what follows the prompt's ids is the
+    response, up to its end token: the newline that many templates write after it is not sampled, so it is not scored.
+    A response of more than `max_response_tokens` tokens is cut, and then has no end token. `end_id` defaults to
+    `end_token_id`. Raises DataError if the prompt's ids are not the start of the whole, or the end token stands inside
+    a response.
+    """
+    if end_id is None:
+        end_id = end_token_id(tokenizer, conversational=not isinstance(row.prompt, str))
+    prompt = encode_prompt(tokenizer, row)
+    if not prompt:
+        raise DataError([Problem(row.where, "prompt has no tokens; give the model something to answer")])
+    responses = []
+    for name, text in (("chosen", row.chosen), ("rejected", row.rejected)):
+        response = _response(tokenizer, row, text, prompt, name, end_id)
+        responses.append(response[:max_response_tokens])
+    return EncodedPair(prompt, responses[0], responses[1], row.probability, row.where, row)
+
+
+def encode_pairs(
+    tokenizer: Tokenizer,
+    data: Data[Pair],
+    *,
+    max_length: int | None,
+    max_response_tokens: int | None = None,
+    too_long: Literal["error", "drop"] = "error",
+) -> tuple[list[EncodedPair], Counts]:
+    """All pairs as token ids, and what was cut or left out on the way.
+
+    A pair whose prompt and longer response exceed `max_length` together is an error, or with too_long="drop" left out;
+    responses are cut only if `max_response_tokens` asks for it, prompts never. Raises DataError with every problem.
+    """
+    counts, problems, encoded = Counts(pairs=len(data)), [], []
+    try:
+        end_id = end_token_id(tokenizer, conversational=data.format == "conversational")
+    except ValueError as error:
+        raise DataError([Problem(data.source, str(error))]) from None
+    for row in data:
+        try:
+            pair = encode_pair(tokenizer, row, max_response_tokens=max_response_tokens, end_id=end_id)
+        except DataError as error:
+            problems.extend(error.problems)
+            continue
+        cut_chosen, cut_rejected = pair.chosen[-1] != end_id, pair.rejected[-1] != end_id
+        longer = max(len(pair.chosen), len(pair.rejected))
+        if max_length is not None and len(pair.prompt) + longer > max_length:
+            counts.too_long += 1
+            if too_long == "error":
+                problems.append(Problem(row.where, _too_long(len(pair.prompt), longer, max_length)))
+        elif pair.chosen == pair.rejected:
+            counts.same_after_cut += 1
+            if not cut_chosen:
+                what = "chosen and rejected differ in white space only and are the same tokens; remove the line"
+                problems.append(Problem(row.where, what))
+        else:
+            encoded.append(pair)
+            counts.cut_chosen += cut_chosen
+            counts.cut_rejected += cut_rejected
+            counts.prompt_tokens += len(pair.prompt)
+            counts.response_tokens += len(pair.chosen) + len(pair.rejected)
+    if not encoded and not problems:
+        problems.append(Problem(data.source, f"no pair is left ({counts}); raise max_length or max_response_tokens"))
+    if problems:
+        raise DataError(problems)
+    counts.kept = len(encoded)
+    return encoded, counts
+
+
+def _too_long(prompt: int, response: int, limit: int) -> str:
+    if prompt >= limit:
+        return (
+            f"the prompt has {prompt} tokens and max_length is {limit}; prompts are never cut: raise max_length, "
+            "or leave such pairs out with too_long: drop"
+        )
+    return (
+        f"prompt and response have {prompt} + {response} tokens and max_length is {limit}; raise max_length, "
+        f"cut responses with max_response_tokens (here at most {limit - prompt}), or set too_long: drop"
+    )
+
+
+def _response(tokenizer: Tokenizer, row: Pair, text: Text, prompt: list[int], name: str, end_id: int) -> list[int]:
+    if isinstance(text, str):
+        ids = _ids(tokenizer, text)
+        ids = ids if ids[-1:] == [end_id] else [*ids, end_id]
+        inside = end_id in ids[:-1]
+    else:
+        whole = _ids(tokenizer, _chat(tokenizer, row, [*row.prompt, *text], prompt=False))
+        if whole[: len(prompt)] != prompt:
+            raise DataError([Problem(row.where, _boundary(tokenizer, prompt, whole, name))])
+        ids = whole[len(prompt) :]
+        if end_id not in ids:
+            what = f"the chat template did not end {name} with {tokenizer.decode([end_id])!r}; check the template"
+            raise DataError([Problem(row.where, what)])
+        ids = ids[: ids.index(end_id) + 1]
+        inside = tokenizer.decode([end_id]) in text[0].get("content", "")
+    if inside:
+        what = f"{name} contains the end token {tokenizer.decode([end_id])!r} in its text; remove it from the text"
+        raise DataError([Problem(row.where, what)])
+    return ids
+
+
+def _boundary(tokenizer: Tokenizer, prompt: list[int], whole: list[int], name: str) -> str:
+    """Why the prompt's ids are not the start of the whole conversation's."""
+    at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    alone, together = (tokenizer.decode(ids[at : at + 3]) for ids in (prompt, whole))
+    if at >= len(prompt) - 1:
+        cause = f"the tokenizer merges the prompt's end with the start of {name}; remove white space at its start"
+    else:
+        cause = "the chat template rewrites earlier turns; use a template that only appends"
+    return f"the prompt's tokens are not the start of prompt + {name}: {alone!r} becomes {together!r}. Here {cause}"
+
+
+def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError([Problem(row.where, _NO_TEMPLATE)])
+    try:
+        return _render(tokenizer, messages, row.extra, prompt)
+    except (TemplateError, TypeError) as error:
+        raise DataError(
+            [Problem(row.where, f"the chat template refuses the row ({error}); change its turns")]
+        ) from None
+
+
+def _render(tokenizer: Tokenizer, messages: Sequence[Any], extra: dict[str, Any], prompt: bool) -> str:
+    settings = {"tools": extra.get("tools"), **(extra.get("chat_template_kwargs") or {})}
+    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **settings)
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

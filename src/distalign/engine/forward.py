@@ -1,0 +1,143 @@
+"""Rows of hidden states (or logits) that predict the response tokens, by each of the three paths.
+
+shared   one packed row, every prompt once
+padded   every sequence on its own, padded on the right, by the model's own attention
+plain    every sequence on its own, the model's own logits
+
+All three return the rows in the same order: group by group, response by response, token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distalign.engine.attention import Layout, shared_attention
+from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, Rows, head_of
+from distalign.engine.packing import Group, PaddedRows, ReadPrompt, frame, pack, pad
+
+# Padded tokens of one forward call of the padded path.
+_PADDED_TOKENS = 4096
+
+
+def require_causal_lm(model: nn.Module) -> None:
+    """Raise TypeError if `model` is not a causal language model of transformers or PEFT."""
+    for name in ("get_decoder", "get_input_embeddings", "get_output_embeddings", "config"):
+        if not hasattr(model, name):
+            raise TypeError(
+                f"{type(model).__name__} has no {name}: the engine scores causal language models of "
+                "transformers or PEFT; pass the module inside a wrapper such as DistributedDataParallel."
+            )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the token ids go: the device of the input embeddings."""
+    embeddings: Any = model.get_input_embeddings()  # pyright: ignore
+    return embeddings.weight.device
+
+
+def encode(
+    model: nn.Module,
+    groups: Sequence[Group],
+    path: str,
+    temperature: float,
+    *,
+    by_flex: bool = False,
+    read: Sequence[ReadPrompt | None] | None = None,
+) -> Rows:
+    """The rows that predict the response tokens of `groups`, by `path`: "shared", "padded" or "plain".
+
+    On the shared path, `by_flex` leaves the layers that FlexAttention serves to it, and prompts of `read`, a value a
+    group, are not read again.
+    """
+    if path == "plain":
+        return LogitRows(_plain(model, groups), temperature)
+    if path == "padded":
+        hidden = _padded(model, groups)
+    else:
+        hidden, _ = shared_hidden(model, groups, by_flex=by_flex, read=read)
+    return HiddenRows(hidden, head_of(model), temperature)
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The part of the model that ends in hidden states. Raises CannotTile if it cannot be told from the head."""
+    decoder = model.get_decoder()
+    # Some classes name their decoder so that transformers does not find it, and answers with the whole model.
+    if getattr(decoder, "lm_head", None) is not None:
+        decoder = getattr(decoder, "model", None)
+    if decoder is None:
+        raise CannotTile("its decoder cannot be told from its head")
+    return decoder
+
+
+def shared_hidden(
+    model: Any,
+    groups: Sequence[Group],
+    *,
+    by_flex: bool = False,
+    read: Sequence[ReadPrompt | None] | None = None,
+) -> tuple[Float[Tensor, "rows hidden"], Layout]:
+    """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
+
+    Prompts of `read`, a value a group, are not encoded again. Raises CannotShare where the model asks its attention for
+    something that cannot be shared.
+    """
+    known = [one for one in read or () if one is not None]
+    if not known or all(len(response) == 1 for group in groups for response in group.responses):
+        # Without prompts read before; a row of nothing but such prompts would have no token.
+        known, read = [], None
+    row = pack(groups, device_of(model), read)
+    layout = Layout(row.segments, by_flex=by_flex, read=read)
+    decoder = decoder_of(model)
+    with shared_attention(decoder, layout):
+        out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+    states = torch.cat([*(one.state[None] for one in known), out[0][0]]) if known else out[0][0]
+    return states.index_select(0, row.predictors), layout
+
+
+def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
+    decoder, device = decoder_of(model), device_of(model)
+    batches = pad(groups, device, token_budget=_PADDED_TOKENS)
+    # Padding is on the right and the model is causal, so no real token sees it: no attention mask is needed.
+    hidden = [
+        decoder(input_ids=batch.input_ids, use_cache=False)[0].flatten(0, 1).index_select(0, batch.predictors)
+        for batch in batches
+    ]
+    return _in_order(hidden, batches, groups)
+
+
+def _plain(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows vocab"]:
+    batches = pad(groups, device_of(model), token_budget=0)
+    # Rows are counted from the end: a prompt-tuned model puts positions of its own in front.
+    logits = [
+        model(input_ids=batch.input_ids, use_cache=False).logits[0, -len(batch.predictors) :] for batch in batches
+    ]
+    return _in_order(logits, batches, groups)
+
+
+def _in_order(parts: list[Tensor], batches: list[PaddedRows], groups: Sequence[Group]) -> Tensor:
+    lengths = frame(groups, torch.device("cpu")).lengths
+    pieces: list[Tensor] = [parts[0]] * len(lengths)
+    for part, batch in zip(parts, batches, strict=True):
+        for response, piece in zip(batch.responses, part.split([lengths[i] for i in batch.responses]), strict=True):
+            pieces[response] = piece
+    return torch.cat(pieces)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off and no gradient inside the block; every module gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

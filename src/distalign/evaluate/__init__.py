@@ -1,9 +1,0 @@
-"""Policies on the same held-out prompts and pairs: what they are, how far from the reference, and who wins."""
-
-from __future__ import annotations
-
-from distalign.evaluate.frontier import forecast
-from distalign.evaluate.run import evaluate
-from distalign.evaluate.settings import Evaluation, load_evaluation
-
-__all__ = ["Evaluation", "evaluate", "forecast", "load_evaluation"]

@@ -1,0 +1,1 @@
+"""From a recipe to a run folder: one method trained, or several compared."""

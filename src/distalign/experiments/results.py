@@ -1,0 +1,127 @@
+"""What a comparison keeps of every method that is done, so that a stopped one goes on instead of starting over."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from distalign.data import EncodedPair
+from distalign.evaluation.metrics import Measured
+from distalign.experiments.recipe import Recipe
+
+_TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
+
+
+@dataclass
+class Finished:
+    """A method after training: what was measured, the rows of its curve, the step that was kept, seconds by part."""
+
+    measured: Measured
+    curve: list[dict[str, Any]]
+    kept_step: int
+    seconds: dict[str, float]
+
+    def save(self, folder: Path, key: str) -> None:
+        """Write it; the key comes last, so that a torn record is not taken for a whole one."""
+        one = self.measured
+        rest = {"responses": one.responses, "curve": self.curve, "kept_step": self.kept_step, "seconds": self.seconds}
+        tensors = {f"values/{name}": values for name, values in one.values.items()}
+        tensors |= {"confidence": one.confidence, "correct": one.correct}
+        if one.target_logps is not None:
+            tensors["target_logps"] = one.target_logps
+        (folder / _REST).unlink(missing_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
+        (folder / _REST).write_text(json.dumps({"key": key, **rest}), encoding="utf-8")
+
+
+def load_finished(folder: Path, key: str, pairs: list[EncodedPair]) -> Finished | None:
+    """The record in a method's folder, if it is of that key and whole."""
+    try:
+        rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        if rest["key"] != key:
+            return None
+        if not (folder / "model").is_dir():
+            return None
+        tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
+        confidence, correct = tensors["confidence"], tensors["correct"]
+        responses, curve, kept_step, seconds = (rest[key] for key in ("responses", "curve", "kept_step", "seconds"))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        return None
+    values = {name.removeprefix("values/"): own for name, own in tensors.items() if name.startswith("values/")}
+    logps = tensors.get("target_logps")
+    return Finished(Measured(values, responses, confidence, correct, logps, pairs), curve, kept_step, seconds)
+
+
+def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> str:
+    """Hash of what decides a method's run: its settings, the seed, the model's weights, the pairs and prompts.
+
+    The other methods of the recipe, its name and its place do not count, nor does a reward that the method does not
+    take. Another's file counts by its content, a function's too, whether named by path or by module.
+    """
+    rewarded = recipe.method(name).needs.reward
+    left_out = {"name", "output_dir", "compare"} if rewarded else {"name", "output_dir", "compare", "reward"}
+    settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
+    return _hash([settings, _rewards(recipe) if rewarded else [], seed, weights, data])
+
+
+def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
+    """Hash of what decides a reward that is trained on the pairs."""
+    return _hash([[one.model_dump(mode="json") for one in recipe.reward], recipe.dtype, seed, weights, data])
+
+
+def data_key(pairs: list[EncodedPair], prompts: list[list[int]]) -> str:
+    """Hash of pairs and prompts as ids."""
+    return _hash([[[pair.prompt, pair.chosen, pair.rejected, pair.probability] for pair in pairs], prompts])
+
+
+def is_of(folder: Path, key: str) -> bool:
+    """Whether what is in a folder was made under this key."""
+    try:
+        return json.loads((folder / _KEY).read_text(encoding="utf-8"))["key"] == key
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def claim(folder: Path, key: str) -> None:
+    """What is made in a folder from now on is made under this key; what another run had finished there is forgotten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _REST).unlink(missing_ok=True)
+    (folder / _KEY).write_text(json.dumps({"key": key}), encoding="utf-8")
+
+
+def _rewards(recipe: Recipe) -> list[str]:
+    """Digests of the files and folders that rewards are read from."""
+    found = []
+    for one in recipe.reward:
+        for place in (one.model, _source(one.function) if one.function else None):
+            path = Path(place).expanduser() if place else None
+            if path is not None and path.is_file():
+                found.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            elif path is not None and path.is_dir():
+                files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+                found += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    return found
+
+
+def _source(function: str) -> str | None:
+    """The file that `file.py:name` or `module:name` is in; a module is found, not run. None for one without a file."""
+    place = function.rpartition(":")[0]
+    if place.endswith(".py"):
+        return place
+    if place in sys.modules:
+        return getattr(sys.modules[place], "__file__", None)
+    spec = importlib.util.find_spec(place)
+    return None if spec is None else spec.origin
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Models: loading, the policy and its reference, known targets, the model card."""

@@ -1,0 +1,227 @@
+"""Known targets: language models π* that can be sampled and scored exactly, so the distance to them can be measured.
+
+A target is a causal language model made from another one; everything that takes a model takes it. `Tilt` adds a bonus
+to the logits of some tokens at every step. A plug-in needs one method, `model(base, tokenizer, strength)`: strength 1
+is the target, 0 the base, and values between and beyond are weaker and stronger versions to draw responses from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from distalign.data import Data, EncodedPair, Prompt, end_token_id, read_prompts, split_by_prompt
+from distalign.engine import Group, score_in_batches
+from distalign.errors import InputError
+from distalign.methods.preference import preference_logit
+from distalign.models.policy import share
+from distalign.rollout.sample import sample
+from distalign.settings import Count, Positive, Section
+
+# Settings of models whose logits are not what their head gives.
+_AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A family of language models on top of a base model, from the base itself (strength 0) to the target (1)."""
+
+    def model(self, base: PreTrainedModel, tokenizer: Any, strength: float = 1.0) -> PreTrainedModel:
+        """The language model of that strength; `base` stays as it is."""
+        ...
+
+
+# Share of a target's prompts that no training pair answers.
+HELD_OUT_PROMPTS = 0.2
+
+
+class TargetSettings(Section):
+    """A known target: the model with `bonus` nats on the logits of some words, which labels pairs it can also score."""
+
+    words: Annotated[list[str], Field(min_length=1)]
+    bonus: float = 4.0
+    end_bonus: float = 0.0
+    gamma: Positive = 0.15
+    pairs: Count = 256
+    eval_pairs: Count = 64
+    strengths: Annotated[tuple[float, ...], Field(min_length=1)] = (0.0, 0.5, 1.0, 1.5)
+    temperature: Positive = 0.8
+    max_new_tokens: Count = 20
+    prompts: str | list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """π*(y_t | s_t) ∝ π₀(y_t | s_t) exp(bonus(y_t)): a bonus in nats on some words, at every step.
+
+    `words` are strings; every way to write one as a single token counts (with a space before it, capitalised).
+    `end_bonus` is that of the token which ends a response. Raises InputError for words that are no single token.
+    """
+
+    words: tuple[str, ...]
+    bonus: float = 4.0
+    end_bonus: float = 0.0
+
+    def bias(self, tokenizer: Any, vocabulary: int) -> Float[Tensor, "vocabulary"]:
+        """The bonus of every token, in nats."""
+        bias = torch.zeros(vocabulary)
+        for word in self.words:
+            ids = _token_ids(tokenizer, word)
+            if not ids:
+                raise InputError(f'target: "{word}" is no single token of this tokenizer; take a more common word')
+            bias[ids] = self.bonus
+        bias[end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))] += self.end_bonus
+        return bias
+
+    def model(self, base: PreTrainedModel, tokenizer: Any, strength: float = 1.0) -> PreTrainedModel:
+        """The base with a bias on its language-model head. Shares every weight of `base`: keep those frozen."""
+        return with_logit_bias(base, strength * self.bias(tokenizer, base.config.get_text_config().vocab_size))
+
+
+def _token_ids(tokenizer: Any, word: str) -> list[int]:
+    spellings = {word, word.capitalize(), f" {word}", f" {word.capitalize()}"}
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
+    return sorted({ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id})
+
+
+def with_logit_bias(model: PreTrainedModel, bias: Float[Tensor, "vocabulary"]) -> PreTrainedModel:
+    """A model that shares the weights of `model` and adds `bias` (nats) to its logits at every step.
+
+    Raises InputError if the head is no linear layer, or its outputs are not the logits themselves.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise InputError(f"target: the head is a {type(head).__name__}; a bias needs a linear layer")
+    config = model.config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1.0) for name in _AFTER_THE_HEAD):
+        raise InputError(f"target: {config.model_type} caps or scales its logits after the head; take another model")
+    tilted = share(model)
+    biased = nn.Linear(head.in_features, head.out_features, device="meta")
+    biased.weight = head.weight
+    start = torch.zeros_like(bias) if head.bias is None else head.bias.detach().cpu()
+    total = (start + bias).to(head.weight.device, head.weight.dtype)
+    biased.bias = nn.Parameter(total, requires_grad=False)
+    tilted.set_output_embeddings(biased)
+    return tilted.eval()
+
+
+@dataclass(frozen=True)
+class TargetPairs:
+    """Pairs labelled by a known target, preferred response first, and how surely.
+
+    `logit` is γ[ln π*(chosen) − ln π*(rejected)] and `reference_logps` ln π₀ of both, in nats. `ties` counts draws
+    whose two responses came out the same, which were drawn again.
+    """
+
+    pairs: list[EncodedPair]
+    logit: Float[Tensor, "pairs"]
+    reference_logps: Float[Tensor, "pairs 2"]
+    ties: int
+
+    def information(self, gamma: float) -> float:
+        """Fisher information of one pair about the strength of the target, at the target.
+
+            E[ σ(l)(1 − σ(l)) (dl/ds)² ],  l = γ Δ ln π_s,  dl/ds ≈ γ Δ (ln π* − ln π₀)
+
+        n pairs locate the strength s on the way from π₀ (0) to π* (1) to about ± 1/√(n · information).
+        """
+        slope = self.logit - preference_logit(self.reference_logps, gamma=gamma)
+        return float((self.logit.sigmoid() * (1 - self.logit.sigmoid()) * slope**2).mean())
+
+
+def make_pairs(
+    target: Target,
+    base: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    *,
+    n: int,
+    gamma: float,
+    strengths: Sequence[float],
+    temperature: float,
+    max_new_tokens: int,
+    token_budget: int,
+    seed: int,
+    progress: Any = None,
+) -> TargetPairs:
+    """Draw `n` pairs and label each by a coin with P_{π*} (eq. 3).
+
+    Prompts are taken in random order, again and again. Each response comes from a version of the target whose strength
+    is drawn anew, at `temperature`, so that pairs differ in what the target cares about. `progress(done, total)` counts
+    responses sampled and pairs scored.
+    """
+    random = torch.Generator().manual_seed(seed)
+    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
+    order = torch.cat([torch.randperm(len(prompts), generator=random) for _ in range(n // len(prompts) + 1)])
+    chosen_prompts = [prompts[index] for index in order[:n].tolist()]
+    choice = torch.randint(len(strengths), (n, 2), generator=random)
+    responses: list[list[list[int]]] = [[[], []] for _ in range(n)]
+    done, total, ties, todo = 0, 3 * n, 0, [(i, side) for i in range(n) for side in (0, 1)]
+    for attempt in range(20):
+        for number, strength in enumerate(strengths):
+            slots = [(i, side) for i, side in todo if int(choice[i, side]) == number]
+            if not slots:
+                continue
+            model = target.model(base, tokenizer, strength)
+            drawn = sample(
+                model,
+                [chosen_prompts[i] for i, _ in slots],
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                end_id=end_id,
+                seed=1_000_003 * seed + 101 * attempt + number,
+                rows=128,
+                progress=None if progress is None else lambda d, _, start=done: progress(min(start + d, total), total),
+            )
+            for (i, side), (response,) in zip(slots, drawn, strict=True):
+                responses[i][side] = response
+            done += len(slots) if attempt == 0 else 0
+        todo = [(i, 1) for i in range(n) if responses[i][0] == responses[i][1]]
+        ties += len(todo)
+        if not todo:
+            break
+    else:
+        raise InputError(f"target: {len(todo)} prompts give the same response every time; raise the temperature")
+    groups = [Group(prompt, own) for prompt, own in zip(chosen_prompts, responses, strict=True)]
+    scores = score_in_batches(
+        target.model(base, tokenizer),
+        groups,
+        token_budget=token_budget,
+        reference=base,
+        progress=None if progress is None else lambda d, _: progress(2 * n + d, total),
+    )
+    assert scores.reference_logps is not None
+    logit = preference_logit(scores.logps.view(-1, 2), gamma=gamma)
+    first = torch.bernoulli(logit.sigmoid().cpu(), generator=random).bool().to(logit.device)
+    swap = torch.where(first[:, None], torch.tensor([[0, 1]]).to(logit.device), torch.tensor([[1, 0]]).to(logit.device))
+    pairs = [
+        EncodedPair(group.prompt, group.responses[a], group.responses[b], None, f"pair {i} drawn with seed {seed}")
+        for i, (group, (a, b)) in enumerate(zip(groups, swap.tolist(), strict=True))
+    ]
+    return TargetPairs(
+        pairs, torch.where(first, logit, -logit), scores.reference_logps.view(-1, 2).gather(1, swap), ties
+    )
+
+
+def target_prompts(settings: TargetSettings, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts of a target experiment: (for training pairs, held out). The split is the same for every seed."""
+    given = settings.prompts
+    if given is None:
+        text = files("distalign").joinpath("models/everyday_prompts.txt").read_text(encoding="utf-8")
+        given = text.split("\n")
+    if isinstance(given, str):
+        data = read_prompts(given)
+    else:
+        chat = bool(tokenizer.chat_template)
+        rows = [Prompt([{"role": "user", "content": line}] if chat else line) for line in given if line.strip()]
+        data = Data(rows, "prompts", "conversational" if chat else "standard")
+    train, held = split_by_prompt(data, HELD_OUT_PROMPTS)
+    return train.rows, held.rows

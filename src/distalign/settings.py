@@ -1,0 +1,235 @@
+"""Settings: sections that refuse what they do not know, read from YAML and `--set` flags.
+
+YAML as people expect it: 1e-5 is a number, yes and no are words, a key that stands twice is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distalign.errors import InputError
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+Count = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown settings are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def switch(value: Any) -> Any:
+    """True and false for a section: its defaults, or none of it."""
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+def several(value: Any) -> Any:
+    """One section for a list of one."""
+    return [value] if isinstance(value, dict) else ([] if value is None else value)
+
+
+class RecipeError(InputError):
+    """A recipe that cannot be run: where, what was found, what to do; one line a problem."""
+
+
+_BOOL = re.compile(r"^(?:true|false)$")
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
+_FLOAT = re.compile(
+    r"""^(?:[-+]?(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?
+        |[-+]?[0-9]+[eE][-+]?[0-9]+
+        |[-+]?\.(?:inf|Inf|INF)
+        |\.(?:nan|NaN|NAN))$""",
+    re.VERBOSE,
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers and booleans; no dates."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in keys:
+                raise yaml.MarkedYAMLError(None, None, f'"{key.value}" stands twice, keep one of them', key.start_mark)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as text."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _class.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tf"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    """Line breaks that are not \\n are folded into spaces by every style but double quotes."""
+    style = '"' if any(mark in value for mark in "\r\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises RecipeError with the line."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except FileNotFoundError:
+        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
+        raise RecipeError(
+            f"{path}: no such file; {f'{path.parent} has {near}' if near else 'check the path'}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{line}: not YAML ({error.problem}); check the indentation and quotes") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({error}); save it as plain text") from None
+    if not isinstance(value, dict):
+        raise RecipeError(f"{path}: {type(value).__name__}, not settings; write setting: value lines")
+    return value
+
+
+def parse_value(text: str) -> Any:
+    """One YAML value, as `--set key=value` takes it."""
+    return yaml.load(text, _Loader)
+
+
+def dump_yaml(value: Any) -> str:
+    """YAML that `read_yaml` reads back as it was."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+RECIPES = Path(__file__).parent / "experiments" / "recipes"
+
+
+def find_recipe(name: str | Path, kind: str = "") -> Path:
+    """A recipe's file: the path that is given, or the packaged recipe of that name; `kind` is the folder of its kind.
+
+    Raises RecipeError if there is neither.
+    """
+    path, folder = Path(name), RECIPES / kind
+    if path.suffix or path.exists() or len(path.parts) > 1:
+        return path
+    packaged = sorted(file.stem for file in folder.glob("*.yaml"))
+    if path.name in packaged:
+        return folder / f"{path.name}.yaml"
+    near = get_close_matches(path.name, packaged, 1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise RecipeError(f'there is no recipe "{name}"; give a .yaml file or one of {", ".join(packaged)}{hint}')
+
+
+def read_settings(
+    kind: type[Settings],
+    path: str | Path,
+    overrides: Sequence[str],
+    *,
+    files: Mapping[str, Sequence[str]],
+    change: Callable[[dict[str, Any], str], None],
+) -> Settings:
+    """Settings of some kind from a YAML file and overrides; its name is the file's unless it has one.
+
+    `files` are the keys that name files, by section ("": the top). `change(raw, where)` may alter what was read. Raises
+    RecipeError, every line of which says where, what was found and what to do.
+    """
+    path = Path(path)
+    raw = read_yaml(path)
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _override(raw, override)
+    where = " ".join([str(path), *(f"--set {override}" for override in overrides)])
+    change(raw, where)
+    for section, keys in files.items():
+        _find_files(raw.get(section) if section else raw, keys, path.parent)
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for found in error.errors() for line in explain(found, kind)]
+        raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *sections, last = key.strip().split(".")
+    if not equals or not all([*sections, last]):
+        raise RecipeError(f"--set {override}: no setting and value; write section.key=value")
+    for depth, section in enumerate(sections, 1):
+        if raw.get(section) in (None, True, False):
+            raw[section] = {}
+        raw = raw[section]
+        if not isinstance(raw, dict):
+            raise RecipeError(f"--set {override}: {'.'.join(sections[:depth])} is no section; set it as a whole")
+    try:
+        raw[last] = parse_value(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML ({error}); quote it") from None
+
+
+def _find_files(section: Any, keys: Iterable[str], folder: Path) -> None:
+    for key in keys if isinstance(section, dict) else ():
+        value = section.get(key)
+        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
+            section[key] = str(folder / value)
+
+
+def unknown_setting(section: str, key: str, names: Sequence[str], elsewhere: str | None = None) -> str:
+    """The message for a setting that a section does not have; `elsewhere` says where to set it instead."""
+    near = get_close_matches(key, names, 1, 0.5)
+    if elsewhere:
+        hint = elsewhere
+    elif near:
+        hint = f'did you mean "{near[0]}"?'
+    else:
+        hint = f"it has {', '.join(names)}" if len(names) <= 24 else "see its documentation for the settings it has"
+    return f'{section} has no setting "{key}"; {hint}'
+
+
+def explain(error: Any, kind: type[BaseModel]) -> list[str]:
+    """One line a problem: what was found, what to do."""
+    *sections, key = error["loc"] or ("",)
+    section = ".".join(map(str, sections)) or "recipe"
+    if error["type"] == "extra_forbidden":
+        return [unknown_setting(section, str(key), _names_at(sections, kind))]
+    if error["type"] == "missing":
+        return [f'{section} has no "{key}"; add it']
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).splitlines()
+    return [f"{'.'.join(map(str, error['loc']))} is {error['input']!r}; {lower_first(error['msg'])}"]
+
+
+def _names_at(sections: Iterable[Any], model: type[BaseModel]) -> list[str]:
+    for section in sections:
+        if isinstance(section, int):
+            continue
+        annotation = model.model_fields[section].annotation
+        options = [annotation, *get_args(annotation), *(o for a in get_args(annotation) for o in get_args(a))]
+        model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
+    return list(model.model_fields)
+
+
+def lower_first(text: str) -> str:
+    """The text with a small first letter: a library's message in the middle of ours."""
+    return text[:1].lower() + text[1:]

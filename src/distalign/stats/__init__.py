@@ -1,0 +1,1 @@
+"""Numbers with their error: intervals and tests, text metrics, ratings, calibration, logistic regression."""

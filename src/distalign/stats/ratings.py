@@ -1,0 +1,195 @@
+"""Policies against each other: Bradley-Terry ratings, and the win rate at equal lengths.
+
+Wins are counted softly: a tie is half a win for both, a judge's probability is that fraction of a win. Comparisons on
+one prompt depend on each other (an easy prompt is easy for all), so errors are over prompts where prompts are given.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distalign.stats.logistic import LogisticFit, Separable, fit_logistic
+from distalign.stats.metrics import Estimate, Interval, mean_and_se, student_quantile
+
+__all__ = [
+    "LengthControlled",
+    "Ratings",
+    "bradley_terry",
+    "bradley_terry_over_prompts",
+    "length_controlled_win_rate",
+]
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Ratings r in nats of log-odds, P(i beats j) = σ(r_i − r_j); the anchor's is 0 and has no error of its own.
+
+    `quantile` turns standard errors into 95 % intervals: the normal's, or Student's for the number of prompts.
+    """
+
+    values: Float[Tensor, "policies"]
+    covariance: Float[Tensor, "policies policies"]
+    quantile: float
+
+    def difference(self, first: int, second: int) -> Interval:
+        """r_first − r_second with its 95 % interval, in nats of log-odds; second = anchor gives a rating's own."""
+        mean = float(self.values[first] - self.values[second])
+        c = self.covariance
+        se = math.sqrt(max(0.0, float(c[first, first] + c[second, second] - 2 * c[first, second])))
+        return Interval(mean, mean - self.quantile * se, mean + self.quantile * se)
+
+    @property
+    def elo(self) -> Float[Tensor, "policies"]:
+        """The ratings in points of chess: 400 points are odds of ten to one."""
+        return self.values * (400 / math.log(10))
+
+
+def bradley_terry(wins: Float[Tensor, "policies policies"], *, anchor: int = 0) -> Ratings:
+    """Maximum-likelihood ratings, wins[i, j] being how often i beat j; ties are half a win for both.
+
+    In nats of log-odds. The intervals are those of the observed information, which takes every comparison for an
+    independent coin: with several comparisons per prompt use `bradley_terry_over_prompts`. Raises ValueError where the
+    maximum is infinite, with the policies that never met, or never lost.
+
+    Source: Bradley and Terry 1952; a finite maximum exists under the condition of Ford 1957.
+    """
+    _, fit = _fit(wins[None], anchor)
+    return _ratings(fit, fit.covariance, anchor, student_quantile(math.inf))
+
+
+def bradley_terry_over_prompts(wins: Float[Tensor, "prompts policies policies"], *, anchor: int = 0) -> Ratings:
+    """The same ratings, in nats of log-odds, with intervals over prompts: wins[p, i, j] counts prompt p alone.
+
+    The covariance is the sandwich over prompts, the intervals Student's with prompts − 1 degrees of freedom. They hold
+    whatever is dependent within a prompt, and for soft wins, but want some 30 prompts. Raises ValueError as
+    `bradley_terry` does, and for a single prompt.
+    """
+    prompt, fit = _fit(wins, anchor)
+    freedom = len(prompt.unique()) - 1
+    return _ratings(fit, fit.clustered_covariance(prompt), anchor, student_quantile(freedom))
+
+
+@dataclass(frozen=True)
+class LengthControlled:
+    """The win rate at equal lengths with its 95 % interval, and what was taken out.
+
+    `raw` is the plain win rate. `length_effect` is φ, the log-odds (nats) that a much longer response gains by its
+    length alone: positive where the judge likes length.
+    """
+
+    win_rate: Interval
+    raw: Estimate
+    length_effect: Interval
+
+
+def length_controlled_win_rate(
+    wins: Float[Tensor, "prompts"],
+    lengths: Float[Tensor, "prompts"],
+    baseline_lengths: Float[Tensor, "prompts"],
+    difficulty: Float[Tensor, "prompts"] | None = None,
+) -> LengthControlled:
+    """Win rate over a baseline, a fraction, had all responses been as long as the baseline's: AlpacaEval 2's model.
+
+        P(win | x) = σ( θ + φ tanh( Δ / sd Δ ) + ψ d(x) ),   Δ = length − baseline length
+        win rate at equal lengths = mean over x of σ( θ + ψ d(x) )
+
+    wins[p] is 1 for a win, 0.5 for a tie, or the judge's probability; lengths in any one unit (AlpacaEval: characters);
+    d is the prompts' known difficulty, whose term is left out where it is None. Fitted by maximum likelihood, the
+    interval by the delta method on the log-odds, with the sandwich covariance over prompts. What AlpacaEval adds and
+    this leaves out: its estimate of d from all the policies on its board, an L1 penalty set by cross-validation, and a
+    fifth of a weight of made-up comparisons with verbose and terse baselines, which guards against gaming.
+
+    Raises ValueError where all Δ are the same, or a length and the outcomes cannot be told apart.
+
+    Source: arXiv 2404.04475, section 3.
+    """
+    wins, gap = wins.to(torch.float64), (lengths - baseline_lengths).to(torch.float64)
+    spread = float(gap.std()) if len(gap) > 1 else 0.0
+    if not spread > 0:
+        raise ValueError(
+            f"the {len(gap)} differences in length do not vary; nothing can be said about length: report the win rate"
+        )
+    columns = [torch.ones_like(gap), torch.tanh(gap / spread)]
+    if difficulty is not None:
+        columns.append(difficulty.to(torch.float64))
+    features = torch.stack(columns, -1)
+    try:
+        fit = fit_logistic(features, wins)
+    except Separable as error:
+        raise ValueError(
+            f"{len(wins)} comparisons, {float(wins.mean()):.3f} of them won: length (or difficulty) predicts every "
+            "outcome, so no win rate at equal lengths exists; compare on more prompts, or report the raw win rate"
+        ) from error
+    covariance = fit.clustered_covariance(torch.arange(len(wins)))
+    quantile = student_quantile(len(wins) - 1)
+
+    equal = features.clone()
+    equal[:, 1] = 0
+    won = (equal @ fit.coefficients).sigmoid()
+    rate = float(won.mean())
+    gradient = ((won * (1 - won))[:, None] * equal).mean(0)
+    se = math.sqrt(float(gradient @ covariance @ gradient)) / (rate * (1 - rate))
+    logit = math.log(rate / (1 - rate))
+    low, high = (1 / (1 + math.exp(-(logit + sign * quantile * se))) for sign in (-1, 1))
+    effect, half_width = float(fit.coefficients[1]), quantile * math.sqrt(float(covariance[1, 1]))
+    return LengthControlled(
+        Interval(rate, low, high), mean_and_se(wins), Interval(effect, effect - half_width, effect + half_width)
+    )
+
+
+def _fit(wins: Float[Tensor, "prompts policies policies"], anchor: int) -> tuple[Tensor, LogisticFit]:
+    """Prompt of every row, and the regression: a row for each pair that met on a prompt, a feature for each policy."""
+    wins = wins.detach().to("cpu", torch.float64)
+    policies = wins.shape[-1]
+    if not 0 <= anchor < policies or policies < 2:
+        raise ValueError(f"anchor {anchor} of {policies} policies; give at least two policies and the index of one")
+    if not bool((wins >= 0).all()) or bool(wins.diagonal(dim1=-2, dim2=-1).any()):
+        raise ValueError("wins hold a negative number, a NaN, or a policy that beat itself; pass counts, diagonal 0")
+    _check_finite(wins.sum(0))
+    first, second = torch.triu_indices(policies, policies, 1)
+    won, lost = wins[:, first, second], wins[:, second, first]
+    prompt, pair = (won + lost > 0).nonzero(as_tuple=True)
+    design = torch.eye(policies, dtype=torch.float64)
+    design = (design[first] - design[second])[:, torch.arange(policies) != anchor]
+    total = (won + lost)[prompt, pair]
+    return prompt, fit_logistic(design[pair], won[prompt, pair] / total, total)
+
+
+def _ratings(fit: LogisticFit, covariance: Tensor, anchor: int, quantile: float) -> Ratings:
+    policies = len(fit.coefficients) + 1
+    rest = [i for i in range(policies) if i != anchor]
+    values, full = torch.zeros(policies, dtype=torch.float64), torch.zeros(policies, policies, dtype=torch.float64)
+    values[rest] = fit.coefficients
+    full[torch.tensor(rest)[:, None], torch.tensor(rest)] = covariance
+    return Ratings(values, full, quantile)
+
+
+def _check_finite(wins: Float[Tensor, "policies policies"]) -> None:
+    """Ford's condition: from every policy a chain of wins leads to every other one."""
+    met, beaten = _chains(wins + wins.T), _chains(wins)
+    for name, chains in (("met", met), ("beaten", beaten)):
+        for row in chains:
+            inside, outside = row.nonzero()[:, 0].tolist(), (~row).nonzero()[:, 0].tolist()
+            if not outside:
+                continue
+            if name == "met":
+                raise ValueError(
+                    f"policies {inside} were never compared with {outside}; compare a pair across, or rate each group"
+                )
+            raise ValueError(
+                f"policies {outside} never lost to {inside}, not even a tie, so their ratings are infinite; compare on "
+                "more prompts, leave them out, or report win rates"
+            )
+
+
+def _chains(wins: Float[Tensor, "policies policies"]) -> Tensor:
+    """True where a chain of wins leads from the row to the column, the row itself included."""
+    reached = (wins > 0) | torch.eye(len(wins), dtype=torch.bool)
+    for _ in range(len(wins)):
+        reached = (reached.double() @ reached.double()) > 0
+    return reached

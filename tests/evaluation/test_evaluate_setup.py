@@ -1,0 +1,136 @@
+"""What an evaluation answers: rows that repeat are left out and counted, the same prompt with other columns stays."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+
+import pytest
+
+from distalign.errors import InputError
+from distalign.evaluation import evaluate, load_evaluation, run
+from distalign.evaluation.setup import prepare
+from distalign.models.policy import Source
+
+# A prompt, and the column that a function is given.
+ROWS = [
+    ("tea", 1),
+    ("tea", 1),
+    ("tea", 2),
+    ("rain", 1),
+    ("tea", 1),
+    ("sun", {"b": 1, "a": 2}),
+    ("sun", {"a": 2, "b": 1}),
+]
+LEFT_OUT, SHARED = "repeated rows left out", "prompts that are another's with other columns"
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_folder):
+    """Settings of an evaluation on rows of `ROWS`, with changes."""
+
+    def make(rows, *overrides, column="w", kind="prompts"):
+        text = "".join(
+            json.dumps({"prompt": f"tell me about {word}", column: value, "chosen": "good", "rejected": "bad"}) + "\n"
+            if kind == "pairs"
+            else json.dumps({"prompt": f"tell me about {word}", column: value}) + "\n"
+            for word, value in rows
+        )
+        (tmp_path / "rows.jsonl").write_text(text)
+        (tmp_path / "rows.yaml").write_text(
+            f"model: {tiny_folder}\n{kind}: rows.jsonl\nmax_new_tokens: 4\noutput_dir: {tmp_path}/runs\n"
+        )
+        return load_evaluation(tmp_path / "rows.yaml", list(overrides), [])
+
+    return make
+
+
+def answered(bench):
+    """Word and column of every row that is answered."""
+    return [(one.row.prompt.split()[-1], one.row.extra["w"]) for one in bench.prompts]
+
+
+@pytest.mark.parametrize("kind", ["prompts", "pairs"])
+def test_rows_are_the_same_only_if_prompt_and_columns_are(settings, caplog, kind):
+    """The first of the same ones stays, whatever the order within a column; both counts are told and logged."""
+    with caplog.at_level(logging.INFO, "distalign.evaluation"):
+        bench = prepare(settings(ROWS, kind=kind), None)
+    assert answered(bench) == [ROWS[i] for i in (0, 2, 3, 5)]
+    assert bench.texts == [one.row.prompt for one in bench.prompts]
+    assert (bench.facts["held-out prompts"], bench.facts[LEFT_OUT], bench.facts[SHARED]) == (4, 3, 1)
+    assert "3 rows repeat another, prompt and columns, and are left out" in caplog.text
+    assert "1 of 4 prompts are another's with other columns" in caplog.text
+
+
+def test_the_limit_counts_what_differs(settings):
+    """Three prompts from the first four rows, of which one repeats; what comes later is not looked at."""
+    bench = prepare(settings(ROWS, "limit=3"), None)
+    assert answered(bench) == [ROWS[i] for i in (0, 2, 3)]
+    assert (bench.facts["held-out prompts"], bench.facts[LEFT_OUT]) == (3, 1)
+
+
+def test_nothing_is_told_where_nothing_repeats(settings, caplog):
+    """No counts of 0, no lines."""
+    bench = prepare(settings([ROWS[0], ROWS[3]]), None)
+    assert {LEFT_OUT, SHARED}.isdisjoint(bench.facts)
+    assert caplog.text == ""
+
+
+def test_a_tokenizer_is_loaded_once_for_equal_files(settings, tiny_folder, tmp_path, monkeypatch):
+    """The reference's serves its copies; one of other files is loaded once, and its copies are not."""
+    made = settings([ROWS[0], ROWS[3]])
+    for name in ("copy", "other", "other-copy"):
+        shutil.copytree(tiny_folder, tmp_path / name)
+        if name.startswith("other"):
+            # The same vocabulary in another file.
+            text = json.loads((tmp_path / name / "tokenizer.json").read_text(encoding="utf-8"))
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(text, indent=3), encoding="utf-8")
+    policies = {name: str(tmp_path / name) for name in ("copy", "other", "other-copy")} | {"same": str(tiny_folder)}
+    loaded, real = [], Source.tokenizer
+    monkeypatch.setattr(Source, "tokenizer", lambda source: loaded.append(source.name) or real(source))
+    prepare(made.model_copy(update={"policies": policies}), None)
+    assert loaded == [str(tiny_folder), policies["other"]]
+
+
+def test_results_are_written_before_a_judge_that_fails(settings, tmp_path, monkeypatch, tiny_folder):
+    """They are the whole but for what the judge says, which is added without computing the rest again."""
+    (tmp_path / "judges.py").write_text(
+        "def fair(prompts, completions, **columns):\n    return [0.75] * len(prompts)\n"
+        "def broken(prompts, completions, **columns):\n    raise RuntimeError('out of order')\n"
+    )
+    counted, real = [], run.summarise
+    monkeypatch.setattr(run, "summarise", lambda runs: counted.append(1) or real(runs))
+
+    def made(judge):
+        flags = [f"judge={{function: '{tmp_path}/judges.py:{judge}'}}"] if judge else []
+        one = settings([ROWS[0], ROWS[3]], f"name=by-{judge}", *flags)
+        return one.model_copy(update={"policies": {"a": str(tiny_folder)}})
+
+    def written(judge):
+        return json.loads((made(judge).run_dir / "results.json").read_text(encoding="utf-8"))
+
+    with pytest.raises(InputError, match="out of order"):
+        evaluate(made("broken"))
+    evaluate(made("fair"))
+    evaluate(made(None))
+    assert len(counted) == 3 * 2
+    judged, alone = written("fair"), written(None)
+    assert judged["methods"]["a"].pop("win_rate")["n"] == 2
+    assert judged["significance"]["a"].pop("win_rate")
+    for part in ("methods", "paired", "points"):
+        assert written("broken")[part] == alone[part] == judged[part]
+    assert set(judged) - set(alone) == {"win_rates", "ratings", "length_controlled"}
+
+
+def test_a_function_is_given_the_columns_of_every_row_that_stays(settings, tmp_path):
+    """The reward is the column: its mean is that of the distinct rows, and results.json has the counts."""
+    (tmp_path / "column.py").write_text("def column(completions, w): return [float(x) for x in w]")
+    made = settings(
+        [("tea", 1), ("tea", 1), ("tea", 4), ("rain", 10)], f"reward={{function: '{tmp_path}/column.py:column'}}"
+    )
+    found = evaluate(made)
+    assert found["methods"]["reference"]["reward"]["mean"] == pytest.approx(5)
+    assert found["methods"]["reference"]["reward"]["n"] == 3
+    told = json.loads((made.run_dir / "results.json").read_text(encoding="utf-8"))["pairs"]
+    assert (told["held-out prompts"], told[LEFT_OUT], told[SHARED]) == (3, 1, 1)

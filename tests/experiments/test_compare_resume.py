@@ -1,0 +1,217 @@
+"""A comparison that was stopped goes on: nothing that is done is done again, and the numbers come out the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+
+import pytest
+import tiny
+
+from distalign import cli
+from distalign.experiments import compare as comparison
+from distalign.experiments.compare import compare
+from distalign.experiments.recipe import load_recipe
+from distalign.experiments.results import run_key
+from distalign.training import trainer
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """The tiny recipe with its own folder."""
+    (tmp_path / "model").symlink_to(tiny_folder)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny.recipe_text(tmp_path, output_dir=str(tmp_path / "runs")))
+
+    def make(*overrides):
+        return load_recipe(path, overrides)
+
+    return make
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The methods that are trained from now on, and whether each went on from a checkpoint."""
+    seen = []
+    real = comparison.train_method
+
+    def note(bench, name, folder, *, resume=False):
+        seen.append((bench.seed, name, resume))
+        return real(bench, name, folder, resume=resume)
+
+    monkeypatch.setattr(comparison, "train_method", note)
+    return seen
+
+
+def numbers(results):
+    """What must not depend on a stop in between."""
+    kept = ("methods", "paired", "curves", "kept_step", "calibration", "by_seed", "significance")
+    return json.loads(json.dumps({key: results[key] for key in kept}))
+
+
+def test_a_stopped_comparison_goes_on_and_ends_the_same(recipe, trained, monkeypatch):
+    """Stopped in the middle of the second method of the second seed, which goes on from its checkpoint."""
+    whole = compare(recipe("name=whole"), ["pmle", "dpo"], [0, 1])
+    trained.clear()
+    real, steps = trainer.AlignmentTrainer.training_step, []
+
+    def stop(self, *args, **more):
+        steps.append(None)
+        if len(trained) == 4 and self.state.global_step == self.state.max_steps - 1:
+            raise KeyboardInterrupt
+        return real(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.AlignmentTrainer, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1])
+    assert [(seed, name) for seed, name, _ in trained] == [(0, "pmle"), (0, "dpo"), (1, "pmle"), (1, "dpo")]
+    trained.clear()
+    again = compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1], resume=True)
+    assert trained == [(1, "dpo", True)]
+    assert numbers(again) == numbers(whole)
+    trained.clear()
+    assert numbers(compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
+    assert trained == []
+
+
+def test_what_has_changed_is_done_again(recipe, trained):
+    """Another setting of one method, other pairs, a torn record; and without --resume everything."""
+    compare(recipe(), ["pmle", "dpo"], [0])
+    trained.clear()
+    compare(recipe("methods.dpo.gamma=0.3"), ["pmle", "dpo"], [0], resume=True)
+    assert trained == [(0, "dpo", False)]
+    trained.clear()
+    compare(recipe("target.pairs=20"), ["pmle"], [0], resume=True)
+    assert trained == [(0, "pmle", False)]
+    trained.clear()
+    folder = recipe().run_dir
+    (folder / "pmle" / "finished.safetensors").write_bytes(b"torn")
+    compare(recipe("target.pairs=20"), ["pmle"], [0], resume=True)
+    assert [name for _, name, _ in trained] == ["pmle"]
+    trained.clear()
+    compare(recipe(), ["pmle", "dpo"], [0])
+    assert trained == [(0, "pmle", False), (0, "dpo", False)]
+
+
+def test_the_marks_are_of_all_methods_together(recipe):
+    """Holm's p is never below the bootstrap's own, and stars go by it."""
+    marks = compare(recipe(), ["pmle", "dpo"], [0])["significance"]
+    assert set(marks) == {"pmle", "dpo"}
+    for row in marks.values():
+        assert "forward_kl" in row
+        for mark in row.values():
+            assert mark["p"] <= mark["holm"] <= 1
+            assert (mark["stars"] != "") == (mark["holm"] < 0.05)
+
+
+def test_the_command_goes_on(recipe, trained, tmp_path, monkeypatch):
+    """distalign compare … --resume."""
+    compare(recipe(), ["pmle"], [0])
+    trained.clear()
+    words = ["compare", str(tmp_path / "tiny.yaml"), "--methods", "pmle", "--resume"]
+    monkeypatch.setattr(sys, "argv", ["distalign", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert trained == []
+
+
+def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained, tmp_path, tiny_folder):
+    """The model's folder and the pairs' file keep their names, not their content; a lost model is trained again."""
+    (tmp_path / "model").unlink()
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    pairs = tiny.write_pairs(tmp_path / "pairs.jsonl")
+    own = ("target=null", f"data.train={pairs}", "data.held_out=0.3")
+
+    def again():
+        trained.clear()
+        compare(recipe(*own), ["pmle"], [0], resume=True)
+        return [name for _, name, _ in trained]
+
+    compare(recipe(*own), ["pmle"], [0])
+    assert again() == []
+    tiny.model(initializer_range=0.3).save_pretrained(tmp_path / "model")
+    assert again() == ["pmle"]
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    assert again() == ["pmle"]
+    shutil.rmtree(recipe().run_dir / "pmle" / "model")
+    assert again() == ["pmle"]
+    assert (recipe().run_dir / "pmle" / "model").is_dir()
+
+
+def test_a_reward_of_other_pairs_is_trained_again(recipe, tmp_path):
+    """A reward stays with the pairs that it was trained on, and goes with others."""
+    flags = (
+        "reward={train: {init: scratch, epochs: 1}}",
+        "methods={rkl: {gamma: 0.5, beta: 0.1}}",
+        "rollout.samples=2",
+    )
+    path = recipe().run_dir / "reward"
+
+    def weights():
+        return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.safetensors"))
+
+    compare(recipe(*flags), ["rkl"], [0])
+    before, stamp = weights(), [file.stat().st_mtime_ns for file in path.glob("*.safetensors")]
+    assert before
+    compare(recipe(*flags), ["rkl"], [0], resume=True)
+    assert [file.stat().st_mtime_ns for file in path.glob("*.safetensors")] == stamp
+    compare(recipe(*flags, "target.gamma=0.9"), ["rkl"], [0], resume=True)
+    assert weights() != before
+
+
+REWARDED = (
+    "reward={train: {init: scratch, epochs: 1}}",
+    "methods={rkl: {gamma: 0.5, beta: 0.1}}",
+    "rollout.samples=2",
+)
+
+
+@pytest.mark.parametrize("torn", ["model.safetensors", "reward.json", "run.json"])
+def test_a_reward_that_was_not_written_to_its_end_is_trained_anew(recipe, trained, caplog, torn):
+    """Weights or settings cut in the middle, or a training that was stopped: the same reward, and a line in the log."""
+    folder = recipe().run_dir / "reward"
+    compare(recipe(*REWARDED), ["rkl"], [0])
+    whole = (folder / "model.safetensors").read_bytes()
+    trained.clear()
+    (folder / torn).write_bytes((folder / torn).read_bytes()[:-20])
+    with caplog.at_level(logging.INFO, "distalign.experiments.compare"):
+        compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    assert "trained anew" in caplog.text
+    assert str(folder) in caplog.text
+    assert (folder / "model.safetensors").read_bytes() == whole
+    assert trained == []
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "distalign.experiments.compare"):
+        compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    assert "trained anew" not in caplog.text
+
+
+@pytest.mark.parametrize("by_module", [True, False])
+def test_a_changed_reward_function_is_another_run(recipe, tmp_path, monkeypatch, by_module):
+    """By path and by module, which is found without being run; to a method that takes no reward it does not matter."""
+    package = tmp_path / "rewards_of_resume"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    own = package / "own.py"
+    own.write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    place = "rewards_of_resume.own" if by_module else own
+    made = recipe(f"reward={{function: '{place}:short'}}", "methods={rkl: {gamma: 0.5}, pmle: {gamma: 0.5, beta: 0}}")
+
+    def keys():
+        return [run_key(made, name, 0, "weights", "data") for name in ("rkl", "pmle")]
+
+    before = keys()
+    assert keys() == before
+    own.write_text("raise SystemExit  # for another reason")
+    after = keys()
+    assert after[0] != before[0]
+    assert after[1] == before[1]
+    assert "rewards_of_resume.own" not in sys.modules

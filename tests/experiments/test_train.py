@@ -1,0 +1,311 @@
+"""From a recipe to a run folder, on a tiny model: a comparison with a known target, a user's own pairs, one method."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from distalign.errors import InputError
+from distalign.evaluation.results import finite
+from distalign.experiments import train as experiment
+from distalign.experiments.compare import compare
+from distalign.experiments.recipe import load_recipe
+from distalign.experiments.train import train, training_arguments
+from distalign.report import write_report
+from distalign.report.results import Results
+from distalign.settings import RecipeError
+from distalign.training.rounds import TrainingError
+
+METRICS = {
+    *("forward_kl", "reverse_kl", "kl_reference", "entropy", "accuracy", "nll", "ece", "distinct_2", "length"),
+    "missing_end",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_folder):
+    """A folder with the tiny model, and a user's pairs."""
+    folder = tmp_path_factory.mktemp("place")
+    (folder / "model").symlink_to(tiny_folder)
+    tiny.write_pairs(folder / "pairs.jsonl")
+    return folder
+
+
+def recipe(place, tmp_path, *overrides, method=None, **more):
+    """The tiny recipe, written and read."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny.recipe_text(place, output_dir=str(tmp_path / "runs"), **more))
+    return load_recipe(path, overrides, method)
+
+
+@pytest.fixture(scope="module")
+def compared(place, tmp_path_factory):
+    """One comparison with a known target: results and run folder."""
+    settings = recipe(place, tmp_path_factory.mktemp("compared"))
+    return compare(settings, ["pmle", "dpo"], [0]), settings.run_dir
+
+
+def test_results_are_what_the_report_reads(compared):
+    """results.json has the documented shape, and is what `compare` returned."""
+    results, folder = compared
+    on_disk = json.loads((folder / "results.json").read_text())
+    Results.parse(on_disk)
+    assert on_disk["methods"].keys() == {"target", "reference", "pmle", "dpo"}
+    assert on_disk["methods"]["pmle"]["forward_kl"].keys() == {"mean", "se", "n"}
+    assert on_disk["paired"].keys() == {"pmle", "dpo"}
+    assert on_disk["paired"]["pmle"]["forward_kl"].keys() == {"mean", "low", "high"}
+    assert on_disk["methods"] == json.loads(json.dumps(results["methods"]))
+    for name in ("reference", "pmle", "dpo"):
+        assert set(on_disk["methods"][name]) >= METRICS
+    assert "win_rate" in on_disk["methods"]["pmle"]
+    assert "win_rate" not in on_disk["methods"]["reference"]
+
+
+def test_the_rows_of_target_and_reference_are_where_they_must_be(compared):
+    """The target is at no distance from itself and the reference from itself; differences are paired ones."""
+    methods = compared[0]["methods"]
+    assert methods["target"]["forward_kl"]["mean"] == 0
+    assert abs(methods["target"]["reverse_kl"]["mean"]) < 1e-4
+    assert methods["reference"]["kl_reference"]["mean"] == 0
+    assert methods["reference"]["forward_kl"]["mean"] > 0.1
+    assert methods["reference"]["forward_kl"]["n"] == 6
+    assert methods["reference"]["accuracy"]["n"] == 12
+    for name in ("pmle", "dpo"):
+        change = compared[0]["paired"][name]["forward_kl"]
+        gap = methods[name]["forward_kl"]["mean"] - methods["reference"]["forward_kl"]["mean"]
+        assert change["mean"] == pytest.approx(gap, abs=1e-9)
+        assert change["low"] <= change["mean"] <= change["high"]
+
+
+def test_the_run_folder_is_enough_to_look_again(compared, place):
+    """Recipe, samples, curves, models that load, and a report without the network."""
+    results, folder = compared
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 6
+    assert samples[0]["responses"].keys() == {"target", "reference", "pmle", "dpo"}
+    assert load_recipe(folder / "recipe.yaml").name == "tiny"
+    for name in ("pmle", "dpo"):
+        points = results["curves"][name]
+        assert points[0]["step"] == 0
+        assert points[0]["forward_kl"]["mean"] == pytest.approx(results["methods"]["reference"]["forward_kl"]["mean"])
+        assert results["kept_step"][name][0] in {point["step"] for point in points}
+        AutoModelForCausalLM.from_pretrained(folder / name / "model")
+        assert yaml.safe_load((folder / name / "model" / "README.md").read_text().split("---")[1])["tags"]
+    page = write_report(folder).read_text()
+    assert "KL(π*‖π)" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_the_same_recipe_gives_the_same_numbers(compared, place, tmp_path):
+    """On one machine, whatever ran before."""
+    torch.rand(5)
+    again = compare(recipe(place, tmp_path), ["pmle", "dpo"], [0])
+    assert json.dumps(again["methods"]) == json.dumps(compared[0]["methods"])
+
+
+def test_several_seeds_have_a_folder_each_and_are_told_apart(place, tmp_path):
+    """Averages over seeds on the same prompts; each seed's own numbers too."""
+    settings = recipe(place, tmp_path, "training.num_train_epochs=1")
+    results = compare(settings, ["pmle"], [0, 3])
+    Results.parse(json.loads((settings.run_dir / "results.json").read_text()))
+    assert results["seeds"] == [0, 3]
+    assert {p.name for p in settings.run_dir.glob("seed-*")} == {"seed-0", "seed-3"}
+    both = [row["forward_kl"]["mean"] for row in results["by_seed"]["pmle"]]
+    assert both[0] != both[1]
+    assert results["methods"]["pmle"]["forward_kl"]["mean"] == pytest.approx(sum(both) / 2)
+    assert results["methods"]["pmle"]["forward_kl"]["n"] == 6
+    assert results["methods"]["pmle"]["accuracy"]["n"] == 24
+
+
+OWN = ("target=null", "early_stopping.patience=1")
+
+
+def own_data(place):
+    """The user's pairs instead of the target."""
+    return (*OWN, f"data.train={place / 'pairs.jsonl'}", "data.held_out=0.3")
+
+
+def test_own_pairs_are_compared_without_a_target(place, tmp_path):
+    """No rows and no numbers that need one; also over seeds, which then share their held-out pairs."""
+    settings = recipe(place, tmp_path, *own_data(place))
+    results = compare(settings, ["pmle", "dpo"], [0, 1])
+    Results.parse(json.loads((settings.run_dir / "results.json").read_text()))
+    assert results["methods"].keys() == {"reference", "pmle", "dpo"}
+    for row in results["methods"].values():
+        assert not row.keys() & {"forward_kl", "reverse_kl", "win_rate"}
+        assert row["accuracy"]["n"] == results["pairs"]["held_out"]
+    assert results["methods"]["dpo"]["accuracy"]["mean"] > 0.8
+    write_report(settings.run_dir)
+
+
+def test_training_writes_the_documented_folder(place, tmp_path):
+    """recipe.yaml, metrics.jsonl, model/ with its card; the held-out numbers are those of the step that was kept."""
+    settings = recipe(place, tmp_path, *own_data(place), method="dpo")
+    found = train(settings, "dpo")
+    folder = settings.run_dir
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert found["loss"] == min(row["eval_loss"] for row in rows if "eval_loss" in row)
+    assert found["rewards/accuracies"] > 0.8
+    assert {"recipe.yaml", "model"} <= {path.name for path in folder.iterdir()}
+    card = (folder / "model" / "README.md").read_text()
+    assert "eval_loss" in card
+    assert "kept_step" in card
+    write_report(folder)
+
+
+def test_recompute_changes_no_number(place, tmp_path):
+    """Whatever the backward pass computes again, a run learns the same."""
+    losses = []
+    for setting in ("none", "selective", "full"):
+        settings = recipe(place, tmp_path, *own_data(place), f"recompute={setting}", f"name={setting}", method="dpo")
+        losses.append(train(settings, "dpo")["loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
+def test_a_setting_without_effect_is_refused(place, tmp_path):
+    """The engine never calls the forward that torch_compile compiles."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.torch_compile=true", method="dpo")
+    with pytest.raises(TrainingError, match="torch_compile would compile"):
+        train(settings, "dpo")
+
+
+def test_training_without_held_out_pairs_says_so(place, tmp_path):
+    """All pairs are learned from, nothing is measured, and the last step is kept."""
+    settings = recipe(place, tmp_path, *own_data(place), "data.held_out=0.0", method="pmle")
+    assert train(settings, "pmle") == {}
+    rows = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert not [row for row in rows if "eval_loss" in row]
+    assert rows[-1]["step"] == 10
+    assert "Not measured" in (settings.run_dir / "model" / "README.md").read_text()
+    with pytest.raises(InputError, match="holds a run of distalign train"):
+        compare(settings, ["pmle"], [0])
+    with pytest.raises(InputError, match=r"0 held-out prompts.*data.held_out"):
+        compare(settings.model_copy(update={"name": "other"}), ["pmle"], [0])
+
+
+def test_a_run_goes_on_from_its_folder(place, tmp_path, monkeypatch):
+    """Cut off in the middle and resumed: the same model and the same lines as without the cut."""
+    steps = ("training.num_train_epochs=2", "training.save_total_limit=9", "early_stopping.patience=9")
+    whole = recipe(place, tmp_path, *own_data(place), *steps, "name=whole", method="dpo")
+    train(whole, "dpo")
+    cut = recipe(place, tmp_path, *own_data(place), *steps, "name=cut", method="dpo")
+
+    class Cut(Exception):
+        pass
+
+    original = experiment.AlignmentTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise Cut
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(experiment.AlignmentTrainer, "training_step", failing)
+    with pytest.raises(Cut):
+        train(cut, "dpo")
+    monkeypatch.setattr(experiment.AlignmentTrainer, "training_step", original)
+    train(cut, "dpo", resume=True)
+    lines = []
+    for settings in (whole, cut):
+        rows = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+        lines.append([(row["step"], row.get("loss"), row.get("eval_loss")) for row in rows])
+    assert lines[0] == lines[1]
+    weights = [
+        AutoModelForCausalLM.from_pretrained(settings.run_dir / "model").state_dict() for settings in (whole, cut)
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_new_run_in_an_old_folder_forgets_the_old_one(place, tmp_path):
+    """Only when told to; then the checkpoints of the run before are not taken for its own."""
+    settings = recipe(place, tmp_path, *own_data(place), method="dpo")
+    old = settings.run_dir / "checkpoint-999"
+    old.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"holds checkpoint-999 of an earlier run.*--resume.*--overwrite"):
+        train(settings, "dpo")
+    assert old.exists()
+    train(settings, "dpo", overwrite=True)
+    assert not old.exists()
+    with pytest.raises(InputError, match=r"holds no checkpoint to continue from"):
+        train(recipe(place, tmp_path, *own_data(place), "name=other", method="dpo"), "dpo", resume=True)
+
+
+# Arguments ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_step_is_kept_unless_the_recipe_says_otherwise(place, tmp_path):
+    """Defaults, no evaluation at all, and settings of the user's own, which are never overruled."""
+
+    def arguments(*overrides, held_out=True):
+        settings = recipe(place, tmp_path, *overrides, training={"use_cpu": True})
+        return training_arguments(settings, "pmle", tmp_path, held_out=held_out)
+
+    default = arguments()
+    assert default.load_best_model_at_end
+    assert default.eval_on_start
+    assert default.save_strategy == "steps"
+    assert default.save_steps == default.eval_steps == 0.1
+    assert not arguments("early_stopping=false").load_best_model_at_end
+    never = arguments("training.eval_strategy=no")
+    assert not never.load_best_model_at_end
+    assert not never.eval_on_start
+    assert arguments("training.save_steps=4", "training.eval_steps=2").save_steps == 4
+    assert arguments(held_out=False).eval_strategy == "no"
+    with pytest.raises(RecipeError, match="eval_strategy needs held-out pairs"):
+        arguments("training.eval_strategy=steps", held_out=False)
+    with pytest.raises(RecipeError, match="tiny: training of pmle"):
+        arguments("training.save_steps=3", "training.eval_steps=2")
+
+
+def test_a_run_without_evaluation_trains(place, tmp_path):
+    """Early stopping is on by default, and has nothing to go by where evaluation is off."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.eval_strategy=no", method="pmle")
+    assert train(settings, "pmle") == {}
+    assert (settings.run_dir / "model" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["target.max_new_tokens=60"], r"target.max_new_tokens is 60, but the model has 64 positions; lower"),
+        (["evaluation.max_new_tokens=60"], r"evaluation.max_new_tokens is 60, but the model has 64 positions"),
+        (["evaluation.prompts=1"], r"measured on 1 held-out prompts and 12 pairs"),
+        (["target.eval_pairs=1"], r"and 1 pairs; standard errors need two"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_weights_are_loaded(
+    place, tmp_path, monkeypatch, overrides, message
+):
+    """Not after an hour of training."""
+    monkeypatch.setattr("distalign.experiments.setup._load", lambda *_: pytest.fail("the weights were loaded"))
+    with pytest.raises(InputError, match=message):
+        compare(recipe(place, tmp_path, *overrides), ["pmle"], [0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.max_length=5000"], r"data.max_length is 5000, but the model has 64 positions; lower it"),
+        (["data.max_length=8"], r"max_length is 8"),
+        (["evaluation.max_new_tokens=60"], r"evaluation.max_new_tokens is 60"),
+    ],
+)
+def test_own_pairs_that_do_not_fit_are_refused_before_the_weights_are_loaded(
+    place, tmp_path, monkeypatch, overrides, message
+):
+    """With what to change."""
+    monkeypatch.setattr("distalign.experiments.setup._load", lambda *_: pytest.fail("the weights were loaded"))
+    with pytest.raises(InputError, match=message):
+        compare(recipe(place, tmp_path, *own_data(place), *overrides), ["pmle"], [0])
+
+
+def test_numbers_that_could_not_be_computed_are_null():
+    """JSON has no NaN."""
+    found = finite({"a": [math.nan, 1.0], "b": (math.inf, "x"), "c": {"d": 2}})
+    assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [None, 1.0], "b": [None, "x"], "c": {"d": 2}}

@@ -1,0 +1,312 @@
+"""The methods on tables: their fits against independent optimisers, and what figure 1 and its relatives must show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distalign.lab.classes import Classes
+from distalign.lab.coverage import Coverage
+from distalign.lab.degeneracy import Degeneracy
+from distalign.lab.exact import divergence, optimum
+from distalign.lab.figure1 import Figure1
+from distalign.lab.fit import fit_pairs, fit_rkl
+from distalign.lab.gamma import Gamma, best_sharpness
+from distalign.lab.rates import falls_like_one_over_n, fit_slope, tune
+from distalign.lab.tabular import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward
+from distalign.lab.tabular import fit_rkl as fit_rkl_table
+from distalign.lab.world import draw, linear_tables, random_tables
+from distalign.methods import DPO, PMLE, Pairs
+from distalign.methods.preference import bradley_terry_nll
+
+GAMMA, RIDGE = 0.5, 1e-3
+
+
+def nothing(*_, **__):
+    """No progress is shown."""
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Eight worlds like the paper's, with a reference that is far from the target."""
+    return random_tables(worlds=8, contexts=4, responses=6, scale=1.0, gamma=GAMMA, seed=0)
+
+
+@pytest.fixture(scope="module")
+def counts(tables):
+    """Enough pairs that nothing is separable."""
+    return draw(tables, 2**14, seed=0)
+
+
+@pytest.fixture(scope="module")
+def rewards(tables, counts):
+    """Their Bradley-Terry reward."""
+    return fit_reward(tables, counts, ridge=RIDGE)
+
+
+def minimised(objective, shape):
+    """Logits at the minimum of an objective, by L-BFGS: knows nothing of pairs, Hessians or classes."""
+    logits = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=3000, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimiser.zero_grad()
+        value = objective(logits.log_softmax(-1))
+        value.backward()
+        return value
+
+    optimiser.step(closure)
+    return logits.detach().log_softmax(-1)
+
+
+def repeated(tables, counts, world):
+    """The comparisons of one world as a method sees them: a row a comparison result, and how often it came."""
+    i, j = tables.pairs
+    both = torch.stack([torch.stack([i, j], 1), torch.stack([j, i], 1)])  # first won, second won
+    return both, torch.stack([counts.wins[world], counts.total[world] - counts.wins[world]])
+
+
+@pytest.mark.parametrize("method", [PMLE(gamma=GAMMA, beta=0.0), DPO(gamma=GAMMA)], ids=["pmle", "dpo"])
+def test_newton_finds_what_the_method_minimises(method, tables, counts):
+    """The fit from counts is the minimum of the method's own `loss` over the labelled pairs."""
+    both, times = repeated(tables, counts, world=0)
+    logps = fit_pmle(tables, counts, ridge=1e-9) if isinstance(method, PMLE) else fit_dpo(tables, counts, ridge=1e-9)
+    reference = tables.reference[0]
+
+    def objective(policy):
+        total = 0.0
+        for side in (0, 1):
+            for pair in range(both.shape[1]):
+                rows = policy[:, both[side, pair]], reference[:, both[side, pair]]
+                for context in range(4):
+                    row = Pairs(logps=rows[0][context : context + 1], reference_logps=rows[1][context : context + 1])
+                    total = total + times[side, context, pair] * method.loss(row, None)
+        return total / times.sum()
+
+    found = minimised(objective, (4, 6))
+    torch.testing.assert_close(logps[0], found, rtol=0, atol=1e-5)
+
+
+def test_in_a_full_table_three_losses_have_one_minimum(tables, counts, rewards):
+    """PMLE, PD with soft labels from any pairs, and RKL at β = 0 are softmax(R̂/γ): one estimator."""
+    induced = (rewards / GAMMA).log_softmax(-1)
+    found = {
+        "pmle": fit_pmle(tables, counts, ridge=RIDGE),
+        "rkl": fit_rkl_table(tables, rewards),
+        "pd, pairs from mu": fit_pd(tables, rewards, tables.pair_weights(tables.behavior)),
+        "pd, pairs from reference": fit_pd(tables, rewards, tables.pair_weights(tables.reference)),
+        "pd, pairs from policy": fit_pd(tables, rewards, tables.pair_weights(induced)),
+    }
+    for name, logps in found.items():
+        assert float((logps - induced).abs().max()) < 1e-6, name
+
+
+def test_dpo_and_rebel_are_the_reference_times_that_estimate(tables, counts, rewards):
+    """DPO with its β = γ, and rounds of REBEL with η = 1/γ and β = γ, are π₀ · softmax(R̂/γ) up to normalisation."""
+    product = (tables.reference + rewards / GAMMA).log_softmax(-1)
+    assert float((fit_dpo(tables, counts, ridge=RIDGE) - product).abs().max()) < 1e-6
+    rebel = fit_rebel(tables, rewards, eta=1 / GAMMA, beta=GAMMA, rounds=3)
+    assert float((rebel - product).abs().max()) < 1e-6
+    # Without a KL term every round multiplies by exp(ηR̂) again.
+    rounds = fit_rebel(tables, rewards, eta=1 / GAMMA, beta=0.0, rounds=3)
+    assert float((rounds - (tables.reference + 3 * rewards / GAMMA).log_softmax(-1)).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize(("gamma", "beta"), [(GAMMA, 0.0), (GAMMA, 0.2), (0.0, 0.3)])
+def test_rkl_reaches_the_closed_form_in_the_full_table(tables, rewards, gamma, beta):
+    """Natural gradients of `rkl_loss` (RLHF at γ = 0) end at appendix B's optimum."""
+    found = fit_rkl(rewards, tables.reference, gamma=gamma, beta=beta).log_softmax(-1)
+    assert float((found - optimum(rewards, tables.reference, gamma=gamma, beta=beta)).abs().max()) < 1e-8
+
+
+def test_restricted_classes_reach_the_minimum_of_their_objective():
+    """PMLE, PD and RKL with four features: no change within the class lowers their objective."""
+    tables, features = linear_tables(
+        worlds=3, contexts=4, responses=8, features=7, relevant=4, scale=1.0, gamma=GAMMA, seed=0
+    )
+    small = features[..., :4]
+    counts = draw(tables, 4096, seed=0)
+    rewards = fit_reward(tables, counts, features, ridge=RIDGE)
+    policy = fit_rkl(rewards, tables.reference, small, gamma=GAMMA, beta=0.1)
+
+    def objective(logits):
+        logps = logits.log_softmax(-1)
+        kl = divergence(logps, tables.reference)
+        return ((logps.exp() * (GAMMA * logps - rewards)).sum(-1).mean(-1) + 0.1 * kl).sum()
+
+    def likelihood(logits):
+        gap = tables.pair_logps(GAMMA * logits)
+        return (counts.total * bradley_terry_nll(gap, counts.frequency)).sum()
+
+    labelled = fit_pmle(tables, counts, small, ridge=1e-9)
+    for fitted, value in ((policy, objective), (labelled, likelihood)):
+        change = torch.zeros(3, 4, 1, dtype=torch.float64, requires_grad=True)
+        moved = value(fitted + (small @ change[:, None])[..., 0])
+        (gradient,) = torch.autograd.grad(moved, change)
+        assert float(gradient.abs().max()) < 1e-6 * float(moved.detach().abs())
+
+
+def test_a_ridge_keeps_a_separable_estimate_finite_and_without_one_the_search_says_so(tables):
+    """Twenty pairs in 24 cells: no maximum likelihood estimate exists."""
+    few = draw(tables, 20, seed=0)
+    assert bool(fit_pmle(tables, few, ridge=RIDGE).isfinite().all())
+    frequency = few.frequency.flatten()
+    with pytest.raises((RuntimeError, torch.linalg.LinAlgError), match=r"separable|singular"):
+        fit_pairs(lambda rewards: bradley_terry_nll(rewards, frequency), few.total, tables.pairs, 6)
+
+
+def test_tuning_by_the_oracle_is_never_worse_and_by_held_out_pairs_uses_only_pairs(tables, counts, rewards):
+    """The oracle's policy is at least as near as any on the grid; held-out tuning does not read the target."""
+    betas = torch.logspace(-3, 3, 13, dtype=torch.float64)
+    tuned = tune(tables, rewards, betas, gamma=GAMMA)
+    kl = divergence(tables.target, tuned.logps)
+    for beta in betas.tolist():
+        assert bool((kl <= divergence(tables.target, optimum(rewards, tables.reference, gamma=GAMMA, beta=beta))).all())
+    rest, held_out = counts.split(0.2, seed=0)
+    refit = fit_reward(tables, rest, ridge=RIDGE)
+    other = random_tables(worlds=8, contexts=4, responses=6, scale=1.0, gamma=GAMMA, seed=9)
+    blind = type(tables)(other.target, tables.reference, tables.behavior, GAMMA)
+    by_pairs = [tune(t, rewards, betas, gamma=GAMMA, held_out=held_out, refit=refit).beta for t in (tables, blind)]
+    assert torch.equal(*by_pairs)
+    assert not torch.equal(tune(blind, rewards, betas, gamma=GAMMA).beta, tuned.beta)
+
+
+def test_slopes_have_intervals_that_hold_the_truth():
+    """KL = (1/n) · noise: the slope's 95 % interval holds −1 in nearly all draws, and narrows with seeds."""
+    sizes = [2**k for k in range(11, 17)]
+    random = torch.Generator().manual_seed(0)
+    n = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    held, widths = 0, {}
+    for seeds in (20, 80):
+        for draw_ in range(20):
+            noise = torch.randn(6, seeds, generator=random, dtype=torch.float64)
+            slope = fit_slope(sizes, (0.3 * noise).exp() / n, seed=draw_)
+            held += slope.low <= -1 <= slope.high
+            widths[seeds] = slope.high - slope.low
+    assert held >= 34
+    assert widths[80] < 0.7 * widths[20]
+    with pytest.raises(ValueError, match="two sizes"):
+        fit_slope([4], torch.ones(1, 3), seed=0)
+
+
+def test_a_slope_alone_does_not_pass_for_a_rate():
+    """DPO's slope in the paper's window is near −0.9: its n·KL/C gives it away."""
+    falling = fit_slope([2**11, 2**16], torch.tensor([[1.0] * 9, [2.0**-5] * 9], dtype=torch.float64), seed=0)
+    assert falls_like_one_over_n(falling, (0.95, 1.05))
+    assert not falls_like_one_over_n(falling, (1.1, 1.8))
+    flat = fit_slope([2**11, 2**16], torch.tensor([[1.0] * 9, [0.5] * 9], dtype=torch.float64), seed=0)
+    assert not falls_like_one_over_n(flat, (0.95, 1.05))
+
+
+@pytest.fixture(scope="module")
+def figure():
+    """Figure 1 with 16 seeds at every fourth power of two from 2¹¹ on (two more in the paper's window)."""
+    return Figure1(seeds=16, min_n=2**11).run(nothing)[0]
+
+
+def rows_of(figure, key, scale, **wanted):
+    """Rows of one scale with the wanted values."""
+    return [r for r in figure[key] if r["scale"] == scale and all(r[k] == v for k, v in wanted.items())]
+
+
+@pytest.mark.parametrize("method", ["pmle", "pd", "rkl"])
+def test_rate_is_one_over_n(figure, method):
+    """Paper's toy, 2¹¹…2¹⁶, 16 seeds: slope's interval within [−1.15, −0.92] (40 seeds give [−1.10, −0.95])."""
+    (slope,) = rows_of(figure, "slopes", "0.1", method=method, to=2**16)
+    assert slope["from"] == 2**11
+    assert slope["low"] >= -1.15
+    assert slope["high"] <= -0.92
+    assert slope["low"] < slope["slope"] < slope["high"]
+
+
+@pytest.mark.parametrize("scale", ["0.1", "1.0"])
+def test_n_times_kl_is_the_computed_constant(figure, scale):
+    """n·KL/C within [0.85, 1.15] for every n ≥ 2¹³ (16 seeds; the median of 40 seeds stays within 10 %)."""
+    ratios = [row["ratio"] for row in rows_of(figure, "constant_ratios", scale) if row["n"] >= 2**13]
+    assert len(ratios) == 3 * 8
+    assert min(ratios) >= 0.85
+    assert max(ratios) <= 1.15
+
+
+@pytest.mark.parametrize("scale", ["0.1", "1.0"])
+@pytest.mark.parametrize("method", ["rlhf", "dpo", "rebel"])
+def test_baselines_level_off_at_their_computed_floors(figure, scale, method):
+    """Within 15 % of the floor at n = 2²⁰, above it (16 seeds; 10 % with 40), while RKL is far below."""
+    (floor,) = rows_of(figure, "floors", scale, method=method)
+    (last,) = rows_of(figure, "rows", scale, method=method, n=2**20)
+    (rkl,) = rows_of(figure, "rows", scale, method="rkl", n=2**20)
+    assert last["forward_kl"]["median"] == pytest.approx(floor["forward_kl"], rel=0.15)
+    assert rkl["forward_kl"]["median"] < 0.1 * floor["forward_kl"]
+
+
+def test_rlhf_is_twice_as_far_at_the_papers_scale_and_far_more_at_scale_one(figure):
+    """RLHF over RKL at 2¹⁶ pairs, both with oracle β: 1.7 to 2.4 at scale 0.1, above 40 at scale 1."""
+    (near,) = rows_of(figure, "ratios", "0.1", n=2**16)
+    (far,) = rows_of(figure, "ratios", "1.0", n=2**16)
+    assert 1.7 <= near["rlhf_over_rkl"] <= 2.4
+    assert far["rlhf_over_rkl"] > 40
+
+
+def test_classes_decide_who_is_better():
+    """A reward of 5 features under a policy with 60 is worth a factor of 8; every estimate has its own constant."""
+    numbers, shown = Classes(seeds=12, min_n=2**18).run(nothing)
+    found = {(row["case"], row["method"]): row for row in numbers["rows"]}
+    for case in ("table", "linear"):
+        for method in ("rkl", "pd", "pd_policy"):
+            assert found[case, "pmle"]["n_kl"]["mean"] > 8 * found[case, method]["n_kl"]["mean"]
+    # n·KL/C is nearly χ²/d with d the number of the estimate's parameters: its error in 12 worlds is known.
+    parameters = {"table": (590, 5), "linear": (60, 5), "skewed": (40, 4), "reversed": (4, 4)}
+    for (case, method), row in found.items():
+        if "over_constant" in row:
+            error = (2 / (12 * parameters[case][method != "pmle"])) ** 0.5
+            assert abs(row["over_constant"]["mean"] - 1) < 0.1 + 3 * error, (case, method)
+    # Reversed: asymptotically RKL and on-policy PD cost more than PMLE, PD on the labelled pairs costs the same.
+    constants = {(row["case"], row["method"]): row["constant"] for row in numbers["constants"]}
+    assert constants["reversed", "rkl"] > 1.2 * constants["reversed", "pmle"]
+    assert constants["reversed", "pd"] == pytest.approx(constants["reversed", "pmle"], rel=1e-6)
+    # Hard labels: PD separates from RKL, and its order is that of the theorems.
+    means = [found["skewed", method]["n_kl"]["mean"] for method in ("rkl", "pd_hard_reference", "pmle")]
+    assert 4 * means[0] < means[1] < 0.8 * means[2]
+    assert {panel.title for panel in shown.panels} == {
+        f"n·KL, {case}" for case in ("table", "linear", "skewed", "reversed")
+    }
+
+
+def test_coverage_costs():
+    """Pairs that the target would not give cost more, as their constants say, within the theorems' kind of bound."""
+    numbers, _ = Coverage(seeds=16, skews=(-1.0, 2.0)).run(nothing)
+    found = {(row["method"], row["skew"]): row for row in numbers["rows"]}
+    for method in ("pmle", "rkl"):
+        own, far = found[method, -1.0], found[method, 2.0]
+        assert own["coverage"] == pytest.approx(1, abs=1e-9)  # μ = π*
+        assert far["constant"] > 1.2 * own["constant"]
+        for row in (own, far):
+            assert row["within_bound"]
+            assert row["constant"] < row["bound"]
+            assert abs(row["over_constant"]["mean"] - 1) < 0.25 + 2 * row["over_constant"]["se"]
+
+
+def test_degeneracy_is_rlhfs_and_separable_datas():
+    """RLHF's entropy goes to 0 with β, RKL's to the target's; DPO and PMLE collapse on separable pairs unless β > 0."""
+    numbers, shown = Degeneracy(seeds=4, steps=500, betas=9).run(nothing)
+    assert [claim.promised for claim in shown.claims if not claim.holds] == []
+    fitted = [row for row in numbers["by_beta"] if row["reward"] == "fitted"]
+    entropies = {m: [row["entropy"] for row in fitted if row["method"] == m] for m in ("rlhf", "rkl")}
+    assert entropies["rlhf"] == sorted(entropies["rlhf"])
+    assert min(entropies["rkl"]) > 0.8 * numbers["target_entropy"]
+
+
+def test_gamma_is_not_in_the_preferences_and_is_in_samples():
+    """All claims of the experiment, with few seeds; and the sharpness that is found is the likeliest."""
+    _, shown = Gamma(seeds=16, max_n=2**17).run(nothing)
+    assert [claim.promised for claim in shown.claims if not claim.holds] == []
+    rewards = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = (1000 * (rewards / 0.7).softmax(-1)).round()
+    found = best_sharpness(rewards, seen)
+    for factor in (0.99, 1.01):
+        best = (seen * (rewards / found[:, None, None]).log_softmax(-1)).sum((1, 2))
+        other = (seen * (rewards / (factor * found[:, None, None])).log_softmax(-1)).sum((1, 2))
+        assert bool((best > other).all())
+    torch.testing.assert_close(found, torch.full((2,), 0.7, dtype=torch.float64), rtol=0.02, atol=0)

@@ -1,0 +1,350 @@
+"""Policies: where models come from, what is shared, what is trained, and what is saved."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from engine_models import GROUPS, build
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from distalign.engine import Group, score
+from distalign.methods import PMLE
+from distalign.models.card import model_card
+from distalign.models.policy import Lora, ModelError, Policy, Source, find_model, make_policy, share, weights_digest
+
+PAIRS = [Group(p.prompt, [p.chosen, p.rejected]) for p in tiny.encoded_pairs(4)]
+SOURCE = Source("tiny", "tiny", "made here")
+
+
+def logps(model, groups=PAIRS):
+    """Log-probabilities without gradient."""
+    with torch.no_grad():
+        return score(model.eval(), groups).logps
+
+
+def move(model):
+    """One step of plain gradient descent on the first responses."""
+    model.train()
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = -score(model, PAIRS).logps[::2].mean()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = -score(model, PAIRS).logps[::2].mean()
+        loss.backward()
+        optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def make(base=None, *, reference=True, **lora):
+    """A LoRA policy on the tiny model; lora=None as `full=True`."""
+    full = lora.pop("full", False)
+    base = base or tiny.model()
+    return make_policy(
+        base, tiny.tokenizer(), SOURCE, lora=None if full else Lora(**{"r": 4, **lora}), reference=reference
+    )
+
+
+# Where models come from -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_loads_as_it_was_saved(tiny_folder):
+    """Weights, tokenizer, template and context length; evaluation mode."""
+    source = find_model(str(tiny_folder))
+    model = source.model()
+    assert not model.training
+    assert torch.equal(logps(model), logps(tiny.model()))
+    assert source.tokenizer().chat_template == tiny.TEMPLATE
+    assert source.max_length() == tiny.CONTEXT
+    assert source.model("bfloat16").dtype == torch.bfloat16
+
+
+def test_an_adapter_folder_loads_with_its_adapter_merged(tiny_folder, tmp_path):
+    """What a LoRA run saved is a model to start from: its adapter is part of it, not something to be turned off."""
+    policy = make(find_model(str(tiny_folder)).model())
+    move(policy.model)
+    policy.save(tmp_path, "")
+    source = find_model(str(tmp_path))
+    assert source.max_length() == tiny.CONTEXT
+    model = source.model()
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    torch.testing.assert_close(logps(model), logps(policy.model), rtol=0, atol=1e-4)
+    again = make_policy(model, tiny.tokenizer(), source, lora=Lora(r=4), reference=True)
+    again.assert_starts_at_reference(PAIRS)
+    move(again.model)
+    again.save(tmp_path / "again", "")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(logps(saved), logps(again.model), rtol=0, atol=1e-4)
+
+
+def test_weights_are_hashed_once_and_again_when_they_change(tiny_folder, tmp_path, monkeypatch):
+    """The hash of names and contents, the base's before the adapter's; a file is read again only where it changed."""
+
+    def spelled_out(*folders):
+        digest = hashlib.sha256()
+        for folder in folders:
+            for file in sorted(folder.iterdir()):
+                if file.name in ("config.json", "adapter_config.json") or file.suffix == ".safetensors":
+                    digest.update(file.name.encode() + file.read_bytes())
+        return digest.hexdigest()
+
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_folder, base)
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    plain, adapted = Source("base", str(base), ""), Source("adapted", str(base), "", adapter=str(adapter))
+    opened, real = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *how, **more: opened.append(self.name) or real(self, *how, **more))
+
+    def read(source):
+        opened.clear()
+        digest = weights_digest(source)
+        files = sorted(opened)
+        assert digest == spelled_out(*(Path(place) for place in (source.path, source.adapter) if place))
+        return files
+
+    assert read(plain) == ["config.json", "model.safetensors"]
+    assert read(adapted) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert read(adapted) == read(plain) == []
+    (adapter / "adapter_model.safetensors").write_bytes(b"Weights")
+    assert read(adapted) == ["adapter_model.safetensors"]
+    (base / "config.json").write_text("{ }")
+    assert "config.json" in read(adapted)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./no/such/folder", "there is no such folder; give a folder"),
+        ("/no/such/folder", "there is no such folder; give a folder"),
+        ("nothing.gguf", "there is no such file; give the path of a .gguf file"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_its_name(name, message):
+    """Before anything is loaded."""
+    with pytest.raises(ModelError, match=rf"model {re.escape(name)}: {message}"):
+        find_model(name)
+
+
+@pytest.mark.parametrize("name", ["nobody-here/nothing-there", "nothing-there"])
+def test_a_hub_id_that_cannot_be_had_is_refused(name):
+    """Transformers' own words come last, in one line."""
+    for load in (find_model(name).tokenizer, find_model(name).config, find_model(name).model):
+        with pytest.raises(ModelError, match=f"model {name}: cannot be loaded; give a folder") as error:
+            load()
+        assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    """It says what is missing."""
+    with pytest.raises(ModelError, match=r"holds no config.json; give a folder made by save_pretrained"):
+        find_model(str(tmp_path))
+
+
+def test_pickled_weights_are_refused(tiny_folder, tmp_path):
+    """Safetensors only: pytorch_model.bin could run code."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    torch.save(tiny.model().state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"cannot be loaded.*safetensors"):
+        find_model(str(folder)).model()
+
+
+def test_code_in_a_model_folder_is_not_run(tiny_folder, tmp_path):
+    """An auto_map needs trust_remote_code, and without it nothing is asked and nothing runs."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text("raise SystemExit('code was run')")
+    for load in (find_model(str(folder)).config, find_model(str(folder)).model):
+        with pytest.raises(ModelError, match="set trust_remote_code: true if you trust it"):
+            load()
+
+
+@pytest.mark.parametrize("damage", [b"not a model", b""])
+def test_damaged_weights_are_refused(tiny_folder, tmp_path, damage):
+    """A file cut off by a full disk is an error with the model's name, not a traceback."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").write_bytes(damage)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        find_model(str(folder)).model()
+
+
+def test_weights_of_another_shape_are_refused(tiny_folder, tmp_path):
+    """A config.json that is not of these weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        find_model(str(folder)).model()
+
+
+# Sharing, adapters, reference -----------------------------------------------------------------------------------------
+
+
+def test_shared_models_have_one_memory_and_modules_of_their_own():
+    """No tensor is copied, and an adapter on one leaves the outputs of the other as they were."""
+    base = tiny.model(tie_word_embeddings=True)
+    before = logps(base)
+    other = share(base)
+    for a, b in zip(base.parameters(), other.parameters(), strict=True):
+        assert a is b
+    assert other.lm_head.weight is other.model.embed_tokens.weight
+    assert not {id(m) for m in base.modules()} & {id(m) for m in other.modules()}
+    adapted = get_peft_model(
+        other, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["q_proj"])
+    )
+    assert not torch.equal(logps(adapted), before)
+    assert torch.equal(logps(base), before)
+
+
+@pytest.mark.parametrize("lora", [{}, {"layers": 1}, {"full": True}, {"dropout": 0.5}])
+def test_a_policy_starts_at_its_base_and_leaves_it_there(lora):
+    """Equal at step 0; after steps the policy moved, its reference and the base did not."""
+    base = tiny.model()
+    before = logps(base)
+    policy = make(base, **lora)
+    torch.testing.assert_close(logps(policy.model), before, rtol=0, atol=1e-5)
+    policy.assert_starts_at_reference(PAIRS)
+    move(policy.model)
+    with torch.no_grad():
+        scores = score(policy.model.eval(), PAIRS, reference=policy.reference)
+    torch.testing.assert_close(scores.reference_logps, before, rtol=0, atol=1e-5)
+    assert torch.equal(logps(base), before)
+    assert float((scores.logps - before).abs().max()) > 0.01
+    with pytest.raises(ModelError, match="before any step the policy is not its reference"):
+        policy.assert_starts_at_reference(PAIRS)
+
+
+def test_the_check_of_the_start_leaves_the_modes():
+    """A policy in training mode stays in it."""
+    policy = make()
+    policy.model.train()
+    policy.assert_starts_at_reference(PAIRS)
+    assert policy.model.training
+
+
+def test_an_adapter_that_does_not_start_at_zero_is_refused():
+    """Its reference, the base without it, is another model."""
+    policy = make()
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    with pytest.raises(ModelError, match="an adapter must start at zero"):
+        policy.assert_starts_at_reference(PAIRS)
+
+
+def test_without_a_reference_none_is_kept():
+    """And there is nothing to check."""
+    for full in (False, True):
+        policy = make(reference=False, full=full)
+        assert policy.reference is None
+        policy.assert_starts_at_reference(PAIRS)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", None])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3", "phi3", "opt"])
+def test_lora_layers_adapts_exactly_the_top_layers(family, targets):
+    """Of three layers the top two are adapted, every linear map in them (or those named), and nothing else."""
+    base = build(family, torch.float32)
+    names = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}.get(family, ["q_proj"])
+    policy = make_policy(
+        base, tiny.tokenizer(), SOURCE, lora=Lora(r=2, layers=2, target_modules=targets or names), reference=True
+    )
+    adapted = {name for name, module in policy.model.named_modules() if hasattr(module, "lora_A")}
+    found = {int(re.search(r"\.(?:layers|h)\.(\d+)\.", name)[1]) for name in adapted}
+    assert found == {1, 2}
+    if targets is None:
+        assert {name.split(".")[-1] for name in adapted} == set(names)
+        assert len(adapted) == 2
+    else:
+        everywhere = make_policy(base, tiny.tokenizer(), SOURCE, lora=Lora(r=2), reference=False)
+        whole = {name for name, module in everywhere.model.named_modules() if hasattr(module, "lora_A")}
+        assert adapted == {name for name in whole if re.search(r"\.(?:layers|h)\.[12]\.", name)}
+    torch.testing.assert_close(logps(policy.model, GROUPS), logps(base, GROUPS), rtol=0, atol=1e-5)
+
+
+def test_more_layers_than_there_are_is_refused():
+    """It says how many there are."""
+    with pytest.raises(ModelError, match=r"lora.layers is 9 but the model has 2 layers; lower it"):
+        make(layers=9)
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_modules_that_the_model_has_not_are_refused(layers):
+    """It says which were asked for."""
+    with pytest.raises(ModelError, match=r"lora.target_modules.*nothing_here"):
+        make(layers=layers, target_modules=["nothing_here"])
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("lora", "merge"), [({}, False), ({"layers": 1}, True), ({"full": True}, False)])
+def test_what_was_saved_is_what_was_trained(tiny_folder, tmp_path, lora, merge):
+    """AutoModelForCausalLM reads the folder and gives the same log-probabilities; the policy goes on unchanged."""
+    policy = make(find_model(str(tiny_folder)).model(), **lora)
+    move(policy.model)
+    expected = logps(policy.model)
+    policy.save(tmp_path / "out", "# card\n", merge=merge)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logps(loaded), expected, rtol=0, atol=1e-4)
+    assert torch.equal(logps(policy.model), expected)
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert ("adapter_config.json" in files) == (not merge and "full" not in lora)
+    assert not [name for name in files if name.endswith((".bin", ".pt"))]
+    assert {"tokenizer.json", "README.md"} <= files
+    assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
+
+
+def test_the_card_tells_what_was_done_and_has_metadata_that_the_hub_reads(tmp_path, monkeypatch):
+    """A YAML block at the start; a folder is no hub id, even when its path looks like one."""
+
+    def card(base):
+        return model_card(
+            base_model=base,
+            name="pmle",
+            method=PMLE(gamma=0.25, beta=0.0),
+            data={"train": 7},
+            training={"learning_rate": 3e-4},
+            results={"eval_loss": 0.5},
+        )
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "model").mkdir(parents=True)
+    metadata, body = card("owner/name").removeprefix("---\n").split("\n---\n", 1)
+    assert yaml.safe_load(metadata) == {
+        "library_name": "transformers",
+        "base_model": "owner/name",
+        "tags": ["distalign", "preference-learning", "pmle"],
+    }
+    assert "gamma: 0.25" in body
+    assert "learning_rate: 0.0003" in body
+    assert "eval_loss: 0.5" in body
+    assert "2506.01523" in body
+    assert "base_model" not in card("runs/model")
+
+
+def test_a_peft_model_given_by_hand_is_a_policy():
+    """`Policy` takes any PEFT model; copying it copies nothing that is shared by mistake."""
+    model = get_peft_model(tiny.model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    policy = Policy(model, tiny.tokenizer(), SOURCE)
+    assert isinstance(copy.deepcopy(policy.model), PeftModel)
+    policy.assert_starts_at_reference(PAIRS)

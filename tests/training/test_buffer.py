@@ -1,0 +1,163 @@
+"""The buffer of a round comes back as it was, or not at all; rewards of responses without an end follow the rule."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+
+import pytest
+import torch
+
+from distalign.errors import InputError
+from distalign.training.buffer import FILE, Buffer
+from distalign.training.health import HealthSettings
+from distalign.training.missing_end import apply_missing_end
+from distalign.training.rounds import RolloutSettings
+
+
+def buffer(**changes):
+    """Three prompts with two, one and three responses; one of them is empty."""
+    settings = {
+        "round": 4,
+        "position": 3,
+        "indices": [7, 2, 19],
+        "prompts": [[5, 6], [7], [8, 9, 10]],
+        "responses": [[[1, 2], [3]], [[4, 4, 4]], [[], [2], [1, 1]]],
+        "tensors": {
+            "rewards": torch.randn(6, dtype=torch.float64),
+            "behavior_token_logps": torch.randn(6, 3),
+            "ended": torch.tensor([True, False, True, True, False, False]),
+            "labels": torch.tensor([2**40, -1, 0, 1, 2, 3]),
+            "half": torch.randn(6, 2).bfloat16(),
+        },
+        **changes,
+    }
+    return Buffer(**settings)
+
+
+def test_a_buffer_comes_back_exactly(tmp_path):
+    """Every id, every bit of every tensor of any type, NaN and infinity included."""
+    first = buffer()
+    first.tensors["rewards"][:2] = torch.tensor([float("nan"), -float("inf")])
+    first.save(tmp_path / "new")
+    again = Buffer.load(tmp_path / "new")
+    assert list(again.tensors.keys() ^ first.tensors.keys()) == []
+    for name, tensor in first.tensors.items():
+        assert again.tensors[name].dtype == tensor.dtype
+        assert torch.equal(again.tensors[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
+    for name in ("round", "position", "indices", "prompts", "responses"):
+        assert getattr(again, name) == getattr(first, name)
+
+
+def test_an_empty_buffer_comes_back(tmp_path):
+    """No prompts, no tensors: still a buffer."""
+    Buffer(0, 0, [], [], []).save(tmp_path)
+    assert Buffer.load(tmp_path) == Buffer(0, 0, [], [], [])
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
+    """One file, with what was saved last; tensors that share memory or hold a gradient are no obstacle."""
+    whole = torch.randn(12, requires_grad=True)
+    first = buffer(tensors={"a": whole[:6], "b": whole[3:9], "c": whole[::2]})
+    buffer().save(tmp_path)
+    first.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    again = Buffer.load(tmp_path)
+    assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in "abc")
+
+
+def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
+    """A full disk in the middle of writing costs the new state, never the old one."""
+
+    def full(content, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    buffer().save(tmp_path)
+    monkeypatch.setattr("distalign.training.buffer.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        buffer(round=5).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert Buffer.load(tmp_path).round == 4
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty", "changed", "foreign"])
+def test_a_damaged_file_is_refused(damage, tmp_path):
+    """Whatever happened to it: one line that says where and what to do."""
+    path = buffer().save(tmp_path)
+    content = bytearray(path.read_bytes())
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-5])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "changed":
+        content[-3] ^= 1
+        path.write_bytes(content)
+    else:
+        from safetensors.torch import save_file
+
+        save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"rollout\.safetensors: .* cannot be read .* earlier checkpoint"):
+        Buffer.load(tmp_path)
+
+
+def test_rows_and_prompts_are_found():
+    """Rows of a prompt select its responses; a prompt is found by its place in the data set."""
+    own = buffer()
+    assert [own.rows(i) for i in range(3)] == [slice(0, 2), slice(2, 3), slice(3, 6)]
+    assert len(own) == 3
+    assert own.find(19) == 2
+    with pytest.raises(KeyError, match="prompt 3 is not in the buffer of round 4"):
+        own.find(3)
+    own.add("advantages", torch.arange(6.0))
+    assert own.tensors["advantages"][own.rows(own.find(2))].tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"indices": [1]}, "1 indices, 3 prompts"),
+        ({"responses": [[[1]]]}, "responses to 1"),
+        ({"tensors": {"rewards": torch.zeros(5)}}, r"rewards is \[5\]; it needs a row for each of 6"),
+        ({"tensors": {"rewards": torch.tensor(1.0)}}, r"rewards is \[\]"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(changes, message):
+    """When it is made, not when it is used."""
+    with pytest.raises(ValueError, match=message):
+        buffer(**changes)
+    with pytest.raises(ValueError, match="needs a row"):
+        buffer().add("x", torch.zeros(7))
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"), [("none", [1.0, -2.0, 3.0]), ("penalty", [1.0, -3.5, 3.0]), ("replace", [1.0, -1.5, 3.0])]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_missing_end_rule(rule, expected, dtype):
+    """Only the response without an end is touched; what was given stays."""
+    rewards, ended = torch.tensor([1.0, -2.0, 3.0], dtype=dtype), torch.tensor([True, False, True])
+    found = apply_missing_end(rewards, ended, rule, -1.5)
+    assert found.tolist() == expected
+    assert found.dtype == dtype
+    assert rewards.tolist() == [1.0, -2.0, 3.0]
+
+
+def test_the_documentation_is_true():
+    """The snippet of docs/rollouts.md gives what it shows."""
+    page = Path(__file__).parents[2] / "docs" / "rollouts.md"
+    result = doctest.testfile(str(page), module_relative=False)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_the_documentation_names_every_setting_with_its_default():
+    """The tables of docs/rollouts.md and the sections of a recipe agree."""
+    page = (Path(__file__).parents[2] / "docs" / "rollouts.md").read_text(encoding="utf-8")
+    for section in (RolloutSettings, HealthSettings):
+        for name, field in section.model_fields.items():
+            assert f"{name}`" in page or f"`{name}:" in page, name
+            if isinstance(field.default, float) and section is HealthSettings:
+                assert f"| `{name}` | {field.default:g} |" in page, name
