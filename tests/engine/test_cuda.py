@@ -22,8 +22,8 @@ import pytest
 import tiny
 import torch
 from engine_models import GROUPS, build, direct_logits, direct_token_logps, largest_difference
-from test_engine_below import adapted
-from test_engine_drawn import KEEP, PROMPTS, SETTINGS, draw
+from test_below import adapted
+from test_drawn import KEEP, PROMPTS, SETTINGS, draw
 from test_trainer import direct_loss, trainer
 from transformers import TrainingArguments
 

@@ -8,7 +8,7 @@ import math
 
 import pytest
 from markdown_it import MarkdownIt
-from test_report import COMPARISON, difference, estimate
+from test_page import COMPARISON, difference, estimate
 
 from distalign.report import ReportError, results_markdown
 

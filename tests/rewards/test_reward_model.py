@@ -8,7 +8,7 @@ import math
 import pytest
 import tiny
 import torch
-from test_reward_training import HELD, TRAIN, requests
+from test_fit import HELD, TRAIN, requests
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from distalign.models.policy import find_model
