@@ -20,7 +20,7 @@ METHODS = {
     "pd-reward": PD(0.5, 0.3, kl_in="reward"),
     "rkl": RKL(0.5, 0.3),
     "rkl-split": RKL(0.5, 0.3, estimator="split"),
-    "rkl-gae": RKL(0.5, 0.3, advantage="gae"),
+    "rkl-gae": RKL(0.5, 0.3, estimator="ppo"),
     "rebel": REBEL(1.0, 0.3),
     "rlhf": RLHF(0.3),
 }

@@ -94,13 +94,18 @@ class Enumeration:
         return (torch.outer(p, p).reshape(-1) / 2).repeat_interleave(2)
 
     def samples(self, parameters, reference, rewards, rows, group, behavior=None) -> Samples:
-        """The responses `rows` as a method sees them, every field filled; `behavior` drew them (None: the policy)."""
+        """The responses `rows` as a method sees them, every field filled; `behavior` drew them (None: the policy).
+
+        Without a group no row has a baseline.
+        """
         n = len(self.responses)
         advantages = torch.linspace(-1, 1, n * self.length, dtype=torch.float64).view(n, self.length).sin()
+        behavior = parameters if behavior is None else behavior
+        group = torch.arange(len(rows)) if group is None else group
         return Samples(
             token_logps=self.token_logps(parameters)[rows],
             mask=self.mask[rows],
-            behavior_token_logps=None if behavior is None else self.token_logps(behavior.detach())[rows],
+            behavior_token_logps=self.token_logps(behavior.detach())[rows],
             reference_token_logps=self.token_logps(reference.detach())[rows],
             step_kl=self.step_kl(parameters, reference.detach())[rows],
             step_entropy=self.step_entropy(parameters)[rows],

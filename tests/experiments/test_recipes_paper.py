@@ -33,14 +33,14 @@ TLDR = {
         3e-6,
         "linear",
         4,
-        {"beta": 0.05, "advantage": "gae", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1},
+        {"beta": 0.05, "estimator": "ppo", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1},
     ),
     "rkl": (
         512,
         3e-6,
         "linear",
         4,
-        {"gamma": 0.01, "beta": 0.05, "advantage": "gae", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1},
+        {"gamma": 0.01, "beta": 0.05, "estimator": "ppo", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1},
     ),
 }
 CHAT = {
@@ -68,7 +68,7 @@ def test_a_method_has_the_papers_numbers(recipe, name, row):
     settings = stands(recipe)
     batch, rate, schedule, inner, own = row
     training, rollout = settings.training_for(name), settings.rollout_for(name)
-    responses = rollout.samples if "advantage" in own else 1
+    responses = rollout.samples if "estimator" in own else 1
     assert training["per_device_train_batch_size"] * responses == batch
     assert training.get("gradient_accumulation_steps", 1) == 1
     assert training["learning_rate"] == rate

@@ -19,7 +19,7 @@ METHODS = {
     "rkl": {"gamma": 0.5, "beta": 0.1, "estimator": "split"},
     "dpo": {"gamma": 0.5},
     "rebel": {"eta": 1.0, "beta": 0.0},
-    "rlhf": {"beta": 0.1, "advantage": "gae"},
+    "rlhf": {"beta": 0.1, "estimator": "ppo"},
 }
 FUNCTION = "def reward(prompts, completions, **columns):\n    return [float(len(c)) for c in completions]\n"
 

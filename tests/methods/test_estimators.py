@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,19 +10,18 @@ from enumeration import Enumeration, gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distalign.methods import estimators
+from distalign.methods import Samples, estimators
 from distalign.methods.estimators import (
-    clipped_surrogate,
     entropy_full,
     entropy_plain,
-    gae,
+    expected_reward,
     importance_weights,
     kl_full,
     kl_plain,
     leave_one_out,
-    reward_plain,
     sequence_sum,
 )
+from distalign.methods.ppo import clipped_surrogate, gae
 
 SHAPES = [(4, 1), (3, 2), (3, 3)]
 EXACT = {"rtol": 0.0, "atol": 1e-10}
@@ -41,16 +39,12 @@ def _reward(world, policy, reference, rewards):
     return world.reward(policy, rewards)
 
 
-def _rest(samples):
-    return samples.mask, samples.group, samples.behavior_token_logps
-
-
 ESTIMATORS = {
-    "kl_plain": (lambda s: kl_plain(s.token_logps, s.reference_token_logps, *_rest(s)), _kl),
-    "kl_full": (lambda s: kl_full(s.token_logps, s.step_kl, *_rest(s)), _kl),
-    "entropy_plain": (lambda s: entropy_plain(s.token_logps, *_rest(s)), _entropy),
-    "entropy_full": (lambda s: entropy_full(s.token_logps, s.step_entropy, *_rest(s)), _entropy),
-    "reward_plain": (lambda s: reward_plain(s.token_logps, s.rewards, *_rest(s)), _reward),
+    "kl_plain": (kl_plain, _kl),
+    "kl_full": (kl_full, _kl),
+    "entropy_plain": (entropy_plain, _entropy),
+    "entropy_full": (entropy_full, _entropy),
+    "expected_reward": (lambda s: expected_reward(s, s.rewards), _reward),
 }
 
 
@@ -113,12 +107,12 @@ def test_stale_responses_are_weighted_without_bias(name, shape, group):
         policy,
         reference,
         rewards,
-        lambda s: estimator(replace(s, behavior_token_logps=None)),
+        lambda s: estimator(s.replace(behavior_token_logps=s.token_logps.detach())),
         group=group,
         behavior=behavior,
     )
     # One step of known value has nothing before it to weight.
-    if shape[1] > 1 or name.endswith("plain"):
+    if shape[1] > 1 or not name.endswith("full"):
         error = gradient(unweighted, policy) - gradient(wanted, policy)
         assert error.norm() > 0.02 * gradient(wanted, policy).norm()
 
@@ -127,10 +121,11 @@ def test_importance_weights_are_ratios_of_probabilities():
     """The last column is π(y)/π_t(y) of the whole response; without a behavior policy every weight is one."""
     world, policy, _, _ = _setting((3, 3))
     behavior = world.parameters(7)
-    weights = importance_weights(world.token_logps(policy), world.token_logps(behavior), world.mask)
+    samples = Samples(world.token_logps(policy), world.mask)
+    assert bool((importance_weights(samples) == 1).all())
+    weights = importance_weights(samples.replace(behavior_token_logps=world.token_logps(behavior)))
     torch.testing.assert_close(weights[:, -1], (world.logps(policy) - world.logps(behavior)).exp().detach(), **EXACT)
     assert not weights.requires_grad
-    assert bool((importance_weights(world.token_logps(policy), None, world.mask) == 1).all())
     mean = (world.logps(behavior).exp() * weights[:, -1]).sum()
     assert mean.item() == pytest.approx(1.0)
 
@@ -176,14 +171,14 @@ def test_baseline_with_its_own_value_shrinks_the_gradient(monkeypatch):
     world, policy, reference, rewards = _setting((3, 2))
     wanted = gradient(world.reward(policy, rewards), policy)
     monkeypatch.setattr(estimators, "leave_one_out", group_mean)
-    biased = _expectation(world, policy, reference, rewards, ESTIMATORS["reward_plain"][0], group=True)
+    biased = _expectation(world, policy, reference, rewards, ESTIMATORS["expected_reward"][0], group=True)
     torch.testing.assert_close(gradient(biased, policy), wanted / 2, **EXACT)
 
 
 def test_baseline_removes_what_the_rewards_have_in_common():
     """A constant in the rewards is pure noise without a baseline, and none at all with one."""
     world, policy, reference, rewards = _setting((3, 2))
-    estimator, _ = ESTIMATORS["reward_plain"]
+    estimator, _ = ESTIMATORS["expected_reward"]
     rows, groups = world.groups_of_two()
     weights = 2 * world.group_weights(policy)[::2]
 
@@ -203,7 +198,7 @@ def test_leave_one_out_is_the_mean_of_the_others():
     group = torch.tensor([7, 2, 7, 2, 7, -1])
     values = torch.tensor([1.0, 10.0, 2.0, 20.0, 6.0, 5.0])
     torch.testing.assert_close(leave_one_out(values, group), torch.tensor([4.0, 20.0, 3.5, 10.0, 1.5, 0.0]))
-    assert leave_one_out(values, None).tolist() == [0.0] * 6
+    assert leave_one_out(values, torch.arange(6)).tolist() == [0.0] * 6
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(-100, 100)), min_size=1, max_size=12))

@@ -8,13 +8,13 @@ from enumeration import Enumeration, gradient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distalign.methods import DPO, METHODS, PD, PMLE, REBEL, RKL, RLHF
+from distalign.methods import DPO, METHODS, PD, PMLE, REBEL, RKL, RLHF, Pairs
 from distalign.methods.dpo import dpo_loss
+from distalign.methods.estimators import expected_reward
 from distalign.methods.pd import pd_loss
 from distalign.methods.pmle import pmle_loss
 from distalign.methods.rebel import rebel_loss
 from distalign.methods.rkl import rkl_loss
-from distalign.methods.rlhf import rlhf_loss
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 GAMMA, BETA, ETA = 0.7, 0.4, 1.3
@@ -34,7 +34,10 @@ class Setting:
 def test_pd_with_certain_preferences_is_pmle():
     """KL(Bern(1) ‖ Bern(q)) = −ln q, in value and gradient."""
     logps = (10 * torch.randn(50, 2, dtype=torch.float64)).requires_grad_()
-    pd, pmle = pd_loss(logps, torch.ones(50, dtype=torch.float64), gamma=0.3), pmle_loss(logps, gamma=0.3)
+    pd, pmle = (
+        pd_loss(logps, torch.ones(50, dtype=torch.float64), gamma=0.3),
+        pmle_loss(logps, torch.ones(50, dtype=torch.float64), gamma=0.3),
+    )
     torch.testing.assert_close(pd, pmle, rtol=0, atol=0)
     torch.testing.assert_close(gradient(pd.sum(), logps), gradient(pmle.sum(), logps), rtol=0, atol=1e-15)
 
@@ -43,19 +46,24 @@ def test_dpo_without_a_reference_gap_is_pmle():
     """If π₀ gives both responses the same probability it cancels."""
     logps = 10 * torch.randn(50, 2, dtype=torch.float64)
     reference = torch.randn(50, 1, dtype=torch.float64).expand(50, 2)
-    torch.testing.assert_close(dpo_loss(logps, reference, gamma=0.3), pmle_loss(logps, gamma=0.3))
+    certain = torch.ones(50, dtype=torch.float64)
+    torch.testing.assert_close(
+        dpo_loss(logps, reference, certain, gamma=0.3), pmle_loss(logps, torch.ones(50, dtype=torch.float64), gamma=0.3)
+    )
 
 
 def test_rlhf_is_rkl_at_gamma_zero():
-    """Value and gradient, as functions and as methods."""
+    """Value and gradient are those of the KL-penalised reward."""
     s = Setting()
     rows, group = torch.tensor([0, 4, 9, 2]), torch.tensor([0, 0, 1, 1])
     samples = s.world.samples(s.policy, s.reference, s.rewards, rows, group)
-    arguments = (samples.token_logps, samples.reference_token_logps, samples.rewards, samples.mask, group)
-    rlhf, rkl = rlhf_loss(*arguments, beta=BETA), rkl_loss(*arguments, gamma=0.0, beta=BETA)
-    torch.testing.assert_close(rlhf, rkl, rtol=0, atol=0)
-    torch.testing.assert_close(gradient(rlhf.sum(), s.policy), gradient(rkl.sum(), s.policy), rtol=0, atol=0)
-    assert RLHF(beta=BETA).loss(None, samples) == RKL(gamma=0.0, beta=BETA).loss(None, samples)
+    rlhf, rkl = (method.loss(Pairs(), samples) for method in (RLHF(beta=BETA), RKL(gamma=0.0, beta=BETA)))
+    penalised = s.rewards - BETA * (s.world.logps(s.policy) - s.world.logps(s.reference)).detach()
+    wanted = -expected_reward(samples, penalised[rows]).mean()
+    for loss in (rlhf, rkl):
+        torch.testing.assert_close(loss, wanted, **EXACT)
+        torch.testing.assert_close(gradient(loss, s.policy), gradient(wanted, s.policy), **EXACT)
+    assert RLHF().gamma == 0
 
 
 def test_rkl_at_beta_zero_is_the_divergence_from_the_induced_model():
@@ -65,7 +73,7 @@ def test_rkl_at_beta_zero_is_the_divergence_from_the_induced_model():
     divergence = GAMMA * (logps.exp() * (logps - target)).sum() - GAMMA * (s.rewards / GAMMA).logsumexp(0)
     rows, group = s.world.groups_of_two()
     samples = s.world.samples(s.policy, s.reference, s.rewards, rows, group)
-    losses = rkl_loss(samples.token_logps, None, samples.rewards, samples.mask, group, gamma=GAMMA, beta=0.0)
+    losses = rkl_loss(samples, gamma=GAMMA, beta=0.0)
     expected = (s.world.group_weights(s.policy) * losses).sum()
     torch.testing.assert_close(expected, divergence, **EXACT)
     torch.testing.assert_close(gradient(expected, s.policy), gradient(divergence, s.policy), **EXACT)
@@ -86,17 +94,9 @@ def test_rkl_gradient_is_zero_draw_by_draw_at_the_optimum():
     rows, group = s.world.groups_of_two()
     samples = s.world.samples(s.policy, s.reference, s.rewards, rows, group)
     method = RKL(gamma=GAMMA, beta=BETA)
-    implied = method.implied_reward(s.world.logps(s.policy), reference)
+    implied = method.implicit_reward(s.world.logps(s.policy), reference)
     torch.testing.assert_close(implied - implied.mean(), s.rewards - s.rewards.mean(), **EXACT)
-    losses = rkl_loss(
-        samples.token_logps,
-        samples.reference_token_logps,
-        samples.rewards,
-        samples.mask,
-        group,
-        gamma=GAMMA,
-        beta=BETA,
-    )
+    losses = rkl_loss(samples, gamma=GAMMA, beta=BETA)
     for draw in losses.view(-1, 2)[::7]:
         assert gradient(draw.sum(), s.policy).abs().max() < 1e-12
 
@@ -117,15 +117,7 @@ def test_swapping_a_pair_and_its_label_changes_nothing(seed, p):
     torch.testing.assert_close(rebel_loss(logps, reference, rewards, eta=0.3), swapped)
 
 
-def test_a_certain_label_and_probability_one_are_the_same():
-    """None means certain."""
-    logps, reference = torch.randn(2, 8, 2, dtype=torch.float64).unbind()
-    one = torch.ones(8, dtype=torch.float64)
-    torch.testing.assert_close(pmle_loss(logps, one, gamma=1.0), pmle_loss(logps, gamma=1.0))
-    torch.testing.assert_close(dpo_loss(logps, reference, one, gamma=1.0), dpo_loss(logps, reference, gamma=1.0))
-
-
-def test_implied_rewards():
+def test_implicit_rewards():
     """What each policy says about rewards; only their differences within a prompt mean anything."""
     logps, reference = torch.randn(2, 5, dtype=torch.float64).unbind()
     ratio = logps - reference
@@ -140,13 +132,13 @@ def test_implied_rewards():
     built = [PMLE(GAMMA, BETA), PD(GAMMA, BETA), RKL(GAMMA, BETA), DPO(GAMMA), REBEL(ETA, BETA), RLHF(BETA)]
     for name, method in zip(wanted, built, strict=True):
         assert type(method) is METHODS[name]
-        torch.testing.assert_close(method.implied_reward(logps, reference), wanted[name])
+        torch.testing.assert_close(method.implicit_reward(logps, reference), wanted[name])
     for method in (PMLE(GAMMA, BETA), PD(GAMMA, BETA), RKL(GAMMA, 0.0)):
-        torch.testing.assert_close(method.implied_reward(logps, None), GAMMA * logps)
-    torch.testing.assert_close(REBEL(ETA, 0.0).implied_reward(logps, reference), ratio / ETA)
-    assert bool((RLHF(beta=0.0).implied_reward(logps, None) == 0).all())
+        torch.testing.assert_close(method.implicit_reward(logps, None), GAMMA * logps)
+    torch.testing.assert_close(REBEL(ETA, 0.0).implicit_reward(logps, reference), ratio / ETA)
+    assert bool((RLHF(beta=0.0).implicit_reward(logps, None) == 0).all())
     with pytest.raises(ValueError, match="reference_logps is missing"):
-        DPO().implied_reward(logps, None)
+        DPO().implicit_reward(logps, None)
 
 
 def test_rebel_is_zero_where_the_log_ratio_reproduces_the_rewards():
@@ -163,7 +155,7 @@ def test_no_gradient_enters_what_is_constant():
     logps = torch.randn(4, 2, requires_grad=True)
     constant = torch.randn(4, 2, requires_grad=True)
     probability = torch.rand(4, requires_grad=True)
-    total = pd_loss(logps, probability, gamma=1.0) + dpo_loss(logps, constant, gamma=1.0)
+    total = pd_loss(logps, probability, gamma=1.0) + dpo_loss(logps, constant, torch.ones(4), gamma=1.0)
     (total + rebel_loss(logps, constant, constant, eta=1.0)).sum().backward()
     assert constant.grad is None
     assert probability.grad is None

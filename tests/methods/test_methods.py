@@ -12,6 +12,7 @@ import torch
 from enumeration import Enumeration, gradient
 
 from distalign.methods import DPO, METHODS, PD, PMLE, REBEL, RKL, RLHF, Needs, Pairs, Samples
+from distalign.methods.base import Method, NotCollected
 
 EXACT = {"rtol": 0.0, "atol": 1e-10}
 GAMMA, BETA, ETA = 0.7, 0.4, 1.3
@@ -43,7 +44,7 @@ SAMPLE_FIELDS = {
 def method(request):
     """Each method of the registry with every setting it has at a value of order one, so that no term hides."""
     values = {"gamma": GAMMA, "beta": BETA, "eta": ETA}
-    names = [f.name for f in dataclasses.fields(METHODS[request.param])]
+    names = [f.name for f in dataclasses.fields(METHODS[request.param]) if f.init]
     return METHODS[request.param](**{name: values[name] for name in names if name in values})
 
 
@@ -63,17 +64,17 @@ class Setting:
     def pairs(self, needs, policy=None):
         """The batch of pairs with exactly the declared fields."""
         if not needs.pairs:
-            return None
+            return Pairs()
         policy = self.policy if policy is None else policy
         full = self.world.pairs(policy, self.reference, self.rewards, self.rows, self.probability)
         # The sampling policy is where sampling happened: it does not move with `policy`.
         behavior = self.world.logps(self.policy.detach() + 0.3 * self.reference)[self.rows]
-        return only_declared(dataclasses.replace(full, behavior_logps=behavior), PAIR_FIELDS, needs)
+        return only_declared(full.replace(behavior_logps=behavior), PAIR_FIELDS, needs)
 
     def samples(self, needs, rows, group, policy=None, behavior=None):
         """The responses `rows` with exactly the declared fields, drawn by `behavior` (None: the policy)."""
         if not needs.samples:
-            return None
+            return Samples()
         policy = self.policy if policy is None else policy
         full = self.world.samples(policy, self.reference, self.rewards, rows, group, behavior)
         return only_declared(full, SAMPLE_FIELDS, needs)
@@ -83,7 +84,7 @@ class Setting:
         policy = self.policy if policy is None else policy
         pairs = self.pairs(method.needs, policy)
         if not method.needs.samples:
-            return method.loss(pairs, None)
+            return method.loss(pairs, Samples())
         rows, group = self.world.groups_of_two()
         weights = self.world.group_weights(policy if behavior is None else behavior)[::2] * 2
         losses = [
@@ -94,8 +95,8 @@ class Setting:
 
 
 def only_declared(full, fields, needs):
-    """A copy with the fields that were not declared set to None."""
-    return dataclasses.replace(full, **{name: None for name, when in fields.items() if not when(needs)})
+    """A copy without the fields that were not declared."""
+    return type(full)(**{name: getattr(full, name) for name, when in fields.items() if when(needs)})
 
 
 def exact_objectives(s):
@@ -174,7 +175,7 @@ def variants():
             cases.append(pytest.param(factory(beta=0.0), id=f"{name}-beta=0"))
     cases.append(pytest.param(PD(kl_in="reward"), id="pd-reward"))
     cases.append(pytest.param(REBEL(beta=0.0), id="rebel-beta=0"))
-    for settings in ({"advantage": "gae"}, {"estimator": "split"}):
+    for settings in ({"estimator": "ppo"}, {"estimator": "split"}):
         label = "-".join(settings.values())
         cases += [pytest.param(factory(**settings), id=f"{factory.__name__}-{label}") for factory in (RKL, RLHF)]
     return cases
@@ -188,9 +189,7 @@ def test_uses_only_what_it_declares(method):
     group = torch.tensor([0, 0, 1, 1])
     bare = method.loss(s.pairs(needs), s.samples(needs, rows, group))
     full_pairs = s.world.pairs(s.policy, s.reference, s.rewards, s.rows, s.probability)
-    full_pairs = dataclasses.replace(
-        full_pairs, behavior_logps=s.world.logps(s.policy.detach() + 0.3 * s.reference)[s.rows]
-    )
+    full_pairs = full_pairs.replace(behavior_logps=s.world.logps(s.policy.detach() + 0.3 * s.reference)[s.rows])
     full_samples = s.world.samples(s.policy, s.reference, s.rewards, rows, group)
     guarded = method.loss(poisoned(full_pairs, PAIR_FIELDS, needs), poisoned(full_samples, SAMPLE_FIELDS, needs))
     assert bare.shape == ()
@@ -200,9 +199,9 @@ def test_uses_only_what_it_declares(method):
 
 @pytest.mark.parametrize("method", variants())
 def test_missing_data_is_named(method):
-    """Nothing given: the error names what is missing and where it is declared."""
-    with pytest.raises(ValueError, match=r"(pairs|samples) is missing; pass what the method's `needs` declares"):
-        method.loss(None, None)
+    """Nothing collected: the error names the field and where it is declared."""
+    with pytest.raises(NotCollected, match=r"^(Pairs|Samples)\.\w+ was not collected; declare it in the method's"):
+        method.loss(Pairs(), Samples())
 
 
 def test_needs_follow_the_settings():
@@ -219,25 +218,29 @@ def test_needs_follow_the_settings():
     assert REBEL(beta=0.0).needs == Needs(pairs="sampled", reward=True)
     assert RLHF().needs == Needs(samples=True, reward=True, reference=True)
     assert RLHF(beta=0.0).needs == Needs(samples=True, reward=True)
-    assert RKL(advantage="gae").needs == Needs(samples=True, reward=True, reference=True, values=True)
+    assert RKL(estimator="ppo").needs == Needs(samples=True, reward=True, reference=True, values=True)
     split = Needs(samples=True, reward=True, kl=True, entropy=True)
     assert RKL(estimator="split").needs == split
     assert RLHF(estimator="split").needs == dataclasses.replace(split, entropy=False)
 
 
-def test_registry_is_in_the_papers_order_with_its_tldr_settings():
-    """Names, order and defaults of the first six are the paper's."""
-    defaults = [(name, dataclasses.asdict(factory())) for name, factory in METHODS.items()]
-    gradient = {"advantage": "loo", "estimator": "joint", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1}
-    papers = {
-        "pmle": {"gamma": 1e-2, "beta": 1e-5},
-        "pd": {"gamma": 0.1, "beta": 0.05, "kl_in": "loss"},
-        "rkl": {**gradient, "whiten": True, "gamma": 0.01, "beta": 0.05},
-        "dpo": {"gamma": 0.05},
-        "rebel": {"eta": 1.0, "beta": 0.05},
-        "rlhf": {**gradient, "whiten": True, "beta": 0.05},
-    }
-    assert defaults[:6] == list(papers.items())
+GRADIENT = {"estimator": "joint", "gae_lambda": 0.95, "clip": 0.2, "value_coefficient": 0.1, "whiten": True}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        (PMLE, {"gamma": 1e-2, "beta": 1e-5}),
+        (PD, {"gamma": 0.1, "beta": 0.05, "kl_in": "loss"}),
+        (RKL, {**GRADIENT, "gamma": 0.01, "beta": 0.05}),
+        (DPO, {"gamma": 0.05}),
+        (REBEL, {"eta": 1.0, "beta": 0.05}),
+        (RLHF, {**GRADIENT, "gamma": 0.0, "beta": 0.05}),
+    ],
+)
+def test_defaults_are_the_papers_tldr_settings(method, settings):
+    """A method's dataclass keeps the paper's values."""
+    assert dataclasses.asdict(method()) == settings
 
 
 def test_every_method_is_a_frozen_dataclass_that_names_its_source():
@@ -245,7 +248,9 @@ def test_every_method_is_a_frozen_dataclass_that_names_its_source():
     for factory in METHODS.values():
         assert factory.__dataclass_params__.frozen
         assert "arXiv" in factory.source
-        assert factory.rate is None or factory.rate.startswith("1/n")
+        assert issubclass(factory, Method)
+        assert factory.equation
+        assert factory.optimum
         assert inspect.getdoc(factory)
 
 
@@ -254,7 +259,7 @@ def test_settings_outside_their_range_are_refused(value):
     """Every setting of every method: the error says which, what was found, and what to do."""
     for name, factory in METHODS.items():
         for setting in dataclasses.fields(factory):
-            if type(setting.default) is not float:
+            if type(setting.default) is not float or not setting.init:
                 continue
             with pytest.raises(ValueError, match=f"{factory.__name__}: {setting.name} is {value}; set it to"):
                 METHODS[name](**{setting.name: value})
@@ -273,10 +278,8 @@ def test_zero_is_refused_where_nothing_would_be_left():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RKL(advantage="ppo"), "RKL: advantage is 'ppo'; set it to one of loo, gae"),
-        (lambda: RLHF(estimator="full"), "RLHF: estimator is 'full'; set it to one of joint, split"),
+        (lambda: RLHF(estimator="full"), "RLHF: estimator is 'full'; set it to one of joint, split, ppo"),
         (lambda: RLHF(gae_lambda=1.5), "RLHF: gae_lambda is 1.5; set it between 0 and 1"),
-        (lambda: RKL(advantage="gae", estimator="split"), 'estimator "split" goes with advantage "loo"'),
     ],
 )
 def test_a_choice_that_there_is_not_is_refused(build, message):
@@ -302,27 +305,24 @@ def test_split_and_joint_have_the_same_expectation():
 def test_ppo_starts_as_the_policy_gradient(method):
     """With λ = 1 and unscaled advantages the first PPO step follows the exact gradient, whatever the value function."""
     s = Setting(length=3)
-    ppo = dataclasses.replace(method, advantage="gae", gae_lambda=1.0, whiten=False)
+    ppo = dataclasses.replace(method, estimator="ppo", gae_lambda=1.0, whiten=False)
     rows = torch.arange(len(s.world.responses))
     drawn = s.world.samples(s.policy, s.reference, s.rewards, rows, None, behavior=s.policy)
-    credit = ppo.credit(drawn)
-    drawn = dataclasses.replace(
-        drawn, advantages=credit.advantages, returns=credit.returns, values=drawn.values.detach()
-    )
+    advantages, returns = ppo.credit(drawn)
+    drawn = drawn.replace(advantages=advantages, returns=returns, values=drawn.values.detach())
     p = s.world.logps(s.policy).exp().detach()
-    losses = torch.stack([ppo.loss(None, one_row(drawn, row)) for row in rows])
+    losses = torch.stack([ppo.loss(Pairs(), one_row(drawn, row)) for row in rows])
     wanted = exact_objectives(s)["rkl" if isinstance(method, RKL) else "rlhf"]
     torch.testing.assert_close(gradient((p * losses).sum(), s.policy), gradient(wanted, s.policy), **EXACT)
     logps = s.world.logps(s.policy)
     worth = s.rewards - getattr(method, "gamma", 0.0) * logps - BETA * (logps - s.world.logps(s.reference))
-    torch.testing.assert_close(credit.returns[:, 0], worth.detach(), **EXACT)
-    assert bool((credit.advantages[~drawn.mask] == 0).all())
+    torch.testing.assert_close(returns[:, 0], worth.detach(), **EXACT)
+    assert bool((advantages[~drawn.mask] == 0).all())
 
 
 def one_row(samples, row):
     """The samples of one response."""
-    values = {f.name: getattr(samples, f.name) for f in dataclasses.fields(samples)}
-    return Samples(**{name: None if value is None else value[row : row + 1] for name, value in values.items()})
+    return Samples(**{f.name: getattr(samples, f.name)[row : row + 1] for f in dataclasses.fields(samples)})
 
 
 def test_whitened_advantages_have_mean_zero_and_variance_one():
@@ -330,7 +330,7 @@ def test_whitened_advantages_have_mean_zero_and_variance_one():
     s = Setting(length=3)
     rows = torch.arange(len(s.world.responses))
     drawn = s.world.samples(s.policy, s.reference, s.rewards, rows, None, behavior=s.policy)
-    tokens = RKL(GAMMA, BETA, advantage="gae").credit(drawn).advantages[drawn.mask]
+    tokens = RKL(GAMMA, BETA, estimator="ppo").credit(drawn)[0][drawn.mask]
     assert tokens.mean().item() == pytest.approx(0.0, abs=1e-12)
     assert tokens.var(correction=0).item() == pytest.approx(1.0)
 
@@ -343,15 +343,35 @@ def test_a_constant_per_prompt_in_the_reward_changes_nothing(method):
     rows, group = torch.tensor([0, 4, 9, 2]), torch.tensor([0, 0, 1, 1])
     pairs, samples = s.pairs(needs), s.samples(needs, rows, group)
     before = method.loss(pairs, samples)
-    if pairs is not None:
+    if needs.pairs:
         constant = torch.linspace(-50, 50, len(s.rows), dtype=torch.float64)[:, None]
-        pairs = dataclasses.replace(pairs, rewards=pairs.rewards + constant)
-    if samples is not None and samples.rewards is not None:
-        samples = dataclasses.replace(samples, rewards=samples.rewards + torch.tensor([7.0, 7.0, -3.0, -3.0]))
+        pairs = pairs.replace(rewards=pairs.rewards + constant)
+    if hasattr(samples, "rewards"):
+        samples = samples.replace(rewards=samples.rewards + torch.tensor([7.0, 7.0, -3.0, -3.0]))
     after = method.loss(pairs, samples)
     torch.testing.assert_close(gradient(after, s.policy), gradient(before, s.policy), **EXACT)
-    if pairs is not None:
+    if needs.pairs:
         torch.testing.assert_close(after, before, **EXACT)
+
+
+def test_a_declined_field_is_not_silently_none():
+    """hasattr asks whether a field was collected; credit is refused by a method without values."""
+    samples = Samples(torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    assert not hasattr(samples, "rewards")
+    assert hasattr(samples, "behavior_token_logps")
+    with pytest.raises(TypeError, match="PMLE declares no values"):
+        PMLE().credit(samples)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_rate_is_claimed_without_a_kl_term_only(name):
+    """The theorems are for β = 0; with β > 0 there is a floor."""
+    factory = METHODS[name]
+    if factory.theorem is None:
+        assert factory().rate is None
+    else:
+        assert factory(beta=0.0).rate == f"1/n ({factory.theorem})"
+        assert factory(beta=0.05).rate is None
 
 
 def test_dataclass_fields_are_all_covered():

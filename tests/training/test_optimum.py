@@ -93,7 +93,7 @@ CASES = {
     "rkl": (RKL(0.5, 0.3), {}, lambda p: tilted(p, 0.3, 0.5)),
     "rkl, two inner epochs": (RKL(0.5, 0.3), {"inner_epochs": 2}, lambda p: tilted(p, 0.3, 0.5)),
     # The noisiest: over four seeds 0.011 to 0.032 after 150 steps, 0.006 to 0.023 after 250.
-    "rkl, ppo": (RKL(0.5, 0.3, advantage="gae"), {"inner_epochs": 2, "steps": 250}, lambda p: tilted(p, 0.3, 0.5)),
+    "rkl, ppo": (RKL(0.5, 0.3, estimator="ppo"), {"inner_epochs": 2, "steps": 250}, lambda p: tilted(p, 0.3, 0.5)),
     "rlhf": (RLHF(0.7), {}, lambda p: tilted(p, 0.7, 0.0)),
     # Its soft labels are those of R, whatever the pairs.
     "pd": (PD(0.5, 0.0), {}, lambda p: tilted(p, 0.0, 0.5)),

@@ -79,7 +79,7 @@ def test_precisions_share_no_reference(tmp_path):
 
 def test_a_value_head_keeps_its_precision(tmp_path):
     """What it says is float32, whatever the layers compute in."""
-    made = acting.trainer(tmp_path, METHODS["rkl"](0.5, 0.3, advantage="gae"), bf16=True)
+    made = acting.trainer(tmp_path, METHODS["rkl"](0.5, 0.3, estimator="ppo"), bf16=True)
     collected = [Collected(Group([5, 6, 7], [[8, 9], [10, 11]]))]
     with made.accelerator.autocast():
         assert made.score(made.model, collected).values.dtype == torch.float32

@@ -116,7 +116,7 @@ def test_metrics_have_their_names_and_are_means_over_pairs(tmp_path, method):
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     with torch.no_grad():
         logps = score(made.model, groups).logps.view(-1, 2)
-        rewards = method.implied_reward(logps, logps)
+        rewards = method.implicit_reward(logps, logps)
     start = made.evaluate()
     made.train()
     first = metrics(tmp_path)[1]
@@ -345,7 +345,7 @@ def test_a_method_that_no_one_has_heard_of_is_trained(tmp_path):
         def loss(self, pairs, samples):
             return -pairs.logps[:, 0].mean()
 
-        def implied_reward(self, logps, reference_logps):
+        def implicit_reward(self, logps, reference_logps):
             return logps
 
     made = trainer(tmp_path, Likelihood(), max_steps=2)

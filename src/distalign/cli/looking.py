@@ -103,6 +103,7 @@ def list_methods(json_path: JsonOption = None) -> None:
                 "defaults": settings,
                 "source": default.source,
                 "needs": ", ".join(word for word in words if word),
+                "optimum": default.optimum,
                 "rate": default.rate or "–",
             }
         )

@@ -36,6 +36,7 @@ from distalign.models.targets import Target
 from distalign.progress import progress
 from distalign.rewards import RewardError
 from distalign.rewards.saved import UnreadableReward
+from distalign.training.prompts import reference_of
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.compare")
@@ -183,7 +184,7 @@ def _finish(bench: Bench, name: str, folder: Path, resume: bool) -> Finished:
                 measured,
                 pairs.logps,
                 task.pairs,
-                lambda logps: method.implied_reward(logps, pairs.reference_logps),
+                lambda logps: method.implicit_reward(logps, reference_of(pairs)),
                 task.target_logit,
             )
         advance(1)

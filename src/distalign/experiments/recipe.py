@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from distalign.evaluation.metrics import EvaluationSettings
-from distalign.methods import METHODS, Method, MethodFactory
+from distalign.methods import METHODS, Method
 from distalign.models.policy import Lora
 from distalign.models.targets import TargetSettings
 from distalign.rewards import RewardSettings
@@ -233,7 +233,8 @@ def _method(name: str, settings: Any) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"methods.{name} is {settings!r}; write its settings below it, setting: value")
     own = {key: value for key, value in settings.items() if key not in _BESIDE}
-    checked = dataclasses.asdict(_build(name, own))  # pyright: ignore[reportArgumentType]
+    built: Any = _build(name, own)
+    checked = {field.name: getattr(built, field.name) for field in dataclasses.fields(built) if field.init}
     if settings.get("training"):
         checked["training"] = _training(f"{name}.training", settings["training"])
     if settings.get("rollout"):
@@ -244,8 +245,8 @@ def _method(name: str, settings: Any) -> dict[str, Any]:
 
 
 def _build(name: str, settings: Mapping[str, Any]) -> Method:
-    factory: MethodFactory = METHODS[name]
-    names = [field.name for field in dataclasses.fields(factory)]  # pyright: ignore[reportArgumentType]
+    factory: type[Any] = METHODS[name]
+    names = [field.name for field in dataclasses.fields(factory) if field.init]  # pyright: ignore[reportArgumentType]
     values = _checked(name, settings, names, get_type_hints(factory).__getitem__, _BESIDE)
     try:
         return factory(**values)

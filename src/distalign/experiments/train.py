@@ -104,7 +104,7 @@ def labels_judge(recipe: Recipe, name: str) -> bool:
     """
     method = recipe.method(name)
     probe = torch.tensor([0.0, -1.0])
-    rewards = method.implied_reward(probe, torch.zeros(2))
+    rewards = method.implicit_reward(probe, torch.zeros(2))
     if rewards[0] == rewards[1]:
         return False
     return not method.needs.reward or all(one.train is not None or one.exact for one in recipe.reward)

@@ -22,6 +22,7 @@ from distalign.lab.rates import spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tabular import fit_reward
 from distalign.lab.world import Counts, Tables, draw, generator, random_tables
+from distalign.methods.base import Samples
 from distalign.methods.dpo import dpo_loss
 from distalign.methods.estimators import kl_full
 from distalign.methods.pmle import pmle_loss
@@ -121,7 +122,8 @@ class Degeneracy:
         def kl(logps: Tensor) -> Tensor:
             # One step a response: KL_t is the same for every response, and nothing comes after it.
             step_kl = (logps.exp() * (logps - tables.reference)).sum(-1).reshape(-1, 1)
-            return kl_full(logps[..., 0].reshape(-1, 1), step_kl, torch.ones_like(step_kl, dtype=torch.bool)).sum()
+            mask = torch.ones_like(step_kl, dtype=torch.bool)
+            return kl_full(Samples(token_logps=logps[..., 0].reshape(-1, 1), mask=mask, step_kl=step_kl)).sum()
 
         def dpo(logps: Tensor) -> Tensor:
             return mean(dpo_loss(tables.pair_logps(logps).reshape(-1, 2), reference, frequency, gamma=self.gamma))

@@ -176,7 +176,9 @@ class Figure1:
         None where there are too few pairs to judge by.
         """
         a, b = _windows(sizes)[0]
-        rate = METHODS[name]().rate
+        # Every fit here is at β = 0.
+        theorem = METHODS[name].theorem
+        rate = f"1/n ({theorem})" if theorem else None
         inside = [float(r) for n, r in zip(sizes, ratio, strict=True) if n >= 4 * _JUDGED and a <= n <= b]
         last = float(kl[-1].median())
         agrees: bool | None = None

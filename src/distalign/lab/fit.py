@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distalign.methods.base import Samples
 from distalign.methods.rkl import rkl_loss
 
 # One value per pair from ln π of both responses; the pairs are flattened in the order worlds, contexts, pairs.
@@ -94,8 +95,13 @@ def fit_rkl(
     def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
         """(value, ln π) of every problem: responses as one-token samples, weighted by their probability."""
         logps = (features @ parameters[:, None])[..., 0].log_softmax(-1)
-        flat = logps.reshape(-1, 1)
-        losses = rkl_loss(flat, reference.reshape(-1, 1), rewards.flatten(), mask, gamma=gamma, beta=beta)
+        samples = Samples(
+            token_logps=logps.reshape(-1, 1),
+            mask=mask,
+            reference_token_logps=reference.reshape(-1, 1),
+            rewards=rewards.flatten(),
+        )
+        losses = rkl_loss(samples, gamma=gamma, beta=beta)
         return (logps.detach().exp() * losses.view_as(logps)).sum(-1).mean(-1), logps
 
     parameters = torch.zeros(len(rewards), features.shape[-1], 1, dtype=torch.float64, requires_grad=True)

@@ -116,13 +116,14 @@ class World:
         nodes, tokens = self.tree.nodes[rows], self.tree.tokens[rows]
         log_p, log_q = copies.log_softmax(-1), self.reference.log_softmax(-1)
         at = group[:, None], nodes
+        token_logps = log_p[(*at, tokens)]
         return Samples(
-            token_logps=log_p[(*at, tokens)],
+            token_logps=token_logps,
             mask=self.tree.mask[rows],
-            behavior_token_logps=self.behavior.log_softmax(-1)[nodes, tokens] if stale else None,
+            behavior_token_logps=self.behavior.log_softmax(-1)[nodes, tokens] if stale else token_logps.detach(),
             reference_token_logps=log_q[nodes, tokens],
             step_kl=(log_p.exp() * (log_p - log_q)).sum(-1)[at],
             step_entropy=-(log_p.exp() * log_p).sum(-1)[at],
             rewards=self.rewards[rows],
-            group=group if size > 1 else None,
+            group=group,
         )

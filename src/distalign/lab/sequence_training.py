@@ -121,7 +121,7 @@ def _held_out(job: Job, policy: Float[Tensor, "prompts nodes vocabulary"], tree:
     """Negative log-likelihood of the held-out labels under the reward that the policy stands for."""
     pairs = job.data.pairs[: job.data.held_out]
     both = [tree.path_sums(table.double()).flatten() for table in (policy, job.data.world.reference)]
-    return float(bradley_terry_nll(job.method.implied_reward(both[0][pairs], both[1][pairs])).mean())
+    return float(bradley_terry_nll(job.method.implicit_reward(both[0][pairs], both[1][pairs])).mean())
 
 
 class _Group:
@@ -144,8 +144,8 @@ class _Group:
     def loss(self, policy: Float[Tensor, "models prompts nodes vocabulary"], step: int) -> Float[Tensor, ""]:
         """Sum over these models of the method's loss, on new labelled pairs and, when a round begins, new samples."""
         policy = policy[self.models]
-        pairs = self._labelled(policy) if self.labelled else None
-        samples = None
+        pairs = self._labelled(policy) if self.labelled else Pairs()
+        samples = Samples()
         if self.sampled:
             fresh = step % self.schedule.reuse == 0
             if fresh:
@@ -165,7 +165,8 @@ class _Group:
         def logps_of(table: Tensor) -> Tensor:
             return self.tree.path_sums(table).flatten(1).gather(1, index.flatten(1)).view(-1, 2)
 
-        return Pairs(logps_of(policy), logps_of(self.reference) if self.method.needs.reference else None)
+        reference = {"reference_logps": logps_of(self.reference)} if self.method.needs.reference else {}
+        return Pairs(logps_of(policy), **reference)
 
     def _draw(self, policy: Float[Tensor, "models prompts nodes vocabulary"]) -> None:
         shape = (policy.shape[1], self.schedule.samples, self.tree.length)
@@ -180,15 +181,18 @@ class _Group:
 
     def _samples(self, policy: Float[Tensor, "models prompts nodes vocabulary"], fresh: bool) -> Samples:
         needs, groups = self.method.needs, math.prod(self.drawn.shape[:2])
-        rewards = None if self.rewards is None else self.rewards.gather(2, self.drawn).flatten()
+        collected = {} if fresh else {"behavior_token_logps": self.behavior}
+        if needs.reference:
+            collected["reference_token_logps"] = self._along(self.reference)
+        if needs.kl:
+            collected["step_kl"] = self._along((policy.exp() * (policy - self.reference)).sum(-1))
+        if self.rewards is not None:
+            collected["rewards"] = self.rewards.gather(2, self.drawn).flatten()
         return Samples(
             token_logps=self._along(policy),
             mask=self.tree.mask[self.drawn].flatten(0, 2),
-            behavior_token_logps=None if fresh else self.behavior,
-            reference_token_logps=self._along(self.reference) if needs.reference else None,
-            step_kl=self._along((policy.exp() * (policy - self.reference)).sum(-1)) if needs.kl else None,
-            rewards=rewards,
             group=torch.arange(groups).repeat_interleave(self.schedule.samples),
+            **collected,
         )
 
     def _in_pairs(self, samples: Samples) -> Pairs:
@@ -197,10 +201,9 @@ class _Group:
         def two(token_logps: Tensor) -> Tensor:
             return sequence_sum(token_logps, samples.mask).view(-1, 2)
 
-        reference = samples.reference_token_logps
-        return Pairs(
-            two(samples.token_logps),
-            reference_logps=None if reference is None else two(reference),
-            behavior_logps=two(self.behavior),
-            rewards=None if samples.rewards is None else samples.rewards.view(-1, 2),
-        )
+        collected = {}
+        if hasattr(samples, "reference_token_logps"):
+            collected["reference_logps"] = two(samples.reference_token_logps)
+        if hasattr(samples, "rewards"):
+            collected["rewards"] = samples.rewards.view(-1, 2)
+        return Pairs(two(samples.token_logps), behavior_logps=two(self.behavior), **collected)

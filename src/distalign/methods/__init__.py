@@ -6,7 +6,7 @@ seventh method is one more file and one more line here.
 
 from __future__ import annotations
 
-from distalign.methods.base import Method, MethodFactory, Needs, Pairs, Samples
+from distalign.methods.base import Method, Needs, Pairs, Samples
 from distalign.methods.dpo import DPO
 from distalign.methods.pd import PD
 from distalign.methods.pmle import PMLE
@@ -23,13 +23,12 @@ __all__ = [
     "RKL",
     "RLHF",
     "Method",
-    "MethodFactory",
     "Needs",
     "Pairs",
     "Samples",
 ]
 
-METHODS: dict[str, MethodFactory] = {
+METHODS: dict[str, type[Method]] = {
     "pmle": PMLE,
     "pd": PD,
     "rkl": RKL,

@@ -1,23 +1,27 @@
-"""What a method may ask for (`Needs`) and what it is given (`Pairs`, `Samples`).
+"""What a method may ask for (`Needs`), what it is given (`Pairs`, `Samples`), and what it says of itself (`Method`).
 
-A method reads nothing else. The trainer collects exactly what `needs` declares; a field that was not declared arrives
-as None.
+A method reads nothing else. The trainer collects exactly what `needs` declares; reading any other field raises.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, arange, ones_like
+
+R = TypeVar("R", bound="Record")
+
+# The default of a field that may be left out. Typed as anything, because reading it raises.
+_MISSING: Any = None
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method reads, and so which fields of `Pairs` and `Samples` are filled.
+    """What a method reads, and so which fields of `Pairs` and `Samples` are collected.
 
     pairs: "" none, "labelled" the pairs of the data (column 0 preferred), "sampled" two responses drawn from the
     policy.
@@ -25,11 +29,7 @@ class Needs:
     reward: a score for every sampled response, in nats.
     reference: log-probabilities of these responses under the model that training starts from.
     kl, entropy: full-vocabulary values at each step of the samples, the KL being to that model; they cost more.
-    values: a value function, trained with the policy; the method then has `credit` too.
-
-    Always filled: `Pairs.logps`; `Samples.token_logps`, `mask` and `group`. `Pairs.probability` comes with labelled
-    pairs that carry one, `Pairs.behavior_logps` with sampled pairs. `Samples.behavior_token_logps` is None while the
-    policy is still the one that drew the samples.
+    values: a value function, trained with the policy; `Method.credit` then makes advantages of its values.
     """
 
     pairs: Literal["", "labelled", "sampled"] = ""
@@ -41,105 +41,129 @@ class Needs:
     values: bool = False
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Two responses to one prompt, a row a pair. All values are sums over response tokens, in nats.
+class NotCollected(AttributeError):
+    """A field was read that the method's `needs` do not declare."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Record:
+    """Tensors of which some were collected. Reading one that was not raises NotCollected; `hasattr` asks first."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if value is None:
+            kind = type(self).__name__
+            raise NotCollected(f"{kind}.{name} was not collected; declare it in the method's `needs`")
+        return value
+
+    def replace(self: R, **changes: Tensor) -> R:
+        """A copy with other values for some fields; what was not collected stays so."""
+        collected = {field.name: getattr(self, field.name) for field in fields(self) if hasattr(self, field.name)}
+        return type(self)(**{**collected, **changes})
+
+    def _default(self, name: str, value: Tensor) -> None:
+        if not hasattr(self, name):
+            object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Pairs(Record):
+    """Two responses to one prompt, a row for each pair. All values are sums over response tokens, in nats.
 
     The end-of-sequence token is a response token. Column 0 is the preferred response when the pairs are labelled;
-    `probability` is the probability of that label (None: certain). `behavior_logps` are those of the policy that
-    sampled the pair. `logps` carry the gradient, everything else is constant.
+    `probability` is the probability of that label (1 if not given). `behavior_logps` are those of the policy that
+    sampled the pair (`logps` if not given). `logps` carry the gradient, everything else is constant.
     """
 
-    logps: Float[Tensor, "pairs 2"]
-    reference_logps: Float[Tensor, "pairs 2"] | None = None
-    behavior_logps: Float[Tensor, "pairs 2"] | None = None
-    rewards: Float[Tensor, "pairs 2"] | None = None
-    probability: Float[Tensor, "pairs"] | None = None
+    logps: Float[Tensor, "pairs 2"] = _MISSING
+    reference_logps: Float[Tensor, "pairs 2"] = _MISSING
+    behavior_logps: Float[Tensor, "pairs 2"] = _MISSING
+    rewards: Float[Tensor, "pairs 2"] = _MISSING
+    probability: Float[Tensor, "pairs"] = _MISSING
+
+    def __post_init__(self) -> None:
+        if hasattr(self, "logps"):
+            self._default("behavior_logps", self.logps.detach())
+            self._default("probability", ones_like(self.logps[:, 0]))
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Responses drawn from the policy, a row a response, token by token, in nats.
+@dataclass(frozen=True, eq=False, repr=False)
+class Samples(Record):
+    """Responses drawn from the policy, a row for each response, token by token, in nats.
 
     `mask` is True on response tokens, the end-of-sequence token included. `group` numbers the prompt that a row
-    answers: leave-one-out baselines are taken within it (None: no baseline). `behavior_token_logps` are those of the
-    policy that drew the samples. `step_kl` and `step_entropy` are full-vocabulary values at each step, `values` those
-    of the value function before each token; `advantages` and `returns` are what `credit` made of them when the samples
-    were drawn. `token_logps`, `step_kl`, `step_entropy` and `values` carry the gradient, everything else is constant.
+    answers: leave-one-out baselines are taken within it (every row is alone if not given). `behavior_token_logps` are
+    those of the policy that drew the samples (`token_logps` if not given: the policy has not moved since). `step_kl`
+    and `step_entropy` are full-vocabulary values at each step, `values` those of the value function before each token;
+    `advantages` and `returns` are what `Method.credit` made of them when the samples were drawn. `token_logps`,
+    `step_kl`, `step_entropy` and `values` carry the gradient, everything else is constant.
     """
 
-    token_logps: Float[Tensor, "samples steps"]
-    mask: Bool[Tensor, "samples steps"]
-    behavior_token_logps: Float[Tensor, "samples steps"] | None = None
-    reference_token_logps: Float[Tensor, "samples steps"] | None = None
-    step_kl: Float[Tensor, "samples steps"] | None = None
-    step_entropy: Float[Tensor, "samples steps"] | None = None
-    rewards: Float[Tensor, "samples"] | None = None
-    group: Int[Tensor, "samples"] | None = None
-    values: Float[Tensor, "samples steps"] | None = None
-    advantages: Float[Tensor, "samples steps"] | None = None
-    returns: Float[Tensor, "samples steps"] | None = None
+    token_logps: Float[Tensor, "samples steps"] = _MISSING
+    mask: Bool[Tensor, "samples steps"] = _MISSING
+    behavior_token_logps: Float[Tensor, "samples steps"] = _MISSING
+    reference_token_logps: Float[Tensor, "samples steps"] = _MISSING
+    step_kl: Float[Tensor, "samples steps"] = _MISSING
+    step_entropy: Float[Tensor, "samples steps"] = _MISSING
+    rewards: Float[Tensor, "samples"] = _MISSING
+    group: Int[Tensor, "samples"] = _MISSING
+    values: Float[Tensor, "samples steps"] = _MISSING
+    advantages: Float[Tensor, "samples steps"] = _MISSING
+    returns: Float[Tensor, "samples steps"] = _MISSING
+
+    def __post_init__(self) -> None:
+        if hasattr(self, "token_logps"):
+            self._default("behavior_token_logps", self.token_logps.detach())
+            self._default("group", arange(len(self.token_logps), device=self.token_logps.device))
 
 
-@runtime_checkable
-class Method(Protocol):
-    """The face of a method: a frozen dataclass whose fields are its settings."""
+class Method(ABC):
+    """An objective. A subclass is a frozen dataclass whose fields are its settings, checked in `__post_init__`.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    equation: the loss in short. source: where it comes from. optimum: what it tends to with unlimited pairs.
+    theorem: what promises that it reaches π* at 1/n if its β is 0; None where nothing does.
+    """
+
     equation: ClassVar[str]
     source: ClassVar[str]
-    rate: ClassVar[str | None]
+    optimum: ClassVar[str]
+    theorem: ClassVar[str | None] = None
 
     @property
+    @abstractmethod
     def needs(self) -> Needs:
         """What `loss` reads, given the settings."""
-        ...
 
-    def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
+    @abstractmethod
+    def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """The objective to minimise: a mean over the pairs and samples given, with a correct gradient."""
-        ...
 
-    def implied_reward(
+    @abstractmethod
+    def implicit_reward(
         self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
     ) -> Float[Tensor, "*shape"]:
         """The reward that the policy stands for, in nats: the preference probability is σ of its difference."""
-        ...
+
+    @property
+    def rate(self) -> str | None:
+        """How fast KL(π*‖π) falls with n labelled pairs at these settings; None: it has a floor (see `optimum`)."""
+        return f"1/n ({self.theorem})" if self.theorem and getattr(self, "beta", 0) == 0 else None
+
+    def credit(self, samples: Samples) -> tuple[Float[Tensor, "samples steps"], Float[Tensor, "samples steps"]]:
+        """(advantages, returns) of all samples of a round, in nats, computed once, when they have been drawn.
+
+        Only methods whose `needs` declare `values` have it. Raises TypeError for another.
+        """
+        raise TypeError(f"{type(self).__name__} declares no values, so it gives no credit")
 
 
-class Credit(NamedTuple):
-    """What each token of a round of samples is worth, and what the value function should have said, in nats."""
-
-    advantages: Float[Tensor, "samples steps"]
-    returns: Float[Tensor, "samples steps"]
-
-
-class UsesValues(Protocol):
-    """The further face of a method that declares `values`."""
-
-    def credit(self, samples: Samples) -> Credit:
-        """Advantages and returns of all samples of a round, computed once, when they have been drawn."""
-        ...
-
-
-MethodFactory = Callable[..., Method]
-
-T = TypeVar("T")
-
-
-def declared(value: T | None, name: str) -> T:
-    """The value, which the method declared in `needs`; ValueError naming the field if it did not arrive."""
-    if value is None:
-        raise ValueError(f"{name} is missing; pass what the method's `needs` declares")
-    return value
-
-
-def penalised_rewards(pairs: Pairs, beta: float) -> Float[Tensor, "pairs 2"]:
-    """Rewards of sampled pairs with the KL term folded in, in nats: R̂ − β ln π_t/π₀, π_t being what drew the pair."""
-    rewards = declared(pairs.rewards, "pairs.rewards")
-    if beta == 0:
-        return rewards
-    behavior = declared(pairs.behavior_logps, "pairs.behavior_logps")
-    return rewards - beta * (behavior - declared(pairs.reference_logps, "pairs.reference_logps"))
+def require_reference(
+    reference_logps: Float[Tensor, "*shape"] | None,
+) -> Float[Tensor, "*shape"]:
+    """The reference's log-probabilities. Raises ValueError if there are none."""
+    if reference_logps is None:
+        raise ValueError("reference_logps is missing; this method's implicit reward is relative to the reference")
+    return reference_logps
 
 
 def check_choice(method: object, name: str, choices: tuple[str, ...]) -> None:

@@ -12,14 +12,14 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
+from distalign.methods.base import Method, Needs, Pairs, Samples, check_setting, require_reference
 from distalign.methods.preference import preference_logit, preference_nll
 
 
 def dpo_loss(
     logps: Float[Tensor, "pairs 2"],
     reference_logps: Float[Tensor, "pairs 2"],
-    probability: Float[Tensor, "pairs"] | None = None,
+    probability: Float[Tensor, "pairs"],
     *,
     gamma: float,
 ) -> Float[Tensor, "pairs"]:
@@ -27,7 +27,7 @@ def dpo_loss(
 
         −ln σ( γ [ln π(a⁺|x)/π₀(a⁺|x) − ln π(a⁻|x)/π₀(a⁻|x)] )
 
-    Column 0 is the preferred response; `probability` is the probability of that label (None: certain). `gamma` is their
+    Column 0 is the preferred response; `probability` is the probability of that label (1: certain). `gamma` is their
     beta. No gradient enters `reference_logps`. Raises ValueError if gamma ≤ 0.
 
     Source: arXiv 2305.18290, eq. 7.
@@ -36,14 +36,14 @@ def dpo_loss(
 
 
 @dataclass(frozen=True)
-class DPO:
+class DPO(Method):
     """DPO with the paper's TL;DR setting: `gamma` (their beta)."""
 
     gamma: float = 0.05
 
     equation: ClassVar[str] = "−ln σ(γ Δ ln π/π₀)"
     source: ClassVar[str] = "arXiv 2305.18290, eq. 7"
-    rate: ClassVar[str | None] = None
+    optimum: ClassVar[str] = "π₀ π*"
 
     def __post_init__(self) -> None:
         check_setting(self, "gamma")
@@ -53,14 +53,12 @@ class DPO:
         """Labelled pairs and the reference."""
         return Needs(pairs="labelled", reference=True)
 
-    def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
+    def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean likelihood loss of the pairs, in nats."""
-        pairs = declared(pairs, "pairs")
-        reference_logps = declared(pairs.reference_logps, "pairs.reference_logps")
-        return dpo_loss(pairs.logps, reference_logps, pairs.probability, gamma=self.gamma).mean()
+        return dpo_loss(pairs.logps, pairs.reference_logps, pairs.probability, gamma=self.gamma).mean()
 
-    def implied_reward(
+    def implicit_reward(
         self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
     ) -> Float[Tensor, "*shape"]:
         """γ ln π(a|x)/π₀(a|x), in nats: DPO's implicit reward."""
-        return self.gamma * (logps - declared(reference_logps, "reference_logps"))
+        return self.gamma * (logps - require_reference(reference_logps))

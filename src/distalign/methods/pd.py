@@ -1,8 +1,6 @@
 """PD, preference distillation (arXiv 2506.01523v2, eq. 9-12): fit the policy to a reward model's preferences.
 
-This is algorithm 1. The reward model turns two responses into an expected preference, a soft label; the policy's
-preference model is fitted to it. Like PMLE, but the labels are soft and any two responses will do, also the policy's
-own; like RKL it needs a reward model, but no policy gradient.
+Algorithm 1: the reward model turns any two responses into an expected preference, a soft label, which is fitted.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from typing import ClassVar, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.methods.base import Needs, Pairs, Samples, check_choice, check_setting, declared, penalised_rewards
-from distalign.methods.estimators import kl_full
+from distalign.methods.base import Method, Needs, Pairs, Samples, check_choice, check_setting
+from distalign.methods.estimators import kl_full, penalised_rewards
 from distalign.methods.preference import bernoulli_kl, induced_reward, preference_logit
 
 
@@ -25,8 +23,7 @@ def pd_loss(
 
         KL( Bern(p̃) ‖ Bern( σ( γ [ln π(a|x) − ln π(b|x)] ) ) )
 
-    `probability` is p̃ = σ(R̂(x,a) − R̂(x,b)), the expected preference of column 0; no gradient enters it. At p̃ = 1
-    this is `pmle_loss`. The KL term of eq. 12 is `estimators.kl_full`. Raises ValueError if gamma ≤ 0.
+    `probability` p̃ = σ(R̂(x,a) − R̂(x,b)) is a constant. At p̃ = 1 this is `pmle_loss`. Raises ValueError if gamma ≤ 0.
 
     Source: arXiv 2506.01523v2, eq. 11.
     """
@@ -34,11 +31,10 @@ def pd_loss(
 
 
 @dataclass(frozen=True)
-class PD:
+class PD(Method):
     """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`.
 
-    `kl_in` says where the KL term is: in the "loss" (eq. 12), or as REBEL does it in the "reward", R̂ − β ln π_t/π₀ of
-    the policy π_t that drew the pair.
+    `kl_in` says where the KL term is: in the "loss" (eq. 12), or as REBEL does it in the "reward", R̂ − β ln π_t/π₀.
     """
 
     gamma: float = 0.1
@@ -47,7 +43,8 @@ class PD:
 
     equation: ClassVar[str] = "KL(Bern(σ(ΔR̂)) ‖ Bern(σ(γ Δ ln π))) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 9-12"
-    rate: ClassVar[str | None] = "1/n (theorem 6)"
+    optimum: ClassVar[str] = "π* at β = 0, else between π* and π₀"
+    theorem: ClassVar[str | None] = "theorem 6"
 
     def __post_init__(self) -> None:
         check_setting(self, "gamma")
@@ -57,26 +54,16 @@ class PD:
     @property
     def needs(self) -> Needs:
         """Scored pairs sampled from the policy; with β > 0 also their KL to the reference, as `kl_in` says."""
-        kl = self._kl_in_loss
+        kl = self.beta > 0 and self.kl_in == "loss"
         return Needs(pairs="sampled", samples=kl, reward=True, reference=self.beta > 0 and not kl, kl=kl)
 
-    @property
-    def _kl_in_loss(self) -> bool:
-        return self.beta > 0 and self.kl_in == "loss"
-
-    def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
+    def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean distillation loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""
-        pairs = declared(pairs, "pairs")
         rewards = penalised_rewards(pairs, 0.0 if self.kl_in == "loss" else self.beta)
         loss = pd_loss(pairs.logps, (rewards[:, 0] - rewards[:, 1]).sigmoid(), gamma=self.gamma).mean()
-        if self._kl_in_loss:
-            samples = declared(samples, "samples")
-            step_kl = declared(samples.step_kl, "samples.step_kl")
-            kl = kl_full(samples.token_logps, step_kl, samples.mask, samples.group, samples.behavior_token_logps)
-            loss = loss + self.beta * kl.mean()
-        return loss
+        return loss + self.beta * kl_full(samples).mean() if self.needs.kl else loss
 
-    def implied_reward(
+    def implicit_reward(
         self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
     ) -> Float[Tensor, "*shape"]:
         """γ ln π(a|x), in nats (eq. 8): the preference model is the language model, whatever the reference."""

@@ -13,20 +13,20 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared
+from distalign.methods.base import Method, Needs, Pairs, Samples, check_setting
 from distalign.methods.estimators import kl_full
 from distalign.methods.preference import induced_reward, preference_logit, preference_nll
 
 
 def pmle_loss(
-    logps: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs"] | None = None, *, gamma: float
+    logps: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs"], *, gamma: float
 ) -> Float[Tensor, "pairs"]:
     """Negative log-likelihood of a labelled pair under the policy's preference model, in nats.
 
         −ln σ( γ [ln π(a⁺|x) − ln π(a⁻|x)] )
 
-    Column 0 of `logps` is the preferred response; `probability` is the probability of that label (None: certain), and
-    turns the loss into the cross-entropy. The KL term of eq. 5 is `estimators.kl_full`. Raises ValueError if gamma ≤ 0.
+    Column 0 of `logps` is the preferred response; `probability` is the probability of that label (1: certain), and
+    then the loss is the cross-entropy. The KL term of eq. 5 is `estimators.kl_full`. Raises ValueError if gamma ≤ 0.
 
     Source: arXiv 2506.01523v2, eq. 4.
     """
@@ -34,7 +34,7 @@ def pmle_loss(
 
 
 @dataclass(frozen=True)
-class PMLE:
+class PMLE(Method):
     """PMLE with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta` (its chat settings: 5e-3 and 0)."""
 
     gamma: float = 1e-2
@@ -42,7 +42,8 @@ class PMLE:
 
     equation: ClassVar[str] = "−ln σ(γ Δ ln π) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 4, 5"
-    rate: ClassVar[str | None] = "1/n (theorem 4)"
+    optimum: ClassVar[str] = "π* at β = 0, else between π* and π₀"
+    theorem: ClassVar[str | None] = "theorem 4"
 
     def __post_init__(self) -> None:
         check_setting(self, "gamma")
@@ -53,18 +54,12 @@ class PMLE:
         """Labelled pairs; with β > 0 also samples, and their full-vocabulary KL to the reference."""
         return Needs(pairs="labelled", samples=self.beta > 0, kl=self.beta > 0)
 
-    def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
+    def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean likelihood loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""
-        pairs = declared(pairs, "pairs")
         loss = pmle_loss(pairs.logps, pairs.probability, gamma=self.gamma).mean()
-        if self.beta > 0:
-            samples = declared(samples, "samples")
-            step_kl = declared(samples.step_kl, "samples.step_kl")
-            kl = kl_full(samples.token_logps, step_kl, samples.mask, samples.group, samples.behavior_token_logps)
-            loss = loss + self.beta * kl.mean()
-        return loss
+        return loss + self.beta * kl_full(samples).mean() if self.beta > 0 else loss
 
-    def implied_reward(
+    def implicit_reward(
         self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
     ) -> Float[Tensor, "*shape"]:
         """γ ln π(a|x), in nats (eq. 8): the preference model is the language model, whatever the reference."""

@@ -1,8 +1,7 @@
 """REBEL (arXiv 2404.16767; arXiv 2506.01523v2, eq. 10): regress reward differences on the policy's relative log-ratio.
 
 Each round samples pairs from the current policy π_t and then moves away from it so that its log-ratio gap reproduces
-the reward gap. A squared loss on the gap where PD has a divergence between preferences; relative to π_t, which moves
-with every round: what holds the policy near π₀ is a KL penalty in the reward, without which many rounds collapse.
+the reward gap. What holds the policy near π₀ is a KL penalty in the reward, without which many rounds collapse.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.methods.base import Needs, Pairs, Samples, check_setting, declared, penalised_rewards
+from distalign.methods.base import Method, Needs, Pairs, Samples, check_setting, require_reference
+from distalign.methods.estimators import penalised_rewards
 
 
 def rebel_loss(
@@ -27,32 +27,27 @@ def rebel_loss(
 
         ( [ln π(a|x)/π_t(a|x) − ln π(b|x)/π_t(b|x)] − η [R̂(x,a) − R̂(x,b)] )²
 
-    `behavior_logps` are those of the policy π_t that sampled the pair; no gradient enters them, nor `rewards`. The
-    minimum of one round is proportional to π_t exp(η R̂). Raises ValueError if `eta` is not above zero.
+    No gradient enters `behavior_logps`, of the policy π_t that sampled the pair, nor `rewards`. The minimum of one
+    round is proportional to π_t exp(η R̂). Raises ValueError if `eta` is not above zero.
 
     Source: arXiv 2506.01523v2, eq. 10; arXiv 2404.16767, algorithm 1 (η multiplies the reward here).
     """
     if not eta > 0:
         raise ValueError(f"eta is {eta}; the step size must be a positive number")
-    log_ratio = logps - behavior_logps.detach()
-    rewards = rewards.detach()
-    return (log_ratio[:, 0] - log_ratio[:, 1] - eta * (rewards[:, 0] - rewards[:, 1])).square()
+    error = logps - behavior_logps.detach() - eta * rewards.detach()
+    return (error[:, 0] - error[:, 1]).square()
 
 
 @dataclass(frozen=True)
-class REBEL:
-    """REBEL with the paper's TL;DR settings: step size `eta` (its chat experiment has 1e6), KL weight `beta`.
-
-    With β > 0 the reward of a response is R̂ − β ln π_t/π₀, and rounds settle at π₀ exp(R̂/β), where RLHF's optimum is;
-    with β = 0 nothing holds the policy near π₀.
-    """
+class REBEL(Method):
+    """REBEL with the paper's TL;DR settings: step size `eta` (its chat experiment has 1e6), KL weight `beta`."""
 
     eta: float = 1.0
     beta: float = 0.05
 
     equation: ClassVar[str] = "(Δ ln π/π_t − η Δ[R̂ − β ln π_t/π₀])²"
     source: ClassVar[str] = "arXiv 2404.16767; arXiv 2506.01523v2, eq. 10"
-    rate: ClassVar[str | None] = None
+    optimum: ClassVar[str] = "π₀ exp(R̂/β)"
 
     def __post_init__(self) -> None:
         check_setting(self, "eta")
@@ -63,15 +58,13 @@ class REBEL:
         """Scored pairs sampled from the policy; with β > 0 the reference."""
         return Needs(pairs="sampled", reward=True, reference=self.beta > 0)
 
-    def loss(self, pairs: Pairs | None, samples: Samples | None) -> Float[Tensor, ""]:
+    def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean squared error of the pairs, in nats squared."""
-        pairs = declared(pairs, "pairs")
-        behavior_logps = declared(pairs.behavior_logps, "pairs.behavior_logps")
-        return rebel_loss(pairs.logps, behavior_logps, penalised_rewards(pairs, self.beta), eta=self.eta).mean()
+        rewards = penalised_rewards(pairs, self.beta)
+        return rebel_loss(pairs.logps, pairs.behavior_logps, rewards, eta=self.eta).mean()
 
-    def implied_reward(
+    def implicit_reward(
         self, logps: Float[Tensor, "*shape"], reference_logps: Float[Tensor, "*shape"] | None
     ) -> Float[Tensor, "*shape"]:
-        """β ln π(a|x)/π₀(a|x), in nats: the reward that rounds settle at; at β = 0 that of one round, (1/η) ln π/π₀."""
-        weight = self.beta if self.beta > 0 else 1 / self.eta
-        return weight * (logps - declared(reference_logps, "reference_logps"))
+        """β ln π(a|x)/π₀(a|x), in nats: what rounds settle at; at β = 0 that of one round, (1/η) ln π/π₀."""
+        return (self.beta or 1 / self.eta) * (logps - require_reference(reference_logps))

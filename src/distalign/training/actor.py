@@ -125,21 +125,13 @@ class Actor:
             return score_in_batches(model, groups, **settings)
 
     def _give_credit(self, buffer: Buffer, found: Scores) -> None:
-        method: Any = self.method
         kept = {name: rows.to(found.token_logps) for name, rows in buffer.tensors.items()}
-        credit = method.credit(
-            Samples(
-                token_logps=found.token_logps,
-                mask=found.mask,
-                behavior_token_logps=found.token_logps,
-                reference_token_logps=kept.get("reference_token_logps"),
-                rewards=kept["rewards"],
-                group=found.group,
-                values=found.values,
-            )
-        )
-        buffer.add("advantages", credit.advantages.cpu())
-        buffer.add("returns", credit.returns.cpu())
+        kept["behavior_token_logps"] = found.token_logps
+        assert found.values is not None
+        samples = Samples(found.token_logps, found.mask, group=found.group, values=found.values, **kept)
+        advantages, returns = self.method.credit(samples)
+        buffer.add("advantages", advantages.cpu())
+        buffer.add("returns", returns.cpu())
 
     # A batch of it ----------------------------------------------------------------------------------------------------
 

@@ -52,31 +52,25 @@ def beside(pair: Collected, own: Collected) -> Collected:
 
 def labelled_pairs(logps: Float[Tensor, "pairs 2"], collected: Sequence[Collected]) -> Pairs:
     """The labelled pairs of these prompts, given their log-probabilities."""
-    soft = any(one.probability is not None for one in collected)
     labels = [1.0 if one.probability is None else one.probability for one in collected]
     references = [one.reference_logps for one in collected if one.reference_logps is not None]
-    return Pairs(
-        logps=logps,
-        reference_logps=torch.stack(references).to(logps) if references else None,
-        probability=logps.new_tensor(labels) if soft else None,
-    )
+    reference = {"reference_logps": torch.stack(references).to(logps)} if references else {}
+    return Pairs(logps=logps, probability=logps.new_tensor(labels), **reference)
 
 
-def look(
-    scores: Scores, collected: Sequence[Collected], needs: Needs, pairing: str
-) -> tuple[Pairs | None, Samples | None]:
+def look(scores: Scores, collected: Sequence[Collected], needs: Needs, pairing: str) -> tuple[Pairs, Samples]:
     """What the loss is given of one pass over the groups of `collected`, all of the same make-up."""
     first, prompts = collected[0], len(collected)
     each = first.labelled + first.drawn + first.fresh
     rows = torch.arange(prompts * each, device=scores.mask.device).view(prompts, each)
     drawn = rows[:, first.labelled : first.labelled + first.drawn]
-    pairs = None
+    pairs = Pairs()
     if needs.pairs == "labelled":
         pairs = labelled_pairs(scores.logps.view(prompts, each)[:, :2], collected)
     elif needs.pairs == "sampled":
         pairs = _sampled_pairs(scores, drawn, _stacked(collected, scores), pairing)
     if not needs.samples:
-        return pairs, None
+        return pairs, Samples()
     if first.fresh:
         return pairs, _samples(scores, rows[:, -first.fresh :], {})
     return pairs, _samples(scores, drawn, _stacked(collected, scores))
@@ -116,33 +110,24 @@ def _sampled_pairs(scores: Scores, drawn: Int[Tensor, "prompts n"], tensors: dic
     behavior, reference = summed("behavior_token_logps"), summed("reference_token_logps")
     if reference is None and scores.reference_logps is not None:
         reference = scores.reference_logps[drawn.reshape(-1)]
-    return Pairs(
-        logps=logps[index],
-        reference_logps=None if reference is None else reference[index],
-        behavior_logps=(logps.detach() if behavior is None else behavior)[index],
-        rewards=None if rewards is None else rewards.to(logps)[index],
-    )
+    rewards = None if rewards is None else rewards.to(logps)
+    values = {"reference_logps": reference, "behavior_logps": behavior, "rewards": rewards}
+    return Pairs(logps=logps[index], **{name: value[index] for name, value in values.items() if value is not None})
 
 
 def _samples(scores: Scores, rows: Int[Tensor, "prompts n"], tensors: dict[str, Tensor]) -> Samples:
     flat = rows.reshape(-1)
-
-    def of(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[flat]
-
-    scored = of(scores.reference_token_logps)
+    scored = {
+        "reference_token_logps": scores.reference_token_logps,
+        "step_kl": scores.step_kl,
+        "step_entropy": scores.step_entropy,
+        "values": scores.values,
+    }
     return Samples(
         token_logps=scores.token_logps[flat],
         mask=scores.mask[flat],
-        behavior_token_logps=tensors.get("behavior_token_logps"),
-        reference_token_logps=tensors.get("reference_token_logps", scored),
-        step_kl=of(scores.step_kl),
-        step_entropy=of(scores.step_entropy),
-        rewards=tensors.get("rewards"),
         group=torch.arange(len(rows), device=flat.device).repeat_interleave(rows.shape[1]),
-        values=of(scores.values),
-        advantages=tensors.get("advantages"),
-        returns=tensors.get("returns"),
+        **{**{name: value[flat] for name, value in scored.items() if value is not None}, **tensors},
     )
 
 
@@ -170,13 +155,18 @@ class Notes:
         return found
 
 
+def reference_of(pairs: Pairs) -> Float[Tensor, "pairs 2"] | None:
+    """The reference's log-probabilities of pairs, if they were collected."""
+    return pairs.reference_logps if hasattr(pairs, "reference_logps") else None
+
+
 def pair_metrics(method: Method, pairs: Pairs) -> dict[str, float]:
     """Means over labelled pairs under TRL's names: the method's implied reward and log-probabilities, in nats."""
     with torch.no_grad():
-        rewards = method.implied_reward(pairs.logps, pairs.reference_logps)
+        rewards = method.implicit_reward(pairs.logps, reference_of(pairs))
         margins = rewards[:, 0] - rewards[:, 1]
         first = (margins.sign() + 1) / 2
-        label = torch.ones_like(first) if pairs.probability is None else pairs.probability
+        label = pairs.probability
         means = {
             "rewards/chosen": rewards[:, 0],
             "rewards/rejected": rewards[:, 1],

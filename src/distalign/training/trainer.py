@@ -46,6 +46,7 @@ from distalign.training.prompts import (
     labelled_pairs,
     look,
     pair_metrics,
+    reference_of,
     warn_about_sharpness,
 )
 from distalign.training.rounds import Rollout, TrainingError, acts, check_arguments, check_needs, without_autocast
@@ -253,12 +254,10 @@ class AlignmentTrainer(Trainer):
             pairs, samples = look(scores, micro, self.method.needs, pairing)
             loss = self.method.loss(pairs, samples) * (len(micro) / whole)
         self.accelerator.backward(loss)
-        if pairs is not None and self.method.needs.pairs == "labelled":
+        if self.method.needs.pairs == "labelled":
             self.notes.add(pair_metrics(self.method, pairs), len(micro))
-        if samples is not None and samples.behavior_token_logps is not None and not self.method.needs.values:
-            self._weights.append(
-                importance_weights(samples.token_logps, samples.behavior_token_logps, samples.mask)[:, -1]
-            )
+        if "behavior_token_logps" in micro[0].tensors and self.method.needs.samples and not self.method.needs.values:
+            self._weights.append(importance_weights(samples)[:, -1])
         if self.actor is not None:
             self.actor.saw(scores, micro, self.state.global_step)
         return loss.detach()
@@ -334,7 +333,7 @@ class AlignmentTrainer(Trainer):
         pairs = self.held_out(rows)
         with self.accelerator.autocast(), evaluating(model):
             extra = self.extra_evaluation(model) if self.extra_evaluation else {}
-        rewards = self.method.implied_reward(pairs.logps, pairs.reference_logps)
+        rewards = self.method.implicit_reward(pairs.logps, reference_of(pairs))
         logit = preference_logit(rewards, gamma=1.0)
         found = {
             "loss": float(preference_nll(logit, pairs.probability).mean()),
