@@ -34,7 +34,7 @@ from distalign.data import encode_prompt, end_token_id, read_prompts
 from distalign.evaluation import evaluate, load_evaluation, run
 from distalign.evaluation.answers import draw_number
 from distalign.models import policy
-from distalign.models.policy import find_model
+from distalign.models.load import find_model
 from distalign.rollout.sample import sample
 
 MODEL = "smollm2-135m-instruct"

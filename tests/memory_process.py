@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from distalign.data import EncodedPair
 from distalign.engine import check
 from distalign.methods import PMLE
-from distalign.models.policy import Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 

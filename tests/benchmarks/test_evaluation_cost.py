@@ -9,7 +9,7 @@ import pytest
 import tiny
 from transformers import TrainingArguments
 
-from distalign.models.policy import find_model
+from distalign.models.load import find_model
 
 HERE = TrainingArguments(output_dir="unused").device.type
 

@@ -29,9 +29,10 @@ from transformers import TrainingArguments
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, below, check, flex, score, score_in_batches, selfcheck
-from distalign.engine.recompute import set_recompute
+from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS
-from distalign.models.policy import Lora, Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import Lora, make_policy
 from distalign.rollout import decode as decoding
 from distalign.rollout import sample as sampling
 from distalign.rollout.sample import sample, sample_in_batches, sample_with_scores

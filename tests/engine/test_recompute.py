@@ -8,14 +8,14 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from distalign.engine.tied import Tie, _Rows
 from engine_models import GROUPS, VOCABULARY, build, direct_token_logps, gradients, largest_difference
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile
 
 from distalign.engine import score
-from distalign.engine.features import read
-from distalign.engine.recompute import set_recompute
-from distalign.engine.tied import Tie, _Rows
+from distalign.engine.memory import set_recompute
+from distalign.engine.scoring import read
 
 # PEFT 0.21 and transformers' PEFT code read names that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

@@ -11,7 +11,7 @@ import pytest
 from distalign.errors import InputError
 from distalign.evaluation import evaluate, load_evaluation, run
 from distalign.evaluation.setup import prepare
-from distalign.models.policy import Source
+from distalign.models.load import Source
 
 # A prompt, and the column that a function is given.
 ROWS = [

@@ -15,14 +15,13 @@ import acting
 import pytest
 import tiny
 import torch
+from distalign.engine.room import Room, expected_shapes
 from test_trainer import DPO, PMLE, SOURCE, parameters, trainer
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from distalign.engine import Group, check, score
 from distalign.engine import memory as engine_memory
-from distalign.engine.available import available, spread
-from distalign.engine.memory import Memory, estimate
-from distalign.engine.room import Room, expected_shapes
+from distalign.engine.memory import Memory, available, estimate, spread
 from distalign.methods import METHODS
 from distalign.models.policy import Lora, make_policy
 from distalign.training.rounds import TrainingError

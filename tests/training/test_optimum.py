@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, score
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF, Pairs
-from distalign.models.policy import Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.training.rounds import Rollout, RolloutSettings
 from distalign.training.trainer import AlignmentTrainer
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from distalign.engine import Group, check, score_in_batches
 from distalign.engine.attention import attention_configs
-from distalign.engine.available import available
 from distalign.engine.drawn import Drawn, score_drawn
 from distalign.engine.lm_head import CannotTile
+from distalign.engine.memory import available
 from distalign.engine.packing import ReadPrompt
 from distalign.evaluation.settings import Evaluation
-from distalign.models.policy import Source, weights_digest
+from distalign.models.load import Source, weights_digest
 from distalign.progress import progress
 from distalign.rollout.sample import sample, sample_in_batches, sample_with_scores
 
