@@ -118,17 +118,19 @@ def main() -> int:
     unknown = set(given.names) - {mutant.name for mutant in mutants}
     if unknown:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
-    mutants = [mutant for mutant in mutants if not given.names or mutant.name in given.names]
+    stale = False
     for mutant in mutants:
         path, why = mutant.place(ROOT)
+        stale |= path is None
         if path is None:
             print(f"{mutant.name}: stale, {why}", flush=True)
         elif given.list:
             print(f"{mutant.name}: {path.relative_to(ROOT)}; {' '.join(mutant.tests)}")
     if given.list:
-        return 0
+        return int(stale)
+    mutants = [mutant for mutant in mutants if not given.names or mutant.name in given.names]
     verdicts: Counter[str] = Counter()
-    bad = 0
+    bad = stale
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "tree"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT_OUT))
@@ -136,13 +138,13 @@ def main() -> int:
             started = time.perf_counter()
             verdict, words = try_mutant(mutant, copy)
             verdicts[verdict] += 1
-            bad += verdict == "stale" or (verdict == "survived" and not mutant.survives)
+            bad |= verdict == "stale" or (verdict == "survived" and not mutant.survives)
             shown = {"survived": "SURVIVED, as before" if mutant.survives else "SURVIVED"}.get(verdict, verdict)
             seconds = time.perf_counter() - started
-            print(f"{number:3}  {mutant.name:<44}{shown:<10}{seconds:5.0f} s  {words}", flush=True)
+            print(f"{number:3}  {mutant.name:<50}{shown:<10}{seconds:5.0f} s  {words}", flush=True)
     counts = ", ".join(f"{verdicts[verdict]} {verdict}" for verdict in ("caught", "survived", "stale"))
     print(f"{len(mutants)} mutants: {counts}")
-    return 1 if bad else 0
+    return int(bad)
 
 
 if __name__ == "__main__":
