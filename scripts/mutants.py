@@ -7,7 +7,7 @@
 scripts/mutants.yaml has the faults. Each replaces a fragment that occurs exactly once in src/distalign, whichever file
 that is. A fault is caught if a test fails, or does not end; it is stale if its fragment, a test file or all chosen
 tests are gone, or if the faulty code cannot be imported. Run it on a tree whose tests pass. The exit status is 0 if all
-faults are caught, but for those marked `survives`, which no test saw when they were written down.
+faults are caught, but for those marked `survives`, which their tests did not see when they were written down.
 """
 
 from __future__ import annotations
