@@ -52,8 +52,8 @@ def main(budget: int, what: str, folder: str) -> dict:
     check(policy.model)
     gc.collect()
     if what == "limit":
-        room = status("VmSize") + 400_000_000
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        most = status("VmSize") + 400_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         try:
             trainer.train()
         except TrainingError as error:
@@ -62,9 +62,9 @@ def main(budget: int, what: str, folder: str) -> dict:
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     trainer.train()
-    assert trainer.room is not None
-    memory = trainer.room.memory
-    return {"grown": status("VmHWM") - before, "needs": memory.needs(memory.tokens), "tokens": memory.tokens}
+    memory = trainer.memory
+    assert memory is not None
+    return {"grown": status("VmHWM") - before, "needed": memory.needed(memory.tokens), "tokens": memory.tokens}
 
 
 if __name__ == "__main__":

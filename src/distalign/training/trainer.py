@@ -374,7 +374,7 @@ class AlignmentTrainer(Trainer):
             token_budget=self.token_budget,
             batch=self.args.per_device_train_batch_size,
             free=available(self.args.device),
-            state=2.0 if str(self.args.optim).startswith("adamw_torch") else None,
+            state=2.0 if "adamw_torch" in str(self.args.optim).lower() else None,
             resident=[module for module in others if isinstance(module, nn.Module)],
         )
         logger.info("%s", memory)
