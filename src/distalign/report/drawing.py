@@ -24,21 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
-__all__ = [
-    "INK",
-    "MUTED",
-    "TEMPLATES",
-    "Draw",
-    "Figure",
-    "Look",
-    "label_ends",
-    "log_ticks",
-    "looks",
-    "numbered_look",
-    "panel_figure",
-    "points_left_out",
-]
-
 TEMPLATES = Path(__file__).parent / "templates"
 
 _COLORS = 8  # --c1 … --c8 of the page
@@ -111,13 +96,12 @@ class Figure:
         return buffer.getvalue()
 
 
-def panel_figure(
-    panel: Panel, look: Mapping[str, Look], *, width: float = 5.6, height: float = 3.7, color: str = "inherit"
-) -> Figure | None:
+def panel_figure(panel: Panel, look: Mapping[str, Look], *, width: float = 5.6, height: float = 3.7) -> Figure | None:
     """A panel as a figure, higher where its labels need it; None if no point of it can be drawn."""
-    if not any(_drawn_points(panel, curve) for curve in panel.curves):
+    labels = {curve.label for curve in panel.curves if _drawn_points(panel, curve)}
+    if not labels:
         return None
-    lines = sum(_wrapped(label).count("\n") + 1 for label in {curve.label for curve in panel.curves})
+    lines = sum(_wrapped(label).count("\n") + 1 for label in labels)
 
     def draw(axes: Axes, colors: Mapping[str, str]) -> None:
         axes.set_xscale(panel.x_scale)
@@ -145,7 +129,7 @@ def panel_figure(
             places = [(y, _wrapped(label), color) for _, y, label, color in ends.values()]
             label_ends(axes, places, thin=colors[MUTED])
 
-    return Figure(panel.title, panel.about, draw, width, max(height, 1.0 + _LINE_HEIGHT * lines), color=color)
+    return Figure(panel.title, panel.about, draw, width, max(height, 1.0 + _LINE_HEIGHT * lines))
 
 
 def points_left_out(panel: Panel) -> str:

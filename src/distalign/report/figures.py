@@ -14,29 +14,17 @@ from distalign.report.numbers import main_column
 from distalign.report.results import (
     REFERENCE,
     TARGET,
-    Answer,
     Bin,
     Column,
     Difference,
     Logs,
     Results,
     display_name,
-    series,
 )
 from distalign.report.shown import Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = [
-    "calibration_figures",
-    "health_figures",
-    "learning_figures",
-    "length_figures",
-    "plane_figure",
-    "row_look",
-    "training_figures",
-]
 
 _BEST_OF_N = "best of n"
 _KL, _REWARD = "kl_reference", "reward"  # the columns that the reward-KL plane has as its axes
@@ -171,34 +159,23 @@ def plane_figure(results: Results) -> Figure | None:
 
 def length_figures(results: Results) -> list[Figure]:
     """Reward against length, one figure per policy on the same axes, the reference behind it in grey."""
-    answers = {name: [a for a in row if math.isfinite(a.reward)] for name, row in results.points.items()}
-    answers = {name: row for name, row in answers.items() if row}
-    x_limits, y_limits = (
-        _padded([getattr(answer, axis) for row in answers.values() for answer in row]) for axis in ("length", "reward")
-    )
+    curves: dict[str, Curve] = {}
+    for name, row in results.points.items():
+        answers = [answer for answer in row if math.isfinite(answer.reward)]
+        x, y = [answer.length for answer in answers], [answer.reward for answer in answers]
+        if answers:
+            curves[name] = Curve(display_name(name), x, y, kind="points")
+    x_limits = _padded([x for curve in curves.values() for x in curve.x])
+    y_limits = _padded([y for curve in curves.values() for y in curve.y])
     figures = []
-    for name in [name for name in answers if name != REFERENCE] or list(answers):
-        drawn = [REFERENCE, name] if name != REFERENCE and REFERENCE in answers else [name]
-        panel = Panel(
-            title=display_name(name),
-            about=_correlation_text(answers[name]),
-            x="tokens",
-            y="reward",
-            curves=[
-                Curve(
-                    display_name(row), [a.length for a in answers[row]], [a.reward for a in answers[row]], kind="points"
-                )
-                for row in drawn
-            ],
-            x_scale="linear",
-            y_scale="linear",
-            x_limits=x_limits,
-            y_limits=y_limits,
-        )
-        look = {display_name(row): row_look(results, row) for row in drawn}
-        figure = panel_figure(panel, look, width=4.2, height=2.9, color=row_look(results, name).color)
-        if figure:
-            figures.append(replace(figure, file_title=f"Reward against length: {display_name(name)}"))
+    for name in [name for name in curves if name != REFERENCE] or list(curves):
+        label, about = display_name(name), _correlation_text(curves[name])
+        drawn = [curves[row] for row in dict.fromkeys((REFERENCE, name)) if row in curves]
+        look = {display_name(row): row_look(results, row) for row in (REFERENCE, name)}
+        panel = Panel(label, about, "tokens", "reward", drawn, "linear", "linear", x_limits, y_limits)
+        figure = panel_figure(panel, look, width=4.2, height=2.9)
+        color, title = row_look(results, name).color, f"Reward against length: {label}"
+        figures += [replace(figure, color=color, file_title=title)] if figure else []
     return figures
 
 
@@ -236,17 +213,16 @@ def _topic_figures(topics: Sequence[Topic], results: Results | None, logs: Logs)
 def _against_steps(
     title: str, about: str, lines: Sequence[tuple[str, list[dict[str, float]], str]], look: Mapping[str, Look]
 ) -> Figure | None:
-    """One line for each (label, rows of metrics, key of a number)."""
+    """One line for each (label, rows of metrics, key of a number) against optimizer steps."""
     curves = []
     for label, rows, key in lines:
-        points = _thinned(series(rows, key))
+        points = _thinned([(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))])
         curves.append(Curve(label, [x for x, _ in points], [y for _, y in points]))
     return _step_panel(title, about, curves, look)
 
 
 def _step_panel(title: str, about: str, curves: Sequence[Curve], look: Mapping[str, Look]) -> Figure | None:
-    panel = Panel(title, about, "optimizer step", "", curves, x_scale="linear", y_scale="linear")
-    return panel_figure(panel, look)
+    return panel_figure(Panel(title, about, "optimizer step", "", curves, "linear", "linear"), look)
 
 
 def _learning_figure(results: Results, column: Column, about: str) -> Figure | None:
@@ -301,12 +277,12 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _correlation_text(answers: Sequence[Answer]) -> str:
-    lengths, rewards = [a.length for a in answers], [a.reward for a in answers]
-    if len(answers) < 3 or len(set(lengths)) == 1 or len(set(rewards)) == 1:
-        return f"n = {len(answers)}"
-    r = f"{statistics.correlation(lengths, rewards):.2f}".replace("-", "−")
-    return f"correlation {r} (n = {len(answers)})"
+def _correlation_text(curve: Curve) -> str:
+    n = len(curve.x)
+    if n < 3 or len(set(curve.x)) == 1 or len(set(curve.y)) == 1:
+        return f"n = {n}"
+    r = f"{statistics.correlation(curve.x, curve.y):.2f}".replace("-", "−")
+    return f"correlation {r} (n = {n})"
 
 
 def _draw_calibration(bins: Sequence[Bin], color: str, axes: Axes, colors: Mapping[str, str]) -> None:

@@ -10,20 +10,6 @@ import yaml
 
 from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
 
-__all__ = [
-    "Finding",
-    "best_rows",
-    "findings",
-    "format_estimate",
-    "format_interval",
-    "format_number",
-    "format_seconds",
-    "format_setting",
-    "main_column",
-    "seeds_text",
-    "share_of_reference",
-]
-
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 _WORDS = {

@@ -53,8 +53,6 @@ from distalign.report.results import (
 from distalign.report.shown import Measured, Panel, read_lab
 from distalign.report.tables import STARS, counts_text, write_csv, write_tables
 
-__all__ = ["write_report"]
-
 T = TypeVar("T")
 
 _MOST_SAMPLES = 200  # on a page; more would make it slow to open, and nobody reads them

@@ -14,31 +14,6 @@ from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_va
 
 from distalign.errors import InputError
 
-__all__ = [
-    "REFERENCE",
-    "TARGET",
-    "TRAINING",
-    "Bin",
-    "Column",
-    "Difference",
-    "Frontier",
-    "Logs",
-    "Measure",
-    "Number",
-    "ReportError",
-    "Results",
-    "Run",
-    "Sample",
-    "display_name",
-    "legible",
-    "merged",
-    "read_json",
-    "read_run",
-    "read_runs",
-    "read_samples",
-    "series",
-]
-
 Model = TypeVar("Model", bound=BaseModel)
 
 # The rows of metrics.jsonl by run: one list per seed.
@@ -322,11 +297,6 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
     if not rows:
         raise ReportError(f"{path}: no lines; let the run log at least one step before it is reported")
     return rows
-
-
-def series(rows: Sequence[dict[str, float]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of one logged number, in the order of the file; a number that is not finite is left out."""
-    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
 
 
 def _checked(model: type[Model], content: object, where: str, remedy: str) -> Model:

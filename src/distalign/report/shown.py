@@ -14,8 +14,6 @@ from pydantic import BaseModel
 
 from distalign.report.results import Number, read_json
 
-__all__ = ["Claim", "Curve", "Measured", "Panel", "Scale", "Shown", "Table", "read_lab"]
-
 Scale = Literal["linear", "log"]
 
 

@@ -16,8 +16,6 @@ from distalign.report.results import REFERENCE, TARGET, Column, Difference, Resu
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["STARS", "counts_text", "heading", "results_markdown", "results_table", "write_csv", "write_tables"]
-
 STARS = (
     "one, two, three where p is below 0.05, 0.01, 0.001 for no difference from the reference: a paired bootstrap, "
     "corrected for the number of comparisons by Holm's method."
