@@ -34,6 +34,7 @@ from distalign.lab.tables import Tables, draw, linear_tables
 from distalign.stats.metrics import mean_and_se, paired_difference
 
 Policies = Float[Tensor, "worlds contexts responses"]
+Rewards = Float[Tensor, "_ contexts responses reward_features"]
 
 
 class Case(NamedTuple):
@@ -107,7 +108,7 @@ class Classes(TableExperiment):
             ]
         return numbers
 
-    def _estimates(self, tables: Tables, policy: Features | None, reward: Features, n: int) -> dict[str, Policies]:
+    def _estimates(self, tables: Tables, policy: Features | None, reward: Rewards, n: int) -> dict[str, Policies]:
         """ln π of every estimate from n pairs."""
         counts = draw(tables, n, self.seed)
         rewards = fit_reward(tables, counts, reward, ridge=self.ridge)
@@ -132,7 +133,7 @@ class Classes(TableExperiment):
         teacher = replace(tables, target=(rewards / self.gamma).log_softmax(-1), behavior=source)
         return fit_pd_hard(tables, draw(teacher, n, self.seed, stream=1), policy, ridge=self.ridge)
 
-    def _constants(self, tables: Tables, policy: Features | None, reward: Features) -> dict[str, Tensor]:
+    def _constants(self, tables: Tables, policy: Features | None, reward: Rewards) -> dict[str, Tensor]:
         """lim n·KL of every estimate but those with hard labels."""
         target, behavior, gamma = tables.target, tables.behavior, self.gamma
         if policy is None:

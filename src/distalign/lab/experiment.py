@@ -141,6 +141,6 @@ def pick(rows: Sequence[Row], **values: object) -> Row:
     return select(rows, **values)[0]
 
 
-def level(label: str, x: Sequence[float], value: float) -> Curve:
+def level(label: str, x: Sequence[float | int], value: float) -> Curve:
     """A computed limit: a dashed line across the figure."""
     return Curve(label, [x[0], x[-1]], [value, value], kind="bound")
