@@ -33,7 +33,7 @@ def ipo(tmp_path_factory):
 
 def test_it_is_trained_by_the_trainer(ipo, tmp_path):
     """On labelled pairs, with the reference it asks for; its loss falls."""
-    made = trainer(tmp_path, ipo(tau=0.5), tiny.encoded_pairs(8), max_steps=4)
+    made = trainer(tmp_path, ipo(tau=0.5), tiny.encoded_pairs(8), max_steps=4, learning_rate=1e-4)
     made.train()
     losses = [row["loss"] for row in metrics(tmp_path) if "loss" in row]
     assert losses[0] == pytest.approx(1.0, rel=1e-3), "at π = π₀ the gap is 0 and the loss (1/(2τ))²"
