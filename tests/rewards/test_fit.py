@@ -18,7 +18,7 @@ from distalign.models.targets import Tilt
 from distalign.rewards import Request, RewardError, RewardTraining, TrainedReward, train_reward
 from distalign.rewards.fit import PLANS, Cached, Fit, Live, measure
 from distalign.rewards.heads import Correction, LastToken
-from distalign.stats.metrics import correlation
+from distalign.stats.intervals import correlation
 
 GROUPS = [Group([2, 4, 9], [[7, 8, 3], [9]]), Group([5], [[1, 2, 3, 4]])]
 SOURCE = Source("tiny", "tiny", "made for the tests")

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from distalign.data.pairs import Data, Pair, plain_text, prompt_key, read_pairs
 from distalign.data.readers import Source
@@ -48,39 +47,9 @@ class Inspection:
     too_long: int | None
     example: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The same as plain JSON types."""
         return asdict(self)
-
-    def render(self) -> Any:
-        """A rich renderable, for `console.print`."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text as RichText
-
-        facts = Table(title=self.source, show_header=False, title_justify="left")
-        prompt = "cut from the responses" if self.implicit_prompt else "a column of its own"
-        facts.add_row("format", f"{self.format}, prompt: {prompt}")
-        facts.add_row("pairs", f"{self.pairs:,} of {self.rows:,} rows ({self.ties:,} ties)")
-        facts.add_row("prompts", f"{self.prompts:,} different ({self.same_prompts:,} rows repeat one)")
-        facts.add_row("repeated pairs", f"{self.same_pairs:,}, and {self.swapped_pairs:,} with the opposite label")
-        if self.chosen_longer is not None and self.chosen_longer_se is not None:
-            rate = f"{100 * self.chosen_longer:.1f} ± {196 * self.chosen_longer_se:.1f} % (95 %, in {self.length_unit})"
-            facts.add_row("chosen is longer", rate)
-        if self.soft_labels:
-            facts.add_row("soft labels", f"{self.soft_label_count:,}, median p_chosen {self.soft_labels[2]:.3f}")
-        if self.rewards:
-            facts.add_row("rewards", f"{self.rewards:,} pairs")
-        if self.too_long is not None:
-            facts.add_row("too long", f"{self.too_long:,} pairs exceed max_length")
-        if self.extra_columns:
-            facts.add_row("other columns", ", ".join(self.extra_columns))
-        lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
-        for unit, columns in self.lengths.items():
-            for column, values in columns.items():
-                lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
-        examples = [RichText(f"\n{name}:\n{text}") for name, text in self.example.items()]
-        return Group(facts, lengths, *examples)
 
 
 def inspect_pairs(

@@ -39,7 +39,7 @@ from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.rewards import Reward
 from distalign.stats.calibration import calibrate
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 logger = logging.getLogger("distalign.evaluation")
 

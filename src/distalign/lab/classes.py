@@ -25,7 +25,7 @@ from distalign.lab.rates import spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tabular import fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
 from distalign.lab.world import Tables, draw, linear_tables
-from distalign.stats.metrics import mean_and_se, paired_difference
+from distalign.stats.intervals import mean_and_se, paired_difference
 
 
 class Case(NamedTuple):

@@ -19,7 +19,7 @@ from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors, 
 from distalign.lab.tabular import fit_pmle, fit_reward
 from distalign.lab.world import Tables, draw, generator, random_tables
 from distalign.methods.preference import induced_logps, preference_logit, preference_nll
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 
 @dataclass(frozen=True)

@@ -236,7 +236,7 @@ def _correlation_text(answers: Sequence[Answer]) -> str:
 
 def _calibration_drawing(bins: Sequence[Bin], color: str) -> Draw:
     """Predicted against observed preference: area by count, bars the 95 % Wilson interval, dashed the perfect judge."""
-    from distalign.stats.metrics import wilson_interval
+    from distalign.stats.intervals import wilson_interval
 
     def draw(axes: Axes, colors: Mapping[str, str]) -> None:
         axes.plot([0, 1], [0, 1], color=colors[MUTED], linewidth=1, linestyle=(0, (4, 3)))

@@ -29,7 +29,8 @@ from distalign.rewards.heads import Correction, LastToken
 from distalign.rewards.reward_model import TrainedReward
 from distalign.rewards.saved import Origin, check_export, save_reward
 from distalign.settings import Count, NotNegative, Positive, Section
-from distalign.stats.metrics import Estimate, expected_calibration_error, jackknife, mean_and_se
+from distalign.stats.calibration import expected_calibration_error
+from distalign.stats.intervals import Estimate, jackknife, mean_and_se
 
 HEADS = {"policy": Correction, "scratch": LastToken}
 _BLOCKS = 100  # the jackknife of the calibration error leaves out one of so many blocks of pairs

@@ -31,7 +31,7 @@ from distalign.models.policy import Source, make_policy
 from distalign.rewards.base import RewardError
 from distalign.rewards.heads import Correction, LastToken
 from distalign.rewards.reward_model import TrainedReward
-from distalign.stats.metrics import Estimate
+from distalign.stats.intervals import Estimate
 
 # The file by which a folder of ours is known.
 MARK = "reward.json"
