@@ -66,7 +66,7 @@ def test_scores_do_not_depend_on_the_batch(tmp_path, pad, token_budget):
     expected = alone(name, [rendered(request, ids) for request in REQUESTS for ids in request.responses])
     torch.testing.assert_close(reward(REQUESTS), expected, rtol=1e-5, atol=1e-5)
     assert float(expected.std()) > 0.05
-    assert reward.facts() == {"texts": 4.0, "texts_cut": 0.0}
+    assert reward.counters() == {"texts": 4.0, "texts_cut": 0.0}
 
 
 def test_without_any_padding_token_texts_are_scored_alone(tmp_path):
@@ -95,7 +95,7 @@ def test_a_text_that_is_too_long_loses_its_start_and_is_counted(tmp_path):
     cut = [ids for ids in texts if len(ids) > 12]
     assert 0 < len(cut) < len(texts)
     torch.testing.assert_close(reward(REQUESTS), alone(name, [ids[-12:] for ids in texts]), rtol=1e-5, atol=1e-5)
-    assert reward.facts() == {"texts": 4.0, "texts_cut": float(len(cut))}
+    assert reward.counters() == {"texts": 4.0, "texts_cut": float(len(cut))}
 
 
 def test_the_models_own_limit_holds_without_a_setting(tmp_path):
@@ -103,7 +103,7 @@ def test_the_models_own_limit_holds_without_a_setting(tmp_path):
     name = save_judge(tmp_path, max_position_embeddings=12)
     reward = judge(name)
     assert reward(REQUESTS).isfinite().all()
-    assert reward.facts()["texts_cut"] > 0
+    assert reward.counters()["texts_cut"] > 0
     with pytest.raises(RewardError, match="max_length is 13, but it has 12 positions"):
         check_rewards([RewardSettings(model=name, max_length=13)], conversational=True)
 

@@ -16,8 +16,8 @@ from distalign.methods.preference import bradley_terry_nll
 from distalign.models.policy import Source
 from distalign.models.targets import Tilt
 from distalign.rewards import Request, RewardError, RewardTraining, TrainedReward, train_reward
-from distalign.rewards.fit import PLANS, Cached, Fit, Live, measure
-from distalign.rewards.heads import Correction, LastToken
+from distalign.rewards.fit import Fit, make_fit, measure
+from distalign.rewards.reward_model import Correction, LastToken, new_head
 from distalign.stats.intervals import correlation
 
 GROUPS = [Group([2, 4, 9], [[7, 8, 3], [9]]), Group([5], [[1, 2, 3, 4]])]
@@ -82,27 +82,23 @@ def test_a_policy_initialised_reward_starts_at_the_policys_own():
         torch.testing.assert_close(reward(requests(HELD)).double(), expected, rtol=1e-6, atol=1e-5)
 
 
-def fit(kind, pairs, *, budget=10_000, head=Correction):
+def fit(pairs, *, live=False, budget=10_000, init="policy"):
     """The training problem on its own, with weights that are not zero."""
     model = base()
-    trunk = model if kind is Cached else tiny.model()
-    reward = TrainedReward(model, trunk, head(head.width(32)), gamma=0.3, token_budget=budget)
-    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    offset, features = reward.encode(groups)
-    features = features.view(len(pairs), 2, -1)
-    reward.head.standardise(features)
+    trunk = tiny.model() if live else model
+    reward = TrainedReward(model, trunk, new_head(init, model), gamma=0.3, token_budget=budget)
+    problem = make_fit(reward, pairs, [], RewardTraining())
+    problem.live = live
     torch.manual_seed(1)
     reward.head.weight.data.normal_()
-    labels = torch.tensor([1.0 if p.probability is None else p.probability for p in pairs]).double()
-    items = kind(reward, groups, offset.view(-1, 2), features)
-    return Fit(items, labels, len(pairs), PLANS["frozen"], RewardTraining())
+    return problem
 
 
 def test_the_loss_is_equation_9_with_soft_labels():
     """Value and gradient of the whole against bradley_terry_nll of scores computed response by response."""
     pairs = tiny.encoded_pairs(8, soft=True)
-    problem = fit(Cached, pairs)
-    head, model = problem.items.reward.head, base()
+    problem = fit(pairs)
+    head, model = problem.reward.head, base()
     problem.loss(range(8), 8).backward()
     found, rewards = head.weight.grad.clone(), []
     head.zero_grad()
@@ -129,29 +125,29 @@ def test_a_standardised_pair_differs_by_one():
     assert float(scaled[..., 5].abs().max()) == 0
 
 
-@pytest.mark.parametrize("head", [Correction, LastToken])
-def test_a_live_backbone_gives_what_the_cache_gives_in_any_parts(head):
+@pytest.mark.parametrize("init", ["policy", "scratch"])
+def test_a_live_backbone_gives_what_the_cache_gives_in_any_parts(init):
     """Same rewards, and the same gradients of trunk and head whether a batch fits in one pass or not."""
-    cached, whole = fit(Cached, TRAIN[:9], head=head), fit(Live, TRAIN[:9], head=head)
-    parted = fit(Live, TRAIN[:9], budget=40, head=head)
-    torch.testing.assert_close(whole.items.rewards(range(9)), cached.items.rewards(range(9)), rtol=1e-4, atol=1e-4)
-    assert len(whole.items.parts(range(9))) == 1
-    assert len(parted.items.parts(range(9))) > 3
+    cached, whole = fit(TRAIN[:9], init=init), fit(TRAIN[:9], live=True, init=init)
+    parted = fit(TRAIN[:9], live=True, budget=40, init=init)
+    torch.testing.assert_close(whole.rewards(range(9)), cached.rewards(range(9)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parted.features(range(2, 9)), cached.features(range(2, 9)), rtol=1e-4, atol=1e-4)
+    assert len(whole.parts(range(9))) == 1
+    assert len(parted.parts(range(9))) > 3
     gradients = []
     for problem in (whole, parted):
-        for part in problem.items.parts(range(9)):
+        for part in problem.parts(range(9)):
             problem.loss(part, 9).backward()
-        own = problem.items.reward.trained() | {"head.weight": problem.items.reward.head.weight}
-        gradients.append(torch.cat([p.grad.flatten() for p in own.values() if p.grad is not None]))
+        gradients.append(torch.cat([p.grad.flatten() for p in problem.parameters().values() if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
     assert float(gradients[0].norm()) > 1e-3
 
 
 def test_what_is_constant_for_a_prompt_changes_nothing():
     """The loss with a constant added to both rewards of every pair is the loss without."""
-    problem = fit(Cached, TRAIN[:9])
+    problem = fit(TRAIN[:9])
     before = problem.loss(range(9), 9)
-    problem.items.offset += torch.randn(9, 1)
+    problem.offset += torch.randn(9, 1)
     torch.testing.assert_close(problem.loss(range(9), 9), before)
 
 
@@ -186,7 +182,7 @@ def test_trained_backbones_learn_more_than_nothing(init, backbone):
     assert torch.equal(torch.get_rng_state(), state)
     again = train(settings) if init == "policy" else trained
     assert torch.equal(again.reward(requests(HELD)), trained.reward(requests(HELD)))
-    changed = any(float(p.detach().abs().sum()) > 0 for n, p in trained.reward.trained().items() if "lora_B" in n)
+    changed = any(float(p.detach().abs().sum()) > 0 for n, p in trained.reward.trained_parameters().items() if "lora_B" in n)
     assert changed or backbone == "full"
 
 
@@ -300,7 +296,7 @@ def test_a_loss_that_is_no_number_stops_the_training(monkeypatch):
     epoch = Fit._epoch
 
     def diverge(self, *args):
-        self.items.reward.head.weight.data.fill_(float("nan"))
+        self.reward.head.weight.data.fill_(float("nan"))
         return epoch(self, *args)
 
     monkeypatch.setattr(Fit, "_epoch", diverge)

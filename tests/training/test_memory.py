@@ -156,8 +156,7 @@ def test_weights_gradients_and_optimizer_are_what_there_is(tmp_path, optim, tole
 
 def test_models_of_a_reward_count(tmp_path):
     """Those that a reward holds, also inside a sum, and each once."""
-    from distalign.rewards import WeightedSum
-    from distalign.rewards.exact import ExactReward
+    from distalign.rewards import ExactReward, WeightedSum
 
     target = tiny.model()
     reward = WeightedSum([(str(i), 1.0, ExactReward(target, gamma=1.0, token_budget=99)) for i in range(2)])

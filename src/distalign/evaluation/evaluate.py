@@ -206,7 +206,7 @@ def _standing(bench: Bench, measured: Mapping[str, Measured], reward: Reward | N
             measured[name].values["win_rate"] = 1 - wins["reference", name]
     found = standings(wins, names, {name: one.values["length"] for name, one in measured.items()})
     kind = next(key for key in ("reward", "function", "exact", "endpoint") if getattr(judged_by, key))
-    found["win_rates"] |= {"judge": kind, "facts": judge.facts()}
+    found["win_rates"] |= {"judge": kind, "facts": judge.counters()}
     bench.seconds["judge"] = time.monotonic() - started
     return found
 

@@ -63,7 +63,7 @@ class Actor:
             seed=self.seed,
         )
         self.buffer: Buffer | None = None
-        self._facts = {} if rollout.reward is None else rollout.reward.facts()
+        self._facts = {} if rollout.reward is None else rollout.reward.counters()
         self._start, self._told = 0, -1
         self._seen: list[dict[str, Tensor]] = []
 
@@ -227,7 +227,7 @@ class Actor:
 
     def _reward_facts(self) -> dict[str, float]:
         """What the reward counted in this run; it may have served others before."""
-        facts = {} if self.rollout.reward is None else self.rollout.reward.facts()
+        facts = {} if self.rollout.reward is None else self.rollout.reward.counters()
         return {f"reward/{name}": value - self._facts.get(name, 0.0) for name, value in facts.items()}
 
     # State ------------------------------------------------------------------------------------------------------------
