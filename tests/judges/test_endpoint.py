@@ -58,10 +58,10 @@ def test_a_fifth_of_the_requests_fail_and_nothing_is_lost_or_judged_twice(tmp_pa
         assert [one.probability for one in found] == expected(500) == [one.probability for one in plain]
         assert len(server.answered) == 1000
         assert set(server.answered.values()) == {1}
-        facts = made.counters()
-        assert facts["requests"] == sum(server.asked.values()) > 1150
-        assert facts["answered"] == 1000
-        failed = {key: value for key, value in facts.items() if key.startswith("failed/")}
+        counters = made.counters()
+        assert counters["requests"] == sum(server.asked.values()) > 1150
+        assert counters["answered"] == 1000
+        failed = {key: value for key, value in counters.items() if key.startswith("failed/")}
         assert failed == {
             **{f"failed/HTTP {status}": server.acted[status] for status in (429, 500)},
             "failed/timeout": server.acted[SLOW],

@@ -292,7 +292,7 @@ def test_chats_are_shown_turn_by_turn():
         ("{{ prompt }} {{ first }} {{ secnd }}", "'secnd' is undefined; it may use prompt"),
         ("{{ prompt }} {{ first }}", "it does not show second"),
         ("{{ first }} {{ second }}", "it does not show prompt"),
-        ("{% if %}", "mend the template"),
+        ("{% if %}", "fix the template"),
         ("{{ first.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
     ],

@@ -41,7 +41,7 @@ def remote(**settings) -> EndpointJudge:
     ids=lambda action: f"{action[0]}",
 )
 def test_the_key_is_written_nowhere(action, tmp_path, monkeypatch, caplog, capfd):
-    """Not in files, logs of any level, errors and their causes, facts, answers or reprs: only in the header."""
+    """Not in files, logs of any level, errors and their causes, counters, answers or reprs: only in the header."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.DEBUG)

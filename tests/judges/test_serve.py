@@ -62,9 +62,9 @@ def test_a_real_server_is_asked_once(server, tmp_path):
     settings = EndpointSettings(url=url, model=model, cache=str(tmp_path / "cache.jsonl"), concurrency=2)
     judge, again = EndpointJudge(settings), EndpointJudge(settings)
     found = judge(comparisons)
-    facts = judge.counters()
-    assert facts["requests"] == facts["answered"] >= 4
-    assert facts["tokens"] == sum(one.tokens for one in found) > 400
+    counters = judge.counters()
+    assert counters["requests"] == counters["answered"] >= 4
+    assert counters["tokens"] == sum(one.tokens for one in found) > 400
     assert all(len(one.said) == 2 and one.said[0] for one in found)
     swapped = again([Comparison(one.prompt, one.second, one.first) for one in comparisons])
     assert [one.probability for one in swapped] == [1 - one.probability for one in found]

@@ -182,7 +182,9 @@ def test_trained_backbones_learn_more_than_nothing(init, backbone):
     assert torch.equal(torch.get_rng_state(), state)
     again = train(settings) if init == "policy" else trained
     assert torch.equal(again.reward(requests(HELD)), trained.reward(requests(HELD)))
-    changed = any(float(p.detach().abs().sum()) > 0 for n, p in trained.reward.trained_parameters().items() if "lora_B" in n)
+    changed = any(
+        float(p.detach().abs().sum()) > 0 for n, p in trained.reward.trained_parameters().items() if "lora_B" in n
+    )
     assert changed or backbone == "full"
 
 

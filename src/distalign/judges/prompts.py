@@ -58,7 +58,7 @@ class Template:
         try:
             return environment.from_string(self.text)
         except TemplateError as error:
-            raise JudgeError(f"judge template {self.name}: {error}; mend the template") from None
+            raise JudgeError(f"judge template {self.name}: {error}; fix the template") from None
 
 
 def load_template(name: str) -> Template:

@@ -95,20 +95,22 @@ class UserFunction:
                 f"return one number for each {words.item}",
             )
         for index, value in enumerate(values):
-            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            if not isinstance(value, numbers.Real) or not words.low <= float(value) <= words.high:
                 raise self.error(f"its {words.number_of} {index} is {value!r}", words.advice)
             checked.append(float(value))
         return checked
 
 
 class _Words(NamedTuple):
-    """What messages call the numbers that a function returns, and what they are of."""
+    """What messages call the numbers that a function returns, what they are of, and where they lie."""
 
     numbers: str
     item: str
     number_of: str
     advice: str
     timeout: str
+    low: float
+    high: float
 
 
 _WORDS = {
@@ -118,6 +120,8 @@ _WORDS = {
         "reward of completion",
         "return a finite number for each completion",
         "timeout in the recipe's reward",
+        -sys.float_info.max,
+        sys.float_info.max,
     ),
     "judge": _Words(
         "numbers",
@@ -125,6 +129,8 @@ _WORDS = {
         "answer to prompt",
         "return the probability, between 0 and 1, that the first completion is preferred",
         "judge.timeout",
+        0.0,
+        1.0,
     ),
 }
 
