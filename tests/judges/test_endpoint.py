@@ -117,7 +117,7 @@ def test_equal_questions_are_asked_once(judge):
         assert made([second])[0].probability == 0
         assert sum(server.asked.values()) == 4
     assert [one.probability for one in found] == [1, 0, 1, 0, 0.5]
-    assert found[0].said == ("A", "B")
+    assert found[0].answers == ("A", "B")
     assert found[0].tokens == 200
     assert seen[-1] == (5, 5)
     assert seen == sorted(seen)
@@ -145,7 +145,7 @@ def test_both_orders_cancel_position_bias(judge, answers, probability, first_pos
         made = judge(server)
         (found,) = made(comparisons(1))
     assert found.probability == probability
-    assert found.said == tuple(answers)
+    assert found.answers == tuple(answers)
     assert not found.unparsable
     assert made.counters()["contradictory"] == (answers in ("AA", "BB"))
     assert made.counters().get("first_position") == first_position
@@ -169,7 +169,7 @@ def test_unparsable_answers_are_asked_for_once_more_and_counted(judge):
         assert sum(server.asked.values()) == 2 + 3 * 4
     assert [one.probability for one in found] == [1, 0, 0.5, 0.5]
     assert [one.unparsable for one in found] == [False, False, True, True]
-    assert found[2].said == ("I prefer A.", "I prefer A.")
+    assert found[2].answers == ("I prefer A.", "I prefer A.")
     assert [one.tokens for one in found] == [200, 400, 400, 400]
     assert made.counters()["unparsable"] == again.counters()["unparsable"] == 2
 

@@ -65,7 +65,7 @@ def test_a_real_server_is_asked_once(server, tmp_path):
     counters = judge.counters()
     assert counters["requests"] == counters["answered"] >= 4
     assert counters["tokens"] == sum(one.tokens for one in found) > 400
-    assert all(len(one.said) == 2 and one.said[0] for one in found)
+    assert all(len(one.answers) == 2 and one.answers[0] for one in found)
     swapped = again([Comparison(one.prompt, one.second, one.first) for one in comparisons])
     assert [one.probability for one in swapped] == [1 - one.probability for one in found]
     assert "requests" not in again.counters()

@@ -1,4 +1,4 @@
-"""What is in a file of pairs, told before anything is trained on it."""
+"""What is in a file of pairs, reported before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
 from distalign.data.pairs import Data, Pair, plain_text, prompt_key, read_pairs
 from distalign.data.readers import Source
 from distalign.data.tokenize import EncodedPair, Tokenizer, encode_pairs
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+_TEXTS = ("prompt", "chosen", "rejected")
 BOUNDARY = "⟦prompt | response⟧"
 
 
@@ -99,14 +102,13 @@ def inspect_pairs(
 
 
 def _lengths(data: Data[Pair], encoded: list[EncodedPair] | None) -> dict[str, dict[str, list[int]]]:
-    names = ("prompt", "chosen", "rejected")
-    texts = {name: [plain_text(getattr(row, name)) for row in data] for name in names}
+    texts = {name: [plain_text(getattr(row, name)) for row in data] for name in _TEXTS}
     lengths = {
-        "characters": {name: [len(text) for text in texts[name]] for name in names},
-        "words": {name: [len(text.split()) for text in texts[name]] for name in names},
+        "characters": {name: [len(text) for text in texts[name]] for name in _TEXTS},
+        "words": {name: [len(text.split()) for text in texts[name]] for name in _TEXTS},
     }
     if encoded:
-        lengths["tokens"] = {name: [len(getattr(pair, name)) for pair in encoded] for name in names}
+        lengths["tokens"] = {name: [len(getattr(pair, name)) for pair in encoded] for name in _TEXTS}
     return lengths
 
 
@@ -137,16 +139,12 @@ def _chosen_longer(chosen: list[int], rejected: list[int], keys: list[str]) -> t
 
 
 def _quantiles(values: Sequence[float | int]) -> list[float]:
-    ordered = sorted(map(float, values))
-    places = [q * (len(ordered) - 1) for q in QUANTILES]
-    return [
-        ordered[math.floor(p)] + (p - math.floor(p)) * (ordered[math.ceil(p)] - ordered[math.floor(p)]) for p in places
-    ]
+    return np.quantile(values, QUANTILES).tolist()
 
 
 def _example(row: Pair, tokenizer: Tokenizer | None, encoded: EncodedPair | None) -> dict[str, str]:
     if tokenizer is None or encoded is None:
-        parts = {name: plain_text(getattr(row, name)) for name in ("prompt", "chosen", "rejected")}
+        parts = {name: plain_text(getattr(row, name)) for name in _TEXTS}
     else:
-        parts = {name: tokenizer.decode(getattr(encoded, name)) for name in ("prompt", "chosen", "rejected")}
+        parts = {name: tokenizer.decode(getattr(encoded, name)) for name in _TEXTS}
     return {name: parts["prompt"] + BOUNDARY + parts[name] for name in ("chosen", "rejected")}

@@ -45,13 +45,13 @@ class Comparison:
 class Judgement:
     """`probability` that the first response is preferred, in [0, 1]: 1 and 0 are certain, 0.5 is a tie.
 
-    `said`: what an endpoint answered, with the first response shown first and then with the second. `tokens`: read and
-    written for these answers, those from the cache included, where the server counts them. `unparsable`: an answer was
-    no verdict, which is why this is a tie. Raises ValueError for a probability outside [0, 1].
+    `answers` of an endpoint: with the first response shown first, then with the second. `tokens`: read and written for
+    these answers, those from the cache included, where the server counts them. `unparsable`: an answer was no verdict,
+    which is why this is a tie. Raises ValueError for a probability outside [0, 1].
     """
 
     probability: float
-    said: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
     tokens: int = 0
     unparsable: bool = False
 

@@ -482,16 +482,16 @@ class EndpointJudge:
             counts["identical"] += 1
             return Judgement(0.5)
         forward, backward = (replies[key] for key in keys)
-        said, tokens = (forward.text, backward.text), forward.tokens + backward.tokens
+        answers, tokens = (forward.text, backward.text), forward.tokens + backward.tokens
         for reply in (forward, backward):
             counts["first_shown"] += reply.verdict == 1
             counts["second_shown"] += reply.verdict == 0
         if forward.verdict is None or backward.verdict is None:
             counts["unparsable"] += 1
-            return Judgement(0.5, said, tokens, unparsable=True)
+            return Judgement(0.5, answers, tokens, unparsable=True)
         counts["contradictory"] += forward.verdict == backward.verdict != 0.5
         agree = forward.verdict == 1 - backward.verdict
-        return Judgement(forward.verdict if agree else 0.5, said, tokens)
+        return Judgement(forward.verdict if agree else 0.5, answers, tokens)
 
 
 async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
