@@ -16,7 +16,7 @@ from distalign.lab.rates import falls_like_one_over_n, fit_slope, tune
 from distalign.lab.tabular import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward
 from distalign.lab.tabular import fit_rkl as fit_rkl_table
 from distalign.lab.world import draw, linear_tables, random_tables
-from distalign.methods import DPO, PMLE, Pairs
+from distalign.methods import DPO, PMLE, Pairs, Samples
 from distalign.methods.preference import bradley_terry_nll
 
 GAMMA, RIDGE = 0.5, 1e-3
@@ -82,7 +82,7 @@ def test_newton_finds_what_the_method_minimises(method, tables, counts):
                 rows = policy[:, both[side, pair]], reference[:, both[side, pair]]
                 for context in range(4):
                     row = Pairs(logps=rows[0][context : context + 1], reference_logps=rows[1][context : context + 1])
-                    total = total + times[side, context, pair] * method.loss(row, None)
+                    total = total + times[side, context, pair] * method.loss(row, Samples())
         return total / times.sum()
 
     found = minimised(objective, (4, 6))

@@ -1,4 +1,4 @@
-"""Reward classifiers: sequence-classification models with one label, read as text by their own tokenizer and template."""
+"""Reward classifiers: sequence-classification models with one label, read as text by their own tokenizer."""
 
 from __future__ import annotations
 

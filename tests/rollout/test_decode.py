@@ -11,10 +11,9 @@ from engine_models import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 
 from distalign.errors import InputError
-from distalign.rollout import prefix
+from distalign.rollout import decode
 from distalign.rollout import sample as sampling
-from distalign.rollout.decode import Shared, encode_prompts, shares_prompts
-from distalign.rollout.prefix import close_gaps
+from distalign.rollout.decode import Shared, close_gaps, encode_prompts, shares_prompts
 from distalign.rollout.sample import choose, sample
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
@@ -125,7 +124,7 @@ def test_a_prompt_is_stored_once():
 
 def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
     """If padding were looked at, the check sees it: one warning, and the responses are those of copies."""
-    monkeypatch.setattr(prefix, "_restrict", lambda scores, *_: scores)
+    monkeypatch.setattr(decode, "_restrict", lambda scores, *_: scores)
     model = tiny.model()
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
         assert not shares_prompts(model)

@@ -124,6 +124,7 @@ class Method(ABC):
     theorem: what promises that it reaches π* at 1/n if its β is 0; None where nothing does.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     equation: ClassVar[str]
     source: ClassVar[str]
     optimum: ClassVar[str]

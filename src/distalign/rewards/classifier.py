@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from distalign.models.policy import Source, find_model
+from distalign.models.load import Source, find_model
 from distalign.rewards.base import Request, RewardError, TextResponse, as_text, finite
 
 _CLASSIFIER = "ForSequenceClassification"

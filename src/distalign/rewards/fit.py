@@ -22,7 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches
 from distalign.methods.preference import bradley_terry_nll
-from distalign.models.policy import Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.progress import progress
 from distalign.rewards.base import RewardError
 from distalign.rewards.reward_model import (

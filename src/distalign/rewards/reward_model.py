@@ -33,10 +33,11 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches, score_in_batches
-from distalign.engine.features import Reading, read
 from distalign.engine.forward import evaluating
+from distalign.engine.scoring import Reading, read
 from distalign.methods.preference import induced_reward
-from distalign.models.policy import Lora, Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import Lora, make_policy
 from distalign.rewards.base import Request, RewardError, finite
 from distalign.settings import Count, NotNegative, Positive, Section
 from distalign.stats.intervals import Estimate
