@@ -30,10 +30,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 import distalign
 from distalign.data import EncodedPrompt
 from distalign.methods import RKL
-from distalign.policy import Source, make_policy
-from distalign.recipe_sections import RolloutSettings
-from distalign.rounds import Rollout
-from distalign.trainer import AlignmentTrainer
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
+from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.trainer import AlignmentTrainer
 
 PACKAGE = Path(distalign.__file__).parent
 TOKENS, VOCABULARY, END = 8, 40, 3

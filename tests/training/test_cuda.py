@@ -32,7 +32,6 @@ from distalign.methods import METHODS
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
 from distalign.rollout import decode as decoding
-from distalign.rollout import sample as sampling
 from distalign.rollout.sample import sample
 from distalign.training.trainer import AlignmentTrainer
 
@@ -259,7 +258,7 @@ def test_one_cache_for_all_responses_changes_no_token(family, monkeypatch):
     model, _ = two(family)
     assert decoding.shares_prompts(model)
     responses = sample(model, PROMPTS, **SETTINGS)
-    monkeypatch.setattr(sampling, "shares_prompts", lambda model: False)
+    monkeypatch.setattr(decoding, "shares_prompts", lambda model: False)
     assert sample(model, PROMPTS, **SETTINGS) == responses
     assert sample(model, PROMPTS, **{**SETTINGS, "seed": 4}) != responses
 

@@ -6,40 +6,14 @@ Rows that have ended leave the batch; prompts are batched by length. The distrib
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from distalign.engine.forward import device_of, evaluating
-from distalign.rollout.decode import Encoded, Forked, Shared, close_gaps, encode_prompts, shares_prompts
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are sampled. Raises ValueError for settings out of range."""
-
-    max_new_tokens: int
-    min_new_tokens: int
-    temperature: float
-    top_p: float
-    end_id: int
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise ValueError(
-                f"sample: max_new_tokens is {self.max_new_tokens} and min_new_tokens {self.min_new_tokens}; the first "
-                "must be at least 1 and the second between 0 and the first"
-            )
-        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"sample: temperature is {self.temperature} and top_p {self.top_p}; take ≥ 0 and above 0 up to 1"
-            )
+from distalign.rollout.decode import Sampling, encode_prompts, respond
 
 
 @torch.no_grad()
@@ -76,7 +50,7 @@ def sample(
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             encoded = encode_prompts(model, [prompts[i] for i in batch], end_id)
-            responses = _respond(model, encoded, n, rows, settings, generator)
+            responses = respond(model, encoded, n, rows, settings, generator)
             for position, index in enumerate(batch):
                 results[index] = responses[position * n : (position + 1) * n]
             if progress is not None:
@@ -90,73 +64,3 @@ def _check(prompts: Sequence[list[int]], n: int, rows: int) -> None:
             raise ValueError(f"sample: prompts[{index}] is empty; start it with any token")
     if n < 1 or rows < 1:
         raise ValueError(f"sample: n is {n} and rows {rows}; both must be at least 1")
-
-
-def _respond(
-    model: nn.Module, encoded: Encoded, n: int, rows: int, settings: Sampling, generator: torch.Generator
-) -> list[list[int]]:
-    """`n` responses to each prompt, in order, at most `rows` at once."""
-    kind = Shared if shares_prompts(model) else Forked
-    parts = torch.arange(len(encoded.mask), device=generator.device).repeat_interleave(n).split(rows)
-    responses: list[list[int]] = []
-    for index, parents in enumerate(parts):
-        decoder = kind(encoded, parents, settings.max_new_tokens, again=index < len(parts) - 1)
-        responses += _decode(decoder, encoded.logits[parents], settings, generator)
-    return responses
-
-
-def _decode(
-    decoder: Forked | Shared, logits: Float[Tensor, "rows vocabulary"], settings: Sampling, generator: torch.Generator
-) -> list[list[int]]:
-    """One token per step for each response that has not ended, from the logits of the first token on."""
-    responses: list[list[int]] = [[] for _ in range(len(logits))]
-    alive = torch.arange(len(responses), device=logits.device)
-    for step in range(settings.max_new_tokens):
-        if step < settings.min_new_tokens:
-            logits[:, settings.end_id] = -math.inf
-        tokens = choose(logits, settings.temperature, settings.top_p, generator)
-        for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
-            responses[row].append(token)
-        going = close_gaps(tokens != settings.end_id)
-        if not len(going) or step == settings.max_new_tokens - 1:
-            break
-        if len(going) < len(alive):
-            decoder.keep(going)
-            tokens, alive = tokens[going], alive[going]
-        logits = decoder.step(tokens)
-    return responses
-
-
-def choose(
-    logits: Float[Tensor, "rows vocabulary"], temperature: float, top_p: float, generator: torch.Generator
-) -> Int[Tensor, "rows"]:
-    """A token for each row, from softmax(logits / temperature), cut to the most likely that reach `top_p` together."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, index = probabilities.sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p
-        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(beyond, 0))
-    return _draw(probabilities, generator)
-
-
-def _draw(weights: Float[Tensor, "rows vocabulary"], generator: torch.Generator) -> Int[Tensor, "rows"]:
-    """A token for each row, in proportion to its weight.
-
-    `torch.multinomial` makes a random number for every token of the vocabulary, which on a CPU costs a fifth of a
-    decoding step. Here two for each row do: for the block of 64 tokens, and for the place in the block.
-    """
-    if weights.device.type != "cpu":
-        return torch.multinomial(weights, 1, generator=generator).squeeze(1)
-    spare = -weights.shape[1] % 64
-    blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(1, (-1, 64))
-    block = _invert(blocks.sum(-1), generator)
-    return 64 * block + _invert(blocks[torch.arange(len(blocks)), block], generator)
-
-
-def _invert(weights: Float[Tensor, "rows choices"], generator: torch.Generator) -> Int[Tensor, "rows"]:
-    """A choice for each row, by the inverse of the cumulative distribution."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator)
-    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)

@@ -310,6 +310,7 @@ class RolloutWorker:
         run: RunPass,
     ) -> None:
         self.policy, self.method, self.rollout, self.rows = policy, method, rollout, rows
+        self.needs = method.needs
         self.accumulated, self.token_budget, self.seed = args.gradient_accumulation_steps, token_budget, args.seed
         self.monitor, self.metrics, self.run = monitor, metrics, run
         self.batches = RoundBatches(
@@ -344,7 +345,7 @@ class RolloutWorker:
         drawn = self.round
         drawn.position = step - self._start
         # A run that goes on may find a part of this done.
-        if self.method.needs.reward and "rewards" not in drawn.tensors:
+        if self.needs.reward and "rewards" not in drawn.tensors:
             started = time.perf_counter()
             drawn.add("rewards", self.rollout.rewards(drawn, rows))
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
@@ -356,11 +357,11 @@ class RolloutWorker:
 
     def _several_steps(self, drawn: Round) -> bool:
         """Whether the policy moves while the round is used: then it has to be known what drew the responses."""
-        return self.batches.batches_of(drawn.indices) > self.accumulated or self.method.needs.values
+        return self.batches.batches_of(drawn.indices) > self.accumulated or self.needs.values
 
     def _score(self, drawn: Round) -> None:
         """Log-probabilities of the responses where they are needed: of what drew them, and of the reference."""
-        needs, several = self.method.needs, self._several_steps(drawn)
+        needs, several = self.needs, self._several_steps(drawn)
         behavior = several and "behavior_token_logps" not in drawn.tensors
         # With the full KL of a single step its own pass says what is logged of the reference.
         reference = (several or not needs.kl) and "reference_token_logps" not in drawn.tensors
@@ -394,7 +395,7 @@ class RolloutWorker:
     def collect(self, indices: Sequence[int], step: int) -> list[PromptGroup]:
         """The drawn responses of these rows with their constants; fresh ones beside them if the policy has moved."""
         assert self.round is not None
-        needs, drawn = self.method.needs, self.round
+        needs, drawn = self.needs, self.round
         places = [drawn.find(index) for index in indices]
         fresh: list[list[list[int]]] = [[] for _ in places]
         if needs.samples and step > self._start and self.rollout.settings.stale == "resample":

@@ -102,6 +102,7 @@ class AlignmentTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
+        self.needs = method.needs
         self.rollout, self.on_policy = rollout, is_on_policy(method)
         check_arguments(label, args)
         check_needs(label, method, reference=policy.reference is not None, rollout=rollout)
@@ -176,7 +177,7 @@ class AlignmentTrainer(Trainer):
         for micro in batch.micro_batches(self.token_budget):
             with self.enough_memory(micro):
                 scores = self.score(micro.groups)
-                pairs, samples = micro.inputs(scores, self.method.needs, self.pairing)
+                pairs, samples = micro.inputs(scores, self.needs, self.pairing)
                 loss = self.method.loss(pairs, samples) * micro.weight
                 self.accelerator.backward(loss)
             self.record(micro, scores, pairs, samples)
@@ -189,8 +190,8 @@ class AlignmentTrainer(Trainer):
         `step_prompts` is the number of prompts of the optimizer step, over all its batches.
         """
         prompts: list[PromptGroup] = []
-        if self.method.needs.pairs == "labelled":
-            prompts = self.labelled(rows, reference=self.method.needs.reference)
+        if self.needs.pairs == "labelled":
+            prompts = self.labelled(rows, reference=self.needs.reference)
         if self.worker is not None:
             with self.kept_if_it_fails():
                 self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
@@ -200,7 +201,7 @@ class AlignmentTrainer(Trainer):
 
     def score(self, groups: Sequence[Group]) -> Scores:
         """One pass of the policy over some groups, with what the method's loss reads of it."""
-        needs, policy = self.method.needs, self.policy
+        needs, policy = self.needs, self.policy
         return self.run(
             lambda: score(
                 policy.model,
@@ -232,7 +233,7 @@ class AlignmentTrainer(Trainer):
 
     def record(self, micro: MicroBatch, scores: Scores, pairs: Pairs, samples: Samples) -> None:
         """Take from a pass what the next log line says."""
-        needs = self.method.needs
+        needs = self.needs
         if needs.pairs == "labelled":
             self.metrics.add(pair_metrics(self.method, pairs), len(micro.prompts))
         if needs.samples and not needs.values and "behavior_token_logps" in micro.prompts[0].constants:
