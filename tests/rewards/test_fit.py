@@ -14,7 +14,7 @@ from distalign.engine import Group, score
 from distalign.engine.scoring import read
 from distalign.methods.preference import bradley_terry_nll
 from distalign.models.load import Source
-from distalign.models.targets import Tilt
+from distalign.models.targets import with_logit_bias
 from distalign.rewards import Request, RewardError, RewardTraining, TrainedReward, train_reward
 from distalign.rewards.fit import Fit, make_fit, measure
 from distalign.rewards.reward_model import Correction, LastToken, new_head
@@ -165,8 +165,9 @@ def test_it_learns_what_the_pairs_prefer(init):
     best = min(row["held_nll"] for row in trained.history)
     assert found["nll"].mean == pytest.approx(best, abs=1e-5 if init == "scratch" else 0.02)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = train({"init": init}, pairs=tiny.encoded_pairs(200), model=model)
-    assert torch.equal(again.reward.head.weight, trained.reward.head.weight)
+    if init == "policy":
+        again = train({"init": init}, pairs=tiny.encoded_pairs(200), model=model)
+        assert torch.equal(again.reward.head.weight, trained.reward.head.weight)
 
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
@@ -192,8 +193,6 @@ def test_it_recovers_the_order_of_a_known_target():
     """Every response of one or two tokens over 6 words: the learned reward orders them nearly as γ ln π* does."""
     model, gamma = base(vocab_size=8, eos_token_id=7, pad_token_id=0), 0.5
     bias = torch.tensor([0.0, 3.0, 0.0, -3.0, 0.0, 2.0, 0.0, 0.0])
-    from distalign.models.targets import with_logit_bias
-
     target = with_logit_bias(model, bias)
     responses = [[*own, 7] for own in [[a] for a in range(6)] + [[a, b] for a in range(6) for b in range(6)]]
     group = Group([1, 2, 6], responses)
@@ -311,23 +310,3 @@ def test_the_settings_gamma_comes_before_the_targets():
     assert train({"gamma": 0.7, "epochs": 1}).reward.gamma == 0.7
     assert train({"epochs": 1}).reward.gamma == 0.3
     assert train({"init": "scratch", "epochs": 1}).reward.gamma is None
-
-
-def test_a_known_target_trains_a_reward_closer_to_it():
-    """Pairs labelled by a tilt: R̂ agrees with γ ln π* on held-out pairs better than γ ln π₀ does."""
-    from distalign.models.targets import make_pairs
-
-    model, tokenizer = base(), tiny.tokenizer()
-    tilt = Tilt(("happy", "kind", "warm"), bonus=3.0)
-    prompts = [pair.prompt for pair in tiny.encoded_pairs(40)]
-    drawing = {"gamma": 0.5, "strengths": [0.0, 0.5, 1.0, 1.5], "temperature": 1.0, "max_new_tokens": 8}
-    drawn, held = (
-        make_pairs(tilt, model, tokenizer, prompts, n=n, token_budget=4096, seed=seed, **drawing)
-        for n, seed in ((300, 0), (150, 1))
-    )
-    trained = train(pairs=drawn.pairs, held=held.pairs, model=model, gamma=0.5)
-    rewards = trained.reward(requests(held.pairs)).view(-1, 2)
-    found = correlation(rewards[:, 0] - rewards[:, 1], held.logit)
-    start = correlation(held.reference_logps[:, 0] - held.reference_logps[:, 1], held.logit)
-    assert found > 0.7
-    assert start < 0.5

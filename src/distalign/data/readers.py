@@ -169,7 +169,7 @@ def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record
         yield where, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
-def _cell(name: str, cell: str) -> Any:
+def _cell(name: str, cell: str) -> object:
     """A CSV cell: numbers in the columns that hold numbers, message lists where the text is one in JSON."""
     if name in NUMBERS:
         try:
