@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from distalign import cli
 from distalign.engine import Group, score
 from distalign.errors import InputError
-from distalign.evaluation import answers, evaluate, load_evaluation
-from distalign.evaluation.settings import _named
+from distalign.evaluation import answers
+from distalign.evaluation.evaluate import evaluate
+from distalign.evaluation.settings import _named, load_evaluation
 from distalign.evaluation.win_rates import all_opponents, standings
 from distalign.models.targets import Tilt
 
@@ -223,7 +224,6 @@ def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
         evaluate(made)
     assert drawn == ["reference", "moved"]
     stops.clear()
-    # The prompts that the reference read are gone with the process.
     assert flat(evaluate(made)["methods"]) == pytest.approx(flat(whole["methods"]), rel=1e-5)
     assert drawn == ["reference", "moved", "adapted"]
 
@@ -241,7 +241,7 @@ def test_what_is_in_the_folder_is_not_overwritten(place, tmp_path):
 
 def answers_source(path):
     """Where a policy is read from."""
-    from distalign.models.policy import find_model
+    from distalign.models.load import find_model
 
     return find_model(str(path))
 
@@ -277,7 +277,7 @@ def test_settings_that_cannot_be_run_are_refused(lines, message, place, tmp_path
     """Before any weights are loaded."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "tell me about tea"}\n{"prompt": "tell me about rain"}\n')
     (tmp_path / "bad.yaml").write_text(f"model: {place}/model\noutput_dir: {tmp_path}\n{lines}")
-    monkeypatch.setattr("distalign.models.policy.Source.model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError) as error:
         evaluate(load_evaluation(tmp_path / "bad.yaml", [], []))
     assert message in str(error.value)

@@ -66,7 +66,7 @@ def data_check(
     tokenizer = None
     if model is not None:
         quiet()
-        from distalign.models.policy import find_model
+        from distalign.models.load import find_model
 
         found = find_model(model)
         tokenizer, max_length = found.tokenizer(), max_length or found.max_length()

@@ -26,7 +26,7 @@ from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.settings import Evaluation
 from distalign.judges import check_judge
-from distalign.models.policy import Source, find_model, weights_digest
+from distalign.models.load import Source, find_model, weights_digest
 from distalign.models.targets import Target, Tilt, target_prompts
 from distalign.rewards import Reward, check_rewards, make_reward
 

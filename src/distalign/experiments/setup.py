@@ -32,12 +32,12 @@ from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task
 from distalign.experiments.recipe import Recipe
-from distalign.models.policy import Source, find_model
+from distalign.models.load import Source, find_model
 from distalign.models.targets import Target, TargetPairs, Tilt, make_pairs, target_prompts
 from distalign.progress import progress
 from distalign.rewards import Reward, check_rewards
 from distalign.rollout.sample import sample
-from distalign.training.rounds import acts
+from distalign.training.rounds import is_on_policy
 
 logger = logging.getLogger("distalign.experiments.setup")
 
@@ -205,7 +205,7 @@ def _prompts_to_answer(
     """The prompts of the training pairs, each once, and those of `data.prompts`, if a method answers prompts at all."""
     settings = recipe.data
     assert settings is not None
-    if not any(acts(recipe.method(name)) for name in recipe.methods):
+    if not any(is_on_policy(recipe.method(name)) for name in recipe.methods):
         return []
     found = {tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in train}
     if settings.prompts is not None:
@@ -255,7 +255,7 @@ def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, m
     train_prompts, held_prompts = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
     _check_ids(source, [*train_prompts, *held_prompts])
     _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
-    if any(acts(recipe.method(name)) for name in recipe.methods):
+    if any(is_on_policy(recipe.method(name)) for name in recipe.methods):
         _check_room(source, train_prompts, _longest_rollout(recipe), "rollout.max_new_tokens")
     if measured:
         _check_held_out(held_prompts, settings.eval_pairs)
