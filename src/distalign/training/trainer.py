@@ -196,7 +196,7 @@ class AlignmentTrainer(Trainer):
             with self.kept_if_it_fails():
                 self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
             drawn = self.worker.collect(indices, self.state.global_step)
-            prompts = [merge(pair, own) for pair, own in zip(prompts, drawn, strict=True)] if prompts else drawn
+            prompts = [merge(*both) for both in zip(prompts, drawn, strict=True)] if prompts else drawn
         return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
 
     def score(self, groups: Sequence[Group]) -> Scores:
