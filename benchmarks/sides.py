@@ -155,7 +155,7 @@ class _Lengths:
     def __call__(self, requests: Sequence[Request]) -> torch.Tensor:
         return torch.tensor([float(len(set(own))) for request in requests for own in request.responses])
 
-    def facts(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """Nothing to tell."""
         return {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,11 @@ from distalign.cli.shared import (
     write_json,
     write_markdown,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from distalign.data import Inspection
 
 
 def report(
@@ -71,13 +76,46 @@ def data_check(
         found = find_model(model)
         tokenizer, max_length = found.tokenizer(), max_length or found.max_length()
     inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
-    print_rich(inspection.render())
+    print_rich(describe_pairs(inspection))
     write_json(json_path, inspection.to_json())
     if inspection.too_long:
         refuse(
             f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "
             "without them: --set data.too_long=drop"
         )
+
+
+def describe_pairs(found: Inspection) -> Group:
+    """What was found in pairs, for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from distalign.data.inspect import QUANTILES
+
+    table = Table(title=found.source, show_header=False, title_justify="left")
+    prompt = "cut from the responses" if found.implicit_prompt else "a column of its own"
+    table.add_row("format", f"{found.format}, prompt: {prompt}")
+    table.add_row("pairs", f"{found.pairs:,} of {found.rows:,} rows ({found.ties:,} ties)")
+    table.add_row("prompts", f"{found.prompts:,} different ({found.same_prompts:,} rows repeat one)")
+    table.add_row("repeated pairs", f"{found.same_pairs:,}, and {found.swapped_pairs:,} with the opposite label")
+    if found.chosen_longer is not None and found.chosen_longer_se is not None:
+        rate = f"{100 * found.chosen_longer:.1f} ± {196 * found.chosen_longer_se:.1f} % (95 %, in {found.length_unit})"
+        table.add_row("chosen is longer", rate)
+    if found.soft_labels:
+        table.add_row("soft labels", f"{found.soft_label_count:,}, median p_chosen {found.soft_labels[2]:.3f}")
+    if found.rewards:
+        table.add_row("rewards", f"{found.rewards:,} pairs")
+    if found.too_long is not None:
+        table.add_row("too long", f"{found.too_long:,} pairs exceed max_length")
+    if found.extra_columns:
+        table.add_row("other columns", ", ".join(found.extra_columns))
+    lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
+    for unit, columns in found.lengths.items():
+        for column, values in columns.items():
+            lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
+    examples = [Text(f"\n{name}:\n{text}") for name, text in found.example.items()]
+    return Group(table, lengths, *examples)
 
 
 def list_methods(json_path: JsonOption = None) -> None:

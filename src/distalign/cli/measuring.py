@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +19,11 @@ from distalign.cli.shared import (
     refuse,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from distalign.stats.calibration import Calibration
 
 
 def evaluate(
@@ -137,8 +142,26 @@ def calibrate(
     labels = scores.logps.new_tensor([1.0 if pair.probability is None else pair.probability for pair in encoded])
     with _about(pairs):
         found = fit(scores.logps.view(-1, 2), labels)
-    print_rich(found.table())
+    print_rich(calibration_table(found))
     write_json(json_path, found.to_json())
+
+
+def calibration_table(found: Calibration) -> Table:
+    """The numbers for a terminal, with what they mean below."""
+    from rich.table import Table
+
+    from distalign.stats.calibration import COIN
+
+    table = Table(title=f"Calibration on {found.pairs} held-out pairs", caption="\n".join(found.meaning))
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_row("γ (95 %)", f"{found.gamma.mean:.3g} [{found.gamma.low:.3g}, {found.gamma.high:.3g}]")
+    table.add_row("NLL at γ, nats per pair", f"{found.nll.mean:.4f} ± {found.nll.se:.4f}")
+    table.add_row("NLL at γ = 0 (a coin)", f"{COIN:.4f}")
+    table.add_row("accuracy", f"{100 * found.accuracy.mean:.1f} ± {100 * found.accuracy.se:.1f} %")
+    table.add_row("calibration error (ECE)", f"{found.ece:.3f}, by chance {found.ece_floor:.3f}")
+    table.add_row("median |γ Δ ln π|, nats", f"{found.median_logit:.3g}")
+    return table
 
 
 @contextmanager

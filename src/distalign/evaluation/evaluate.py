@@ -39,7 +39,7 @@ from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.rewards import Reward
 from distalign.stats.calibration import calibrate
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -203,7 +203,7 @@ def _standing(bench: Bench, measured: Mapping[str, Measured], reward: Reward | N
             measured[name].values["win_rate"] = 1 - wins["reference", name]
     found = standings(wins, names, {name: one.values["length"] for name, one in measured.items()})
     kind = next(key for key in ("reward", "function", "exact", "endpoint") if getattr(judged_by, key))
-    found["win_rates"] |= {"judge": kind, "facts": judge.facts()}
+    found["win_rates"] |= {"judge": kind, "facts": judge.counters()}
     bench.seconds["judge"] = time.monotonic() - started
     return found
 

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.stats.metrics import student_quantile
+from distalign.stats.intervals import student_quantile
 
 __all__ = ["Band", "BestOfN", "Point", "best_of_n", "check_coefficients", "default_grid", "predict"]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from distalign.judges.settings import JudgeSettings
+from distalign.judges import JudgeSettings
 from distalign.models.targets import TargetSettings
 from distalign.rewards import RewardSettings
 from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings, several

@@ -14,7 +14,7 @@ from torch import Tensor
 from distalign.data import EncodedPrompt, Text
 from distalign.judges import Comparison, Ids, Judge
 from distalign.progress import progress
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
 
 logger = logging.getLogger("distalign.evaluation")

@@ -31,7 +31,7 @@ from distalign.lab.fit import Features, fit_pd, fit_pd_hard, fit_pmle, fit_rewar
 from distalign.lab.shown import Claim, Panel, Shown, Table, with_errors
 from distalign.lab.tables import Tables, draw, linear_tables
 from distalign.progress import Advance
-from distalign.stats.metrics import mean_and_se, paired_difference
+from distalign.stats.intervals import mean_and_se, paired_difference
 
 Policies = Float[Tensor, "worlds contexts responses"]
 Rewards = Float[Tensor, "_ contexts responses reward_features"]

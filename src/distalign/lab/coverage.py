@@ -18,7 +18,7 @@ from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tables import Tables, draw, linear_tables
 from distalign.progress import Advance
 from distalign.settings import Count
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 _LABELS = {"pmle": "PMLE", "rkl": "RKL"}
 

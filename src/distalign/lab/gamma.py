@@ -21,7 +21,7 @@ from distalign.lab.tables import Tables, draw, random_tables
 from distalign.methods.preference import induced_logps, preference_logit, preference_nll
 from distalign.progress import Advance
 from distalign.settings import Count
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
 
