@@ -39,7 +39,7 @@ from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
 from distalign.models.policy import Policy
 from distalign.progress import progress
-from distalign.training.checkpoint import load_worker, save_worker
+from distalign.training.checkpoint import load_reference, load_worker, save_reference, save_worker
 from distalign.training.health import HealthSettings, Monitor
 from distalign.training.prompts import (
     Batch,
@@ -114,7 +114,7 @@ class AlignmentTrainer(Trainer):
             policy.disable_dropout()
         if method.needs.values:
             policy.add_value_head()
-        self.rows = list(train_rows)
+        self.rows: list[Any] = list(train_rows)
         # The forward that accelerate wraps in its autocast; it is put back after training.
         self._own_forward = vars(policy.model).get("forward")
         super().__init__(
@@ -336,6 +336,8 @@ class AlignmentTrainer(Trainer):
         if self.worker is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             load_worker(self.worker, checkpoint, state.global_step)
+        if self._remembers_reference:
+            self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # The one private method of transformers that is overridden: a checkpoint must be whole before older ones go.
@@ -343,6 +345,12 @@ class AlignmentTrainer(Trainer):
         folder = self._folder / f"checkpoint-{self.state.global_step}"
         if self.worker is not None and folder.is_dir():
             save_worker(self.worker, folder, self.state.global_step)
+        if self._remembers_reference and folder.is_dir():
+            save_reference(self.rows, self.reference_cache, folder)
+
+    @property
+    def _remembers_reference(self) -> bool:
+        return self.needs.pairs == "labelled" and self.needs.reference
 
     def _save_now(self) -> str:
         self._save_checkpoint(self.model_wrapped, trial=None)
