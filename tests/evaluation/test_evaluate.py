@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from distalign import cli
 from distalign.engine import Group, score
 from distalign.errors import InputError
-from distalign.evaluation import answers, evaluate, load_evaluation
-from distalign.evaluation.settings import _named
+from distalign.evaluation import answers
+from distalign.evaluation.evaluate import evaluate
+from distalign.evaluation.settings import _named, load_evaluation
 from distalign.evaluation.win_rates import all_opponents, standings
 from distalign.models.targets import Tilt
 
@@ -223,7 +224,6 @@ def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
         evaluate(made)
     assert drawn == ["reference", "moved"]
     stops.clear()
-    # The prompts that the reference read are gone with the process.
     assert flat(evaluate(made)["methods"]) == pytest.approx(flat(whole["methods"]), rel=1e-5)
     assert drawn == ["reference", "moved", "adapted"]
 

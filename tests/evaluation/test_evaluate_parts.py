@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from torch.nn import functional as F
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, score
@@ -55,53 +51,9 @@ def test_a_folder_that_was_being_written_again_is_not_believed(tmp_path, monkeyp
     assert load_answers(tmp_path, "a", "key") is None
 
 
-@pytest.mark.parametrize(("dtype", "keep"), [("float32", 2**30), ("bfloat16", 0)])
-def test_rounded_logits_are_not_kept(dtype, keep, monkeypatch):
-    """In half precision the head's logits are coarser than products of its states, which are taken in float32."""
-    asked, real = [], answers.sample_in_batches
-
-    def noted(*given, **settings):
-        asked.append(settings["keep"])
-        return real(*given, **settings)
-
-    monkeypatch.setattr(answers, "sample_in_batches", noted)
-    policy, reference = (tiny.model().to(getattr(torch, dtype)) for _ in range(2))
-    made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4)
-    answers.draw_answers("a", "key", policy, made, [[5, 6], [7]], [], end_id=3, reference=reference)
-    assert asked == [keep]
-
-
-def multiply_the_head(model):
-    """Let the model multiply its head's weight itself, so that nobody who watches the head sees its states."""
-
-    @functools.wraps(model.forward)
-    def forward(input_ids, logits_to_keep=0, **settings):
-        out = model.model(input_ids=input_ids, **settings)
-        logits = F.linear(out.last_hidden_state[:, -logits_to_keep:], model.lm_head.weight)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=out.past_key_values)
-
-    model.forward = forward
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("head", ["plain", "not scaled", "not called"])
-def test_answers_come_with_their_own_scores(head, threads, monkeypatch):
-    """Prompts of several lengths in several batches, two answers each: every score is that of its response.
-
-    Also where the configuration names a scaling of logits that the model does not apply, with none of them kept, and
-    where the model multiplies its head's weight by itself. With several threads batches are scored beside the drawing.
-    """
-    monkeypatch.setattr(answers, "_LOGITS", 0)
-    asked, real = [], answers.sample_in_batches
-    monkeypatch.setattr(
-        answers, "sample_in_batches", lambda *a, **settings: asked.append(settings) or real(*a, **settings)
-    )
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+def test_answers_come_with_their_own_scores():
+    """Prompts of several lengths in several batches, two answers each: every score is that of its response."""
     policy, reference = tiny.model(initializer_range=0.3).double(), tiny.model().double()
-    if head == "not scaled":
-        policy.config.logits_scaling = 4.0
-    if head == "not called":
-        multiply_the_head(policy)
     prompts = [[5, 6, 9, 11], [7], [8, 4, 5], [9, 9], [12, 4, 6, 7, 8]]
     made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, samples=2, rows=4, temperature=0.7)
     one = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=reference)
@@ -112,25 +64,9 @@ def test_answers_come_with_their_own_scores(head, threads, monkeypatch):
     for name, values in {"logps": expected.logps, "entropy": expected.step_entropy, "kl": expected.step_kl}.items():
         whole = values if name == "logps" else values.sum(-1)
         torch.testing.assert_close(one.scores[name], whole, rtol=0, atol=1e-9, msg=name)
-    assert [settings["behind"] for settings in asked] == [threads == 2]
-
-
-@pytest.mark.parametrize("case", ["apart", "one configuration", "autocast", "inference mode"])
-def test_what_cannot_run_in_two_threads_does_not(case, monkeypatch):
-    """Attention is set in a configuration, and autocast and inference mode are a thread's own."""
-    asked, real = [], answers.sample_in_batches
-    monkeypatch.setattr(
-        answers, "sample_in_batches", lambda *given, **settings: asked.append(settings) or real(*given, **settings)
-    )
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    policy, reference = tiny.model(), tiny.model()
-    if case == "one configuration":
-        reference = type(policy)(policy.config).eval()
-    made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, rows=1)
-    modes = {"autocast": torch.autocast("cpu", torch.bfloat16), "inference mode": torch.inference_mode()}
-    with modes.get(case, nullcontext()):
-        answers.draw_answers("a", "key", policy, made, [[5, 6], [7], [8]], [], end_id=3, reference=reference)
-    assert [settings["behind"] for settings in asked] == [case == "apart"]
+    own = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=policy)
+    assert own.responses == one.responses
+    assert own.scores["kl"].tolist() == [0.0] * 10
 
 
 class Lookup:

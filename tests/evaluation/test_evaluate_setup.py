@@ -9,7 +9,9 @@ import shutil
 import pytest
 
 from distalign.errors import InputError
-from distalign.evaluation import evaluate, load_evaluation, run
+from distalign.evaluation import evaluate as run
+from distalign.evaluation.evaluate import evaluate
+from distalign.evaluation.settings import load_evaluation
 from distalign.evaluation.setup import prepare
 from distalign.models.policy import Source
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from enumeration import Enumeration
 
-from distalign.evaluation import Evaluation, forecast
+from distalign.evaluation.forecast import forecast
 from distalign.evaluation.frontier import predict_frontier
 from distalign.evaluation.frontier_estimates import best_of_n, default_grid, mean_band, predict
+from distalign.evaluation.settings import Evaluation
 from distalign.lab.exact import divergence, entropy, optimum
 from distalign.lab.world import random_tables
 

@@ -40,8 +40,8 @@ def evaluate(
     flags = {"model": model, "prompts": prompts, "pairs": pairs}
     extra = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value]
     quiet()
-    from distalign.evaluation import evaluate as run
-    from distalign.evaluation import load_evaluation
+    from distalign.evaluation.evaluate import evaluate as run
+    from distalign.evaluation.settings import load_evaluation
     from distalign.report import results_table, write_report
 
     settings = load_evaluation(recipe, [*extra, *(set_ or [])], policies or [])
@@ -82,7 +82,8 @@ def frontier(
     extra = [f"{key}={json.dumps(value)}" for key, value in flags.items() if value]
     weights, entropies = _numbers("--betas", betas), _numbers("--gammas", gammas)
     quiet()
-    from distalign.evaluation import forecast, load_evaluation
+    from distalign.evaluation.forecast import forecast
+    from distalign.evaluation.settings import load_evaluation
 
     settings = load_evaluation(recipe, [*extra, f"samples={samples}", *(set_ or [])], [])
     try:

@@ -98,7 +98,6 @@ def _answers(bench: Bench) -> dict[str, Answers]:
     """Of every policy, from its folder or drawn and scored now; the reference comes first."""
     settings, folder = bench.settings, bench.settings.run_dir / "policies"
     found: dict[str, Answers] = {}
-    read = None
     for name, source in bench.sources.items():
         started = time.monotonic()
         base = bench.sources["reference"]
@@ -109,12 +108,10 @@ def _answers(bench: Bench) -> dict[str, Answers]:
             found[name] = kept
             continue
         model = bench.base if name == "reference" else load(bench, source)
-        asked: dict[str, Any] = {"end_id": bench.end_id, "reference": bench.base, "read": read}
-        asked["keep_read"] = len(bench.sources) > 1
-        found[name] = draw_answers(name, key, model, settings, bench.ids, bench.groups, **asked)
+        found[name] = draw_answers(
+            name, key, model, settings, bench.ids, bench.groups, end_id=bench.end_id, reference=bench.base
+        )
         found[name].save(folder / name)
-        if name == "reference":
-            read, found[name].read = found[name].read, None
         del model
         bench.seconds[f"answers of {name}"] = time.monotonic() - started
     return found
