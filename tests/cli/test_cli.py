@@ -242,8 +242,10 @@ def test_a_tokenizer_of_another_model_is_refused(distalign, place):
 @pytest.mark.parametrize("name", ["pd", "rkl", "rebel", "rlhf"])
 def test_a_method_without_its_reward_is_refused_first(distalign, monkeypatch, name):
     """Before anything of the model is read."""
-    for door in ("experiment", "comparison"):
-        monkeypatch.setattr(f"distalign.{door}.prepare", lambda *_, **__: pytest.fail("the model was read"))
+    for module in ("train", "compare"):
+        monkeypatch.setattr(
+            f"distalign.experiments.{module}.load_setup", lambda *_, **__: pytest.fail("the model was read")
+        )
     for command in (("compare", "tiny.yaml", "--methods", name), ("train", "tiny.yaml", "--method", name)):
         refused(distalign(*command, "--set", f"methods.{name}={{}}"), name, "needs a reward for the responses")
 
@@ -256,8 +258,10 @@ def test_train_wants_one_method(distalign):
 
 def test_going_on_needs_a_checkpoint(distalign, monkeypatch):
     """Said before the model is read."""
-    for door in ("experiment", "comparison"):
-        monkeypatch.setattr(f"distalign.{door}.prepare", lambda *_, **__: pytest.fail("the model was read"))
+    for module in ("train", "compare"):
+        monkeypatch.setattr(
+            f"distalign.experiments.{module}.load_setup", lambda *_, **__: pytest.fail("the model was read")
+        )
     refused(distalign("train", "own.yaml", "--method", "pmle", "--resume"), "holds no checkpoint to continue from")
 
 

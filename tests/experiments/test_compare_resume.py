@@ -38,9 +38,9 @@ def trained(monkeypatch):
     seen = []
     real = comparison.train_method
 
-    def note(bench, name, folder, *, resume=False):
-        seen.append((bench.seed, name, resume))
-        return real(bench, name, folder, resume=resume)
+    def note(setup, name, folder, *, resume=False):
+        seen.append((setup.seed, name, resume))
+        return real(setup, name, folder, resume=resume)
 
     monkeypatch.setattr(comparison, "train_method", note)
     return seen

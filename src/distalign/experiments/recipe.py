@@ -177,6 +177,11 @@ class Recipe(Section):
         return {**self.training, **self._entry(name).get("training", {})}
 
     @property
+    def target_gamma(self) -> float | None:
+        """The known target's sharpness."""
+        return None if self.target is None else self.target.gamma
+
+    @property
     def run_dir(self) -> Path:
         """The run's folder, output_dir/name."""
         return Path(self.output_dir) / self.name
