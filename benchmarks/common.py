@@ -17,7 +17,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from distalign.engine import Group
-from distalign.models.policy import find_model
+from distalign.models.load import find_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

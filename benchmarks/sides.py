@@ -24,10 +24,11 @@ from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, check, micro_batches, score, score_in_batches
 from distalign.engine.forward import encode
 from distalign.engine.lm_head import score_rows
+from distalign.engine.memory import set_recompute
 from distalign.engine.packing import frame
-from distalign.engine.recompute import set_recompute
 from distalign.methods import DPO, RKL
-from distalign.models.policy import Policy, Source
+from distalign.models.load import Source
+from distalign.models.policy import Policy
 from distalign.rewards import Request
 from distalign.training.rounds import Rollout, RolloutSettings
 from distalign.training.trainer import AlignmentTrainer

@@ -10,7 +10,8 @@ from transformers import TrainingArguments
 
 from distalign.data import EncodedPrompt, Prompt
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
-from distalign.models.policy import Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.training.rounds import Rollout, RolloutSettings
 from distalign.training.trainer import AlignmentTrainer
 

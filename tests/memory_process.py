@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 from distalign.data import EncodedPair
 from distalign.engine import check
 from distalign.methods import PMLE
-from distalign.models.policy import Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
@@ -51,8 +52,8 @@ def main(budget: int, what: str, folder: str) -> dict:
     check(policy.model)
     gc.collect()
     if what == "limit":
-        room = status("VmSize") + 400_000_000
-        resource.setrlimit(resource.RLIMIT_AS, (room, room))
+        most = status("VmSize") + 400_000_000
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         try:
             trainer.train()
         except TrainingError as error:
@@ -61,9 +62,9 @@ def main(budget: int, what: str, folder: str) -> dict:
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     trainer.train()
-    assert trainer.room is not None
-    memory = trainer.room.memory
-    return {"grown": status("VmHWM") - before, "needs": memory.needs(memory.tokens), "tokens": memory.tokens}
+    memory = trainer.memory
+    assert memory is not None
+    return {"grown": status("VmHWM") - before, "needed": memory.needed(memory.tokens), "tokens": memory.tokens}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 EVIL = "<script>alert('x')</script>\"'&"
 METHODS = ("pmle", "rkl", EVIL)
@@ -19,8 +20,59 @@ def interval(mean, half=0.2):
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def difference(mean, low, high, n=48):
+    """A paired difference with its interval and count."""
+    return {"mean": mean, "low": low, "high": high, "n": n}
+
+
+COMPARISON = {
+    "name": "quickstart",
+    "title": "A known target",
+    "seeds": [0],
+    "columns": [
+        {"key": "forward_kl", "label": "KL(π*‖π)", "unit": "nats", "better": "lower", "about": "Distance."},
+        {"key": "accuracy", "label": "accuracy", "unit": None, "better": "higher", "about": "Share of pairs."},
+        {"key": "entropy", "label": "entropy", "unit": "nats", "better": None, "about": "Spread."},
+    ],
+    "methods": {
+        "target": {"forward_kl": number(0.0, 0.0, 48), "accuracy": number(0.789, 0.036, 128)},
+        "reference": {"forward_kl": number(10.9, 0.9, 48), "accuracy": number(0.656, 0.042, 128)},
+        "pmle": {
+            "forward_kl": number(5.97, 0.53, 48),
+            "accuracy": number(0.758, 0.012, 128),
+            "entropy": number(40, 1, 48),
+        },
+        "dpo": {
+            "forward_kl": number(10.4, 0.8, 48),
+            "accuracy": number(0.705, 0.04, 128),
+            "entropy": number(29, 2, 48),
+        },
+    },
+    "paired": {
+        "pmle": {"forward_kl": difference(-4.93, -6.21, -3.7), "accuracy": difference(0.102, 0.03, 0.17, 128)},
+        "dpo": {"forward_kl": difference(-0.5, -1.6, 0.6), "accuracy": difference(0.049, -0.02, 0.12, 128)},
+    },
+    "curves": {
+        name: [
+            {"seed": 0, "step": step, "forward_kl": number(10.9 - rate * step, 0.8, 24), "eval_loss": 0.8 - step / 99}
+            for step in (0, 8, 16)
+        ]
+        for name, rate in (("pmle", 0.3), ("dpo", 0.05))
+    },
+    "kept_step": {"pmle": [16], "dpo": [8]},
+    "calibration": {
+        "pmle": [{"predicted": 0.05, "observed": 0.11, "n": 31}, {"predicted": 0.9, "observed": 0.8, "n": 9}]
+    },
+    "pairs": {"train": 320, "held_out": 128, "median_logit": 1.0},
+    "settings": {"model": "tiny", "methods": {"pmle": {"gamma": 0.15}}},
+    "environment": {"torch": "2.9.1"},
+    "seconds": {"data": 120.0, "pmle": 150.0},
+    "citation": "arXiv 2506.01523",
+}
+
+
 def evaluation():
-    """The content of results.json of an evaluation that found everything."""
+    """The content of results.json of an evaluation with everything."""
     rows = ("reference", *METHODS)
     return {
         "name": "everything",
@@ -101,7 +153,7 @@ def metrics(slope=1.0, steps=60):
 
 
 def write_lines(path, rows):
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -125,4 +177,35 @@ def write_training(folder, slope=1.0, **settings):
     """A training run's folder."""
     write_lines(folder / "metrics.jsonl", metrics(slope))
     (folder / "recipe.yaml").write_text(json.dumps({"seed": 0, "method": {"gamma": 0.1}, **settings}), encoding="utf-8")
+    return folder
+
+
+def curve(label="pmle", y=(1.0, 0.1, 0.01), **changes):
+    """A curve as lab.json has it."""
+    return {"label": label, "x": [10.0, 100.0, 1000.0], "y": list(y), **changes}
+
+
+def panel(*curves, **changes):
+    """A figure as lab.json has it."""
+    return {"title": "KL against n", "about": "Medians.", "x": "n", "y": "nats", "curves": list(curves), **changes}
+
+
+def measured(name="figure1", **shown):
+    """An experiment's lab.json; `shown` replaces parts of what it shows."""
+    claims = [
+        {"promised": "falls like 1/n", "found": "slope −1.02", "holds": True},
+        {"promised": "levels off", "found": "35 % too low", "holds": False},
+    ]
+    table = {"title": "KL", "about": "In nats.", "columns": ["method", "n", "KL"], "rows": [["pmle", 65536, 0.012345]]}
+    parts = {"title": "Who gets there", "about": "A toy.", "claims": claims, "tables": [table]}
+    parts["panels"] = [panel(curve(), curve("pmle limit", (0.02, 0.02, 0.02), kind="bound"))]
+    return {"experiment": name, "settings": {"seed": 3, "gamma": 0.5}, "shown": {**parts, **shown}, "seconds": 12.0}
+
+
+def write_lab(folder, *experiments):
+    """Experiments in sub-folders."""
+    for experiment in experiments:
+        path = folder / re.sub(r"\W", "", experiment["experiment"])
+        path.mkdir(parents=True)
+        (path / "lab.json").write_text(json.dumps(experiment), encoding="utf-8")
     return folder

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from distalign.methods import Needs as Needs
     from distalign.methods import Pairs as Pairs
     from distalign.methods import Samples as Samples
+    from distalign.models.load import find_model as find_model
     from distalign.models.policy import Policy as Policy
-    from distalign.models.policy import find_model as find_model
     from distalign.models.policy import make_policy as make_policy
     from distalign.models.targets import Tilt as Tilt
     from distalign.rewards import Request as Request
@@ -55,7 +55,8 @@ _HOMES = {
     "experiments.train": ("train",),
     "judges": ("Comparison", "make_judge"),
     "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Needs", "Pairs", "Samples"),
-    "models.policy": ("Policy", "find_model", "make_policy"),
+    "models.load": ("find_model",),
+    "models.policy": ("Policy", "make_policy"),
     "models.targets": ("Tilt",),
     "rewards": ("Request", "Reward", "load_reward", "make_reward"),
     "rollout.sample": ("sample",),

@@ -11,8 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from distalign.engine import Group, attention, check, score
 from distalign.engine.attention import CannotShare, Layout, expected_windows
-from distalign.engine.lm_head import CannotTile
-from distalign.engine.selfcheck import _REPORTS, require_plain_head, sample_groups
+from distalign.engine.selfcheck import _REPORTS, sample_groups
 
 
 def assert_exact(model, groups=GROUPS):
@@ -187,63 +186,3 @@ def test_check_is_quick():
     start = time.process_time()
     assert check(model).path == "shared"
     assert time.process_time() - start < 1.0
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "gpt2"])
-def test_a_head_is_plain_if_it_gives_the_logits_of_its_states(family, dtype):
-    """Also a scaled and a capped one; not one whose logits the model scales where its configuration does not say so."""
-    model = build(family, dtype)
-    seen = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 9, 17, 33, 40]])).logits[0]
-        hook.remove()
-        require_plain_head(model, seen[0], logits)
-        for wrong in (logits * 4, logits.flip(0)):
-            with pytest.raises(CannotTile, match="gives other logits"):
-                require_plain_head(model, seen[0], wrong)
-        with pytest.raises(CannotTile, match="not called"):
-            require_plain_head(model, torch.zeros(0), logits)
-
-
-def test_a_model_whose_head_was_refused_is_served_by_its_own_logits(caplog):
-    """Also where the few log-probabilities that the check compares did not show it: what was seen since counts."""
-    model = build("llama")
-    assert check(model).path == "shared"
-    states = torch.randn(2, model.config.hidden_size, dtype=torch.float64)
-    with caplog.at_level(logging.WARNING, "distalign.engine"), torch.no_grad():
-        logits = model.get_output_embeddings()(states)
-        logits[:, 3] = -torch.inf
-        with pytest.raises(CannotTile, match="by inf nats"):
-            require_plain_head(model, states, logits)
-    assert check(model).path == "plain"
-    assert "by inf nats; log-probabilities come from the model's own logits" in caplog.text
-    assert_exact(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_rounding_does_to_logits_refuses_no_head(dtype):
-    """Logits far from 0 are rounded by more than log-probabilities may differ; −∞ on both sides is equal."""
-    model = build("gptj", dtype)
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        head.bias += 200
-        head.bias[3] = -torch.inf
-        states = torch.randn(8, model.config.hidden_size).to(dtype)
-        logits = head(states)
-        require_plain_head(model, states, logits)
-        with pytest.raises(CannotTile, match="gives other logits"):
-            require_plain_head(model, states, 2 * logits)
-
-
-def test_a_head_is_told_apart_where_the_next_token_is_certain():
-    """There no scale changes the log-probability of what is drawn; of the rest of the vocabulary it does."""
-    model = build("llama")
-    states = 1000 * torch.randn(8, model.config.hidden_size, dtype=torch.float64)
-    with torch.no_grad():
-        logits = model.get_output_embeddings()(states)
-        assert float(logits.log_softmax(-1).amax(-1).min()) > -1e-9
-        require_plain_head(model, states, logits)
-        with pytest.raises(CannotTile, match="gives other logits"):
-            require_plain_head(model, states, 2 * logits)

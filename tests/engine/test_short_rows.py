@@ -1,6 +1,6 @@
 """Short rows on an accelerator without gradient: one attention call a layer, and no compilation. Here on CPU.
 
-Only the rule that calls are dear is put in the device's place; the attention and its mask are those of a GPU.
+Only the rule that calls are expensive is put in the device's place; the attention and its mask are those of a GPU.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CALL = flex.Call(torch.device("cuda"), torch.float32, 400, 4, 2, 64, 64, None, N
 
 
 @pytest.fixture
-def dear(monkeypatch):
-    """Calls are as dear here as on an accelerator."""
-    monkeypatch.setattr(attention, "_calls_are_dear", lambda device: True)
+def expensive(monkeypatch):
+    """Calls are as expensive here as on an accelerator."""
+    monkeypatch.setattr(attention, "_calls_are_expensive", lambda device: True)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3", "qwen3", "gemma2", "gpt_oss"])
-def test_one_call_a_layer(family, dear, calls):
+def test_one_call_a_layer(family, expensive, calls):
     """The model's own log-probabilities, from one call a layer where nothing caps the scores or sinks them."""
     model = build(family, torch.float32, head_dim=16)
     scoring.check(model, kernels=False)
@@ -62,7 +62,7 @@ def test_one_call_a_layer(family, dear, calls):
         torch.testing.assert_close(row[mask], expected.to(row.dtype), rtol=0, atol=2e-4)
 
 
-def test_rows_with_gradient_are_cut(dear, calls):
+def test_rows_with_gradient_are_cut(expensive, calls):
     """With gradient every layer would keep the mask: segment by segment."""
     model = build("llama", torch.float32, head_dim=16)
     scoring.check(model, kernels=False)

@@ -240,7 +240,7 @@ def test_what_is_in_the_folder_is_not_overwritten(place, tmp_path):
 
 def answers_source(path):
     """Where a policy is read from."""
-    from distalign.models.policy import find_model
+    from distalign.models.load import find_model
 
     return find_model(str(path))
 
@@ -276,7 +276,7 @@ def test_settings_that_cannot_be_run_are_refused(lines, message, place, tmp_path
     """Before any weights are loaded."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "tell me about tea"}\n{"prompt": "tell me about rain"}\n')
     (tmp_path / "bad.yaml").write_text(f"model: {place}/model\noutput_dir: {tmp_path}\n{lines}")
-    monkeypatch.setattr("distalign.models.policy.Source.model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(InputError) as error:
         evaluate(load_evaluation(tmp_path / "bad.yaml", [], []))
     assert message in str(error.value)

@@ -12,7 +12,7 @@ from distalign.errors import InputError
 from distalign.evaluation import metrics
 from distalign.evaluation.evaluate import evaluate
 from distalign.evaluation.setup import load_evaluation, load_setup
-from distalign.models.policy import Source
+from distalign.models.load import Source
 
 # A prompt, and the column that a function is given.
 ROWS = [

@@ -15,7 +15,7 @@ from enumeration import Enumeration
 from distalign.evaluation.frontier import best_of_n, default_grid, forecast, mean_band, predict, predict_frontier
 from distalign.evaluation.setup import Evaluation
 from distalign.lab.exact import divergence, entropy, optimum
-from distalign.lab.world import random_tables
+from distalign.lab.tables import random_tables
 
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)  # β in units of the rewards' spread
 GAMMAS = (0.0, 0.1, 0.3, 1.0)  # γ likewise
@@ -29,7 +29,7 @@ def table_world(seed, most=25):
         int(torch.randint(low, high, (), generator=shape)) for low, high in ((most // 6, most), (5, 200))
     )
     scale = 0.3 + 1.7 * float(torch.rand((), generator=shape))
-    world = random_tables(worlds=1, contexts=prompts, responses=responses, scale=scale, gamma=0.5, seed=seed)
+    world = random_tables(1, prompts, responses, scale=scale, gamma=0.5, seed=seed)
     return world.reference[0], world.gamma * world.target[0]
 
 
@@ -104,7 +104,7 @@ def test_bands_of_trusted_points_cover_with_few_samples_on_many_prompts():
 
 def test_the_error_over_prompts_is_that_of_other_prompts():
     """For prompts drawn from 3,000 the estimate ± 1.645 `se_prompts` holds all prompts' value at about 90 % (4 sd)."""
-    world = random_tables(worlds=1, contexts=3000, responses=30, scale=1.0, gamma=0.5, seed=5)
+    world = random_tables(1, 3000, 30, scale=1.0, gamma=0.5, seed=5)
     reference, rewards = world.reference[0], world.gamma * world.target[0]
     hits, runs = torch.zeros(3), 150
     for seed in range(runs):

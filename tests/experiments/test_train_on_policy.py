@@ -123,7 +123,7 @@ def test_a_reward_can_be_trained_alone_and_named(made):
 
 def test_refusals_before_a_model_is_loaded(made, monkeypatch):
     """Each with what to do."""
-    monkeypatch.setattr("distalign.models.policy.Source.model", lambda *_: pytest.fail("the weights were read"))
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("the weights were read"))
     with pytest.raises(RewardError, match="add reward to the recipe"):
         check(made(reward=None), ["rkl"])
     data = {"train": "x.jsonl", "held_out": 0.0}

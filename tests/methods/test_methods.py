@@ -312,7 +312,7 @@ def test_ppo_starts_as_the_policy_gradient(method):
     drawn = drawn.replace(advantages=advantages, returns=returns, values=drawn.values.detach())
     p = s.world.logps(s.policy).exp().detach()
     losses = torch.stack([ppo.loss(Pairs(), one_row(drawn, row)) for row in rows])
-    wanted = exact_objectives(s)["rkl" if isinstance(method, RKL) else "rlhf"]
+    wanted = exact_objectives(s)["rkl" if type(method) is RKL else "rlhf"]
     torch.testing.assert_close(gradient((p * losses).sum(), s.policy), gradient(wanted, s.policy), **EXACT)
     logps = s.world.logps(s.policy)
     worth = s.rewards - getattr(method, "gamma", 0.0) * logps - BETA * (logps - s.world.logps(s.reference))

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from distalign.engine import Group, score
 from distalign.methods import PMLE
 from distalign.models.card import model_card
-from distalign.models.policy import Lora, ModelError, Policy, Source, find_model, make_policy, share, weights_digest
+from distalign.models.load import ModelError, Source, find_model, weights_digest
+from distalign.models.policy import Lora, Policy, make_policy, share
 
 PAIRS = [Group(p.prompt, [p.chosen, p.rejected]) for p in tiny.encoded_pairs(4)]
 SOURCE = Source("tiny", "tiny", "made here")

@@ -8,7 +8,7 @@ import torch
 from distalign.data import Prompt, encode_prompt, end_token_id
 from distalign.engine import Group, check, score, score_in_batches
 from distalign.experiments.recipe import load_recipe
-from distalign.models.policy import find_model
+from distalign.models.load import find_model
 from distalign.models.targets import Tilt
 from distalign.rollout.sample import sample
 

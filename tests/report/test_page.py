@@ -1,10 +1,9 @@
-"""The report: what is on the page, what the headline says, and what a broken folder is told."""
+"""The pages: what stands on them, that nothing becomes markup, and what a broken folder is told."""
 
 from __future__ import annotations
 
 import copy
 import html
-import io
 import json
 import math
 import re
@@ -12,195 +11,156 @@ import subprocess
 import sys
 
 import pytest
-from rich.console import Console
+from matplotlib.image import imread
+from report_data import (
+    COMPARISON,
+    EVIL,
+    curve,
+    evaluation,
+    measured,
+    number,
+    panel,
+    write_evaluation,
+    write_lab,
+    write_lines,
+    write_training,
+)
 
-from distalign.report import ReportError, format_estimate, format_interval, results_table, write_report
-from distalign.report.numbers import findings, format_seconds
-from distalign.report.results import Results
-
-EVIL = "<script>alert('x')</script>"
-
-
-def estimate(mean, se, n=48):
-    """A number as results.json has it."""
-    return {"mean": mean, "se": se, "n": n}
-
-
-def difference(mean, low, high, n=48):
-    """A paired difference as results.json has it."""
-    return {"mean": mean, "low": low, "high": high, "n": n}
-
-
-COMPARISON = {
-    "name": "quickstart",
-    "title": "A known target",
-    "seeds": [0],
-    "columns": [
-        {"key": "forward_kl", "label": "KL(π*‖π)", "unit": "nats", "better": "lower", "about": "Distance."},
-        {"key": "accuracy", "label": "accuracy", "unit": None, "better": "higher", "about": "Share of pairs."},
-        {"key": "entropy", "label": "entropy", "unit": "nats", "better": None, "about": "Spread."},
-    ],
-    "methods": {
-        "target": {"forward_kl": estimate(0.0, 0.0), "accuracy": estimate(0.789, 0.036, 128)},
-        "reference": {"forward_kl": estimate(10.9, 0.9), "accuracy": estimate(0.656, 0.042, 128)},
-        "pmle": {
-            "forward_kl": estimate(5.97, 0.53),
-            "accuracy": estimate(0.758, 0.012, 128),
-            "entropy": estimate(40, 1),
-        },
-        "dpo": {"forward_kl": estimate(10.4, 0.8), "accuracy": estimate(0.705, 0.04, 128), "entropy": estimate(29, 2)},
-    },
-    "paired": {
-        "pmle": {"forward_kl": difference(-4.93, -6.21, -3.7), "accuracy": difference(0.102, 0.03, 0.17, 128)},
-        "dpo": {"forward_kl": difference(-0.5, -1.6, 0.6), "accuracy": difference(0.049, -0.02, 0.12, 128)},
-    },
-    "curves": {
-        name: [
-            {"seed": 0, "step": step, "forward_kl": estimate(10.9 - rate * step, 0.8, 24), "eval_loss": 0.8 - step / 99}
-            for step in (0, 8, 16)
-        ]
-        for name, rate in (("pmle", 0.3), ("dpo", 0.05))
-    },
-    "kept_step": {"pmle": [16], "dpo": [8]},
-    "calibration": {
-        "pmle": [{"predicted": 0.05, "observed": 0.11, "n": 31}, {"predicted": 0.9, "observed": 0.8, "n": 9}]
-    },
-    "pairs": {"train": 320, "held_out": 128, "median_logit": 1.0},
-    "settings": {"model": "tiny", "methods": {"pmle": {"gamma": 0.15}}},
-    "environment": {"torch": "2.9.1"},
-    "seconds": {"data": 120.0, "pmle": 150.0},
-    "citation": "arXiv 2506.01523",
-}
+from distalign.report import ReportError, results_markdown, write_report
+from distalign.report.page import _settings_table
 
 
 def comparison(folder, change=None, samples=()):
-    """Write a comparison into the folder, changed by a function, and return its report's text."""
+    """Write a comparison into the folder, changed by a function, and return its page."""
     results = copy.deepcopy(COMPARISON)
     if change:
         change(results)
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
     if samples:
-        (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
+        write_lines(folder / "samples.jsonl", samples)
     return write_report(folder, files=False).read_text(encoding="utf-8")
+
+
+def lab_page(folder, *experiments):
+    """Write experiments into sub-folders and return their page."""
+    return write_report(write_lab(folder, *experiments)).read_text(encoding="utf-8")
+
+
+def words(text):
+    """The text of a part of a page."""
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", text)).split())
+
+
+def texts(page, pattern):
+    """The parts of a page that a pattern matches, as plain text."""
+    return [words(part) for part in re.findall(pattern, page, flags=re.S)]
 
 
 def table_cells(page, name):
     """Rows of a table on the page, as lists of texts."""
-    table = re.search(rf'<table id="{name}".*?</table>', page, flags=re.S)
-    assert table
-    rows = re.findall(r"<tr.*?</tr>", table[0], flags=re.S)
-    cells = [re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.S) for row in rows]
-    return [[" ".join(html.unescape(re.sub(r"<[^>]+>", " ", c)).split()) for c in row] for row in cells]
+    (table,) = re.findall(rf'<table id="{name}".*?</table>', page, flags=re.S)
+    return [texts(row, r"<t[hd].*?</t[hd]>") for row in re.findall(r"<tr.*?</tr>", table, flags=re.S)]
 
 
-def said(mean, low, high, kept_step=(), **changes):
-    """The headline of a comparison of one method whose main metric differs by this much from a reference of 10."""
-    results = {
-        "columns": [{"key": "forward_kl", "label": "KL", "better": "lower", **changes}],
-        "methods": {
-            "reference": {"forward_kl": estimate(10.0, 0.5)},
-            "pmle": {"forward_kl": estimate(10.0 + mean, 0.5)},
-        },
-        "paired": {"pmle": {"forward_kl": difference(mean, low, high)}},
-        "kept_step": {"pmle": list(kept_step)},
-    }
-    (finding,) = findings(Results.parse(results))
-    return finding
-
-
-@pytest.mark.parametrize(
-    ("mean", "se", "text"),
-    [
-        (10.9, 0.9, "10.9 ± 0.9"),
-        (5.3, 0.4, "5.3 ± 0.4"),
-        (0.758, 0.012, "0.758 ± 0.012"),
-        (-4.26, 0.31, "−4.3 ± 0.3"),
-        (-0.01, 0.4, "0.0 ± 0.4"),
-        (1234.4, 56.0, "1234 ± 56"),
-        (0.0, 0.0, "0 ± 0"),
-        (3.14159, math.nan, "3.14 ± ?"),
-        (math.nan, math.nan, "n/a"),
-        (math.inf, math.nan, "∞"),
-    ],
-)
-def test_an_estimate_has_the_digits_its_error_leaves(mean, se, text):
-    """One or two digits of the error, and the mean to the same place."""
-    assert format_estimate(mean, se) == text
-
-
-def test_an_interval_is_signed_and_a_duration_has_two_units():
-    """Differences show their direction; times are readable."""
-    assert format_interval(-4.9, -6.2, -3.6) == "−4.9 [−6.2, −3.6]"
-    assert format_interval(0.102, 0.03, 0.17) == "+0.10 [+0.03, +0.17]"
-    assert format_interval(1.0, math.nan, math.nan) == "+1 [?, ?]"
-    assert format_interval(0.0, 0.0, 0.0) == "0"
-    assert [format_seconds(s) for s in (0.25, 41.0, 150.0, 120.0, 11100.0)] == [
-        "0.25 s",
-        "41 s",
-        "2 min 30 s",
-        "2 min",
-        "3 h 5 min",
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """An evaluation with all that there can be, and two training runs of the same folder name."""
+    root = tmp_path_factory.mktemp("runs")
+    return [
+        write_evaluation(root / "everything"),
+        write_training(root / "one" / "train", 0.5),
+        write_training(root / "two" / "train", 2.0, extra=7),
     ]
 
 
-def test_headline_of_an_improvement():
-    """Per cent of the reference's mean, with the interval turned the way of the verb."""
-    finding = said(-4.5, -5.7, -3.4)
-    assert finding.sentence == "PMLE lowers the forward KL to the target by 45 % [34 %, 57 %]"
-    assert finding.verdict == "better"
+@pytest.fixture(scope="module")
+def everything(runs):
+    """The page of the evaluation."""
+    return write_report(runs[0]).read_text(encoding="utf-8")
 
 
-def test_headline_of_a_change_for_the_worse():
-    """The verb says which way it went, without praise."""
-    finding = said(2.0, 1.0, 3.0)
-    assert finding.sentence == "PMLE raises the forward KL to the target by 20 % [10 %, 30 %]"
-    assert finding.verdict == "worse"
+@pytest.fixture(scope="module")
+def together(runs):
+    """The one page of all three."""
+    return write_report(runs, runs[0].parent / "out").read_text(encoding="utf-8")
 
 
-def test_headline_when_undecided():
-    """An interval with zero inside claims nothing."""
-    finding = said(-0.5, -1.6, 0.6)
-    assert finding.sentence.startswith("PMLE shows no clear change in the forward KL to the target: −5 % [−16 %, +6 %]")
-    assert finding.verdict == "undecided"
+@pytest.fixture(scope="module")
+def pages(everything, together, tmp_path_factory):
+    """A page of every kind, with evil texts wherever a file has texts."""
 
+    def poison(results):
+        results.update(name=EVIL, title=EVIL, citation=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
+        results["pairs"], results["seconds"] = {EVIL: EVIL}, {EVIL: 1.0}
+        results["columns"][0].update(label=EVIL, about=EVIL, unit=EVIL)
+        for part in ("methods", "paired", "curves", "calibration"):
+            results[part][EVIL] = results[part]["pmle"]
 
-@pytest.mark.parametrize(("kept", "where"), [([0], ""), ([0, 0], " in every seed")])
-def test_headline_of_a_method_that_kept_the_start(kept, where):
-    """Validation kept step 0: the policy is the reference, whatever noise the metric has, and no per cent are told."""
-    finding = said(0.2, -0.1, 0.5, kept_step=kept)
-    assert finding.sentence == f"PMLE is the reference that it started from: step 0 was kept{where}"
-    assert finding.verdict == "unchanged"
-    assert said(-4.5, -5.7, -3.4, kept_step=[*kept, 8]).verdict == "better"
-
-
-def test_headline_without_any_difference():
-    """The same number on every prompt claims no more than that."""
-    finding = said(0.0, 0.0, 0.0, kept_step=[8])
-    assert finding.sentence == (
-        "PMLE does not differ from the reference in the forward KL to the target: every difference is 0"
+    root = tmp_path_factory.mktemp("pages")
+    (root / "comparison").mkdir()
+    sample = {"step": 3, "prompt": EVIL, "responses": {EVIL: EVIL, "pmle": "</p><img src=x>"}}
+    training = write_training(root / "training", note=EVIL)
+    write_lines(training / "samples.jsonl", [{**sample, "responses": ["one", EVIL]}])
+    experiment = measured(
+        EVIL,
+        title=EVIL,
+        about=EVIL,
+        claims=[{"promised": EVIL, "found": EVIL, "holds": False}],
+        panels=[panel(curve(EVIL), title=EVIL, about=EVIL, x=EVIL, y=EVIL)],
+        tables=[{"title": EVIL, "about": EVIL, "columns": [EVIL, EVIL], "rows": [[EVIL, EVIL]]}],
     )
-    assert finding.verdict == "unchanged"
+    return {
+        "evaluation": everything,
+        "set": together,
+        "comparison": comparison(root / "comparison", poison, [sample]),
+        "training": write_report(training, files=False).read_text(encoding="utf-8"),
+        "lab": lab_page(root / "lab", experiment | {"settings": {EVIL: EVIL}}, measured()),
+    }
 
 
-def test_headline_where_higher_is_better_is_in_the_metrics_own_unit():
-    """A fraction is not given in per cent of a fraction."""
-    finding = said(0.5, 0.2, 0.8, better="higher")
-    assert finding.sentence == "PMLE raises the forward KL to the target by 0.50 [0.20, 0.80]"
-    assert finding.verdict == "better"
+KINDS = ("evaluation", "set", "comparison", "training", "lab")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_from_files_becomes_markup(pages, kind):
+    """Names, titles, labels, notes, settings, samples, cells: the one script is the search, and the policy names it."""
+    page = pages[kind]
+    assert page.count("alert(") >= {"training": 3}.get(kind, 12)
+    assert "<script>alert" not in page
+    assert "<img" not in page
+    assert page.count("<script") == (kind != "lab")
+    assert re.search(r"script-src 'none'" if kind == "lab" else r"script-src 'sha256-[\w+/]+='", html.unescape(page))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_page_asks_the_network_for_nothing(pages, kind):
+    """No address outside the page, no link, no imported style; the policy forbids what would be missed here."""
+    page = pages[kind]
+    assert not re.search(r"https?:|url\(\s*['\"]?(?!#)|@import|<link(?! rel=\"icon\" href=\"data:,\")", page)
+    assert all(target[0] in "#d" for target in re.findall(r"\b(?:src|href)=\"([^\"]+)", page))
+    assert "default-src 'none'" in page
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_figures_follow_the_pages_colours(pages, kind):
+    """Every colour in a figure is a variable of the page; words in it stay words."""
+    figures = re.findall(r"<svg.*?</svg>", pages[kind], flags=re.S)
+    assert figures
+    assert not re.search(r"(?:fill|stroke): #(?!none)|#0[1-5]0[0-9a-f]{3}\b", "".join(figures))
+    assert all("<text" in figure for figure in figures)
 
 
 def test_the_largest_improvement_comes_first(tmp_path):
     """The headline is the best method's; the others follow as sentences."""
     page = comparison(tmp_path)
-    heading = re.search(r"<h1>(.*?)</h1>", page, flags=re.S)
-    assert heading
-    assert re.sub(r"<[^>]+>", "", heading[1]) == "PMLE lowers the forward KL to the target by 45 % [34 %, 57 %]."
+    assert texts(page, r"<h1>.*?</h1>") == ["PMLE lowers the forward KL to the target by 45 % [34 %, 57 %]."]
     assert "</b> shows no clear change in the forward KL" in page
-    assert "seed 0 · n = 48 · 95 % intervals" in page
+    assert "seed 0 · n = 48 · 95 % intervals · per cent of the reference&#39;s mean" in page
+    assert comparison(tmp_path) == page
 
 
 def test_table_numbers_equal_the_input(tmp_path):
-    """Target and reference first, mean ± se with n in every cell, a dash where there is no number."""
+    """Target and reference first, mean ± se with n in every cell, a dash where there is no number; the best marked."""
     page = comparison(tmp_path)
     assert table_cells(page, "estimates")[1:] == [
         ["target", "0 ± 0 n = 48", "0.79 ± 0.04 n = 128", "–"],
@@ -212,47 +172,8 @@ def test_table_numbers_equal_the_input(tmp_path):
         ["PMLE", "−4.9 [−6.2, −3.7] better n = 48", "+0.10 [+0.03, +0.17] better n = 128"],
         ["DPO", "−0.5 [−1.6, +0.6] n = 48", "+0.05 [−0.02, +0.12] n = 128"],
     ]
-
-
-def test_the_best_mean_of_a_column_is_marked(tmp_path):
-    """Not the target's, and nothing where no direction is better."""
-    assert re.findall(r"<td><b>(.*?)</b>", comparison(tmp_path)) == ["6.0 ± 0.5", "0.758 ± 0.012"]
-
-
-def test_everything_from_files_is_escaped(tmp_path):
-    """No text of a run can become markup: names, labels, settings, samples, citation."""
-
-    def poison(results):
-        results.update(name=EVIL, title=EVIL, citation=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
-        results["pairs"], results["seconds"] = {EVIL: EVIL}, {EVIL: 1.0}
-        results["columns"][0].update(label=EVIL, about=EVIL, unit=EVIL)
-        for part in ("methods", "paired", "curves", "calibration"):
-            results[part][EVIL] = results[part]["pmle"]
-
-    page = comparison(tmp_path, poison, [{"prompt": EVIL, "responses": {EVIL: EVIL, "pmle": "</p><img src=x>"}}])
-    assert "alert(" in page
-    assert "<script>alert" not in page
-    assert "<img" not in page
-    assert page.count("<script") == 1  # the search
-
-
-def test_page_asks_the_network_for_nothing(tmp_path):
-    """No address outside the page, no link, no imported style; the policy forbids what would be missed here."""
-    page = comparison(tmp_path, samples=[{"prompt": "Hello", "responses": {"pmle": "Hi"}}])
-    assert not re.search(r"https?:|url\(\s*['\"]?(?!#)|@import|<link(?! rel=\"icon\" href=\"data:,\")", page)
-    assert all(target[0] in "#d" for target in re.findall(r"\b(?:src|href)=\"([^\"]+)", page))
-    assert "default-src 'none'" in page
-
-
-def test_figures_follow_the_pages_colours(tmp_path):
-    """Every colour in a figure is a variable of the page, one accent a method; words in it stay words."""
-    page = comparison(tmp_path)
-    figures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
-    assert len(figures) == 3  # forward KL, held-out loss, one calibration plot
-    assert not re.findall(r"#0[1-5]0[0-9a-f]{3}\b", page)
-    assert not re.search(r"(?:fill|stroke): #(?!none)", "".join(figures))
-    assert "var(--c1)" in figures[0]
-    assert all(word in figures[0] for word in (">PMLE<", ">DPO<", ">optimizer step<"))
+    assert re.findall(r"<td><b>(.*?)</b>", page) == ["6.0 ± 0.5", "0.758 ± 0.012"]
+    assert len(re.findall("<svg", page)) == 3  # forward KL, held-out loss, one calibration plot
 
 
 def test_missing_parts_leave_their_sections_out(tmp_path):
@@ -276,7 +197,7 @@ def test_numbers_that_could_not_be_computed_do_not_break_the_page(tmp_path):
     """null, NaN and infinity arrive in results; without a finite difference there is no claim."""
 
     def break_numbers(results):
-        results["methods"]["pmle"].update(forward_kl=estimate(math.inf, math.nan), accuracy=None, entropy=3.5)
+        results["methods"]["pmle"].update(forward_kl=number(math.inf, math.nan, 48), accuracy=None, entropy=3.5)
         results["paired"] = {"pmle": {"forward_kl": {"mean": math.inf, "low": None, "high": None}}}
         results["curves"]["pmle"][1]["forward_kl"] = {"mean": None, "se": None, "n": 0}
 
@@ -285,23 +206,24 @@ def test_numbers_that_could_not_be_computed_do_not_break_the_page(tmp_path):
     assert ["PMLE", "∞ n = 48", "n/a", "3.5 ± ?"] in table_cells(page, "estimates")
 
 
-def test_several_seeds(tmp_path):
-    """Every seed is a line of its own with its kept step, and a method is labelled once."""
+def test_win_rates_ratings_and_stars(everything):
+    """The matrix by row and column, ratings against the fixed reference, win rates at equal length, Holm's p."""
+    rows = table_cells(everything, "win-rates")
+    assert rows[0] == ["", "reference", "PMLE", "RKL", EVIL]
+    assert rows[2] == ["PMLE", "0.60 ± 0.05 n = 40", "–", "0.40 ± 0.05 n = 40", "0.30 ± 0.05 n = 40"]
+    (ratings,) = re.findall(r'id="ratings">.*?\n</div>', everything, flags=re.S)
+    assert texts(ratings, r'<span class="text">.*?</span>')[:2] == ["0", "+0.40 [+0.20, +0.60]"]
+    (controlled,) = re.findall(r'id="length-controlled">.*?\n</div>', everything, flags=re.S)
+    assert texts(controlled, r'<span class="text">.*?</span>')[0] == "0.550 [0.520, 0.580]"
+    assert '<sup title="p = 0.0012">**</sup>' in everything
+    assert table_cells(everything, "differences")[1][1].endswith("better n = 40 · p = 0.0012")
 
-    def two_seeds(results):
-        results["seeds"] = [0, 1]
-        results["curves"]["pmle"] += [{**row, "seed": 1} for row in results["curves"]["pmle"]]
-        results["kept_step"]["pmle"] = [16, 8]
 
-    page = comparison(tmp_path, two_seeds)
-    assert "seeds 0, 1 · " in page
-    assert re.findall(r"<svg.*?</svg>", page, flags=re.S)[0].count(">PMLE<") == 1
-
-
-def training(folder, lines):
-    """Write a training run's metrics into the folder."""
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    return folder
+def test_the_contents_lead_to_their_sections(everything):
+    """Every entry has its section, in the order of the page."""
+    targets = re.findall(r'<a href="#([\w-]+)">', everything)
+    assert targets[:4] == ["results", "changes", "plane", "judged"]
+    assert targets == re.findall(r'<(?:section|div class="two") id="([\w-]+)"', everything)
 
 
 def test_training_run(tmp_path):
@@ -309,24 +231,155 @@ def test_training_run(tmp_path):
     lines = [
         {"step": s, "loss": 1 / s, "logps/chosen": -s, "logps/rejected": -2 * s, "grad_norm": 1.0} for s in (1, 2, 3)
     ]
-    training(tmp_path, [*lines, {"step": 3, "eval_loss": 0.4321}, {"train_runtime": 12.0, "note": EVIL}])
-    (tmp_path / "recipe.yaml").write_text(f"method: pmle\nnote: {EVIL}\n", encoding="utf-8")
-    sample = {"step": 3, "prompt": EVIL, "responses": ["one", EVIL]}
-    (tmp_path / "samples.jsonl").write_text(json.dumps(sample), encoding="utf-8")
+    lines += [{"step": 3, "eval_loss": 0.4321}, {"train_runtime": 12.0, "note": "text"}]
+    write_lines(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "recipe.yaml").write_text("method: pmle\n", encoding="utf-8")
+    write_lines(tmp_path / "samples.jsonl", [{"step": 3, "prompt": "Hello", "responses": ["one", "two"]}])
     page = write_report(tmp_path).read_text(encoding="utf-8")
     titles = re.findall(r"<figcaption><h3>(.*?)</h3>", page)
     assert titles == ["Loss", "ln π of the responses", "Gradient norm"]
     assert ["eval_loss", "0.4321", "3"] in table_cells(page, "last")
     assert ["train_runtime", "12", "3"] in table_cells(page, "last")
-    assert ">held out<" in page
-    assert "method: pmle" in page
-    assert "response 2" in page
-    assert "<script>alert" not in page
+    for part in (">held out<", ">optimizer step<", "method: pmle", "response 2", "step 3"):
+        assert part in page
 
 
-def test_the_same_folder_gives_the_same_page(tmp_path):
-    """A report can be compared with the one before."""
-    assert comparison(tmp_path) == comparison(tmp_path)
+def test_several_runs_make_one_page(runs, together):
+    """All policies and runs in one table under names that tell them apart; a last value stands without an error."""
+    assert (runs[0].parent / "out" / "report.html").is_file()
+    assert not (runs[1] / "report.html").exists()
+    rows = table_cells(together, "estimates")[1:]
+    names = [row[0].split(": ")[-1] for row in rows]
+    assert names == ["reference", "PMLE", "RKL", EVIL, "one/train", "two/train"]
+    assert rows[-1][3:5] == ["60", "0.135"]
+    assert "<b>" not in re.search(r'<table id="estimates".*?</table>', together, flags=re.S)[0]
+
+
+def test_several_runs_are_compared_in_curves_settings_and_samples(together):
+    """One line per run, what their recipes differ in, the answers to one prompt side by side."""
+    (figure,) = re.findall(r"<h3>Entropy</h3>.*?</svg>", together, flags=re.S)
+    assert {"one/train", "two/train"} <= set(texts(figure, r"<text.*?</text>"))
+    assert ["extra", "–", "–", "7"] in table_cells(together, "settings-table")
+    answers = [name.split("/")[-1] for name in texts(together, r'<div class="answer".*?</h3>')]
+    assert answers[:2] == ["everything: reference", "everything: PMLE"]
+
+
+def test_settings_are_set_side_by_side():
+    """By dotted path, in order; only what differs, and how many are the same; what one lacks is empty."""
+    runs = {
+        "a": {"seed": 0, "method": {"gamma": 0.1}, "lora": None},
+        "b": {"seed": 0, "method": {"gamma": 0.2, "k": [1]}},
+    }
+    rows = [("method.gamma", ["0.1", "0.2"]), ("lora", ["none", ""]), ("method.k", ["", "[1]"])]
+    assert _settings_table(runs, only_different=True) == (["A", "B"], rows, 1)
+    assert _settings_table({"a": runs["a"], "c": runs["a"]}, only_different=True) is None
+
+
+def test_figures_are_written_as_png(everything, runs):
+    """One each under the page's names, on white, with something drawn on it; names cannot leave the folder."""
+    files = sorted((runs[0] / "figures").iterdir())
+    assert "reward-against-kl.png" in [file.name for file in files]
+    assert all(re.fullmatch(r"[\w-]+\.png", file.name) for file in files)
+    assert len(files) == everything.count("<figure")
+    for file in files:
+        image = imread(file)[..., :3].min(-1)
+        assert image[0, -1] == 1
+        assert (image < 0.9).mean() > 0.003
+
+
+def test_no_files_on_demand(tmp_path):
+    """The page alone."""
+    write_report(write_training(tmp_path), files=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.html"]
+
+
+ILLEGAL = "\0\x1b\x7f\x85\ud800\ufdd0\uffff\U0010fffe"
+
+
+def test_what_html_does_not_admit_is_replaced(tmp_path):
+    """NUL, other controls, half surrogates, noncharacters: U+FFFD on the page and in every other file."""
+    content = evaluation() | {"settings": {f"k{ILLEGAL}": ILLEGAL}, "citation": ILLEGAL}
+    text = json.dumps(content).replace('"pmle"', r'"p\u0000"')
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "results.json").write_text(text, encoding="utf-8")
+    sample = {"prompt": f"one{ILLEGAL}\ttwo\nthree", "responses": {"p\0": f"a{ILLEGAL}b"}}
+    write_lines(folder / "samples.jsonl", [sample])
+    run = write_training(tmp_path / "run\x01", note=ILLEGAL)
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": step, f"l{ILLEGAL}": step} for step in (1, 2)])
+    pages = [write_report(folder), write_report(run), write_report([folder, run], tmp_path / "out")]
+    for page in pages:
+        shown = page.read_text(encoding="utf-8")
+        shown += "".join(path.read_text(encoding="utf-8") for path in page.parent.glob("tables/*.csv"))
+        assert not re.search(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800\ufdd0\uffff\U0010fffe]", shown)
+        assert "\ufffd" in shown
+    page, clean = pages[0].read_text(encoding="utf-8"), "\ufffd" * len(ILLEGAL)
+    for part in (f"one{clean}\ttwo\nthree", f"a{clean}b", f"k{clean}: {clean}", ">p\ufffd<"):
+        assert part in page
+    assert "| p\ufffd |" in results_markdown(json.loads(text))
+    assert '"p\ufffd"' in (folder / "tables" / "ratings.csv").read_text(encoding="utf-8")
+
+
+def test_claims_of_the_lab_have_words_and_marks(tmp_path):
+    """Promised, found, and whether it holds; how many hold is the headline."""
+    source = lab_page(tmp_path, measured())
+    assert '<th scope="col" class="words">method</th><th scope="col">n</th>' in source
+    page = words(source)
+    for part in (
+        "1 of 2 claims hold; 1 does not",
+        "✓ holds falls like 1/n Found: slope −1.02",
+        "✗ does not hold levels off Found: 35 % too low",
+        "seed: 3",
+        "12 s",
+        "pmle 65,536 0.0123",
+    ):
+        assert part in page
+
+
+def test_one_experiment_or_all(tmp_path):
+    """A folder with sub-folders makes one page of them all; a folder with lab.json makes the page of that one."""
+    page = lab_page(tmp_path, measured("a", title="First"), measured("b", title="Second"))
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["First", "Second"]
+    assert re.findall(r'<a href="#(\w+)">', page) == re.findall(r'<section id="(\w+)"', page) == ["a", "b"]
+    path = write_report(tmp_path / "b")
+    assert path == tmp_path / "b" / "report.html"
+    text = path.read_text(encoding="utf-8")
+    assert "<h1>Second</h1>" in text
+    assert "First" not in text
+
+
+def test_every_figure_of_the_lab_is_a_png_beside_its_numbers(tmp_path):
+    """White, with something drawn on it, named after the title; a title that comes twice is numbered."""
+    title = "RKL's entropy as β → 0"
+    banded = curve(y=(3, 2, 1), low=[0.5, 0.0, 0.001], high=[3, 2.2, 1.1])
+    page = lab_page(tmp_path, measured(panels=[panel(curve(), title=title), panel(banded, title=title)]))
+    files = sorted((tmp_path / "figure1").glob("*.png"))
+    assert [file.name for file in files] == ["rkls-entropy-as-beta-0-2.png", "rkls-entropy-as-beta-0.png"]
+    first, second = (imread(file) for file in files)
+    assert first[0, -1].tolist() == [1, 1, 1, 1]
+    assert 0.005 < (first[..., :3].min(-1) < 0.9).mean() < 0.5
+    assert first.shape != second.shape or bool((first != second).any())
+    assert write_report(tmp_path).read_text(encoding="utf-8") == page
+
+
+def test_a_limit_has_the_colour_of_its_line_and_is_dashed(tmp_path):
+    """And both are named."""
+    (figure,) = re.findall(r"<svg.*?</svg>", lab_page(tmp_path, measured()), flags=re.S)
+    (dashed,) = [style for style in re.findall(r'style="([^"]*)"', figure) if "stroke-dasharray" in style]
+    assert "var(--c1)" in dashed
+    assert figure.count(">pmle limit<") == figure.count(">pmle<") == 1
+    assert ">100<" in figure
+
+
+def test_what_an_axis_cannot_hold_is_left_out_and_said(tmp_path):
+    """Zero on a logarithmic axis, null, NaN, infinity: the others are drawn; without any there is no figure."""
+    empty = panel(curve(y=(0.0, -1.0, None)), title="Empty")
+    page = lab_page(tmp_path, measured(panels=[panel(curve(y=(0.0, None, math.inf)), curve("pd")), empty], tables=[]))
+    assert page.count("Not drawn: 3 points (not finite, or not above zero on a logarithmic axis).") == 2
+    assert ">pd<" in page
+    assert ">pmle<" not in page
+    assert page.count("No point can be drawn.") == page.count("<svg") == 1
+    assert [file.name for file in (tmp_path / "figure1").glob("*.png")] == ["kl-against-n.png"]
 
 
 @pytest.mark.parametrize(
@@ -343,51 +396,51 @@ def test_the_same_folder_gives_the_same_page(tmp_path):
             {"metrics.jsonl": '{"step": 1}', "samples.jsonl": '{"prompt": "a"}'},
             r"samples.jsonl:1: found \['prompt'\]; give",
         ),
+        (
+            {"metrics.jsonl": '{"step": 1}', "recipe.yaml": "a: ["},
+            r"recipe.yaml: not YAML .*line 1.*; restore the file",
+        ),
+        ({"lab.json": '{\n "a": }'}, r"lab.json:2: not JSON .*; run the experiment again"),
+        ({"lab.json": "[]"}, r"lab.json: the top level: .* found \[\]; run the experiment again"),
+        ({"lab.json": {**measured(), "shown": {"about": ""}}}, r"lab.json: shown.title: Field required"),
+        ({"lab.json": measured(panels=[panel(curve(y=["a"]))])}, r"shown.panels.0.curves.0.y.0: .*found \"a\""),
+        ({"lab.json": measured(panels=[panel(curve(y=[1]))])}, r"curves.0: .*as many x as y.*'x': 3, 'y': 1"),
+        ({"lab.json": measured(panels=[panel(curve(kind="bar"))])}, r"curves.0.kind: .*found \"bar\""),
+        (
+            {"lab.json": measured(tables=[{"title": "", "about": "", "columns": ["a"], "rows": [[1, 2]]}])},
+            r"tables.0: .*row 0 has 2 values for 1 columns",
+        ),
     ],
 )
 def test_a_broken_folder_is_told_where_and_what_to_do(tmp_path, files, message):
-    """Where, what was found, what to do."""
-    for name, text in files.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
+    """Where, what was found, what to do; and nothing is written."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
     with pytest.raises(ReportError, match=message):
         write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    """A wrong path is an error, not a new folder."""
-    with pytest.raises(ReportError, match="no such folder"):
-        write_report(tmp_path / "nothing")
-
-
-def test_terminal_table():
-    """Mean ± se of every row, with seeds and counts in the title; markup in names stays text."""
-    results = copy.deepcopy(COMPARISON)
-    results["methods"]["[red]mine"] = {"forward_kl": estimate(7.0, 0.5)}
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(results_table(results))
-    text = console.export_text()
-    for part in ("A known target (seed 0, n = 48–128)", "KL(π*‖π), nats ↓", "10.9 ± 0.9", "0.758 ± 0.012", "[red]mine"):
-        assert part in text
-    with pytest.raises(ReportError, match="columns"):
-        results_table({"methods": {}})
+@pytest.mark.parametrize(
+    ("given", "out", "message"),
+    [
+        (["nothing"], "out", "no such folder"),
+        ([], "out", "no run folder was given"),
+        (["a", "b"], None, "say which folder it is to be written into"),
+        (["a", "a"], "out", "given twice; give every run folder once"),
+        (["a", "empty"], "out", r"empty: no results.json and no metrics.jsonl \(found: nothing\)"),
+    ],
+)
+def test_a_set_that_cannot_be_is_refused(tmp_path, given, out, message):
+    """With what to do, and before anything is written."""
+    write_training(tmp_path / "a"), write_training(tmp_path / "b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ReportError, match=message):
+        write_report([tmp_path / name for name in given], out and tmp_path / out)
+    assert not (tmp_path / "out").exists()
 
 
 def test_importing_the_report_loads_neither_torch_nor_matplotlib():
     """The terminal table answers at once."""
     code = "import sys, distalign.report; sys.exit(bool({'torch', 'matplotlib', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-@pytest.mark.parametrize("width", [60, 100, 300])
-def test_rows_keep_their_names_at_any_width(width):
-    """A table with many columns cuts numbers in a narrow terminal, never the names; a pipe is wide enough for all."""
-    content = copy.deepcopy(COMPARISON)
-    content["columns"] += [{"key": f"more_{i}", "label": f"one more {i}"} for i in range(10)]
-    for row in content["methods"].values():
-        row.update({f"more_{i}": estimate(1.234, 0.05) for i in range(10)})
-    console = Console(width=width, file=io.StringIO())
-    console.print(results_table(content))
-    lines = console.file.getvalue().splitlines()
-    for name in ("target", "reference", "PMLE", "DPO"):
-        assert any(name in line for line in lines)
-    assert width < 300 or not any("…" in line for line in lines)

@@ -11,9 +11,9 @@ from engine_models import build
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, score
-from distalign.engine.features import read
+from distalign.engine.scoring import read
 from distalign.methods.preference import bradley_terry_nll
-from distalign.models.policy import Source
+from distalign.models.load import Source
 from distalign.models.targets import Tilt
 from distalign.rewards import Request, RewardError, RewardTraining, TrainedReward, train_reward
 from distalign.rewards.fit import PLANS, Cached, Fit, Live, measure

@@ -11,7 +11,7 @@ import torch
 from test_fit import HELD, TRAIN, requests
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from distalign.models.policy import find_model
+from distalign.models.load import find_model
 from distalign.rewards import (
     RewardError,
     RewardSettings,

@@ -11,11 +11,9 @@ from engine_models import FAMILIES, build
 from peft import LoraConfig, get_peft_model
 
 from distalign.errors import InputError
-from distalign.rollout import prefix
-from distalign.rollout import sample as sampling
-from distalign.rollout.decode import Shared, encode_prompts, shares_prompts
-from distalign.rollout.prefix import close_gaps
-from distalign.rollout.sample import choose, sample
+from distalign.rollout import decode
+from distalign.rollout.decode import Shared, choose, close_gaps, encode_prompts, shares_prompts
+from distalign.rollout.sample import sample
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 
@@ -52,7 +50,9 @@ def test_logits_equal_those_of_encoding_alone(family):
             tokens = torch.randint(3, 101, (len(rows),), generator=generator)
             rows = [[*row, token] for row, token in zip(rows, tokens.tolist(), strict=True)]
             alone = [model(torch.tensor([row]), use_cache=False).logits[0, -1] for row in rows]
-            torch.testing.assert_close(own.step(tokens), torch.stack(alone), rtol=0, atol=1e-9)
+            with own.decoding():
+                logits = own.step(tokens)
+            torch.testing.assert_close(logits, torch.stack(alone), rtol=0, atol=1e-9)
     assert own.cache.prompts == 1
 
 
@@ -60,7 +60,7 @@ def both_ways(monkeypatch, model, prompts, **settings):
     """Responses from shared prompts and from copies."""
     assert shares_prompts(model)
     shared = sample(model, prompts, **settings)
-    monkeypatch.setattr(sampling, "shares_prompts", lambda _: False)
+    monkeypatch.setattr(decode, "shares_prompts", lambda _: False)
     return shared, sample(model, prompts, **settings)
 
 
@@ -125,7 +125,7 @@ def test_a_prompt_is_stored_once():
 
 def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
     """If padding were looked at, the check sees it: one warning, and the responses are those of copies."""
-    monkeypatch.setattr(prefix, "_restrict", lambda scores, *_: scores)
+    monkeypatch.setattr(decode, "_restrict", lambda scores, *_: scores)
     model = tiny.model()
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
         assert not shares_prompts(model)

@@ -11,8 +11,8 @@ from engine_models import FAMILIES, build
 
 from distalign.engine import Group, score
 from distalign.errors import InputError
-from distalign.rollout.decode import shares_prompts
-from distalign.rollout.sample import choose, sample
+from distalign.rollout.decode import choose, shares_prompts
+from distalign.rollout.sample import sample
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 

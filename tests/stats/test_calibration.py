@@ -141,7 +141,7 @@ def test_the_interval_of_few_pairs_covers_nearly(gamma):
 def test_one_pair_is_refused_before_a_model_is_loaded(tmp_path, tiny_folder, monkeypatch, capsys):
     """distalign calibrate … with a file of one pair, or --limit 1."""
     pairs = tiny.write_pairs(tmp_path / "pairs.jsonl", 4)
-    monkeypatch.setattr("distalign.models.policy.Source.model", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("weights were loaded"))
     monkeypatch.setattr(sys, "argv", ["distalign", "calibrate", str(tiny_folder), str(pairs), "--limit", "1"])
     with pytest.raises(SystemExit) as stop:
         cli.main()

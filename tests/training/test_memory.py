@@ -1,4 +1,4 @@
-"""Memory: a few tokens tell what a large micro-batch takes; what is said before a run, and when there is none left."""
+"""Memory: what is said before a run, what to set when there is none left, and how much is free."""
 
 from __future__ import annotations
 
@@ -8,110 +8,32 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import acting
 import pytest
 import tiny
 import torch
-from test_trainer import DPO, PMLE, SOURCE, parameters, trainer
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from test_trainer import DPO, PMLE, parameters, trainer
 
-from distalign.engine import Group, check, score
-from distalign.engine import memory as engine_memory
-from distalign.engine.available import available, spread
-from distalign.engine.memory import Memory, estimate
-from distalign.engine.room import Room, expected_shapes
+from distalign.engine import score
+from distalign.engine.memory import MemoryEstimate, available, estimate
 from distalign.methods import METHODS
-from distalign.models.policy import Lora, make_policy
+from distalign.models.policy import Lora
 from distalign.training.rounds import TrainingError
+from distalign.training.trainer import expected_lengths
 
-# Larger than the tests' model, so that what is kept is tensors and not their bookkeeping.
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300, "max_position_embeddings": 512}
-SHAPE = (70, (40, 25))
+LENGTHS = (70, (40, 25))
 
 
-def groups(shape, count):
-    """Groups of one shape."""
-    prompt, lengths = shape
-    return [Group([5 + i] * prompt, [[7 + i] * length for length in lengths]) for i in range(count)]
+def measured(model, lengths, **settings):
+    """An estimate of `score` on groups of these lengths."""
+    options = {"token_budget": 4096, "batch": 4, "state": 2.0, "free": 10**9, **settings}
+    return estimate(model, lambda groups: score(model, groups), lengths, **options)
 
 
-def kept(model, run):
-    """Bytes of the storages that autograd holds after a pass, those of the model left out: counted at the end."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    seen: list = []
-
-    def pack(tensor):
-        seen.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in seen}
-    del result
-    return sum(size for address, size in storages.items() if address not in own)
-
-
-def measured(model, shapes, **settings):
-    """An estimate of `score` on these shapes."""
-    options = {"token_budget": 4096, "batch": 4, "optimizer": 2.0, **settings}
-    return estimate(model, lambda some: score(model, some), shapes, **options)
-
-
-# What a micro-batch keeps ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 5])
-@pytest.mark.parametrize(
-    ("kind", "path", "lora", "settings"),
-    [
-        ("llama", "shared", None, {}),
-        ("llama", "shared", Lora(r=4, dropout=0.1), {}),
-        ("llama", "shared", Lora(r=4, layers=1), {}),
-        ("llama", "shared", Lora(r=4, target_modules=["lm_head", "q_proj"]), {}),
-        ("gpt2", "shared", None, {"n_positions": 512}),
-        ("gemma2", "shared", None, {"head_dim": 16, "sliding_window": 32}),
-        ("mixtral", "shared", None, {"num_local_experts": 4}),
-        ("bloom", "padded", None, {}),
-    ],
-    ids=["full", "lora", "top-layer", "head-adapter", "gpt2-dropout", "softcap", "experts", "padded"],
-)
-def test_a_few_tokens_tell_what_a_large_micro_batch_keeps(kind, path, lora, settings, count):
-    """Bytes held by autograd for 1 and 5 groups of 135 tokens, counted there, within 2 % of the estimate."""
-    model = make_policy(
-        tiny.model(kind, **WIDE, **settings), tiny.tokenizer(), SOURCE, lora=lora, reference=False
-    ).model
-    if lora is None or "lm_head" not in lora.target_modules:
-        assert check(model).path == path
-    model.train()
-    memory = measured(model, [SHAPE])
-    real = kept(model, lambda: score(model, groups(SHAPE, count)))
-    assert (memory.fixed + memory.per_token * 135 * count) == pytest.approx(real, rel=0.02)
-
-
-def keep_products(context, operation, *args, **kwargs):
-    """Selective checkpointing: matrix products are kept, all else is computed again."""
-    save = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-    return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-@pytest.mark.parametrize("selective", [False, True])
-def test_layers_that_are_computed_again_are_counted(selective):
-    """Activation checkpointing: the peak of a large backward pass within 10 %, far above what is kept, below all."""
-    plain = tiny.model(**{**WIDE, "num_hidden_layers": 6})
-    model = tiny.model(**{**WIDE, "num_hidden_layers": 6})
-    context = partial(create_selective_checkpoint_contexts, keep_products)
-    model.activation_checkpointing_enable({"use_reentrant": False, **({"context_fn": context} if selective else {})})
-    memory, whole = measured(model, [SHAPE]), measured(plain, [SHAPE])
-    model.train()
-    skipped = engine_memory._counted_elsewhere(model, sum(SHAPE[1]))
-    with engine_memory._Alive(skipped) as alive:
-        score(model, groups(SHAPE, 1)).token_logps.sum().backward()
-    assert memory.per_token * 135 == pytest.approx(alive.most, rel=0.1)
-    assert memory.per_token > 1.5 * kept(model, lambda: score(model, groups(SHAPE, 1))) / 135
-    assert memory.per_token < (0.9 if selective else 0.6) * whole.per_token
+# What a run needs -----------------------------------------------------------------------------------------------------
 
 
 def test_nothing_is_left_behind():
@@ -122,7 +44,7 @@ def test_nothing_is_left_behind():
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = {name: p.clone() for name, p in model.named_parameters()}
     modes, state = [m.training for m in model.modules()], torch.get_rng_state()
-    measured(model, [SHAPE])
+    measured(model, [LENGTHS])
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -131,118 +53,81 @@ def test_nothing_is_left_behind():
     assert all(p.grad is None for p in others)
 
 
-# What a run needs -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("optim", "tolerance"), [("adamw_torch", 0.01), ("adamw_torch_fused", 0.01), ("sgd", 0), ("adagrad", 0.01)]
-)
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
-def test_weights_gradients_and_optimizer_are_what_there_is(tmp_path, optim, tolerance, lora):
-    """Counted on the model and the optimizer after a step."""
-    made = trainer(tmp_path, DPO, lora=lora, optim=optim)
+def test_weights_gradients_and_optimizer_are_what_there_is(tmp_path, lora):
+    """Counted on the model and the optimizer after a step; models that a reference shares count once."""
+    made = trainer(tmp_path, DPO, lora=lora, optim="adamw_torch")
     made.train()
-    memory = made.room.memory
-    copies = 1 if lora else 2
     base = 4 * sum(p.numel() for n, p in made.model.named_parameters() if "lora" not in n)
     trained = 4 * sum(p.numel() for p in made.model.parameters() if p.requires_grad)
-    extra = trained if lora else 0
-    assert memory.weights == pytest.approx(copies * base + extra, abs=100)
-    assert memory.gradients == trained
+    assert made.memory.weights == pytest.approx(base + trained, abs=100)
+    assert made.memory.gradients == trained
     states = made.optimizer.optimizer.state.values()
     real = sum(v.nbytes for state in states for v in state.values() if isinstance(v, torch.Tensor) and v.numel() > 1)
-    assert memory.optimizer == pytest.approx(real, rel=tolerance)
-
-
-def test_models_of_a_reward_count(tmp_path):
-    """Those that a reward holds, also inside a sum, and each once."""
-    from distalign.rewards import WeightedSum
-    from distalign.rewards.exact import ExactReward
-
-    target = tiny.model()
-    reward = WeightedSum([(str(i), 1.0, ExactReward(target, gamma=1.0, token_budget=99)) for i in range(2)])
-    with_reward = acting.trainer(tmp_path / "a", METHODS["rkl"](0.5, 0.3), reward=reward)
-    without = acting.trainer(tmp_path / "b", METHODS["rkl"](0.5, 0.3))
-    for made in (with_reward, without):
-        made.train()
-    more = with_reward.room.memory.weights - without.room.memory.weights
-    assert more == pytest.approx(4 * sum(p.numel() for p in target.parameters()), abs=100)
+    assert made.memory.optimizer == pytest.approx(real, rel=0.01)
 
 
 def test_groups_that_will_come():
-    """Pairs as they are; responses as long as they may be; both sets where pairs and fresh samples are asked for."""
+    """Pairs as they are; responses at their longest; both sets where pairs and fresh samples are asked for."""
     made = acting.trainer(Path("unused"), METHODS["pd"](0.5, 0.3), samples=3, max_new_tokens=7, stale="resample")
-    prompts = made.rows
-    assert expected_shapes(prompts[:1], made.method.needs, made.rollout) == [(len(prompts[0].prompt), (7,) * 6)]
+    prompts, rollout = made.rows, made.rollout
+    assert expected_lengths(prompts[:1], made.method, rollout) == [(len(prompts[0].prompt), (7,) * 6)]
     pairs = tiny.encoded_pairs(2)
     lengths = [(len(p.prompt), (len(p.chosen), len(p.rejected))) for p in pairs]
-    assert expected_shapes(pairs, PMLE.needs, made.rollout) == lengths
-    beside = expected_shapes(pairs, METHODS["pmle"](0.5, 0.3).needs, made.rollout)
-    assert beside == [(prompt, (*pair, 7, 7, 7)) for prompt, pair in lengths]
+    assert expected_lengths(pairs, PMLE, rollout) == lengths
+    together = expected_lengths(pairs, METHODS["pmle"](0.5, 0.3), rollout)
+    assert together == [(prompt, (*pair, 7, 7, 7)) for prompt, pair in lengths]
 
 
 def test_the_largest_micro_batch_is_what_the_data_give():
     """The budget, or a whole batch if that is less, or the longest group if that is more."""
-    model, shapes = tiny.model(), [(10, (3, 2)), (20, (8, 2)), (5, (1, 1))]
-    assert measured(model, shapes, token_budget=40, batch=8).tokens == 40
-    assert measured(model, shapes, token_budget=400, batch=2).tokens == 45
-    assert measured(model, shapes, token_budget=4, batch=2).tokens == 30
-    with pytest.raises(ValueError, match="no shapes"):
+    model, lengths = tiny.model(), [(10, (3, 2)), (20, (8, 2)), (5, (1, 1))]
+    assert measured(model, lengths, token_budget=40, batch=8).tokens == 40
+    assert measured(model, lengths, token_budget=400, batch=2).tokens == 45
+    assert measured(model, lengths, token_budget=4, batch=2).tokens == 30
+    with pytest.raises(ValueError, match="no groups"):
         measured(model, [])
 
 
 def some_memory(**settings):
-    """1 GB of weights, 0.3 of gradients and optimizer, 1 MB a token."""
-    options = {"gradients": 10**8, "optimizer": 2 * 10**8, "head": 0, "kept": 0.0, "fixed": 0.0, "per_token": 1e6}
-    options |= {"weights": 10**9, "tokens": 4096, "longest": 300, "vocabulary": 1000, "device": torch.device("cpu")}
-    return Memory(**{**options, **settings})
+    """1 GB of weights, 0.3 of gradients and optimizer, 1 MB for each token."""
+    options = {"weights": 10**9, "gradients": 10**8, "optimizer": 2 * 10**8, "fixed": 0.0, "per_token": 1e6}
+    return MemoryEstimate(**{**options, "tokens": 4096, "longest": 300, "free": 10**10, **settings})
 
 
 @pytest.mark.parametrize("free", [700 * 10**6, 3 * 10**9, 40 * 10**9])
 def test_the_largest_budget_fits_and_no_larger_one(free):
-    """To two digits."""
-    memory = some_memory()
-    largest = memory.largest_budget(free)
-    assert memory.needs(largest) <= free < memory.needs(round(largest * 1.1) + 1)
-
-
-def test_kept_tiles_count_beside_the_gradient_off_the_cpu():
-    """An accelerator allocates the head's gradient while all kept tiles are there; a CPU writes it as they go."""
-    for device, more in (("cpu", 0), ("cuda", 3 * 10**7)):
-        without, kept = (some_memory(head=4 * 10**7, kept=k, device=torch.device(device)) for k in (0.0, 3e4))
-        assert kept.tiles(1000) - without.tiles(1000) == more
-
-
-def test_no_budget_helps_where_a_group_does_not_fit():
-    """0 for that, None where what is free is not known."""
-    assert [some_memory().largest_budget(free) for free in (500 * 10**6, None)] == [0, None]
+    """To two digits; 0 where the longest group does not fit; None where what is free is not known."""
+    memory = some_memory(free=free)
+    largest = memory.largest_budget()
+    assert memory.needed(largest) <= free < memory.needed(round(largest * 1.1) + 1)
+    assert [some_memory(free=free).largest_budget() for free in (500 * 10**6, None)] == [0, None]
 
 
 # What is said ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_line_before_the_first_step(tmp_path, caplog):
-    """Once a run, with its parts; no warning where there is room."""
+    """Once in a run, with its parts; no warning where there is enough."""
     made = trainer(tmp_path, PMLE, max_steps=2)
     with caplog.at_level(logging.INFO, "distalign.training.trainer"):
         made.train()
-    told = [
-        r.getMessage() for r in caplog.records if r.name == "distalign.training.trainer" and "memory" in r.getMessage()
-    ]
-    assert len(told) == 1
-    assert told[0].startswith("memory: weights 0.00 GB, gradients 0.00, optimizer 0.00, micro-batch of ")
-    assert "the largest token_budget that fits is" in told[0]
+    lines = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("memory: weights 0.00 GB, gradients 0.00, optimizer unknown, micro-batch of ")
+    assert "the largest token_budget that fits is" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("free", "message"),
-    [(3 * 10**9, "set token_budget to 2600 or less"), (10**8, "no token_budget helps.*has 300 tokens"), (10**10, None)],
+    [(3 * 10**9, "set token_budget to 2700 or less"), (10**8, "no token_budget helps.*has 300 tokens"), (10**10, None)],
 )
-def test_too_little_room_is_warned_of(caplog, free, message):
+def test_too_little_memory_is_warned_of(tmp_path, caplog, monkeypatch, free, message):
     """With the number to set; never refused."""
-    with caplog.at_level(logging.INFO, "distalign.training.trainer"):
-        Room("train x", some_memory(), free).tell()
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    monkeypatch.setattr("distalign.training.trainer.estimate", lambda *_, **__: some_memory(free=free))
+    with caplog.at_level(logging.WARNING, "distalign.training.trainer"):
+        trainer(tmp_path, PMLE).train()
+    warnings = [record.getMessage() for record in caplog.records if "memory" in record.getMessage()]
     assert len(warnings) == (message is not None)
     if message:
         assert re.search(message, warnings[0])
@@ -308,7 +193,6 @@ def test_out_of_memory_outside_a_micro_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", fail)
     made.create_optimizer()
     monkeypatch.setattr(made.optimizer, "step", fail)
-    monkeypatch.setattr("distalign.engine.room._optimizer_state", lambda *_: None)
     with pytest.raises(TrainingError, match="outside a micro-batch"):
         made.train()
     assert not list(tmp_path.glob("checkpoint-*"))
@@ -332,12 +216,10 @@ def process(budget, what, folder):
 
 @linux
 def test_the_resident_set_grows_by_what_was_estimated(tmp_path):
-    """Peak of two steps of a model of 20 million parameters, at two budgets and between them, within 15 %."""
-    small, large = process(256, "fit", tmp_path / "small"), process(1024, "fit", tmp_path / "large")
-    assert large["tokens"] == 4 * small["tokens"]
-    more = {key: large[key] - small[key] for key in ("grown", "needs")}
-    for found in (small, large, more):
-        assert found["needs"] == pytest.approx(found["grown"], rel=0.15)
+    """Peak of two steps of a model of 20 million parameters: at most 10 % too little, twice too much."""
+    took = process(1024, "fit", tmp_path)
+    assert took["tokens"] == 1024
+    assert 0.9 * took["grown"] <= took["needed"] <= 2 * took["grown"]
 
 
 @linux
@@ -392,10 +274,3 @@ def test_what_is_free_is_the_least_of_all_limits(tmp_path, files, expected):
 def test_what_is_not_known_is_none(tmp_path):
     """On a system without /proc."""
     assert available(torch.device("cpu"), root=tmp_path) is None
-
-
-def test_gaps_of_the_heap_are_left_out_where_it_is_tuned(monkeypatch):
-    """One environment variable takes large blocks out of glibc's heap."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-    assert spread(torch.device("cpu")) == 1.0
-    assert spread(torch.device("cuda")) == 1.0

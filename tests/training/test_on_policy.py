@@ -13,7 +13,7 @@ from distalign.methods import PD, PMLE, REBEL
 from distalign.models.policy import Lora
 from distalign.rewards import FunctionReward, Request, RewardError
 from distalign.training.health import HealthSettings
-from distalign.training.prompts import look
+from distalign.training.prompts import MicroBatch
 from distalign.training.rounds import RoundBatches, TrainingError
 
 
@@ -26,6 +26,12 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model, **_):
         """Before the step."""
         self.found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+
+
+def inputs(made, prompts, pairing="all"):
+    """What the loss reads of these prompts under the policy as it is."""
+    micro = MicroBatch(prompts, 1.0)
+    return micro.inputs(made.score(micro.groups), made.method.needs, pairing)
 
 
 # One gradient ---------------------------------------------------------------------------------------------------------
@@ -68,14 +74,12 @@ def test_the_order_of_prompts_does_not_change_the_loss(tmp_path, name):
     method = METHODS[name]
     made = trainer(tmp_path, method, inner_epochs=2)
     made.state.global_step = 0
-    model, indices = made.model.eval(), list(range(8))
-    made.actor.enter(model, indices, 0, tmp_path / "samples.jsonl")
+    made.model.eval()
     losses = []
-    for order in (indices, [5, 2, 7, 0, 1, 6, 3, 4]):
-        collected = made.collect(model, [made.rows[i] for i in order], order)
+    for order in (list(range(8)), [5, 2, 7, 0, 1, 6, 3, 4]):
+        batch = made.collect([made.rows[i] for i in order], order)
         with torch.no_grad():
-            pairs, samples = look(made.score(model, collected), collected, method.needs, "all")
-            losses.append(float(method.loss(pairs, samples)))
+            losses.append(float(method.loss(*inputs(made, batch.prompts))))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
@@ -87,33 +91,31 @@ def test_what_is_collected_is_what_the_engine_says(tmp_path, temperature):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    made.actor.enter(model, [0], 0, tmp_path / "samples.jsonl")
-    buffer = made.actor.buffer
-    groups = [Group(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)]
+    made.worker.draw_round([0], 0, tmp_path / "samples.jsonl")
+    drawn = made.worker.round
+    groups = [Group(p, r) for p, r in zip(drawn.prompts, drawn.responses, strict=True)]
     for name, scored in (("behavior", model), ("reference", made.policy.reference)):
         with torch.no_grad():
             wanted = score(scored, groups, temperature=temperature).token_logps
-        torch.testing.assert_close(buffer.tensors[f"{name}_token_logps"], wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(drawn.tensors[f"{name}_token_logps"], wanted, rtol=1e-5, atol=1e-5)
     assert made.temperature == temperature
-    rewards = Warmth()([Request(p, r) for p, r in zip(buffer.prompts, buffer.responses, strict=True)])
-    assert torch.equal(buffer.tensors["rewards"], rewards)
+    rewards = Warmth()([Request(p, r) for p, r in zip(drawn.prompts, drawn.responses, strict=True)])
+    assert torch.equal(drawn.tensors["rewards"], rewards)
 
 
 def test_more_than_two_samples_make_all_pairs_or_the_extreme_one(tmp_path):
     """Of four responses six pairs, each once; best and worst by reward is one."""
     made = trainer(tmp_path, REBEL(1.0, 0.0))
-    model = made.model.eval()
-    made.actor.enter(model, [0], 0, tmp_path / "samples.jsonl")
-    collected = made.collect(model, made.rows[:2], [0, 1])
-    scores = made.score(model, collected)
-    pairs, samples = look(scores, collected, made.method.needs, "all")
-    assert samples is None
+    made.model.eval()
+    drawn = made.collect(made.rows[:2], [0, 1]).prompts
+    pairs, samples = inputs(made, drawn)
+    assert not hasattr(samples, "token_logps")
     assert pairs.logps.shape == (12, 2)
-    own = scores.logps[:4]
+    own = made.score([drawn[0].group]).logps
     wanted = torch.stack([torch.stack([own[a], own[b]]) for a in range(4) for b in range(a + 1, 4)])
     torch.testing.assert_close(pairs.logps[:6], wanted)
-    extreme, _ = look(scores, collected, made.method.needs, "best_worst")
-    rewards = torch.stack([one.tensors["rewards"] for one in collected])
+    extreme, _ = inputs(made, drawn, "best_worst")
+    rewards = torch.stack([prompt.constants["rewards"] for prompt in drawn])
     assert extreme.logps.shape == (2, 2)
     torch.testing.assert_close(extreme.rewards.float(), torch.stack([rewards.amax(1), rewards.amin(1)], 1))
     torch.testing.assert_close(extreme.behavior_logps, extreme.logps.detach())
@@ -123,15 +125,14 @@ def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):
     """stale: resample draws anew for the KL term once the policy has moved; sampled pairs stay those of the round."""
     for method in (PMLE(0.5, 0.3), PD(0.5, 0.3)):
         made = trainer(tmp_path / type(method).__name__, method, inner_epochs=2, stale="resample")
-        model = made.model.eval()
-        made.actor.enter(model, [0], 0, tmp_path / "samples.jsonl")
-        first = made.collect(model, made.rows[:2], [0, 1])
+        made.model.eval()
+        first = made.collect(made.rows[:2], [0, 1]).prompts
         made.state.global_step = 1
-        second = made.collect(model, made.rows[:2], [0, 1])
-        pairs, samples = look(made.score(model, second), second, method.needs, "all")
+        second = made.collect(made.rows[:2], [0, 1]).prompts
+        pairs, samples = inputs(made, second)
         assert first[0].fresh == 0
         assert second[0].fresh == 4
-        assert samples.behavior_token_logps is None
+        assert torch.equal(samples.behavior_token_logps, samples.token_logps.detach())
         assert second[0].group.responses[-4:] != first[0].group.responses[-4:]
         if method.needs.pairs == "sampled":
             assert second[0].group.responses[:4] == first[0].group.responses
@@ -169,7 +170,7 @@ def test_rounds_go_through_all_prompts_and_each_inner_epoch_has_its_own_order():
     ("kind", "lora"), [("gpt2", None), ("llama", Lora(r=4, dropout=0.3))], ids=["gpt2, full", "llama, lora"]
 )
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_dropout_is_off_for_a_policy_that_acts(tmp_path, kind, lora):
+def test_dropout_is_off_for_an_on_policy_run(tmp_path, kind, lora):
     """What is trained is what was sampled: at learning rate 0 every weight is 1 and KL to the reference is 0."""
     made = trainer(tmp_path, METHODS["pd"], kind=kind, lora=lora, learning_rate=0.0, max_steps=3, inner_epochs=3)
     made.train()
@@ -198,13 +199,14 @@ def test_rounds_and_batches_draw_by_different_random_numbers(tmp_path):
     """Two rounds over one prompt differ, and so do the fresh responses of two batches of one step."""
     rows = [prompts(1)[0]] * 4
     made = trainer(tmp_path, METHODS["pd"], rows=rows, per_device_train_batch_size=2, inner_epochs=2, stale="resample")
-    model, drawn = made.model.eval(), []
-    for index in (made.actor.batches.rounds[0][0], made.actor.batches.rounds[1][0]):
-        made.actor.enter(model, [index], 0, tmp_path / "samples.jsonl")
-        drawn.append(made.actor.buffer.responses)
+    made.model.eval()
+    drawn = []
+    for index in (made.worker.batches.rounds[0][0], made.worker.batches.rounds[1][0]):
+        made.worker.draw_round([index], 0, tmp_path / "samples.jsonl")
+        drawn.append(made.worker.round.responses)
     assert drawn[0] != drawn[1]
     made.state.global_step = 1
-    first, second = [made.actor.collect(model, [i], 1)[0].group for i in made.actor.buffer.indices]
+    first, second = [made.worker.collect([i], 1)[0].group for i in made.worker.round.indices]
     assert first.responses[-4:] != second.responses[-4:]
 
 

@@ -96,15 +96,15 @@ def test_an_offline_method_is_watched_too(tmp_path):
 
 
 def test_a_missing_end_costs_what_the_recipe_says(tmp_path):
-    """replace: responses that were cut are worth −1 in the buffer, the others what the reward says."""
+    """replace: responses that were cut are worth −1 in the round, the others what the reward says."""
     made = trainer(tmp_path, METHODS["rkl"], missing_end={"rule": "replace", "value": -1.0}, max_new_tokens=3)
-    made.actor.enter(made.model.eval(), [0], 0, tmp_path / "samples.jsonl")
-    buffer = made.actor.buffer
-    flat = [own for group in buffer.responses for own in group]
-    cut = torch.tensor([own[-1] != tiny.END for own in flat])
+    made.worker.draw_round([0], 0, tmp_path / "samples.jsonl")
+    responses = [response for group in made.worker.round.responses for response in group]
+    cut = torch.tensor([response[-1] != tiny.END for response in responses])
+    rewards = made.worker.round.tensors["rewards"]
     assert bool(cut.any())
-    assert bool((buffer.tensors["rewards"][cut] == -1).all())
-    assert bool((buffer.tensors["rewards"][~cut] >= 0).all())
+    assert bool((rewards[cut] == -1).all())
+    assert bool((rewards[~cut] >= 0).all())
 
 
 def test_a_recipe_says_how_long_responses_are(tmp_path):

@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, score
-from distalign.methods import PD, PMLE, REBEL, RKL, RLHF, Pairs
-from distalign.models.policy import Source, make_policy
+from distalign.methods import PD, PMLE, REBEL, RKL, RLHF, Pairs, Samples
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.training.rounds import Rollout, RolloutSettings
 from distalign.training.trainer import AlignmentTrainer
 
@@ -135,7 +136,7 @@ def test_pmle_with_kl_reaches_the_minimum_of_its_objective(tmp_path):
 
     def objective(log_p):
         pairs = Pairs(log_p[index], probability=probability.double())
-        likelihood = PMLE(0.5, 0.0).loss(pairs, None)
+        likelihood = PMLE(0.5, 0.0).loss(pairs, Samples())
         return likelihood + method.beta * (log_p.exp() * (log_p - reference)).sum()
 
     free = reference.clone().requires_grad_()

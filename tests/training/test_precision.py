@@ -13,8 +13,8 @@ from test_trainer import trainer
 
 from distalign.engine import Group, check, score
 from distalign.methods import METHODS
-from distalign.models.policy import Source, make_policy
-from distalign.training.prompts import Collected
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 
 METHODS_HERE = {
     "dpo": METHODS["dpo"](gamma=0.5),
@@ -56,7 +56,7 @@ def test_a_trained_model_is_left_without_autocast(tmp_path):
     made = trainer(tmp_path, METHODS_HERE["dpo"], bf16=True)
     made.train()
     model = made.model.eval()
-    assert not {"forward", "_original_forward"} & set(vars(model))
+    assert "forward" not in vars(model)
     assert isinstance(model(torch.tensor([[5, 6]]), return_dict=False), tuple)
     group = Group([5, 6, 7], [[8, 9, 10], [11, 12]])
     with torch.no_grad():
@@ -80,9 +80,7 @@ def test_precisions_share_no_reference(tmp_path):
 def test_a_value_head_keeps_its_precision(tmp_path):
     """What it says is float32, whatever the layers compute in."""
     made = acting.trainer(tmp_path, METHODS["rkl"](0.5, 0.3, estimator="ppo"), bf16=True)
-    collected = [Collected(Group([5, 6, 7], [[8, 9], [10, 11]]))]
-    with made.accelerator.autocast():
-        assert made.score(made.model, collected).values.dtype == torch.float32
+    assert made.score([Group([5, 6, 7], [[8, 9], [10, 11]])]).values.dtype == torch.float32
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device, a GPU with CUDA")

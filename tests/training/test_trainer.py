@@ -12,9 +12,10 @@ import torch
 from transformers import TrainingArguments
 
 from distalign.engine import Group, score
-from distalign.methods import METHODS, Needs, Pairs
-from distalign.models.policy import Lora, ModelError, Source, make_policy
-from distalign.training.rounds import TrainingError, acts
+from distalign.methods import METHODS, Method, Needs, Pairs, Samples
+from distalign.models.load import ModelError, Source
+from distalign.models.policy import Lora, make_policy
+from distalign.training.rounds import TrainingError, is_on_policy
 from distalign.training.trainer import AlignmentTrainer
 
 PMLE, DPO = METHODS["pmle"](gamma=0.5, beta=0.0), METHODS["dpo"](gamma=0.5)
@@ -64,15 +65,10 @@ def direct_loss(method, policy, pairs):
     """The method's loss of all pairs at once, without the trainer."""
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     scores = score(policy.model, groups, reference=policy.reference)
-    soft = [pair.probability for pair in pairs]
-    return method.loss(
-        Pairs(
-            logps=scores.logps.view(-1, 2),
-            reference_logps=None if policy.reference is None else scores.reference_logps.view(-1, 2),
-            probability=None if soft[0] is None else torch.tensor(soft).double(),
-        ),
-        None,
-    )
+    collected = {} if policy.reference is None else {"reference_logps": scores.reference_logps.view(-1, 2)}
+    if pairs[0].probability is not None:
+        collected["probability"] = torch.tensor([pair.probability for pair in pairs]).double()
+    return method.loss(Pairs(scores.logps.view(-1, 2), **collected), Samples())
 
 
 # One update -----------------------------------------------------------------------------------------------------------
@@ -127,7 +123,7 @@ def test_metrics_have_their_names_and_are_means_over_pairs(tmp_path, method):
         margin = float((rewards[:, 0] - rewards[:, 1]).mean())
         assert line[f"{prefix}rewards/margins"] == pytest.approx(margin, rel=1e-4, abs=1e-5)
         assert line[f"{prefix}loss"] == pytest.approx(
-            float(method.loss(Pairs(logps=logps, reference_logps=logps), None)), rel=1e-5
+            float(method.loss(Pairs(logps=logps, reference_logps=logps), Samples())), rel=1e-5
         )
     second = metrics(tmp_path)[2]
     change = second["eval_logps/chosen"] - start["eval_logps/chosen"]
@@ -328,7 +324,7 @@ def test_a_method_that_acts_wants_to_know_how(tmp_path, name):
     method = METHODS[name]()
     torch.manual_seed(0)
     policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, reference=True)
-    if not acts(method):
+    if not is_on_policy(method):
         trainer(tmp_path, method, policy=policy)
         return
     with pytest.raises(TrainingError, match="learns from responses of the policy; pass rollout"):
@@ -336,11 +332,11 @@ def test_a_method_that_acts_wants_to_know_how(tmp_path, name):
 
 
 def test_a_method_that_no_one_has_heard_of_is_trained(tmp_path):
-    """Needs, a loss and an implied reward are all that the trainer asks for."""
+    """Needs, a loss and an implicit reward are all that the trainer asks for."""
 
     @dataclass(frozen=True)
-    class Likelihood:
-        needs, equation, source, rate = Needs(pairs="labelled"), "−ln π(a⁺)", "nowhere", None
+    class Likelihood(Method):
+        needs = Needs(pairs="labelled")
 
         def loss(self, pairs, samples):
             return -pairs.logps[:, 0].mean()

@@ -207,7 +207,7 @@ def assert_is_rloo(method, made, *, reused):
         rewards=torch.tensor(length_and_first([ids for group in groups for ids in group.responses])).double(),
         group=scores.group,
     )
-    loss = method.loss(None, samples)
+    loss = method.loss(Pairs(), samples)
     # A response enters the loss as −A ln π / n, so its advantage can be read off any of its tokens.
     (slope,) = torch.autograd.grad(loss, scores.token_logps, retain_graph=True)
     advantages = -len(slope) * slope

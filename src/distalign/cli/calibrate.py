@@ -23,7 +23,7 @@ def calibrate(
     quiet()
     from distalign.data import encode_pairs, read_pairs
     from distalign.engine import Group, score_in_batches
-    from distalign.models.policy import find_model
+    from distalign.models.load import find_model
     from distalign.progress import progress
     from distalign.stats.calibration import calibrate as fit
     from distalign.stats.calibration import check_count

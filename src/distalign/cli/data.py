@@ -24,7 +24,7 @@ def check(
     tokenizer = None
     if model is not None:
         quiet()
-        from distalign.models.policy import find_model
+        from distalign.models.load import find_model
 
         policy = find_model(model)
         tokenizer, max_length = policy.tokenizer(), max_length or policy.max_length()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distalign.cli.shared import JsonOption, check_path, print_table, quiet, refuse, write_json
+
+if TYPE_CHECKING:
+    from distalign.lab.experiment import Experiment, Row
+    from distalign.progress import Advance
 
 _ALL = "all"
 
@@ -36,42 +41,37 @@ def lab(
 
     flags = {"seeds": seeds, "max_n": max_n, "seed": seed}
     chosen = _experiments(experiment, {key: value for key, value in flags.items() if value is not None}, set_ or [])
-    found: dict[str, Any] = {}
-    alone = experiment != _ALL
+    folder = out if experiment == _ALL else out / chosen[0].name
+    results: dict[str, Row] = {}
     try:
-        for one in chosen:
-            _make(out / one.name)
-            with progress(one.name, 1) as advance:
-                found[one.name] = _measured(one, advance)
-            text = json.dumps(found[one.name], indent=1, ensure_ascii=False, allow_nan=False)
-            (out / one.name / "lab.json").write_text(text, encoding="utf-8")
+        for each in chosen:
+            _make(out / each.name)
+            with progress(each.name, 1) as advance:
+                results[each.name] = _measure(each, advance)
+            text = json.dumps(results[each.name], indent=1, ensure_ascii=False, allow_nan=False)
+            (out / each.name / "lab.json").write_text(text, encoding="utf-8")
     finally:
         # Stopped or refused in the middle: what is done has its page.
-        if found:
-            page = write_report(out / chosen[0].name if alone else out)
-            print(f"results: {out / chosen[0].name if alone else out}\nreport: {page}")
+        if results:
+            print(f"results: {folder}\nreport: {write_report(folder)}")
     words = {True: "yes", False: "NO", None: "not judged"}
     rows = [
         [name, claim["promised"], claim["found"], words[claim["holds"]]]
-        for name, numbers in found.items()
+        for name, numbers in results.items()
         for claim in numbers["shown"]["claims"]
     ]
     print_table(["experiment", "promised", "found", "holds"], rows)
-    write_json(json_path, found[chosen[0].name] if alone else {"experiments": found})
+    write_json(json_path, {"experiments": results} if experiment == _ALL else results[chosen[0].name])
 
 
-def _measured(experiment: Any, advance: Any) -> dict[str, Any]:
+def _measure(experiment: Experiment, advance: Advance) -> Row:
     """Its numbers. Settings at which a search does not end, or a matrix cannot be inverted, are refused by name."""
     from distalign.lab import measure
 
     try:
         return measure(experiment, advance)
     except (RuntimeError, ArithmeticError) as error:
-        changed = {
-            name: getattr(experiment, name)
-            for name, field in experiment.__dataclass_fields__.items()
-            if getattr(experiment, name) != field.default
-        }
+        changed = experiment.model_dump(exclude_defaults=True)
         if not changed:
             raise
         return refuse(
@@ -80,18 +80,18 @@ def _measured(experiment: Any, advance: Any) -> dict[str, Any]:
         )
 
 
-def _experiments(text: str, flags: dict[str, int], overrides: list[str]) -> list[Any]:
+def _experiments(name: str, flags: dict[str, int], overrides: list[str]) -> list[Experiment]:
     """The experiments with their settings, all of them checked before the first is run."""
     from distalign.lab import EXPERIMENTS, configure
     from distalign.settings import parse_value, read_yaml
 
-    settings: dict[str, Any] = {}
-    name, where = text, f"lab {text}"
-    if text.endswith((".yaml", ".yml")):
-        settings, where = read_yaml(Path(text)), text
-        name = settings.pop("experiment", None)
+    settings: dict[str, object] = {}
+    where = f"lab {name}"
+    if name.endswith((".yaml", ".yml")):
+        settings, where = read_yaml(Path(name)), name
+        name = str(settings.pop("experiment", None))
         if name not in EXPERIMENTS:
-            refuse(f"{text}: experiment is {name!r}; write experiment: {' | '.join(EXPERIMENTS)}")
+            refuse(f"{where}: experiment is {name!r}; write experiment: {' | '.join(EXPERIMENTS)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -100,15 +100,15 @@ def _experiments(text: str, flags: dict[str, int], overrides: list[str]) -> list
     if name == _ALL:
         if settings:
             refuse("--set goes with one experiment, not with all: each has its own settings")
-        return [configure(one, _own(one, flags), where) for one in EXPERIMENTS.values()]
+        # Of the flags those that the experiment has.
+        return [
+            configure(each, {key: value for key, value in flags.items() if key in each.model_fields}, where)
+            for each in EXPERIMENTS.values()
+        ]
     if name not in EXPERIMENTS:
-        refuse(f'lab: there is no experiment "{name}"; choose {", ".join(EXPERIMENTS)}, {_ALL} or a recipe (.yaml)')
+        near = "".join(f'; did you mean "{match}"?' for match in get_close_matches(name, EXPERIMENTS, 1))
+        refuse(f'lab: there is no experiment "{name}"; choose {", ".join(EXPERIMENTS)}, {_ALL} or a recipe{near}')
     return [configure(EXPERIMENTS[name], settings | flags, where)]
-
-
-def _own(experiment: Any, flags: dict[str, int]) -> dict[str, int]:
-    """Of the flags for all experiments those that this one has."""
-    return {key: value for key, value in flags.items() if key in experiment.__dataclass_fields__}
 
 
 def _make(folder: Path) -> None:

@@ -9,7 +9,7 @@ call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distalign.engine import flex
-from distalign.engine.packing import ReadPrompt, Segment
+from distalign.engine.packing import Segment
 
 NAME = "distalign_shared_prefix"
 
@@ -44,19 +44,11 @@ class CannotShare(Exception):
 class Layout:
     """The segments of one packed row, its masks (made once per window), and what the layers asked for.
 
-    by_flex: leave the calls that FlexAttention serves to it. read: for each segment, its prompt if it was read before;
-    such a row is computed segment by segment.
+    by_flex: leave the calls that FlexAttention serves to it.
     """
 
-    def __init__(
-        self,
-        segments: tuple[Segment, ...],
-        *,
-        by_flex: bool = False,
-        read: Sequence[ReadPrompt | None] | None = None,
-    ) -> None:
-        self.segments, self.read = segments, read
-        self.by_flex = by_flex
+    def __init__(self, segments: tuple[Segment, ...], *, by_flex: bool = False) -> None:
+        self.segments, self.by_flex = segments, by_flex
         self.pieces = [length for segment in segments for length in segment.lengths]
         self.tokens = sum(self.pieces)
         self.calls: list[flex.Call] = []
@@ -120,7 +112,7 @@ def shared_prefix_attention(
     options = {"scaling": scaling, "softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     call = flex.Call.of(query, key, value, window, dropout=dropout, **options)
     layout.calls.append(call)
-    if layout.by_flex and layout.read is None and flex.serves(call):
+    if layout.by_flex and flex.serves(call):
         whole = flex.attend(query, key, value, layout.block_mask(window, query.device), **options)
         return whole.transpose(1, 2).contiguous(), None
 
@@ -128,7 +120,7 @@ def shared_prefix_attention(
     if repeat > 1:
         key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
 
-    if layout.read is None and _in_one_call(call):
+    if _in_one_call(call):
         whole = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.whole_mask(call), scale=scaling)
         return whole.transpose(1, 2).contiguous(), None
 
@@ -136,18 +128,10 @@ def shared_prefix_attention(
     queries, keys, values = (tensor.split(layout.pieces, dim=2) for tensor in (query, key, value))
     options["dropout"] = dropout
     out: list[Tensor] = []
-    for number, segment in enumerate(layout.segments):
+    for segment in layout.segments:
         first = len(out)
-        known = None if layout.read is None else layout.read[number]
-        if known is None:
-            prompt_keys, prompt_values = keys[first], values[first]
-            out.append(_attend(layout, queries[first], prompt_keys, prompt_values, window, **options))
-        else:
-            layer = len(layout.calls) - 1
-            prompt_keys, prompt_values = (
-                part[layer][None].repeat_interleave(repeat, dim=1) for part in (known.keys, known.values)
-            )
-            out.append(values[first])
+        prompt_keys, prompt_values = keys[first], values[first]
+        out.append(_attend(layout, queries[first], prompt_keys, prompt_values, window, **options))
         for piece in range(first + 1, first + 1 + len(segment.responses)):
             if layout.pieces[piece] == 0:
                 out.append(values[piece])
@@ -162,15 +146,15 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, shared_prefix_attention)
 
 
 def _in_one_call(call: flex.Call) -> bool:
-    """Whether the row is short and plain enough for one call under a mask of the whole row, where calls are dear."""
+    """Whether the row is short and plain enough for one call under one mask, where calls are expensive."""
     plain = call.dropout == 0 and call.softcap is None and not call.sinks
     # Other head sizes, and float64, have no kernel but the one that keeps the scores of all heads.
     aligned = call.dim == call.value_dim and call.dim % 8 == 0
-    alone = _calls_are_dear(call.device) and not torch.is_grad_enabled()
+    alone = _calls_are_expensive(call.device) and not torch.is_grad_enabled()
     return alone and plain and aligned and call.dtype in flex.DTYPES and call.tokens <= _SHORT
 
 
-def _calls_are_dear(device: torch.device) -> bool:
+def _calls_are_expensive(device: torch.device) -> bool:
     """Whether starting a kernel takes longer than running a small one."""
     return device.type != "cpu"
 

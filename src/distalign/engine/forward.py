@@ -9,9 +9,9 @@ All three return the rows in the same order: group by group, response by respons
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from distalign.engine.attention import Layout, shared_attention
 from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, Rows, head_of
-from distalign.engine.packing import Group, PaddedRows, ReadPrompt, frame, pack, pad
+from distalign.engine.packing import Group, PaddedRows, frame, pack, pad
+
+T = TypeVar("T")
 
 # Padded tokens of one forward call of the padded path.
 _PADDED_TOKENS = 4096
@@ -48,19 +50,17 @@ def encode(
     temperature: float,
     *,
     by_flex: bool = False,
-    read: Sequence[ReadPrompt | None] | None = None,
 ) -> Rows:
     """The rows that predict the response tokens of `groups`, by `path`: "shared", "padded" or "plain".
 
-    On the shared path, `by_flex` leaves the layers that FlexAttention serves to it, and prompts of `read`, a value a
-    group, are not read again.
+    On the shared path, `by_flex` leaves the layers that FlexAttention serves to it.
     """
     if path == "plain":
         return LogitRows(_plain(model, groups), temperature)
     if path == "padded":
         hidden = _padded(model, groups)
     else:
-        hidden, _ = shared_hidden(model, groups, by_flex=by_flex, read=read)
+        hidden, _ = shared_hidden(model, groups, by_flex=by_flex)
     return HiddenRows(hidden, head_of(model), temperature)
 
 
@@ -76,28 +76,18 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 def shared_hidden(
-    model: Any,
-    groups: Sequence[Group],
-    *,
-    by_flex: bool = False,
-    read: Sequence[ReadPrompt | None] | None = None,
+    model: Any, groups: Sequence[Group], *, by_flex: bool = False
 ) -> tuple[Float[Tensor, "rows hidden"], Layout]:
     """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
 
-    Prompts of `read`, a value a group, are not encoded again. Raises CannotShare where the model asks its attention for
-    something that cannot be shared.
+    Raises CannotShare where the model asks its attention for something that cannot be shared.
     """
-    known = [one for one in read or () if one is not None]
-    if not known or all(len(response) == 1 for group in groups for response in group.responses):
-        # Without prompts read before; a row of nothing but such prompts would have no token.
-        known, read = [], None
-    row = pack(groups, device_of(model), read)
-    layout = Layout(row.segments, by_flex=by_flex, read=read)
+    row = pack(groups, device_of(model))
+    layout = Layout(row.segments, by_flex=by_flex)
     decoder = decoder_of(model)
     with shared_attention(decoder, layout):
         out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
-    states = torch.cat([*(one.state[None] for one in known), out[0][0]]) if known else out[0][0]
-    return states.index_select(0, row.predictors), layout
+    return out[0][0].index_select(0, row.predictors), layout
 
 
 def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
@@ -127,6 +117,31 @@ def _in_order(parts: list[Tensor], batches: list[PaddedRows], groups: Sequence[G
         for response, piece in zip(batch.responses, part.split([lengths[i] for i in batch.responses]), strict=True):
             pieces[response] = piece
     return torch.cat(pieces)
+
+
+def redirect(wrapper: nn.Module, model: nn.Module, function: Callable[[], T]) -> T:
+    """Call `function` inside the forward of `wrapper`, which is `model` or wraps it, and return what it returns.
+
+    Whatever the wrapper does around a forward (DDP, FSDP2, hooks) it does around the function. `model.forward` is
+    itself again while the function runs. The result should be tensors, or tuples and dictionaries of them.
+    """
+    before = vars(model).get("forward")
+
+    def restore() -> None:
+        if before is None:
+            vars(model).pop("forward", None)
+        else:
+            model.forward = before
+
+    def forward() -> T:
+        restore()
+        return function()
+
+    model.forward = forward
+    try:
+        return wrapper()
+    finally:
+        restore()
 
 
 @contextmanager

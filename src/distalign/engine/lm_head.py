@@ -13,6 +13,7 @@ for, nothing is: d ln p(y) / d hidden is found on the way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distalign.engine.tied import Tie
-from distalign.engine.tiles import Kept, Sums, gather, tile_shape
+# Bytes of a head's tiles that may wait for the backward pass.
+KEPT = 2**27
 
 
 class CannotTile(Exception):
@@ -112,29 +113,20 @@ class HiddenRows:
 
 
 class LogitRows:
-    """Rows of logits that the model computed itself: all of them, or those at `places`, in that order."""
+    """Rows of logits that the model computed itself."""
 
-    def __init__(
-        self,
-        logits: Float[Tensor, "some vocab"],
-        temperature: float = 1.0,
-        places: Int[Tensor, "rows"] | None = None,
-    ) -> None:
+    def __init__(self, logits: Float[Tensor, "rows vocab"], temperature: float = 1.0) -> None:
         self.logits, self.temperature, self.device = logits, temperature, logits.device
-        self.places, self.vocabulary = places, logits.shape[1]
-        self.rows = len(logits if places is None else places)
+        self.rows, self.vocabulary = logits.shape
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
 
     def chosen(self, index: Tensor) -> LogitRows:
         """Some of the rows, by number or by mask."""
-        places = torch.arange(self.rows, device=self.device) if self.places is None else self.places
-        return LogitRows(self.logits, self.temperature, places[index])
+        return LogitRows(self.logits[index], self.temperature)
 
     def tile(self, rows: slice, start: int, stop: int) -> Float[Tensor, "block tile"]:
         """Logits over the temperature; a new tensor, free to be overwritten."""
-        z = self.logits[:, start:stop]
-        z = z[rows] if self.places is None else z.index_select(0, self.places[rows])
-        return z.to(self.dtype) / self.temperature
+        return self.logits[rows, start:stop].to(self.dtype) / self.temperature
 
 
 Rows = HiddenRows | LogitRows
@@ -147,13 +139,12 @@ def score_rows(
     entropy: bool = False,
     reference: Rows | None = None,
     keep: int = 0,
-    tie: Tie | None = None,
 ) -> RowScores:
     """Log-probability of each row's target, with its entropy and its KL to a reference if asked for.
 
     Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Up to `keep`
     bytes of exp(logits) wait for the backward pass, which is then spared these products, where log-probabilities alone
-    are asked for. With a `tie` the weight's gradient goes to the embedding that shares it.
+    are asked for.
 
     Raises ValueError if the reference has another vocabulary.
     """
@@ -162,7 +153,7 @@ def score_rows(
             f"reference: its vocabulary has {reference.vocabulary} tokens, the policy's {rows.vocabulary}; "
             "take a reference with the same head."
         )
-    ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep, tie)
+    ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep)
     if isinstance(rows, HiddenRows):
         outputs: Any = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
         logps, h, kl, reference_logps = outputs
@@ -204,7 +195,6 @@ class _Ask:
     reference: Rows | None
     gradient: bool
     keep: int
-    tie: Tie | None
 
     @property
     def only_logps(self) -> bool:
@@ -329,10 +319,7 @@ class _TiledHead(torch.autograd.Function):
         hidden, weight, bias, *sums = ctx.saved_tensors
         upstream = (d_logps, d_entropy, d_kl)
         found = _backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad)
-        d_hidden, d_weight, d_bias = found
-        if d_weight is not None and ctx.ask.tie is not None and ctx.ask.tie.give(d_weight):
-            d_weight = None
-        return d_hidden, d_weight, d_bias, None
+        return *found, None
 
 
 def _backward(
@@ -396,3 +383,68 @@ def _logit_gradient(
     inside = (column >= 0) & (column < stop - start)
     d_z.scatter_add_(1, column.clamp(0, stop - start - 1), torch.where(inside, d_logps, 0).to(d_z.dtype))
     return d_z if isinstance(slope, float) and slope == 1.0 else d_z.mul_(slope)
+
+
+# Tiles ----------------------------------------------------------------------------------------------------------------
+
+
+def tile_shape(rows: int, vocabulary: int, device: torch.device) -> tuple[int, int]:
+    """Rows and vocabulary entries of one tile: half a million logits (2 MB) on a CPU, 64 million on an accelerator.
+
+    The more rows there are, the narrower the tile, down to a width at which a matrix product is still efficient.
+    """
+    elements, narrow, most_rows = (2**19, 1024, 1024) if device.type == "cpu" else (2**26, 4096, 16384)
+    blocks = math.ceil(max(rows, 1) / most_rows)
+    block = math.ceil(max(rows, 1) / blocks)
+    width = max(narrow, elements // block)
+    return block, math.ceil(vocabulary / math.ceil(vocabulary / width))
+
+
+class Sums:
+    """Running sums over tiles of exp(z), and of exp(z) times other values, all relative to a running maximum."""
+
+    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.top = torch.full((rows,), torch.finfo(dtype).min, dtype=dtype, device=device)
+        self.total = torch.zeros(rows, dtype=dtype, device=device)
+
+    def add(self, z: Float[Tensor, "block tile"], *, keep: bool) -> tuple[Tensor, Tensor]:
+        """Take a tile in; return exp(z − top) (in place of z unless `keep`) and the factor for sums made so far."""
+        top = torch.maximum(self.top, z.amax(-1))
+        fade = (self.top - top).exp_()
+        weights = torch.sub(z, top[:, None]).exp_() if keep else z.sub_(top[:, None]).exp_()
+        self.total = self.total * fade + weights.sum(-1)
+        self.top = top
+        return weights, fade
+
+    @property
+    def log(self) -> Float[Tensor, "block"]:
+        """ln Σ exp z."""
+        return self.top + self.total.log()
+
+
+def gather(
+    z: Float[Tensor, "block tile"], targets: Int[Tensor, "block"], start: int, stop: int, into: Float[Tensor, "block"]
+) -> Float[Tensor, "block"]:
+    """`into`, with the values of the rows whose target lies on the tile."""
+    inside = (targets >= start) & (targets < stop)
+    found = z.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None]).squeeze(1)
+    return torch.where(inside, found, into)
+
+
+class Kept:
+    """exp(z − top) of the first tiles, with those maxima: for one backward pass, which uses them up."""
+
+    def __init__(self, space: int) -> None:
+        self.space = space
+        self.tiles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def add(self, block: slice, start: int, weights: Float[Tensor, "block tile"], top: Float[Tensor, "block"]) -> None:
+        """Keep a tile if there is space for it."""
+        self.space -= weights.nbytes
+        if self.space >= 0:
+            self.tiles[block.start, start] = weights, top
+
+    def take(self, block: slice, start: int) -> tuple[Tensor, Tensor] | None:
+        """A tile, free to be overwritten, and its maxima [block, 1]; None if it is not (or no longer) here."""
+        found = self.tiles.pop((block.start, start), None)
+        return None if found is None else (found[0], found[1][:, None])

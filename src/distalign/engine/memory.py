@@ -1,165 +1,175 @@
-"""What training takes, in bytes: measured on micro-batches of a few tokens, before there is a large one.
+"""Memory of training: what a run will need, what is free, and what the backward pass computes again to need less.
 
-    resident    weights
-    per step    gradients + optimizer state + tiles of the head
-    per token   what autograd keeps of a micro-batch, by far the largest part of a long one
-
-What is kept depends on the family, the attention, adapters, dtypes and activation checkpointing, but on the lengths in
-one way only: it is linear in the features of `_features`. A few passes of the very model over a dozen tokens therefore
-give the coefficients exactly.
+The estimate is one line before the first step, and the advice in an out-of-memory message. What autograd keeps of a
+micro-batch is by far the largest part of it: it is measured on two micro-batches of a few tokens, and grows linearly.
 """
 
 from __future__ import annotations
 
+import re
 import weakref
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from distalign.engine.available import spread
 from distalign.engine.forward import device_of
+from distalign.engine.lm_head import KEPT, tile_shape
 from distalign.engine.packing import Group
-from distalign.engine.recompute import recomputes
-from distalign.engine.scoring import Scores
-from distalign.engine.selfcheck import check
-from distalign.engine.tiles import KEPT, tile_shape
 
-# Lengths of a group: its prompt, and each of its responses.
-Shape = tuple[int, tuple[int, ...]]
-
-# Prompts and inputs of responses of the probes, in units of a few tokens: as many as tell the features apart.
-_PROBES: tuple[tuple[Shape, ...], ...] = (
-    ((1, (1,)),),
-    ((2, (1,)),),
-    ((3, (1,)),),
-    ((2, (0,)),),
-    ((2, (2,)),),
-    ((2, (1, 1)),),
-    ((1, (1,)), (1, (1,))),
-)
+# Tokens of the longest group in the smaller of the two measured micro-batches; the other has twice as many.
+_PROBE = 24
 # Blocks of logits that are alive at once: with a KL to a reference, both models' and what is derived of them.
 _TILES = 4
-# Tokens of the pass that is followed backwards.
-_FOLLOWED = 48
-_MOST_TOKENS = 10**9
+# A process takes more of a CPU's heap than torch asked for: 1.1 to 2.5 times as much was measured, in gaps.
+_GAPS = 1.5
+_OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "MPS backend out of memory")
+LESS = (
+    "less is needed with recompute: selective or full, an adapter (lora), shorter prompts and responses, or dtype "
+    "bfloat16"
+)
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that training needs. `needs(tokens)` comes on top of `weights`, which are there when it starts.
+class MemoryEstimate:
+    """Bytes that training needs, and `free`, what there is beside the weights (None if the system does not say).
 
-    weights: all models in memory. gradients: of what is trained. optimizer: its state, None where it is not known.
-    head: the gradient of a trained head on its way. kept: logits per token that would wait for the backward pass, were
-    there room. fixed, per_token: of a micro-batch. tokens: of the largest micro-batch that will come. longest: of the
-    largest group, which is never split. spread: bytes that the process takes for a byte of a micro-batch.
+    weights: all models in memory. gradients, optimizer (None: unknown): of what is trained. per_token, fixed: of a
+    micro-batch. tokens: of the largest micro-batch that will come. longest: of the largest group, which is never split.
     """
 
     weights: int
     gradients: int
     optimizer: int | None
-    head: int
-    kept: float
     fixed: float
     per_token: float
     tokens: int
     longest: int
-    vocabulary: int
-    device: torch.device
-    spread: float = 1.0
+    free: int | None
 
     def micro_batch(self, tokens: int) -> int:
-        """What autograd keeps of a micro-batch of that many tokens takes."""
-        return round((self.fixed + self.per_token * tokens) * self.spread)
+        """What a micro-batch of that many tokens takes."""
+        return round(self.fixed + self.per_token * tokens)
 
-    def tiles(self, tokens: int) -> int:
-        """Blocks of logits, those that are kept, and the gradient of a trained head on its way."""
-        rows, width = tile_shape(tokens, self.vocabulary, self.device)
-        tile = rows * min(width, self.vocabulary) * torch.float32.itemsize
-        kept = min(KEPT, round(self.kept * tokens))
-        # A CPU's memory is taken as it is written, and the gradient is written as the kept blocks go.
-        together = max(self.head, kept) if self.device.type == "cpu" else self.head + kept
-        return together + _TILES * tile
+    def needed(self, tokens: int) -> int:
+        """All that comes on top of the weights while a micro-batch of that many tokens is trained on."""
+        return self.gradients + (self.optimizer or 0) + self.micro_batch(tokens)
 
-    def needs(self, tokens: int) -> int:
-        """All that is allocated while a micro-batch of that many tokens is trained on."""
-        return self.gradients + (self.optimizer or 0) + self.tiles(tokens) + self.micro_batch(tokens)
-
-    def largest_budget(self, available: int | None) -> int | None:
-        """The largest `token_budget` that fits, two digits of it; 0 if the longest group alone does not.
-
-        None if what is available is not known.
-        """
-        if available is None:
+    def largest_budget(self) -> int | None:
+        """The largest `token_budget` that fits (two digits); 0 if the longest group alone does not; None: unknown."""
+        if self.free is None or self.per_token <= 0:
             return None
-        most = bisect_right(range(1, _MOST_TOKENS), available, key=self.needs)
+        most = int((self.free - self.needed(0)) // self.per_token)
         if most < self.longest:
             return 0
         unit = 10 ** max(len(str(most)) - 2, 0)
         return max(most // unit * unit, self.longest)
 
+    def __str__(self) -> str:
+        largest = self.largest_budget()
+        optimizer = "unknown" if self.optimizer is None else _gb(self.optimizer)
+        free = "an unknown number of" if self.free is None else _gb(self.weights + self.free)
+        return (
+            f"memory: weights {_gb(self.weights)} GB, gradients {_gb(self.gradients)}, "
+            f"optimizer {optimizer}, micro-batch of {self.tokens} tokens "
+            f"{_gb(self.micro_batch(self.tokens))}: {_gb(self.weights + self.needed(self.tokens))} of {free} GB"
+            + (f"; the largest token_budget that fits is {largest:,}" if largest else "")
+        )
+
+    def fits(self) -> bool:
+        """Whether the largest micro-batch fits; True where that cannot be known."""
+        return self.free is None or self.needed(self.tokens) <= self.free
+
+    def advice(self, tokens: int | None = None) -> str:
+        """What to set: the budget that fits, or, if `tokens` tokens were too many, at most half of them."""
+        largest = self.largest_budget()
+        if tokens is not None:
+            half = max(tokens // 2, self.longest)
+            largest = 0 if tokens <= self.longest else half if largest is None else min(half, largest)
+        if largest:
+            return f"set token_budget to {largest} or less; {LESS}"
+        return (
+            f"no token_budget helps: the longest prompt with its responses has {self.longest} tokens by itself; {LESS}"
+        )
+
 
 def estimate(
     model: nn.Module,
-    forward: Callable[[list[Group]], Scores],
-    shapes: Iterable[Shape],
+    forward: Callable[[list[Group]], Any],
+    groups: Sequence[tuple[int, tuple[int, ...]]],
     *,
     token_budget: int,
     batch: int,
+    free: int | None,
+    state: float | None,
     resident: Sequence[nn.Module] = (),
-    optimizer: float | None = None,
-) -> Memory:
+) -> MemoryEstimate:
     """Measure what training `model` will need; modes, gradients and the random state are left as they were.
 
-    `forward` scores groups as a training step does. `shapes` are those of the groups that will come, `batch` of them
-    at a time at most. `resident` are the other models in memory. `optimizer` is its state in bytes per byte of trained
-    parameters (2 for AdamW), None if it is not known. Raises ValueError if there are no shapes.
+    `forward` scores groups as a training step does. `groups` are lengths, (prompt, responses), of those that will come,
+    `batch` of them at a time at most. `state` is the optimizer's bytes per byte of trained parameters (None: unknown);
+    `resident` are the other models in memory. Raises ValueError if there are no groups.
     """
-    known = list(shapes)
-    if not known:
-        raise ValueError("estimate: no shapes of groups; give the lengths of what will be trained on.")
-    sizes = sorted(map(_tokens, known))
-    path = check(model).path
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
-    head: Any = model.get_output_embeddings()  # pyright: ignore
-    tiled = path != "plain" and head.weight.requires_grad
-    coefficients = _coefficients(model, forward, path)
-    per_token, heaviest = max((_price(coefficients, _features(one, path)) / _tokens(one), one) for one in set(known))
-    factor = _recomputed(model, forward, heaviest) if recomputes(model) else 1.0
-    return Memory(
-        weights=_bytes(tensor for module in (model, *resident) for tensor in _tensors(module)),
+    if not groups:
+        raise ValueError("estimate: no groups; give the lengths of what will be trained on.")
+    sizes = sorted(prompt + sum(responses) for prompt, responses in groups)
+    prompt, responses = max(groups, key=lambda group: group[0] + sum(group[1]))
+    share = min(1.0, _PROBE / sizes[-1])
+    small = (max(1, round(prompt * share)), tuple(max(2, round(length * share)) for length in responses))
+    large = (2 * small[0], tuple(2 * length for length in small[1]))
+    (few, kept_few), (many, kept_many) = ((_size(one), _saved_bytes(model, forward, one)) for one in (small, large))
+    per_token = max(0.0, (kept_many - kept_few) / (many - few))
+    head_layer: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    weight: Tensor = head_layer.weight
+    device = device_of(model)
+    trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
+    tokens = max(sizes[-1], min(token_budget, sum(sizes[-batch:])))
+    rows, width = tile_shape(tokens, len(weight), device)
+    head = 4 * weight.numel() if weight.requires_grad else 0
+    gaps = _GAPS if device.type == "cpu" else 1.0
+    return MemoryEstimate(
+        weights=_bytes(t for module in (model, *resident) for t in (*module.parameters(), *module.buffers())),
         gradients=trained,
-        optimizer=None if optimizer is None else round(optimizer * trained),
-        head=head.weight.numel() * torch.float32.itemsize if tiled else 0,
-        kept=_logits(known, head.weight) if tiled and not recomputes(model) else 0.0,
-        fixed=float(coefficients[0]),
-        per_token=per_token * factor,
-        tokens=max(sizes[-1], min(token_budget, sum(sizes[-batch:]))),
+        optimizer=None if state is None else round(state * trained),
+        fixed=gaps * max(0.0, kept_few - per_token * few) + head + (KEPT if head else 0) + 4 * _TILES * rows * width,
+        per_token=gaps * per_token,
+        tokens=tokens,
         longest=sizes[-1],
-        vocabulary=len(head.weight),
-        device=device_of(model),
-        spread=spread(device_of(model)),
+        free=free,
     )
 
 
-def _tokens(shape: Shape) -> int:
-    return shape[0] + sum(shape[1])
+def _size(lengths: tuple[int, tuple[int, ...]]) -> int:
+    return lengths[0] + sum(lengths[1])
 
 
-def _logits(shapes: Iterable[Shape], weight: Tensor) -> float:
-    """Bytes of logits per token, in the group that has most."""
-    return max(sum(shape[1]) / _tokens(shape) for shape in shapes) * len(weight) * torch.float32.itemsize
+def _saved_bytes(model: nn.Module, forward: Callable[[list[Group]], Any], lengths: tuple[int, tuple[int, ...]]) -> int:
+    """Bytes that autograd keeps of one pass over a group of these lengths, in training mode, parameters left out."""
+    parameters = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: list[weakref.ref[Any]] = []
 
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+    group = Group([0] * lengths[0], [[0] * length for length in lengths[1]])
+    device, modes = device_of(model), [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad(), hooks:
+            scores = forward([group])
+    finally:
+        for module, training in modes:
+            module.training = training
+    # Parts of the graph that lead nowhere are gone by now.
+    alive = {storage.data_ptr(): storage.nbytes() for ref in saved if (storage := ref()) is not None}
+    del scores
+    return sum(size for address, size in alive.items() if address not in parameters)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -168,165 +178,133 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-# What autograd keeps --------------------------------------------------------------------------------------------------
+def _gb(size: int) -> str:
+    size_gb = size / 1e9
+    return f"{size_gb:.0f}" if size_gb >= 10 else f"{size_gb:.1f}" if size_gb >= 1 else f"{size_gb:.2f}"
 
 
-def _features(shape: Shape, path: str) -> list[int]:
-    """What the bytes of one group are linear in.
+def out_of_memory(error: BaseException) -> bool:
+    """Whether torch found no memory, on any device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(s in str(error) for s in _OUT_OF_MEMORY)
 
-    Where the prompt is shared: its tokens, inputs of responses, responses, keys that they attend to (the prompt's
-    are copied for each), and areas of attention, theirs and the prompt's. Elsewhere: sequences (padded to the longest
-    of the group), their tokens, inputs of responses, areas.
+
+def asked_for(error: BaseException) -> str:
+    """How much more memory was asked for, in brackets, if the error says so."""
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return f" ({asked[1]} more were asked for)" if asked else ""
+
+
+# What is free ---------------------------------------------------------------------------------------------------------
+
+
+def available(device: torch.device, *, root: Path = Path("/")) -> int | None:
+    """Bytes that can still be allocated on `device`; None where that is not known.
+
+    An accelerator's free memory and what torch's cache holds unused; on a CPU what the kernel calls available, or what
+    the control group leaves of its limit (versions 1 and 2) if that is less. `root` is where /proc and /sys are.
     """
-    prompt, inputs = shape[0], [length - 1 for length in shape[1]]
-    if path == "shared":
-        keys = [(n, prompt + n) for n in inputs if n]
-        areas = [sum(n * m for n, m in keys), prompt**2]
-        return [prompt, sum(inputs), len(inputs), sum(m for _, m in keys), *areas]
-    long = [prompt + (max(inputs) if path == "padded" else n) for n in inputs]
-    return [len(long), sum(long), sum(inputs), sum(m * m for m in long)]
+    if device.type == "cpu":
+        limits = [_machine(root), *_groups(root)]
+        return min((limit for limit in limits if limit is not None), default=None)
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    module: Any = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return None
+    free, _ = module.mem_get_info(device)
+    return free + module.memory_reserved(device) - module.memory_allocated(device)
 
 
-def _price(coefficients: Tensor, features: list[int]) -> float:
-    return float(coefficients[1:] @ coefficients.new_tensor(features))
+def _machine(root: Path) -> int | None:
+    meminfo = root / "proc/meminfo"
+    if not meminfo.is_file():
+        return None
+    lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
 
 
-def _coefficients(model: nn.Module, forward: Callable[[list[Group]], Scores], path: str) -> Tensor:
-    """Bytes per unit of each feature; the first belongs to a micro-batch as a whole."""
-    unit, found, kept = _unit(model), [], []
-    for probe in _PROBES:
-        # A padded batch of one sequence is kept differently from one of several.
-        probe *= 2 if path == "padded" else 1
-        shapes = [(p * unit, tuple(n * unit + 1 for n in inputs)) for p, inputs in probe]
-        kept.append(saved_bytes(model, forward, shapes))
-        found.append([1, *(sum(column) for column in zip(*(_features(one, path) for one in shapes), strict=True))])
-    a, b = (torch.tensor(values, dtype=torch.float64) for values in (found, kept))
-    return torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
-
-
-def _unit(model: Any) -> int:
-    """Tokens of a unit: as few as can be where they cost time, enough for the alignment of an accelerator's kernels."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024
-    return 3 if device_of(model).type == "cpu" else max(3, min(32, positions // 8))
-
-
-def saved_bytes(model: nn.Module, forward: Callable[[list[Group]], Scores], shapes: Sequence[Shape]) -> int:
-    """Bytes that autograd keeps of one pass over groups of these shapes, in training mode, parameters left out."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
-    packed: list[weakref.ref[Any]] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        packed.append(weakref.ref(tensor.untyped_storage()))
-        return tensor
-
-    with _as_trained(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        scores = forward(_groups(model, shapes))
-        # Parts of the graph that lead nowhere are gone by now.
-        kept = {storage.data_ptr(): storage.nbytes() for ref in packed if (storage := ref()) is not None}
-        del scores
-    return sum(size for address, size in kept.items() if address not in own)
-
-
-@contextmanager
-def _as_trained(model: nn.Module) -> Iterator[None]:
-    """Training mode and gradients inside the block; modes and the random state are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = device_of(model)
-    try:
-        model.train()
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _groups(model: Any, shapes: Sequence[Shape]) -> list[Group]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(len(model.get_input_embeddings().weight), (count,), generator=generator).tolist()
-
-    return [Group(draw(prompt), [draw(length) for length in lengths]) for prompt, lengths in shapes]
-
-
-# What is computed again -----------------------------------------------------------------------------------------------
-
-
-def _recomputed(model: nn.Module, forward: Callable[[list[Group]], Scores], shape: Shape) -> float:
-    """Activation checkpointing: how far what is alive in the backward pass exceeds what was kept, on a smaller group.
-
-    Layers are computed again there one after another, each with all its activations.
-    """
-    share = min(1.0, _FOLLOWED / _tokens(shape))
-    small = (max(1, round(shape[0] * share)), tuple(max(2, round(length * share)) for length in shape[1]))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    gradients = [p.grad for p in trained]
-    # Gradients are let go at once: what they take is known, and no room is needed for them here.
-    hooks = [p.register_post_accumulate_grad_hook(_forget_gradient) for p in trained]
-    try:
-        for p in trained:
-            p.grad = None
-        with _as_trained(model), _Alive(_counted_elsewhere(model, sum(small[1]))) as alive:
-            scores = forward(_groups(model, [small]))
-            asked = [scores.token_logps, scores.step_entropy, scores.step_kl, scores.values]
-            torch.stack([one.sum() for one in asked if one is not None]).sum().backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for p, gradient in zip(trained, gradients, strict=True):
-            p.grad = gradient
-    # Selective checkpointing keeps results that autograd does not know of: they are among what is alive.
-    return max(1.0, alive.most / saved_bytes(model, forward, [small]))
-
-
-def _counted_elsewhere(model: Any, rows: int) -> set[tuple[int, ...]]:
-    """Shapes of gradients of parameters, and of a block of logits with its part of the head."""
-    weight = model.get_output_embeddings().weight
-    vocabulary, hidden = weight.shape
-    found = {tuple(sorted(p.shape)) for p in model.parameters() if p.requires_grad}
-    if check(model).path != "plain":
-        block, width = tile_shape(rows, vocabulary, weight.device)
-        for height in {block, rows % block}:
-            for columns in {width, vocabulary % width}:
-                found |= {tuple(sorted((height, columns))), tuple(sorted((columns, hidden)))}
+def _groups(root: Path) -> list[int]:
+    """What every control group that this process is in, and every one above, leaves of its limit."""
+    own = root / "proc/self/cgroup"
+    if not own.is_file():
+        return []
+    found: list[int] = []
+    for line in own.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            left = _left(base.joinpath(*parts[:depth]), *names)
+            found += [] if left is None else [left]
     return found
 
 
-def _forget_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
+def _left(group: Path, limit: str, usage: str, cache: str) -> int | None:
+    """Limit − usage, file cache that can be dropped not counted; None where there is no limit."""
+    # Inside a container the path of the host is not there; its own limit is at the top.
+    if not (group / limit).is_file() or not (group / usage).is_file():
+        return None
+    most = (group / limit).read_text().strip()
+    # Version 1 writes "no limit" as a number close to 2^63.
+    if most == "max" or int(most) >= 2**62:
+        return None
+    stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    return int(most) - int((group / usage).read_text()) + int(stat.get(cache, 0))
 
 
-class _Alive(TorchDispatchMode):
-    """Bytes of tensors that were made inside and still live: `now`, and `most` at any time.
+# What the backward pass computes again --------------------------------------------------------------------------------
 
-    Tensors of the shapes in `leave_out`, each in ascending order, do not count.
+# Nothing; all but matrix products and attention ("selective"); or whole layers ("full"). Per token and layer a Llama
+# keeps about twice as many numbers as its matrix products and attention put out; the rest (norms, rotations, activation
+# functions, copies) is cheap to compute again. "full" keeps the input of each layer and pays one more forward pass.
+Recompute = Literal["none", "selective", "full"]
+
+_aten: Any = torch.ops.aten
+_EXPENSIVE = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._grouped_mm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def set_recompute(model: Any, recompute: Recompute) -> None:
+    """Choose what `model` computes again in its backward pass; it applies while the model is in training mode.
+
+    Raises ValueError if the model's class does not support it.
     """
-
-    def __init__(self, leave_out: set[tuple[int, ...]]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._leave_out, self._known = leave_out, set[int]()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(tensor.untyped_storage()) for tensor in _leaves((args, kwargs))}
-        out = func(*args, **(kwargs or {}))
-        for tensor in _leaves(out):
-            storage = tensor.untyped_storage()
-            key, size = id(storage), storage.nbytes()
-            if key in given or key in self._known or tuple(sorted(tensor.shape)) in self._leave_out:
-                continue
-            self._known.add(key)
-            weakref.finalize(storage, self._gone, key, size)
-            self.now += size
-            self.most = max(self.most, self.now)
-        return out
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+    switch = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    off = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+    if recompute == "none":
+        if recomputes(model):
+            off()
+        return
+    switch({"use_reentrant": False, **({"context_fn": _contexts} if recompute == "selective" else {})})
+    # The switch makes the embedding's output require a gradient, which the other kind of checkpointing needs; here it
+    # would only send the backward pass through frozen layers below an adapter.
+    model.disable_input_require_grads()
 
 
-def _leaves(tree: Any) -> list[Tensor]:
-    """Tensors with a storage: an embedding may be set to give sparse gradients."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+def recomputes(model: nn.Module) -> bool:
+    """Whether some layers of the model are computed again in its backward pass."""
+    return any(getattr(m, "gradient_checkpointing", False) or "checkpoint_fn" in vars(m) for m in model.modules())
+
+
+def _contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -33,23 +33,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class ReadPrompt:
-    """What a model made of a prompt when it read it before: keys and values of every layer, and the state at its end.
-
-    Of a layer with a sliding window the last keys and values suffice, as many as a later token can see.
-    """
-
-    keys: list[Float[Tensor, "_kv_heads _tokens _dim"]]
-    values: list[Float[Tensor, "_kv_heads _tokens _value_dim"]]
-    state: Float[Tensor, "hidden"]
-
-
-@dataclass(frozen=True)
 class Segment:
-    """Where one group lies in a packed row: input tokens of the prompt, then of each response (possibly none).
-
-    A prompt that has been read before has none.
-    """
+    """Where one group lies in a packed row: input tokens of the prompt, then of each response (possibly none)."""
 
     prompt: int
     responses: tuple[int, ...]
@@ -62,10 +47,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """All groups in one row. `predictors`: for every response token in order, the input position that predicts it.
-
-    Positions are counted after those of the prompts read before, each of which has one: that of its last token.
-    """
+    """All groups in one row. `predictors`: for every response token in order, the input position that predicts it."""
 
     input_ids: Int[Tensor, "1 tokens"]
     position_ids: Int[Tensor, "1 tokens"]
@@ -109,34 +91,27 @@ def frame(groups: Sequence[Group], device: torch.device) -> Frame:
     )
 
 
-def pack(groups: Sequence[Group], device: torch.device, read: Sequence[ReadPrompt | None] | None = None) -> PackedRow:
-    """Put all groups into one row, each prompt once; those of `read`, a value a group, not at all."""
-    known = [False] * len(groups) if read is None else [one is not None for one in read]
+def pack(groups: Sequence[Group], device: torch.device) -> PackedRow:
+    """Put all groups into one row, each prompt once."""
     ids: list[int] = []
     positions: list[int] = []
     predictors: list[int] = []
-    segments = []
-    before = sum(known)
-    for index, group in enumerate(groups):
+    for group in groups:
         size = len(group.prompt)
-        if known[index]:
-            last_of_prompt = sum(known[:index])
-        else:
-            ids += group.prompt
-            positions += range(size)
-            last_of_prompt = before + len(ids) - 1
+        ids += group.prompt
+        positions += range(size)
+        last_of_prompt = len(ids) - 1
         for response in group.responses:
             inputs = len(response) - 1
             predictors.append(last_of_prompt)
-            predictors += range(before + len(ids), before + len(ids) + inputs)
+            predictors += range(len(ids), len(ids) + inputs)
             ids += response[:-1]
             positions += range(size, size + inputs)
-        segments.append(Segment(0 if known[index] else size, tuple(len(r) - 1 for r in group.responses)))
     return PackedRow(
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
         predictors=torch.tensor(predictors, device=device),
-        segments=tuple(segments),
+        segments=tuple(Segment(len(g.prompt), tuple(len(r) - 1 for r in g.responses)) for g in groups),
     )
 
 
@@ -169,34 +144,26 @@ def _pad_batch(sequences: list[tuple[list[int], int]], batch: list[int], device:
     return PaddedRows(ids.to(device), torch.tensor(predictors, device=device), batch)
 
 
-def micro_batches(
-    groups: Sequence[Group], token_budget: int, read: Sequence[ReadPrompt | None] | None = None
-) -> list[list[int]]:
+def micro_batches(groups: Sequence[Group], token_budget: int) -> list[list[int]]:
     """Split groups into micro-batches: lists of indices into `groups`, each group into the first that has room for it.
 
-    The longest groups choose first. Tokens are counted with the prompt shared, and without those of `read`, a value a
-    group; one whose responses have one token each is counted in full, because a row of nothing else would be empty. A
-    group is never split; one that exceeds the budget is alone in its batch. Raises ValueError if `token_budget` is
-    below 1.
+    The longest groups choose first. Tokens are counted with the prompt shared. A group is never split; one that exceeds
+    the budget is alone in its batch. Raises ValueError if `token_budget` is below 1.
     """
     if token_budget < 1:
         raise ValueError(
             f"micro_batches: token_budget is {token_budget}; give the number of tokens of one batch, at least 1."
         )
-    sizes = [group.tokens for group in groups]
-    for index, (group, known) in enumerate(zip(groups, read or (), strict=read is not None)):
-        if known is not None and any(len(response) > 1 for response in group.responses):
-            sizes[index] -= len(group.prompt)
     batches: list[list[int]] = []
-    rooms: list[int] = []
-    for index in sorted(range(len(groups)), key=lambda index: -sizes[index]):
-        size = sizes[index]
-        place = next((place for place, room in enumerate(rooms) if room >= size), len(rooms))
-        if place == len(rooms):
+    space: list[int] = []
+    for index in sorted(range(len(groups)), key=lambda index: -groups[index].tokens):
+        size = groups[index].tokens
+        place = next((place for place, free in enumerate(space) if free >= size), len(space))
+        if place == len(space):
             batches.append([])
-            rooms.append(token_budget)
+            space.append(token_budget)
         batches[place].append(index)
-        rooms[place] -= size
+        space[place] -= size
     return batches
 
 

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distalign.engine.below import Below
 from distalign.engine.forward import decoder_of, device_of, encode, evaluating, require_causal_lm
-from distalign.engine.lm_head import HiddenRows, Rows, head_of, score_rows
-from distalign.engine.packing import Frame, Group, ReadPrompt, frame, micro_batches, validate
-from distalign.engine.recompute import recomputes
+from distalign.engine.lm_head import KEPT, HiddenRows, LogitRows, Rows, head_of, score_rows
+from distalign.engine.memory import recomputes
+from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
 from distalign.engine.selfcheck import check
-from distalign.engine.tied import tied
-from distalign.engine.tiles import KEPT
 
 # A reference model, or a function whose context gives one (for instance the policy with its adapter off).
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
@@ -85,10 +81,9 @@ def score(
         raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
     _validate(model, groups)
     places = frame(groups, device_of(model))
-    with tied(model) as tie:
-        rows, reference_rows = _both_rows(model, reference, groups, temperature, kernels=torch.is_grad_enabled())
+    rows, reference_rows = _both_rows(model, reference, groups, temperature, kernels=torch.is_grad_enabled())
     keep = 0 if recomputes(model) else KEPT
-    values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows, keep=keep, tie=tie)
+    values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows, keep=keep)
     return Scores(
         token_logps=_lay_out(values.logps, places),
         mask=places.mask,
@@ -171,39 +166,27 @@ def _path(model: nn.Module, groups: Sequence[Group]) -> str:
     return "plain" if report.length_limit is not None and longest > report.length_limit else report.path
 
 
-def _rows(
-    model: nn.Module,
-    groups: Sequence[Group],
-    temperature: float,
-    *,
-    kernels: bool,
-    read: Sequence[ReadPrompt | None] | None = None,
-) -> Rows:
+def _rows(model: nn.Module, groups: Sequence[Group], temperature: float, *, kernels: bool) -> Rows:
     """Rows of the model; with `kernels`, FlexAttention is tried if it has not been."""
     by_flex = check(model, kernels=kernels).by_flex
-    return encode(model, groups, _path(model, groups), temperature, by_flex=by_flex, read=read)
+    return encode(model, groups, _path(model, groups), temperature, by_flex=by_flex)
 
 
 def _both_rows(
     model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float, *, kernels: bool
 ) -> tuple[Rows, Rows | None]:
-    """Rows of the model and of its reference; what both compute alike is computed once."""
-    rows = partial(_rows, model, groups, temperature, kernels=kernels)
-    if reference is None:
-        return rows(), None
-    reference_rows = partial(_reference_rows, reference, groups, temperature, kernels=kernels)
-    if isinstance(reference, nn.Module) and _same_body(model, reference):
-        found = rows()
-        if isinstance(found, HiddenRows):
-            return found, HiddenRows(found.hidden.detach(), head_of(reference), temperature)
-        return found, reference_rows()
-    below = Below(model) if _path(model, groups) == "shared" else None
+    """Rows of the model and of its reference; a decoder that both share is run once."""
+    if isinstance(reference, nn.Module) and _same_decoder(model, reference):
+        rows = _rows(model, groups, temperature, kernels=kernels)
+        if isinstance(rows, HiddenRows):
+            return rows, HiddenRows(rows.hidden.detach(), head_of(reference), temperature)
+        return rows, _reference_rows(reference, groups, temperature, kernels=kernels)
     # The reference first: its activations are gone before the model's are kept for the backward pass.
-    of_reference = reference_rows(below)
-    return rows() if below is None else below.take(rows), of_reference
+    reference_rows = None if reference is None else _reference_rows(reference, groups, temperature, kernels=kernels)
+    return _rows(model, groups, temperature, kernels=kernels), reference_rows
 
 
-def _same_body(model: nn.Module, reference: nn.Module) -> bool:
+def _same_decoder(model: nn.Module, reference: nn.Module) -> bool:
     """Whether both models have the very same decoder weights and no dropout, so that only their heads differ."""
     if model.training or reference.training or check(reference, kernels=False).path == "plain":
         return False
@@ -213,23 +196,14 @@ def _same_body(model: nn.Module, reference: nn.Module) -> bool:
     return ours == theirs and len(ours) > 0
 
 
-def _reference_rows(
-    reference: Reference,
-    groups: Sequence[Group],
-    temperature: float,
-    below: Below | None = None,
-    *,
-    kernels: bool,
-) -> Rows:
+def _reference_rows(reference: Reference, groups: Sequence[Group], temperature: float, *, kernels: bool) -> Rows:
     context = nullcontext(reference) if isinstance(reference, nn.Module) else reference()
     with context as model:
         if not isinstance(model, nn.Module):
             raise TypeError(f"reference: its context gives a {type(model).__name__}; it must give the reference model.")
         _validate(model, groups, "reference: groups")
         with evaluating(model):
-            shares = below is not None and model is below.model and _path(model, groups) == "shared"
-            with below.keep() if below is not None and shares else nullcontext():
-                return _rows(model, groups, temperature, kernels=kernels)
+            return _rows(model, groups, temperature, kernels=kernels)
 
 
 def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "responses steps"]:
@@ -242,3 +216,75 @@ def _validate(model: Any, groups: Sequence[Group], source: str = "groups") -> No
     stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     positions = None if stretches else getattr(config, "max_position_embeddings", None)
     validate(groups, vocabulary=len(model.get_input_embeddings().weight), max_positions=positions, source=source)
+
+
+# Hidden states after every token, for rewards -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Every response token of some groups, response after response.
+
+    hidden: last hidden states AFTER reading the token. ids: the tokens. owner: the response that a token belongs to,
+    counted over all groups. lengths: tokens of each response. logps: ln π(response | prompt) in nats, if asked for.
+    """
+
+    hidden: Float[Tensor, "tokens hidden"]
+    ids: Int[Tensor, "tokens"]
+    owner: Int[Tensor, "tokens"]
+    lengths: Int[Tensor, "responses"]
+    logps: Float[Tensor, "responses"] | None = None
+
+    @property
+    def last(self) -> Float[Tensor, "responses hidden"]:
+        """Hidden states after the whole response."""
+        return self.hidden[self.lengths.cumsum(0) - 1]
+
+    def mean(self, values: Float[Tensor, "tokens width"]) -> Float[Tensor, "responses width"]:
+        """Mean over the tokens of each response."""
+        total = values.new_zeros(len(self.lengths), values.shape[1]).index_add(0, self.owner, values)
+        return total / self.lengths[:, None]
+
+
+def read(model: nn.Module, groups: Sequence[Group], *, logps: bool = False) -> Reading:
+    """Hidden states after every response token in one pass, prompts shared where the model allows; differentiable.
+
+    The whole response is read, its last token too, so a sequence needs one position more than `score` does. Raises
+    ValueError for groups that cannot be read.
+    """
+    # Nothing is predicted from the last token of a sequence, so the engine leaves it out: one more, and it is read.
+    longer = [Group(group.prompt, [[*response, response[-1]] for response in group.responses]) for group in groups]
+    _validate(model, longer)
+    device = device_of(model)
+    responses = [response for group in groups for response in group.responses]
+    lengths = torch.tensor([len(response) for response in responses], device=device)
+    ids = torch.tensor([token for response in responses for token in response], device=device)
+    owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)
+    hidden, rows = _encode(model, longer)
+    # Of T + 1 states the first T predict the tokens, and the last T have read them.
+    starts = torch.zeros(len(hidden), dtype=torch.bool, device=device)
+    starts[(lengths + 1).cumsum(0) - lengths - 1] = True
+    total = None
+    if logps:
+        values = score_rows(rows.chosen(~starts.roll(-1)), ids).logps
+        wide = values.to(torch.float32 if device.type == "mps" else torch.float64)
+        total = wide.new_zeros(len(lengths)).index_add(0, owner, wide)
+    return Reading(hidden[~starts], ids, owner, lengths, total)
+
+
+def _encode(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Rows]:
+    """Hidden states that predict the tokens of `groups`, and what gives their log-probabilities."""
+    report = check(model, kernels=torch.is_grad_enabled())
+    longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
+    if report.path != "plain" and (report.length_limit is None or longest <= report.length_limit):
+        rows = encode(model, groups, report.path, 1.0, by_flex=report.by_flex)
+        assert isinstance(rows, HiddenRows)
+        return rows.hidden, rows
+    hidden, logits = [], []
+    for group in groups:
+        for response in group.responses:
+            ids = torch.tensor([[*group.prompt, *response[:-1]]], device=device_of(model))
+            out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
+            hidden.append(out.hidden_states[-1][0, -len(response) :])
+            logits.append(out.logits[0, -len(response) :])
+    return torch.cat(hidden), LogitRows(torch.cat(logits))

@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine import flex
@@ -26,7 +25,7 @@ from distalign.engine.attention import (
     shared_prefix_attention,
 )
 from distalign.engine.forward import device_of, encode, evaluating, require_causal_lm, shared_hidden
-from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, Rows, head_of, score_rows
+from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")
@@ -82,7 +81,8 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
     left untried: `by_flex` then says what an earlier trial found. Modes and the random state are left as they were.
     Raises TypeError if `model` is not a causal language model of transformers or PEFT.
     """
-    require_causal_lm(model)
+    if model not in _REPORTS:
+        require_causal_lm(model)
     reports = _REPORTS.setdefault(model, {})
     key = _state(model)
     if again or key not in reports:
@@ -95,41 +95,6 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
         report = replace(report, by_flex=_try_flex(report.model_type, untried))
         reports[key] = report, []
     return report
-
-
-def require_plain_head(
-    model: nn.Module, states: Float[Tensor, "rows hidden"] | Float[Tensor, "0"], logits: Float[Tensor, "rows vocab"]
-) -> None:
-    """Raise CannotTile unless the model's head, as `head_of` reads it, gives these logits of these states.
-
-    They are rows that the model has just computed; compared are log-probabilities over the whole vocabulary, beyond the
-    rounding of the logits. A model that is refused is served by its own logits from then on, whatever `check` found.
-    """
-    head = head_of(model)
-    if len(states) != len(logits):
-        _refuse_head(model, "its head is not called with hidden states")
-    found, expected = (_log_softmax(rows) for rows in (HiddenRows(states, head), LogitRows(logits)))
-    rounding = torch.finfo(_precision(model)).eps * logits.where(logits.isfinite(), 0).abs().amax(-1, keepdim=True)
-    beyond = ((found - expected).abs() - rounding).where(found != expected, 0).clamp(min=0)
-    error, wrong = _compare(beyond, torch.zeros_like(beyond), _tolerances(model))
-    if wrong:
-        _refuse_head(model, f"its head gives other logits than its own, by {error:.2g} nats")
-
-
-def _log_softmax(rows: Rows) -> Float[Tensor, "rows vocab"]:
-    """Of a few rows; in half precision a tile's weights are copied, never the whole head's."""
-    starts = range(0, rows.vocabulary, 8192)
-    tiles = [rows.tile(slice(None), start, min(start + 8192, rows.vocabulary)) for start in starts]
-    return torch.cat(tiles, -1).log_softmax(-1)
-
-
-def _refuse_head(model: Any, reason: str) -> NoReturn:
-    """Raise CannotTile, and serve the model by its own logits from now on."""
-    reason = f"{reason}; log-probabilities come from the model's own logits"
-    report = EngineReport("plain", reason, model.config.get_text_config().model_type, 0.0, _tolerances(model)[0])
-    _REPORTS.setdefault(model, {})[_state(model)] = report, []
-    _log(report)
-    raise CannotTile(reason)
 
 
 def _state(model: Any) -> tuple:

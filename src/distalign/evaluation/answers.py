@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from distalign.engine import Group, score_in_batches
 from distalign.engine.scoring import total
 from distalign.evaluation.setup import Evaluation, EvaluationSetup
-from distalign.models.policy import Source, weights_digest
+from distalign.models.load import Source, weights_digest
 from distalign.progress import progress
 from distalign.rollout.sample import sample
 

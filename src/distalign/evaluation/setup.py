@@ -31,7 +31,7 @@ from distalign.data import (
 from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
-from distalign.models.policy import Source, find_model, weights_digest
+from distalign.models.load import Source, find_model, weights_digest
 from distalign.models.targets import Target, TargetSettings, Tilt, target_prompts
 from distalign.rewards import Reward, RewardSettings, check_rewards, make_reward
 from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings, several

@@ -30,12 +30,12 @@ from distalign.experiments.results import ResumeRecord, claim, data_key, is_of, 
 from distalign.experiments.setup import Setup, load_setup
 from distalign.experiments.train import check, make_setup_reward, train_method
 from distalign.models.card import CITATION
-from distalign.models.policy import weights_digest
+from distalign.models.load import weights_digest
 from distalign.models.targets import Target
 from distalign.progress import progress
 from distalign.rewards import RewardError
 from distalign.rewards.saved import UnreadableReward
-from distalign.training.prompts import reference_of
+from distalign.training.prompts import implicit_rewards
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.compare")
@@ -179,7 +179,7 @@ def _run_method(setup: Setup, name: str, folder: Path, resume: bool) -> ResumeRe
                 measured,
                 pairs.logps,
                 task.pairs,
-                lambda logps: method.implicit_reward(logps, reference_of(pairs)),
+                lambda logps: implicit_rewards(method, pairs.replace(logps=logps)),
                 task.target_logit,
             )
         advance(1)

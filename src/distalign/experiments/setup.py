@@ -35,12 +35,12 @@ from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task
 from distalign.experiments.recipe import DataSettings, Recipe
-from distalign.models.policy import Source, find_model
+from distalign.models.load import Source, find_model
 from distalign.models.targets import Target, TargetPairs, TargetSettings, Tilt, make_pairs, target_prompts
 from distalign.progress import progress
 from distalign.rewards import Reward, check_rewards
 from distalign.rollout.sample import sample
-from distalign.training.rounds import acts
+from distalign.training.rounds import is_on_policy
 
 logger = logging.getLogger("distalign.experiments.setup")
 
@@ -153,14 +153,11 @@ def _setup_of_target(
     train = _draw_pairs(recipe, settings, target, base, tokenizer, train_ids, held_out=False, seed=seed)
     held = _draw_pairs(recipe, settings, target, base, tokenizer, held_ids, held_out=True, seed=seed)
     end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
-    task = replace(
-        _task(recipe, seed, base, held_ids, held.pairs, end_id),
-        gamma=settings.gamma,
-        target=target.model(base, tokenizer),
-        target_logit=held.logit,
-    )
+    model = target.model(base, tokenizer)
+    task = _task(recipe, seed, base, held_ids, held.pairs, end_id)
+    task = replace(task, gamma=settings.gamma, target=model, target_logit=held.logit)
     if measured:
-        task = replace(task, target_groups=_target_responses(task))
+        task = replace(task, target_groups=_target_responses(model, task))
     cache = {
         pair.key: logps for part in (train, held) for pair, logps in zip(part.pairs, part.reference_logps, strict=True)
     }
@@ -221,7 +218,7 @@ def _check_positions(source: Source, prompts: list[list[int]], new_tokens: int, 
 
 
 def _draws_responses(recipe: Recipe) -> bool:
-    return any(acts(recipe.method(name)) for name in recipe.methods)
+    return any(is_on_policy(recipe.method(name)) for name in recipe.methods)
 
 
 def _longest_rollout(recipe: Recipe) -> int:
@@ -369,10 +366,10 @@ def _draw_pairs(
         )
 
 
-def _target_responses(task: Task) -> list[Group]:
+def _target_responses(target: PreTrainedModel, task: Task) -> list[Group]:
     """Responses of the target to the held-out prompts: the same for every seed, so that seeds differ in training."""
     responses = sample(
-        task.target,
+        target,
         task.prompts,
         n=task.samples,
         max_new_tokens=task.max_new_tokens,

@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
-from distalign.engine.recompute import set_recompute
+from distalign.engine.memory import set_recompute
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
@@ -34,9 +34,8 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
-from distalign.rollout.backends import check_backend
 from distalign.settings import RecipeError
-from distalign.training.rounds import Rollout, acts, check_rollout
+from distalign.training.rounds import Rollout, check_rollout, is_on_policy
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -118,8 +117,7 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
     for name in methods:
         method = recipe.method(name)
         training_arguments(recipe, name, Path("unused"), held_out=held_out)
-        if acts(method):
-            check_backend(recipe.rollout_for(name))
+        if is_on_policy(method):
             check_rollout(name, method, recipe.rollout_for(name))
         if method.needs.reward and not recipe.reward:
             raise RewardError(

@@ -1,12 +1,11 @@
 """The lab: what the theory promises, measured on targets that are known exactly, by the loss functions that users run.
 
-A table is a sequence policy with one-token responses; short sequences are enumerated. An experiment is a frozen
-dataclass whose fields are its settings (the recipe) and whose `run` measures; an eighth is one file and one line here.
+A table is a sequence policy with one-token responses; short sequences are enumerated. An experiment is a class whose
+fields are its settings, whose `run` measures and whose `show` says what came out; an eighth is one file and one line
+here.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from distalign.lab.classes import Classes
 from distalign.lab.coverage import Coverage
@@ -19,6 +18,5 @@ from distalign.lab.sequences import Sequences
 
 __all__ = ["EXPERIMENTS", "Experiment", "configure", "measure"]
 
-EXPERIMENTS: dict[str, type[Any]] = {
-    one.name: one for one in (Figure1, Classes, Coverage, Degeneracy, Gamma, Estimators, Sequences)
-}
+_ALL: tuple[type[Experiment], ...] = (Figure1, Classes, Coverage, Degeneracy, Gamma, Estimators, Sequences)
+EXPERIMENTS: dict[str, type[Experiment]] = {experiment.name: experiment for experiment in _ALL}

@@ -7,25 +7,34 @@ expected ("hard"), which is what theorem 14 counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import ClassVar, NamedTuple
 
+from jaxtyping import Float
+from pydantic import model_validator
 from torch import Tensor
 
-from distalign.lab.exact import (
-    asymptotic_constant,
-    divergence,
-    independent,
-    information_weights,
-    table_features,
+from distalign.lab.exact import asymptotic_constant, divergence, independent, information_weights, table_features
+from distalign.lab.experiment import (
+    Advance,
+    Pairs,
+    Row,
+    Scale,
+    TableExperiment,
+    level,
+    mean_text,
+    pick,
+    powers,
+    select,
+    spread,
 )
-from distalign.lab.experiment import Advance, at_least, at_most, powers
-from distalign.lab.rates import spread
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
-from distalign.lab.tabular import fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
-from distalign.lab.world import Tables, draw, linear_tables
+from distalign.lab.fit import Features, fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
+from distalign.lab.shown import Claim, Panel, Shown, Table, with_errors
+from distalign.lab.tables import Tables, draw, linear_tables
 from distalign.stats.metrics import mean_and_se, paired_difference
+
+Policies = Float[Tensor, "worlds contexts responses"]
+Rewards = Float[Tensor, "_ contexts responses reward_features"]
 
 
 class Case(NamedTuple):
@@ -55,73 +64,52 @@ _LABELS = {
 _ROUNDS = 4  # of PD on pairs of its own policy: the fourth moves nothing that is shown
 
 
-@dataclass(frozen=True)
-class Classes:
-    """Settings: `contexts` in every world, features and target as in `lab.world.linear_tables` with `scale`.
-
-    `ridge`: see `lab.tabular`. n goes from `min_n` to `max_n` by factors of four.
-    """
-
-    contexts: int = 10
-    scale: float = 1.0
-    gamma: float = 0.5
-    min_n: int = 2**12
-    max_n: int = 2**18
-    seeds: int = 40
-    seed: int = 0
-    ridge: float = 1e-3
+class Classes(TableExperiment):
+    """Features and target as in `lab.tables.linear_tables` with `scale`; n from `min_n` to `max_n` by factors of 4."""
 
     name: ClassVar[str] = "classes"
 
-    def __post_init__(self) -> None:
-        at_most(self, max_n=10**12)
-        at_least(self, contexts=1, min_n=1, max_n=self.min_n, seeds=2, seed=0, scale=1e-6, gamma=1e-6, ridge=1e-12)
+    scale: Scale = 1.0
+    min_n: Pairs = 2**12
+    max_n: Pairs = 2**18
 
-    def run(self, advance: Advance) -> tuple[dict[str, Any], Shown]:
+    @model_validator(mode="after")
+    def _consistent(self) -> Classes:
+        if self.max_n < self.min_n:
+            raise ValueError(f"max_n is {self.max_n}; give at least {self.min_n}")
+        return self
+
+    def run(self, advance: Advance) -> Row:
         """n·KL of every estimate in every case, beside its asymptotic constant."""
         sizes = powers(self.min_n, self.max_n, 4)
-        rows, constants, total = [], [], len(CASES) * len(sizes)
-        for number, (name, case) in enumerate(CASES.items()):
-            start = number * len(sizes)
-            found = self._case(name, case, sizes, lambda i, start=start: advance(start + i, total))
-            rows += found[0]
-            constants += found[1]
-        numbers = {"rows": rows, "constants": constants}
-        return numbers, self._shown(numbers, sizes)
+        numbers: Row = {"rows": [], "constants": []}
+        for name, case in CASES.items():
+            tables, features = linear_tables(
+                self.seeds,
+                self.contexts,
+                case.responses,
+                features=max(case.policy, case.reward),
+                relevant=min(case.policy or case.reward, case.reward),
+                scale=self.scale,
+                gamma=self.gamma,
+                seed=self.seed,
+                skew=case.skew,
+            )
+            policy = features[..., : case.policy] if case.policy else None
+            reward = features[..., : case.reward]
+            constants = self._constants(tables, policy, reward)
+            for n in sizes:
+                estimates = self._estimates(tables, policy, reward, n)
+                numbers["rows"] += [{"case": name, **row} for row in _rows(tables, estimates, constants, n)]
+                advance(list(CASES).index(name) * len(sizes) + sizes.index(n) + 1, len(CASES) * len(sizes))
+            numbers["constants"] += [
+                {"case": name, "method": method, "constant": float(constant.mean())}
+                for method, constant in constants.items()
+            ]
+        return numbers
 
-    def _case(
-        self, name: str, case: Case, sizes: list[int], step: Callable[[int], None]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        tables, features = linear_tables(
-            worlds=self.seeds,
-            contexts=self.contexts,
-            responses=case.responses,
-            features=max(case.policy, case.reward),
-            relevant=min(case.policy or case.reward, case.reward),
-            scale=self.scale,
-            gamma=self.gamma,
-            seed=self.seed,
-            skew=case.skew,
-        )
-        policy = features[..., : case.policy] if case.policy else None
-        reward = features[..., : case.reward]
-        limits = self._constants(tables, policy, reward)
-        rows = []
-        for i, n in enumerate(sizes):
-            kl = {
-                m: divergence(tables.target, logps) for m, logps in self._estimates(tables, policy, reward, n).items()
-            }
-            for method, values in kl.items():
-                row = {"case": name, "method": method, "n": n, "forward_kl": spread(values)._asdict()}
-                row["n_kl"] = mean_and_se(n * values)._asdict()
-                row["over_pmle"] = paired_difference(n * values, n * kl["pmle"])._asdict()
-                if method in limits:
-                    row["over_constant"] = mean_and_se(n * values / limits[method])._asdict()
-                rows.append(row)
-            step(i + 1)
-        return rows, [{"case": name, "method": method, "constant": float(c.mean())} for method, c in limits.items()]
-
-    def _estimates(self, tables: Tables, policy: Tensor | None, reward: Tensor, n: int) -> dict[str, Tensor]:
+    def _estimates(self, tables: Tables, policy: Features | None, reward: Rewards, n: int) -> dict[str, Policies]:
+        """ln π of every estimate from n pairs."""
         counts = draw(tables, n, self.seed)
         rewards = fit_reward(tables, counts, reward, ridge=self.ridge)
         return {
@@ -133,37 +121,40 @@ class Classes:
             "rkl": fit_rkl(tables, rewards, policy),
         }
 
-    def _on_policy(self, tables: Tables, rewards: Tensor, policy: Tensor | None) -> Tensor:
+    def _on_policy(self, tables: Tables, rewards: Policies, policy: Features | None) -> Policies:
         """PD in rounds, each on all pairs weighted by the policy of the round before, π₀ first."""
         logps = tables.reference
         for _ in range(_ROUNDS):
             logps = fit_pd(tables, rewards, tables.pair_weights(logps), policy)
         return logps
 
-    def _hard(self, tables: Tables, rewards: Tensor, source: Tensor, n: int, policy: Tensor | None) -> Tensor:
+    def _hard(self, tables: Tables, rewards: Policies, source: Policies, n: int, policy: Features | None) -> Policies:
         """PD from n pairs of `source` whose labels were drawn from σ(ΔR̂)."""
         teacher = replace(tables, target=(rewards / self.gamma).log_softmax(-1), behavior=source)
         return fit_pd_hard(tables, draw(teacher, n, self.seed, stream=1), policy, ridge=self.ridge)
 
-    def _constants(self, tables: Tables, policy: Tensor | None, reward: Tensor) -> dict[str, Tensor]:
+    def _constants(self, tables: Tables, policy: Features | None, reward: Rewards) -> dict[str, Tensor]:
         """lim n·KL of every estimate but those with hard labels."""
         target, behavior, gamma = tables.target, tables.behavior, self.gamma
         if policy is None:
-            policy = table_features(self.contexts, target.shape[-1])
+            direct = table_features(self.contexts, target.shape[-1])
             # A full table reproduces every reward exactly: as if the policy class were the reward's own.
             through = asymptotic_constant(target, behavior, reward, reward, gamma=gamma)
-            return {"pmle": asymptotic_constant(target, behavior, policy, gamma=gamma), "pd": through} | dict.fromkeys(
-                ("pd_policy", "rkl"), through
-            )
-        seen, own = (information_weights(source, target, gamma=gamma) for source in (behavior, target))
-        return {
-            "pmle": asymptotic_constant(target, behavior, policy, gamma=gamma),
-            "pd": asymptotic_constant(target, behavior, policy, reward, seen, gamma=gamma),
-            "pd_policy": asymptotic_constant(target, behavior, policy, reward, own, gamma=gamma),
-            "rkl": asymptotic_constant(target, behavior, policy, reward, independent(target), gamma=gamma),
+            constants = {"pd": through, "pd_policy": through, "rkl": through}
+            return {"pmle": asymptotic_constant(target, behavior, direct, gamma=gamma), **constants}
+        projections = {
+            "pd": information_weights(behavior, target, gamma=gamma),
+            "pd_policy": information_weights(target, target, gamma=gamma),
+            "rkl": independent(target),
+        }
+        return {"pmle": asymptotic_constant(target, behavior, policy, gamma=gamma)} | {
+            method: asymptotic_constant(target, behavior, policy, reward, projection, gamma=gamma)
+            for method, projection in projections.items()
         }
 
-    def _shown(self, numbers: dict[str, Any], sizes: list[int]) -> Shown:
+    def show(self, numbers: Row) -> Shown:
+        """A figure for each case, and one table."""
+        sizes = powers(self.min_n, self.max_n, 4)
         return Shown(
             title="Classes: a reward simpler, or less simple, than the policy",
             about=(
@@ -172,49 +163,56 @@ class Classes:
                 "The worlds are made so that one class is the smaller; which one is smaller for real responses is not "
                 "shown here."
             ),
-            claims=_claims(numbers, sizes),
+            claims=_claims(numbers, sizes[-1]),
             panels=[_panel(numbers, name, case) for name, case in CASES.items()],
             tables=[_table(numbers, sizes)],
         )
 
 
-def _rows(numbers: dict[str, Any], case: str, n: int) -> dict[str, dict[str, Any]]:
-    """The rows of a case at one n, by method."""
-    return {row["method"]: row for row in numbers["rows"] if (row["case"], row["n"]) == (case, n)}
+def _rows(tables: Tables, estimates: dict[str, Policies], constants: dict[str, Tensor], n: int) -> list[Row]:
+    n_kl = {method: n * divergence(tables.target, logps) for method, logps in estimates.items()}
+    rows = []
+    for method, values in n_kl.items():
+        row: Row = {"method": method, "n": n, "forward_kl": spread(values / n)}
+        row["n_kl"] = mean_and_se(values)._asdict()
+        row["over_pmle"] = paired_difference(values, n_kl["pmle"])._asdict()
+        if method in constants:
+            row["over_constant"] = mean_and_se(values / constants[method])._asdict()
+        rows.append(row)
+    return rows
 
 
-def _claims(numbers: dict[str, Any], sizes: list[int]) -> list[Claim]:
-    claims, n = [], sizes[-1]
+def _claims(numbers: Row, n: int) -> list[Claim]:
+    claims = []
+    cases = {case: {row["method"]: row for row in select(numbers["rows"], case=case, n=n)} for case in CASES}
     for case in ("table", "linear"):
-        found = _rows(numbers, case, n)
         for method in ("rkl", "pd", "pd_policy"):
-            ratio = found["pmle"]["n_kl"]["mean"] / found[method]["n_kl"]["mean"]
+            ratio = cases[case]["pmle"]["n_kl"]["mean"] / cases[case][method]["n_kl"]["mean"]
             promise = f"{case}: {_LABELS[method]}: n·KL at least 8 times below PMLE's"
             claims.append(Claim(promise, f"{ratio:.1f} times (n = {n})", ratio >= 8))
     for row in numbers["constants"]:
-        mean, se, count = _rows(numbers, row["case"], n)[row["method"]]["over_constant"].values()
-        promise = f"{row['case']}: {_LABELS[row['method']]}: n·KL is within 25 % of its constant {row['constant']:.1f}"
+        case, method = row["case"], row["method"]
+        mean, se, count = cases[case][method]["over_constant"].values()
+        promise = f"{case}: {_LABELS[method]}: n·KL is within 25 % of its constant {row['constant']:.1f}"
         claims.append(Claim(promise, f"{mean:.3f} ± {se:.3f} times ({count} worlds)", abs(mean - 1) <= 0.25))
-    found = _rows(numbers, "reversed", n)
     for method in ("rkl", "pd_policy"):
-        mean, low, high = found[method]["over_pmle"].values()
+        mean, low, high = cases["reversed"][method]["over_pmle"].values()
         text = f"n·KL larger by {mean:.1f} [{low:.1f}, {high:.1f}] (paired, 95 %)"
         claims.append(Claim(f"reversed: PMLE is better than {_LABELS[method]}", text, low > 0))
-    found = _rows(numbers, "skewed", n)
-    means = [found[method]["n_kl"]["mean"] for method in ("rkl", "pd_hard_reference", "pmle")]
+    means = [cases["skewed"][method]["n_kl"]["mean"] for method in ("rkl", "pd_hard_reference", "pmle")]
     promise = "skewed: the order of theorems 7, 14, 4 (RKL; PD with hard labels on pairs from π₀; PMLE)"
     claims.append(Claim(promise, " < ".join(f"{mean:.0f}" for mean in means), means == sorted(means)))
     return claims
 
 
-def _panel(numbers: dict[str, Any], name: str, case: Case) -> Panel:
+def _panel(numbers: Row, name: str, case: Case) -> Panel:
     curves = []
     for method, label in _LABELS.items():
-        rows = [row for row in numbers["rows"] if (row["case"], row["method"]) == (name, method)]
-        x = [row["n"] for row in rows]
-        curves.append(with_errors(label, x, [row["n_kl"] for row in rows]))
-        bounds = [row for row in numbers["constants"] if (row["case"], row["method"]) == (name, method)]
-        curves += [Curve(f"{label} limit", [x[0], x[-1]], [row["constant"]] * 2, kind="bound") for row in bounds]
+        rows = select(numbers["rows"], case=name, method=method)
+        n = [row["n"] for row in rows]
+        curves.append(with_errors(label, n, [row["n_kl"] for row in rows]))
+        constants = select(numbers["constants"], case=name, method=method)
+        curves += [level(f"{label} limit", n, row["constant"]) for row in constants]
     return Panel(
         title=f"n·KL, {name}",
         about=f"{case.about}. Dashed: the asymptotic constants, computed.",
@@ -224,20 +222,16 @@ def _panel(numbers: dict[str, Any], name: str, case: Case) -> Panel:
     )
 
 
-def _table(numbers: dict[str, Any], sizes: list[int]) -> Table:
+def _table(numbers: Row, sizes: list[int]) -> Table:
     constants = {(row["case"], row["method"]): row["constant"] for row in numbers["constants"]}
-    rows = [
-        [case, label, *(_text(_rows(numbers, case, n)[method]["n_kl"]) for n in sizes), constants.get((case, method))]
-        for case in CASES
-        for method, label in _LABELS.items()
-    ]
+    rows = []
+    for case in CASES:
+        for method, label in _LABELS.items():
+            n_kl = [mean_text(pick(numbers["rows"], case=case, method=method, n=n)["n_kl"]) for n in sizes]
+            rows.append([case, label, *n_kl, constants.get((case, method))])
     return Table(
         title="n·KL",
         about="nats, mean ± standard error over worlds; the last column is the limit, computed from the worlds.",
         columns=["case", "estimate", *(f"n = {n}" for n in sizes), "limit"],
         rows=rows,
     )
-
-
-def _text(estimate: dict[str, float]) -> str:
-    return f"{estimate['mean']:.3g} ± {estimate['se']:.2g}"

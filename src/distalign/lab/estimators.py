@@ -2,66 +2,73 @@
 
 The sampling distribution moves with the parameters. What forgets that is biased, and the least noisy of such mistakes
 is the most dangerous one: training looks healthy. The forms called naive are written here, and are wrong.
+
+Every draw of a group of responses is listed and weighted by its probability, so means and variances are exact.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from distalign.lab.exact import divergence
-from distalign.lab.experiment import Advance, at_least
-from distalign.lab.forms import (
-    ENTROPY,
-    EXPECTATIONS,
-    KL,
-    OBJECTIVE,
-    Form,
-    naive_forms,
-    objective_forms,
-    term_forms,
-)
-from distalign.lab.gradients import World
-from distalign.lab.rates import spread
+from distalign.lab.exact import divergence, entropy, optimum
+from distalign.lab.experiment import Advance, Experiment, Row, Scale, level, select, spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tree import Tree
+from distalign.methods.base import Samples
+from distalign.methods.estimators import (
+    entropy_full,
+    entropy_plain,
+    expected_reward,
+    kl_full,
+    kl_plain,
+    leave_one_out,
+    sequence_sum,
+)
+from distalign.methods.ppo import clipped_surrogate
+from distalign.methods.rkl import rkl_loss, rkl_split_loss
+from distalign.settings import Count, NotNegative
 
 _MOST_NUMBERS = 5_000_000  # in the gradients of all groups: 40 MB, of which a few copies are held
 _EXACT = 1e-10  # relative to the gradient
 _SIZES = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
 
+Surrogate = Callable[[Samples], Tensor]
+Logits = Float[Tensor, "nodes vocabulary"]
+LogProbs = Float[Tensor, "responses"]
 
-@dataclass(frozen=True)
-class Estimators:
-    """Settings: tables over responses of at most `length` tokens, next-token logits and rewards N(0, scale²).
+
+class Estimators(Experiment):
+    """Tables over responses of at most `length` tokens, next-token logits and rewards N(0, scale²).
 
     Baselines are taken over groups of `group_size`. `stale` is the sd of the logits between the policy and the one that
     drew its stale responses, `reward_error` the sd of the reward's error near the optimum.
     """
 
-    vocabulary: int = 3
-    length: int = 3
-    group_size: int = 3
-    gamma: float = 0.5
-    beta: float = 0.05
-    scale: float = 1.0
-    stale: float = 0.5
-    reward_error: float = 0.1
-    clip: float = 0.2
-    points: int = 13
-    seeds: int = 10
-    seed: int = 0
-
     name: ClassVar[str] = "estimators"
 
-    def __post_init__(self) -> None:
-        at_least(self, vocabulary=2, length=2, group_size=2, points=2, seeds=1, seed=0, gamma=0, beta=0)
-        at_least(self, scale=1e-6, stale=1e-6, reward_error=1e-6, clip=1e-6)
+    vocabulary: Annotated[int, Field(ge=2)] = 3
+    length: Annotated[int, Field(ge=2)] = 3
+    group_size: Annotated[int, Field(ge=2)] = 3
+    gamma: NotNegative = 0.5
+    beta: NotNegative = 0.05
+    scale: Scale = 1.0
+    stale: Scale = 0.5
+    reward_error: Scale = 0.1
+    clip: Scale = 0.2
+    points: Annotated[int, Field(ge=2)] = 13
+    seeds: Count = 10
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Estimators:
         if self.gamma + self.beta == 0:
             raise ValueError("gamma and beta are both 0; RKL has an optimum if one of them is positive")
         nodes = sum((self.vocabulary - 1) ** t for t in range(self.length))
@@ -73,24 +80,28 @@ class Estimators:
                 f"{responses}^{self.group_size} groups and {numbers:,} numbers in their gradients; give smaller ones, "
                 f"for at most {_MOST_NUMBERS:,}"
             )
+        return self
 
-    def run(self, advance: Advance) -> tuple[dict[str, Any], Shown]:
+    def run(self, advance: Advance) -> Row:
         """Every estimator in every world, and both forms of RKL's on the way from a random policy to the optimum."""
-        rows: list[dict[str, Any]] = []
-        path: list[dict[str, Any]] = []
-        sizes: list[dict[str, Any]] = []
+        numbers: Row = {"rows": [], "path": [], "group_sizes": []}
+        objective = objective_forms(self.gamma, self.beta)
+        terms = term_forms(self.clip) + naive_forms(self.group_size, self.gamma, self.beta)
         for index in range(self.seeds):
             far, near, best = self._places(torch.Generator().manual_seed(1000 * self.seed + index))
-            objective = objective_forms(self.gamma, self.beta)
-            terms = term_forms(self.clip) + naive_forms(self.group_size, self.gamma, self.beta)
-            rows += [{"world": index, **self._row(far, form, "far")} for form in terms + objective]
-            rows += [{"world": index, **self._row(near, form, "near")} for form in objective]
-            rows += [{"world": index, **self._row(best, form, "optimum")} for form in objective]
-            path += [{"world": index, **row} for row in self._path(far, best.policy)]
-            sizes += [{"world": index, **row} for row in self._sizes(far)]
+            found = {
+                "rows": [
+                    *(self._row(far, form, "far") for form in terms + objective),
+                    *(self._row(near, form, "near") for form in objective),
+                    *(self._row(best, form, "optimum") for form in objective),
+                ],
+                "path": self._path(far, best.policy),
+                "group_sizes": self._sizes(far),
+            }
+            for part, rows in found.items():
+                numbers[part] += [{"world": index, **row} for row in rows]
             advance(index + 1, self.seeds)
-        numbers = {"rows": rows, "path": path, "group_sizes": sizes}
-        return numbers, self._shown(numbers)
+        return numbers
 
     def _places(self, random: torch.Generator) -> tuple[World, World, World]:
         """A world with a random policy, with its optimal policy but a reward a little off, and at its optimum."""
@@ -109,7 +120,7 @@ class Estimators:
         best = replace(far, policy=far.optimum())
         return far, replace(best, rewards=far.rewards + rewards(self.reward_error)), best
 
-    def _row(self, world: World, form: Form, where: str) -> dict[str, Any]:
+    def _row(self, world: World, form: Form, where: str) -> Row:
         """Bias in nats, variance of one response in nats², and both relative to the exact gradient, if it is not zero.
 
         `many_variance` is that with a baseline from infinitely many responses.
@@ -117,7 +128,7 @@ class Estimators:
         exact = world.exact_gradient(partial(EXPECTATIONS[form.quantity], world))
         gradient = world.gradient(form.surrogate, size=self.group_size if form.grouped else 1, stale=form.stale)
         bias, length = float((gradient.mean - exact).norm()), float(exact.norm())
-        at_optimum = where == "optimum"
+        baseline = form.grouped and not form.stale and not form.biased
         return {
             "quantity": form.quantity,
             "where": where,
@@ -126,28 +137,28 @@ class Estimators:
             "stale": form.stale,
             "biased_by_design": form.biased,
             "bias": bias,
-            "relative_bias": None if at_optimum else bias / length,
+            "relative_bias": None if where == "optimum" else bias / length,
             "variance": gradient.variance,
-            "relative_variance": None if at_optimum else gradient.variance / length**2,
-            "many_variance": world.variance(form.surrogate, [math.inf])[0] if _is_library_baseline(form) else None,
+            "relative_variance": None if where == "optimum" else gradient.variance / length**2,
+            "many_variance": world.variance(form.surrogate, [math.inf])[0] if baseline else None,
         }
 
-    def _sizes(self, world: World) -> list[dict[str, Any]]:
+    def _sizes(self, world: World) -> list[Row]:
         """Variance of the full-vocabulary forms with a leave-one-out baseline by the size of its group."""
         forms = [form for form in term_forms(self.clip) if form.name == "full vocabulary" and form.grouped]
         return [
             {"quantity": form.quantity, "group_size": size, "variance": variance}
             for form in forms
-            for size, variance in zip(_SIZES, world.variance(form.surrogate, list(_SIZES)), strict=True)
+            for size, variance in zip(_SIZES, world.variance(form.surrogate, _SIZES), strict=True)
         ]
 
-    def _path(self, far: World, best: Tensor) -> list[dict[str, Any]]:
+    def _path(self, far: World, best: Logits) -> list[Row]:
         """Straight in the logits from the far policy to the optimum, evenly in the logarithm of what is left to go."""
         rows = []
         for left in torch.logspace(0, -3, self.points, dtype=torch.float64).tolist():
             world = replace(far, policy=best + left * (far.policy - best))
             distance = divergence(world.logps(world.policy)[None], world.logps(best)[None])
-            row = {"left": left, "kl": float(distance)}
+            row: Row = {"left": left, "kl": float(distance)}
             row["gradient"] = float(world.exact_gradient(world.objective).square().sum())
             for form in objective_forms(self.gamma, self.beta):
                 if form.grouped:
@@ -155,7 +166,8 @@ class Estimators:
             rows.append(row)
         return rows
 
-    def _shown(self, numbers: dict[str, Any]) -> Shown:
+    def show(self, numbers: Row) -> Shown:
+        """The noise of RKL's two forms on the way to the optimum, and what a baseline is worth."""
         rows = numbers["rows"]
         return Shown(
             title="Estimators: bias and variance of every gradient",
@@ -170,11 +182,10 @@ class Estimators:
             tables=[_table(rows)],
         )
 
-    def _bias_claims(self, rows: list[dict[str, Any]]) -> list[Claim]:
-        right = [row for row in rows if not row["biased_by_design"]]
+    def _bias_claims(self, rows: list[Row]) -> list[Claim]:
+        right, wrong = (select(rows, biased_by_design=biased) for biased in (False, True))
         worst = max(row["bias"] if row["relative_bias"] is None else row["relative_bias"] for row in right)
-        estimators = len({_key(row) for row in right if row["where"] == "far"})
-        wrong = [row for row in rows if row["biased_by_design"]]
+        estimators = len({tuple(_key(row).values()) for row in select(right, where="far")})
         least = min(wrong, key=lambda row: row["relative_bias"])
         own = max(abs(row["relative_bias"] - 1 / self.group_size) for row in wrong if "own value" in row["estimator"])
         return [
@@ -196,33 +207,39 @@ class Estimators:
         ]
 
 
-def _variance_claims(rows: list[dict[str, Any]]) -> list[Claim]:
+def _variance_claims(rows: list[Row]) -> list[Claim]:
     """KL alone and entropy alone."""
     claims = []
     for quantity in (KL, ENTROPY):
-        alone, plain = _values(rows, quantity, "full vocabulary"), _values(rows, quantity, "plain")
-        grouped = _values(rows, quantity, "full vocabulary", grouped=True)
-        many = _values(rows, quantity, "full vocabulary", "many_variance", grouped=True)
-        plain_many = _values(rows, quantity, "plain", "many_variance", grouped=True)
+
+        def values(estimator: str, key: str = "variance", grouped: bool = False, quantity: str = quantity) -> Tensor:
+            wanted = select(rows, quantity=quantity, where="far", estimator=estimator, leave_one_out=grouped)
+            return _column(wanted, key)
+
+        alone, plain, grouped = values("full vocabulary"), values("plain"), values("full vocabulary", grouped=True)
+        many, plain_many = (values(name, "many_variance", grouped=True) for name in ("full vocabulary", "plain"))
         naive = "naive: full vocabulary, no score term"
-        bias, without = _values(rows, quantity, naive, "relative_bias"), _values(rows, quantity, naive)
+        bias = float(values(naive, "relative_bias").quantile(0.5))
         others = torch.minimum(alone, torch.minimum(plain, plain_many))
         claims += [
             _less(f"{quantity}: full vocabulary is less noisy than plain", alone / plain),
             _less(f"{quantity}: it is the least noisy with a baseline from many responses", many / others),
             _less(
                 f"{quantity}: without the score term it is less noisy than any right form, and wrong",
-                without / torch.minimum(others, torch.minimum(grouped, many)),
-                f"; bias {float(bias.quantile(0.5)):.0%}",
+                values(naive) / torch.minimum(others, torch.minimum(grouped, many)),
+                f"; bias {bias:.0%}",
             ),
         ]
     return claims
 
 
-def _objective_claims(rows: list[dict[str, Any]]) -> list[Claim]:
+def _objective_claims(rows: list[Row]) -> list[Claim]:
     """The two forms of RKL's objective, with leave-one-out."""
     joint, split = (
-        {where: _values(rows, OBJECTIVE, name, grouped=True, where=where) for where in ("far", "near", "optimum")}
+        {
+            where: _column(select(rows, quantity=OBJECTIVE, estimator=name, leave_one_out=True, where=where))
+            for where in ("far", "near", "optimum")
+        }
         for name in ("joint", "split")
     )
     zero, rest = float(joint["optimum"].max()), float(split["optimum"].quantile(0.5))
@@ -239,19 +256,18 @@ def _objective_claims(rows: list[dict[str, Any]]) -> list[Claim]:
 
 def _less(promised: str, ratio: Tensor, more: str = "") -> Claim:
     """That a ratio of variances is below one: its median is, and how many worlds agree."""
-    median, q25, q75 = spread(ratio)
+    median, q25, q75 = spread(ratio).values()
     found = f"ratio {median:.2g} [{q25:.2g}, {q75:.2g}], below 1 in {int((ratio < 1).sum())} of {len(ratio)} worlds"
     return Claim(promised, found + more, median < 1)
 
 
-def _path_panel(path: list[dict[str, Any]]) -> Panel:
-    def curve(label: str, key: str) -> Curve:
-        steps = list(dict.fromkeys(row["left"] for row in path))
-        at = {left: [row for row in path if row["left"] == left] for left in steps}
-        x = [spread(_tensor(rows, "kl")).median for rows in at.values()]
-        return _curve(label, x, [_tensor(rows, key) for rows in at.values()])
+def _path_panel(path: list[Row]) -> Panel:
+    places = [select(path, left=left) for left in dict.fromkeys(row["left"] for row in path)]
+    distances = [spread(_column(rows, "kl"))["median"] for rows in places]
 
-    gradient = curve("squared gradient", "gradient")
+    def values(key: str) -> list[dict[str, float]]:
+        return [spread(_column(rows, key)) for rows in places]
+
     return Panel(
         title="Noise of RKL's gradient on the way to the optimum",
         about=(
@@ -261,20 +277,19 @@ def _path_panel(path: list[dict[str, Any]]) -> Panel:
         x="KL(π ‖ optimum), nats",
         y="variance of one response, nats²",
         curves=[
-            curve("joint", "joint"),
-            curve("split", "split"),
-            Curve(gradient.label, gradient.x, gradient.y, kind="bound"),
+            with_quartiles("joint", distances, values("joint")),
+            with_quartiles("split", distances, values("split")),
+            Curve("squared gradient", distances, [value["median"] for value in values("gradient")], kind="bound"),
         ],
     )
 
 
-def _sizes_panel(sizes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Panel:
+def _sizes_panel(sizes: list[Row], rows: list[Row]) -> Panel:
     curves = []
     for quantity in dict.fromkeys(row["quantity"] for row in sizes):
-        mine = [row for row in sizes if row["quantity"] == quantity]
-        values = [_tensor([row for row in mine if row["group_size"] == size], "variance") for size in _SIZES]
-        alone = _values(rows, quantity, "full vocabulary")
-        curves.append(_curve(quantity, list(_SIZES), [value / alone for value in values]))
+        full = select(rows, quantity=quantity, where="far", estimator="full vocabulary", leave_one_out=False)
+        values = [_column(select(sizes, quantity=quantity, group_size=size)) / _column(full) for size in _SIZES]
+        curves.append(with_quartiles(quantity, _SIZES, [spread(value) for value in values]))
     return Panel(
         title="What a leave-one-out baseline is worth",
         about=(
@@ -283,19 +298,21 @@ def _sizes_panel(sizes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> Pan
         ),
         x="responses to a prompt",
         y="variance relative to no baseline",
-        curves=[*curves, Curve("no baseline", [_SIZES[0], _SIZES[-1]], [1.0, 1.0], kind="bound")],
+        curves=[*curves, level("no baseline", _SIZES, 1.0)],
         y_scale="linear",
     )
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(_key(row), []).append(row)
+def _table(rows: list[Row]) -> Table:
+    def median(worlds: list[Row], key: str) -> float | None:
+        return None if worlds[0][key] is None else spread(_column(worlds, key))["median"]
 
-    def median(group: list[dict[str, Any]], key: str) -> float | None:
-        return None if group[0][key] is None else spread(_tensor(group, key)).median
-
+    lines = []
+    for key in [_key(row) for row in rows if row["world"] == 0]:
+        worlds = select(rows, **key)
+        names = [key["quantity"], key["where"], key["estimator"], "others" if key["leave_one_out"] else "none"]
+        variances = [*spread(_column(worlds)).values(), median(worlds, "many_variance")]
+        lines.append([*names, median(worlds, "relative_bias"), *variances])
     return Table(
         title="Every estimator",
         about=(
@@ -303,44 +320,215 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             "response in nats² with its quartiles, and with a baseline from infinitely many responses (K → ∞)."
         ),
         columns=["of", "where", "estimator", "baseline", "bias", "variance", "q25", "q75", "K → ∞"],
-        rows=[
-            [
-                *(group[0][key] for key in ("quantity", "where", "estimator")),
-                "others" if group[0]["leave_one_out"] else "none",
-                median(group, "relative_bias"),
-                *spread(_tensor(group, "variance")),
-                median(group, "many_variance"),
-            ]
-            for group in groups.values()
-        ],
+        rows=lines,
     )
 
 
-def _values(
-    rows: list[dict[str, Any]],
-    quantity: str,
-    estimator: str,
-    key: str = "variance",
-    *,
-    grouped: bool = False,
-    where: str = "far",
-) -> Tensor:
-    """One number of one estimator, world by world."""
-    wanted = (quantity, where, estimator, grouped)
-    return _tensor([row for row in rows if _key(row) == wanted], key)
+def _key(row: Row) -> Row:
+    """What says which estimator a row is of."""
+    return {name: row[name] for name in ("quantity", "where", "estimator", "leave_one_out")}
 
 
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["quantity"], row["where"], row["estimator"], row["leave_one_out"]
-
-
-def _tensor(rows: list[dict[str, Any]], key: str) -> Tensor:
+def _column(rows: list[Row], key: str = "variance") -> Tensor:
+    """One number, world by world."""
     return torch.tensor([row[key] for row in rows], dtype=torch.float64)
 
 
-def _curve(label: str, x: list[float], values: list[Tensor]) -> Curve:
-    return with_quartiles(label, x, [spread(one)._asdict() for one in values])
+class Gradient(NamedTuple):
+    """What an estimator's gradient is: its expectation, and E|ĝ − E ĝ|² of one response, in nats²."""
+
+    mean: Float[Tensor, "parameters"]
+    variance: float
 
 
-def _is_library_baseline(form: Form) -> bool:
-    return form.grouped and not form.stale and not form.biased
+@dataclass(frozen=True)
+class World:
+    """One prompt: the policies as next-token logits, the rewards of all responses, the weights of RKL's objective.
+
+    `policy` draws and is trained, `behavior` is an earlier policy whose responses may be reused.
+    """
+
+    tree: Tree
+    policy: Logits
+    reference: Logits
+    behavior: Logits
+    rewards: Float[Tensor, "responses"]
+    gamma: float
+    beta: float
+
+    def logps(self, logits: Logits) -> LogProbs:
+        """ln π of every response under next-token logits."""
+        return self.tree.path_sums(logits.log_softmax(-1))
+
+    def kl(self, logps: LogProbs) -> Float[Tensor, ""]:
+        """KL(π ‖ π₀)."""
+        return divergence(logps[None], self.logps(self.reference)[None])
+
+    def entropy(self, logps: LogProbs) -> Float[Tensor, ""]:
+        """H(π)."""
+        return entropy(logps[None])
+
+    def reward(self, logps: LogProbs) -> Float[Tensor, ""]:
+        """E[R]."""
+        return (logps.exp() * self.rewards).sum()
+
+    def objective(self, logps: LogProbs) -> Float[Tensor, ""]:
+        """−E[R] − γ H(π) + β KL(π ‖ π₀), which RKL minimises (eq. 14)."""
+        return -self.reward(logps) - self.gamma * self.entropy(logps) + self.beta * self.kl(logps)
+
+    def optimum(self) -> Logits:
+        """The policy that minimises the objective (appendix B), as next-token logits."""
+        logps = optimum(self.rewards[None], self.logps(self.reference)[None], gamma=self.gamma, beta=self.beta)[0]
+        mask = self.tree.mask
+        mass = logps.exp()[:, None].expand(mask.shape)[mask]
+        through = torch.zeros(self.policy.numel(), dtype=mass.dtype).index_add(0, self.tree.paths[mask], mass)
+        return through.log().view_as(self.policy)
+
+    def exact_gradient(self, expectation: Callable[[Tensor], Tensor]) -> Float[Tensor, "parameters"]:
+        """Derivative of an expectation, given ln π of all responses, in the policy's logits."""
+        logits = self.policy.clone().requires_grad_()
+        return torch.autograd.grad(expectation(self.logps(logits)), logits)[0].flatten()
+
+    def gradient(self, surrogate: Surrogate, *, size: int, stale: bool = False) -> Gradient:
+        """Mean and variance of the gradient of a group's mean surrogate, over all groups of `size` responses.
+
+        The variance is `size` times that of the mean, so that groups of different sizes compare. Groups of one have no
+        baseline. `stale`: `behavior` drew the responses.
+        """
+        count = len(self.rewards)
+        rows = torch.cartesian_prod(*[torch.arange(count)] * size).view(-1, size)
+        copies = self.policy.expand(len(rows), *self.policy.shape).clone().requires_grad_()
+        surrogates = surrogate(self._samples(copies, rows, stale=stale)).view(rows.shape).mean(1)
+        gradients = torch.autograd.grad(surrogates.sum(), copies)[0].flatten(1)
+        weights = self.logps(self.behavior if stale else self.policy)[rows].sum(1).exp()
+        mean = weights @ gradients
+        return Gradient(mean, size * float(weights @ (gradients - mean).square().sum(1)))
+
+    def variance(self, surrogate: Surrogate, sizes: Sequence[float]) -> list[float]:
+        """Variance of one response with a leave-one-out baseline, for groups of these sizes, ∞ among them if wanted.
+
+            A + B / (K − 1)
+
+        exactly, because the group's mean gradient is a U-statistic of degree two; A and B from all groups of two and
+        of three. Holds for surrogates that are linear in their baseline, as all of `distalign.methods.estimators` are.
+        """
+        two, three = (self.gradient(surrogate, size=size).variance for size in (2, 3))
+        return [2 * three - two + 2 * (two - three) / (size - 1) for size in sizes]
+
+    def _samples(
+        self,
+        copies: Float[Tensor, "groups nodes vocabulary"],
+        rows: Int[Tensor, "groups size"],
+        *,
+        stale: bool,
+    ) -> Samples:
+        """The groups' responses as a method sees them, each under its group's own copy of the policy."""
+        size = rows.shape[1]
+        group = torch.arange(len(rows)).repeat_interleave(size)
+        rows = rows.flatten()
+        nodes, tokens = self.tree.nodes[rows], self.tree.tokens[rows]
+        log_p, log_q = copies.log_softmax(-1), self.reference.log_softmax(-1)
+        at = group[:, None], nodes
+        token_logps = log_p[(*at, tokens)]
+        return Samples(
+            token_logps=token_logps,
+            mask=self.tree.mask[rows],
+            behavior_token_logps=self.behavior.log_softmax(-1)[nodes, tokens] if stale else token_logps.detach(),
+            reference_token_logps=log_q[nodes, tokens],
+            step_kl=(log_p.exp() * (log_p - log_q)).sum(-1)[at],
+            step_entropy=-(log_p.exp() * log_p).sum(-1)[at],
+            rewards=self.rewards[rows],
+            group=group,
+        )
+
+
+KL, ENTROPY, REWARD, OBJECTIVE = "KL(π‖π₀)", "H(π)", "E[R]", "RKL objective"
+EXPECTATIONS: dict[str, Callable[[World, Tensor], Tensor]] = {
+    KL: World.kl,
+    ENTROPY: World.entropy,
+    REWARD: World.reward,
+    OBJECTIVE: World.objective,
+}
+
+
+class Form(NamedTuple):
+    """An estimator as it is measured: what it estimates, its name, its surrogate of one response each.
+
+    `grouped`: with a baseline from its group. `stale`: on an earlier policy's responses. `biased`: known to be wrong.
+    """
+
+    quantity: str
+    name: str
+    surrogate: Surrogate
+    grouped: bool = False
+    stale: bool = False
+    biased: bool = False
+
+
+def term_forms(clip: float) -> list[Form]:
+    """Each term by each of the library's estimators: alone, with leave-one-out, and so on weighted stale responses."""
+    forms = []
+    for quantity, name, surrogate in (
+        (KL, "plain", kl_plain),
+        (KL, "full vocabulary", kl_full),
+        (ENTROPY, "plain", entropy_plain),
+        (ENTROPY, "full vocabulary", entropy_full),
+        (REWARD, "plain", _reward),
+    ):
+        forms += [Form(quantity, name, surrogate), Form(quantity, name, surrogate, grouped=True)]
+        forms.append(Form(quantity, f"{name}, stale, weighted", surrogate, grouped=True, stale=True))
+
+    def clipped(samples: Samples) -> Tensor:
+        advantages = samples.rewards - leave_one_out(samples.rewards, samples.group)
+        advantages = advantages[:, None].expand(samples.mask.shape)
+        behavior = samples.behavior_token_logps
+        tokens = clipped_surrogate(samples.token_logps, behavior, advantages, samples.mask, clip=clip)
+        return sequence_sum(tokens, samples.mask)
+
+    forms.append(Form(REWARD, "clipped surrogate", clipped, grouped=True))
+    forms.append(Form(REWARD, "clipped surrogate, stale", clipped, grouped=True, stale=True, biased=True))
+    return forms
+
+
+def objective_forms(gamma: float, beta: float) -> list[Form]:
+    """RKL's whole objective by the loss of each form, with and without leave-one-out."""
+    losses = {"joint": rkl_loss, "split": rkl_split_loss}
+    forms = {name: partial(loss, gamma=gamma, beta=beta) for name, loss in losses.items()}
+    return [Form(OBJECTIVE, name, form, grouped) for name, form in forms.items() for grouped in (False, True)]
+
+
+def naive_forms(group_size: int, gamma: float, beta: float) -> list[Form]:
+    """No score term, a baseline that has the sample's own value in it, stale responses taken for fresh ones."""
+
+    def own_value(samples: Samples) -> Tensor:
+        rewards = samples.rewards
+        baseline = rewards.view(-1, group_size).mean(1).repeat_interleave(group_size)
+        return sequence_sum(samples.token_logps, samples.mask) * (rewards - baseline)
+
+    def sample_mean(samples: Samples) -> Tensor:
+        return gamma * sequence_sum(samples.token_logps, samples.mask) + beta * _log_ratio(samples)
+
+    def fresh(surrogate: Surrogate) -> Surrogate:
+        return lambda samples: surrogate(samples.replace(behavior_token_logps=samples.token_logps.detach()))
+
+    mean, no_score = "naive: derivative of the sample mean", "naive: full vocabulary, no score term"
+    stale = "naive: stale taken for fresh"
+    return [
+        Form(KL, mean, _log_ratio, biased=True),
+        Form(KL, no_score, lambda s: sequence_sum(s.step_kl, s.mask), biased=True),
+        Form(KL, stale, fresh(kl_full), grouped=True, stale=True, biased=True),
+        Form(ENTROPY, mean, lambda s: -sequence_sum(s.token_logps, s.mask), biased=True),
+        Form(ENTROPY, no_score, lambda s: sequence_sum(s.step_entropy, s.mask), biased=True),
+        Form(ENTROPY, stale, fresh(entropy_full), grouped=True, stale=True, biased=True),
+        Form(REWARD, "naive: baseline with the own value", own_value, grouped=True, biased=True),
+        Form(REWARD, stale, fresh(_reward), grouped=True, stale=True, biased=True),
+        Form(OBJECTIVE, mean, sample_mean, biased=True),
+    ]
+
+
+def _reward(samples: Samples) -> Tensor:
+    return expected_reward(samples, samples.rewards)
+
+
+def _log_ratio(samples: Samples) -> Tensor:
+    return sequence_sum(samples.token_logps - samples.reference_token_logps, samples.mask)

@@ -8,7 +8,6 @@ over contexts, which are equally likely. A table's responses are single tokens; 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -141,40 +140,31 @@ def coverage(
     return torch.linalg.eigvalsh(torch.linalg.solve_triangular(factor, half.mT, upper=False))[..., -1]
 
 
-def best_weight(distance: Callable[[Tensor], Tensor], *, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """(weight, distance) at the least distance over weights between two positive ends, each batch entry by itself.
-
-    A logarithmic grid of 61 weights, then golden sections around its best: exact for a distance with one minimum there.
-    """
-    grid = torch.logspace(math.log10(low), math.log10(high), 61, dtype=torch.float64)
-    values = torch.stack([distance(weight) for weight in grid])
-    index = values.argmin(0)
-    left = grid[(index - 1).clamp(min=0)].log()
-    right = grid[(index + 1).clamp(max=len(grid) - 1)].log()
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
-        a, b = right - golden * (right - left), left + golden * (right - left)
-        nearer = distance(a.exp()) < distance(b.exp())
-        left, right = torch.where(nearer, left, a), torch.where(nearer, b, right)
-    weight = ((left + right) / 2).exp()
-    return weight, torch.minimum(distance(weight), values.amin(0))
-
-
 def rlhf_limit(
     target: Float[Tensor, "*batch contexts responses"],
     reference: Float[Tensor, "*batch contexts responses"],
     *,
     gamma: float,
-) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """(β, forward KL) of RLHF as n → ∞ with the best β: min over β of KL(π* ‖ π₀ exp(γ ln π*/β)), in nats."""
-    rewards = gamma * target
+) -> Float[Tensor, "*batch"]:
+    """Forward KL of RLHF as n → ∞ with the best β: min over β of KL(π* ‖ π₀ exp(γ ln π*/β)), in nats.
+
+    A grid of 61 values of β, evenly in ln β, then golden sections around the best: exact where there is one minimum.
+    """
 
     def distance(beta: Tensor) -> Tensor:
-        return divergence(
-            target, optimum(rewards, reference, gamma=0.0, beta=beta[..., None, None] if beta.dim() else beta)
-        )
+        beta = beta[..., None, None] if beta.dim() else beta
+        return divergence(target, optimum(gamma * target, reference, gamma=0.0, beta=beta))
 
-    return best_weight(distance, low=1e-3 * gamma, high=1e4 * gamma)
+    grid = gamma * torch.logspace(-3, 4, 61, dtype=torch.float64)
+    values = torch.stack([distance(beta) for beta in grid])
+    index = values.argmin(0)
+    left, right = (grid[(index + step).clamp(0, len(grid) - 1)].log() for step in (-1, 1))
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        a, b = right - golden * (right - left), left + golden * (right - left)
+        nearer = distance(a.exp()) < distance(b.exp())
+        left, right = torch.where(nearer, left, a), torch.where(nearer, b, right)
+    return torch.minimum(distance(((left + right) / 2).exp()), values.amin(0))
 
 
 def dpo_limit(

@@ -1,97 +1,146 @@
-"""What the lab's experiments have in common: settings that are a recipe, a run, and a result that is plain data."""
+"""What the lab's experiments have in common: settings, a run, what is shown of it, and a result that is plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
-from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field, ValidationError
+from torch import Tensor
 
 from distalign.errors import InputError
-from distalign.lab.shown import Shown
+from distalign.lab.shown import Curve, Shown
+from distalign.progress import Advance
+from distalign.settings import Count, Section, explain, unknown_setting
 
-Advance = Callable[..., None]  # (done, total, note): how much of the work is done
+__all__ = [
+    "Advance",
+    "Experiment",
+    "Row",
+    "TableExperiment",
+    "configure",
+    "generator",
+    "level",
+    "mean_text",
+    "measure",
+    "pick",
+    "powers",
+    "select",
+    "spread",
+]
+
+Row = dict[str, Any]  # one measurement, or all of them: plain data by name, ready for JSON
+
+Seed = Annotated[int, Field(ge=0)]
+Scale = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]  # of logits, or a sharpness
+Pairs = Annotated[int, Field(ge=1, le=10**12)]  # a number of labelled pairs
 
 
-@runtime_checkable
-class Experiment(Protocol):
-    """The face of an experiment: a frozen dataclass whose fields are its settings; one of them is always `seed`.
+class Experiment(Section, ABC):
+    """An experiment of the lab: its fields are its settings, which `--set` changes and a recipe (.yaml) holds.
 
     Settings with the same name mean the same thing everywhere: `seeds` is the number of independent repetitions (worlds
-    and draws of the data), `max_n` the largest number of labelled pairs, `gamma` the sharpness of the preferences.
+    and draws of the data), `seed` what all randomness follows from, `max_n` the largest number of labelled pairs,
+    `gamma` the sharpness of the preferences.
     """
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
 
-    def run(self, advance: Advance) -> tuple[dict[str, Any], Shown]:
-        """Measure: the numbers by name (rows of plain data), and what is shown of them."""
-        ...
+    seed: Seed = 0
+
+    @abstractmethod
+    def run(self, advance: Advance) -> Row:
+        """Measure: the numbers by name."""
+
+    @abstractmethod
+    def show(self, numbers: Row) -> Shown:
+        """The claims, figures and tables of what `run` measured."""
 
 
-def configure(experiment: type[Any], settings: dict[str, Any], where: str) -> Any:
+class TableExperiment(Experiment):
+    """An experiment on tables, whose responses are single tokens: `seeds` worlds of `contexts` prompts each.
+
+    `ridge`: see `lab.fit`.
+    """
+
+    contexts: Count = 10
+    gamma: Scale = 0.5
+    seeds: Annotated[int, Field(ge=2)] = 40
+    ridge: Annotated[float, Field(ge=1e-12, allow_inf_nan=False)] = 1e-3
+
+
+Kind = TypeVar("Kind", bound=Experiment)
+
+
+def configure(experiment: type[Kind], settings: Mapping[str, object], where: str) -> Kind:
     """The experiment with some settings changed. Raises InputError that says where, what was found and what to do."""
-    fields = {field.name: field for field in dataclasses.fields(experiment)}
-    values = {}
-    for key, value in settings.items():
-        if key not in fields:
-            raise InputError(f'{where}: {experiment.name} has no setting "{key}"; it has {", ".join(fields)}')
-        values[key] = _like(fields[key].default, value, f"{where}: {key}")
-    try:
-        return experiment(**values)
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from None
+    names = list(experiment.model_fields)
+    lines = [unknown_setting(experiment.name, key, names) for key in settings if key not in names]
+    lines += [f"{key} is {value}; give a number" for key, value in settings.items() if isinstance(value, bool)]
+    if not lines:
+        try:
+            return experiment.model_validate(dict(settings))
+        except ValidationError as error:
+            lines = [line for problem in error.errors() for line in explain(problem, experiment)]
+    raise InputError("\n".join(f"{where}: {line}" for line in lines))
 
 
-def _like(default: Any, value: Any, where: str) -> Any:
-    """The value in the type of the default: a number, a text, a flag or a tuple of one of them."""
-    if isinstance(default, tuple):
-        if not isinstance(value, list | tuple) or not value:
-            raise InputError(f"{where} is {value!r}; give a list, as [{', '.join(map(str, default))}]")
-        return tuple(_like(default[0], one, where) for one in value)
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if isinstance(default, (bool, str)):
-        fits = type(value) is type(default)
-    else:
-        fits = number and (isinstance(default, float) or value == int(value))
-    if not fits:
-        raise InputError(f"{where} is {value!r}; give a {type(default).__name__}, as {default!r}")
-    return type(default)(value)
-
-
-def at_least(experiment: object, **least: float | int) -> None:
-    """Raise ValueError if a setting is below its least value; of a tuple every entry counts."""
-    for name, bound in least.items():
-        value = getattr(experiment, name)
-        values = value if isinstance(value, tuple) else (value,)
-        if any(one < bound for one in values):
-            raise ValueError(f"{name} is {value}; give at least {bound:g}")
-
-
-def at_most(experiment: object, **most: float | int) -> None:
-    """Raise ValueError if a setting is above its largest value."""
-    for name, bound in most.items():
-        if getattr(experiment, name) > bound:
-            raise ValueError(f"{name} is {getattr(experiment, name)}; give at most {bound:g}")
+def measure(experiment: Experiment, advance: Advance) -> Row:
+    """Run an experiment: its numbers, what is shown of them, its settings and how long it took, ready for JSON."""
+    start = time.monotonic()
+    numbers = experiment.run(advance)
+    shown = experiment.show(numbers)
+    return {
+        "experiment": experiment.name,
+        "settings": experiment.model_dump(),
+        **numbers,
+        "shown": dataclasses.asdict(shown),
+        "seconds": time.monotonic() - start,
+    }
 
 
 def powers(least: int, most: int, factor: int = 2) -> list[int]:
-    """least, least · factor, … up to `most`, which ends the list."""
+    """least, least · factor, … up to `most`."""
     numbers = [least]
     while numbers[-1] * factor <= most:
         numbers.append(numbers[-1] * factor)
     return numbers
 
 
-def measure(experiment: Experiment, advance: Advance) -> dict[str, Any]:
-    """Run an experiment: its numbers, what is shown of them, its settings and how long it took, ready for JSON."""
-    start = time.monotonic()
-    numbers, shown = experiment.run(advance)
-    return {
-        "experiment": experiment.name,
-        "settings": dataclasses.asdict(experiment),  # pyright: ignore[reportArgumentType]
-        **numbers,
-        "shown": dataclasses.asdict(shown),
-        "seconds": time.monotonic() - start,
-    }
+def generator(*key: int | str) -> torch.Generator:
+    """Random numbers of one purpose, named by numbers and words, which share nothing with those of another."""
+    words = [part if isinstance(part, int) else int.from_bytes(part.encode(), "little") for part in key]
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1))
+
+
+def spread(values: Float[Tensor, "seeds"] | Sequence[float]) -> dict[str, float]:
+    """Median and quartiles over seeds."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    low, middle, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    return {"median": middle, "q25": low, "q75": high}
+
+
+def mean_text(estimate: Mapping[str, float]) -> str:
+    """A mean with its standard error, as tables show it."""
+    return f"{estimate['mean']:.3g} ± {estimate['se']:.2g}"
+
+
+def select(rows: Sequence[Row], **values: object) -> list[Row]:
+    """The rows that have these values, in order."""
+    return [row for row in rows if all(row[key] == value for key, value in values.items())]
+
+
+def pick(rows: Sequence[Row], **values: object) -> Row:
+    """The first row that has these values."""
+    return select(rows, **values)[0]
+
+
+def level(label: str, x: Sequence[float | int], value: float) -> Curve:
+    """A computed limit: a dashed line across the figure."""
+    return Curve(label, [x[0], x[-1]], [value, value], kind="bound")

@@ -8,23 +8,35 @@ below some 2¹⁵ pairs; scale 1 shows the separation plainly.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, rlhf_limit, table_features
-from distalign.lab.experiment import Advance, at_least, at_most, powers
-from distalign.lab.rates import Slope, falls_like_one_over_n, fit_slope, spread, tune
+from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, optimum, rlhf_limit, table_features
+from distalign.lab.experiment import (
+    Advance,
+    Pairs,
+    Row,
+    Scale,
+    TableExperiment,
+    level,
+    pick,
+    powers,
+    select,
+    spread,
+)
+from distalign.lab.fit import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward, fit_rkl
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
-from distalign.lab.tabular import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward, fit_rkl
-from distalign.lab.world import Tables, draw, random_tables
+from distalign.lab.tables import Counts, Tables, draw, random_tables
 from distalign.methods import METHODS
+from distalign.methods.preference import preference_logit, preference_nll
 
 _WINDOW = (2**11, 2**16)  # where the paper's figure has its slope
+_JUDGED = 2**11  # pairs; below it the ridge decides, and no promise is judged
 
 # What has a floor, and whose it is.
 _FLOORS = {"rlhf": "rlhf", "rlhf_held_out": "rlhf", "dpo": "dpo", "rebel": "dpo"}
@@ -33,168 +45,156 @@ _ONE_ESTIMATOR = ("pmle", "pd", "rkl")
 # RLHF's forward KL over RKL's at 2¹⁶ pairs, each with its best β: what earlier measurements lead one to expect.
 _RATIOS = {"0.1": (1.7, 2.4), "1.0": (40.0, math.inf)}
 
-_JUDGED = 2**11  # pairs; below it the ridge decides, and no promise is judged
+_CURVES = {
+    "reference": "π₀",
+    "pmle": "PMLE = PD = RKL",
+    "rkl_tuned": "RKL, best β",
+    "rlhf": "RLHF, best β",
+    "dpo": "DPO, REBEL",
+}
 
-Measured = dict[str, Float[Tensor, "sizes seeds"]]
+Policies = Float[Tensor, "worlds contexts responses"]
+Distances = Float[Tensor, "sizes seeds"]
 
 
-@dataclass(frozen=True)
-class Figure1:
-    """Settings of the paper's toy (appendix D.1) and of the same with other scales of the logits.
+class Figure1(TableExperiment):
+    """The paper's toy (appendix D.1) and the same with other scales of the logits: `seeds` worlds at each scale.
 
-    `seeds` worlds are drawn at each scale. β of `rkl_tuned` and `rlhf` is the best of `betas` values by the oracle;
-    `*_held_out` choose it by a share `held_out` of the pairs. `ridge`: see `lab.tabular`; it decides below 2¹¹ pairs.
+    β of `rkl_tuned` and `rlhf` is the best of `betas` values by the oracle; `*_held_out` choose it by a share
+    `held_out` of the pairs. The ridge decides below 2¹¹ pairs.
     """
-
-    scales: tuple[float, ...] = (0.1, 1.0)
-    contexts: int = 10
-    responses: int = 10
-    gamma: float = 0.5
-    min_n: int = 2**5
-    max_n: int = 2**20
-    seeds: int = 40
-    seed: int = 0
-    ridge: float = 1e-3
-    betas: int = 57
-    held_out: float = 0.2
 
     name: ClassVar[str] = "figure1"
 
-    def __post_init__(self) -> None:
-        at_most(self, max_n=10**12)
-        at_least(self, contexts=1, responses=2, min_n=1, max_n=2 * self.min_n, seeds=2, betas=2, seed=0, scales=1e-6)
-        at_least(self, gamma=1e-6, ridge=1e-12, held_out=0.01)
-        if self.held_out >= 1 or len(set(self.scales)) < len(self.scales):
-            raise ValueError("held_out must be below 1 and no scale may stand twice")
+    scales: Annotated[tuple[Scale, ...], Field(min_length=1)] = (0.1, 1.0)
+    responses: Annotated[int, Field(ge=2)] = 10
+    min_n: Pairs = 2**5
+    max_n: Pairs = 2**20
+    betas: Annotated[int, Field(ge=2)] = 57
+    held_out: Annotated[float, Field(ge=0.01, lt=1)] = 0.2
 
-    def run(self, advance: Advance) -> tuple[dict[str, Any], Shown]:
+    @model_validator(mode="after")
+    def _consistent(self) -> Figure1:
+        if self.max_n < 2 * self.min_n:
+            raise ValueError(f"max_n is {self.max_n}; give at least {2 * self.min_n}")
+        if len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"scales is {list(self.scales)}; give each scale once")
+        return self
+
+    def run(self, advance: Advance) -> Row:
         """Forward KL of every estimate for every n; slopes, constants, floors and verdicts."""
         sizes = powers(self.min_n, self.max_n)
-        results, total = [], len(self.scales) * len(sizes)
-        for number, scale in enumerate(self.scales):
-            start = number * len(sizes)
-            results.append(self._scale(scale, sizes, lambda i, start=start: advance(start + i, total)))
-        numbers: dict[str, Any] = {
-            key: [row for result in results for row in result[key]]
-            for key in ("rows", "slopes", "floors", "verdicts", "one_estimator", "constant_ratios", "ratios")
-        }
-        numbers["constant"] = {str(result["scale"]): result["constant"] for result in results}
-        return numbers, self._shown(numbers)
+        parts = ("rows", "slopes", "floors", "verdicts", "one_estimator", "constant_ratios", "ratios")
+        numbers: Row = {part: [] for part in parts} | {"constant": {}}
+        done, total = 0, len(self.scales) * len(sizes)
+        for scale in self.scales:
+            tables = random_tables(
+                self.seeds, self.contexts, self.responses, scale=scale, gamma=self.gamma, seed=self.seed
+            )
+            measured, differences = [], []
+            for n in sizes:
+                policies = self._estimates(tables, n)
+                measured.append({name: divergence(tables.target, logps) for name, logps in policies.items()})
+                others = [policies["pmle"] - policies[name] for name in _ONE_ESTIMATOR[1:]]
+                differences.append(max(float(difference.abs().max()) for difference in others))
+                done += 1
+                advance(done, total)
+            kl = {name: torch.stack([at_n[name] for at_n in measured]) for name in measured[0]}
+            found = self._analyse(tables, sizes, kl, differences)
+            numbers["constant"][str(scale)] = found.pop("constant")
+            for part, rows in found.items():
+                numbers[part] += [{"scale": str(scale), **row} for row in rows]
+        return numbers
 
-    def _scale(self, scale: float, sizes: list[int], step: Callable[[int], None]) -> dict[str, Any]:
-        tables = random_tables(
-            worlds=self.seeds,
-            contexts=self.contexts,
-            responses=self.responses,
-            scale=scale,
-            gamma=self.gamma,
-            seed=self.seed,
-        )
-        features = table_features(self.contexts, self.responses)
-        constant = asymptotic_constant(tables.target, tables.behavior, features, gamma=self.gamma)
-        measured, apart = [], []
-        for i, n in enumerate(sizes):
-            policies = self._estimates(tables, n)
-            measured.append({name: divergence(tables.target, logps) for name, logps in policies.items()})
-            apart.append(max(_distance(policies["pmle"], policies[name]) for name in _ONE_ESTIMATOR[1:]))
-            step(i + 1)
-        kl = {name: torch.stack([one[name] for one in measured]) for name in measured[0]}
-        key = str(scale)
-        slopes = [
-            {"scale": key, "method": name, "from": a, "to": b, **slope._asdict()}
-            for name in kl
-            if name != "reference"
-            for a, b in _windows(sizes)
-            for slope in [_slope(sizes, kl[name], a, b, self.seed)]
-        ]
-        n = torch.tensor(sizes, dtype=torch.float64)[:, None]
-        ratio = {name: (n * kl[name] / constant).median(1).values for name in kl}
-        limits = {"rlhf": rlhf_limit(tables.target, tables.reference, gamma=self.gamma)[1]}
-        limits["dpo"] = dpo_limit(tables.target, tables.reference)
-        floors = {name: float(limits[owner].median()) for name, owner in _FLOORS.items()}
-        return {
-            "scale": key,
-            "constant": float(constant.median()),
-            "rows": [
-                {"scale": key, "method": name, "n": size, "forward_kl": spread(kl[name][i])._asdict()}
-                for name in kl
-                for i, size in enumerate(sizes)
-            ],
-            "slopes": slopes,
-            "floors": [{"scale": key, "method": name, "forward_kl": floor} for name, floor in floors.items()],
-            "one_estimator": [
-                {"scale": key, "n": size, "largest_difference": d} for size, d in zip(sizes, apart, strict=True)
-            ],
-            "constant_ratios": [
-                {"scale": key, "method": name, "n": size, "ratio": float(ratio[name][i])}
-                for name in _ONE_ESTIMATOR
-                for i, size in enumerate(sizes)
-            ],
-            "ratios": [
-                {"scale": key, "n": size, "rlhf_over_rkl": float(kl["rlhf"][i].median() / kl["rkl_tuned"][i].median())}
-                for i, size in enumerate(sizes)
-            ],
-            "verdicts": [
-                self._verdict(key, name, sizes, kl[name], ratio[name], floors.get(name))
-                for name in kl
-                if name in METHODS
-            ],
-        }
-
-    def _estimates(self, tables: Tables, n: int) -> dict[str, Float[Tensor, "worlds contexts responses"]]:
+    def _estimates(self, tables: Tables, n: int) -> dict[str, Policies]:
         """ln π of every estimate from n pairs."""
         counts = draw(tables, n, self.seed)
         rewards = fit_reward(tables, counts, ridge=self.ridge)
         rest, held_out = counts.split(self.held_out, self.seed)
         refit = fit_reward(tables, rest, ridge=self.ridge)
         betas = torch.logspace(-3, 4, self.betas, dtype=torch.float64)
-        by_pairs = {"held_out": held_out, "refit": refit}
         return {
             "reference": tables.reference,
             "pmle": fit_pmle(tables, counts, ridge=self.ridge),
             "pd": fit_pd(tables, rewards, tables.pair_weights(tables.behavior)),
             "rkl": fit_rkl(tables, rewards),
-            "rkl_tuned": tune(tables, rewards, betas, gamma=self.gamma).logps,
-            "rkl_held_out": tune(tables, rewards, betas, gamma=self.gamma, **by_pairs).logps,
-            "rlhf": tune(tables, rewards, betas, gamma=0.0).logps,
-            "rlhf_held_out": tune(tables, rewards, betas, gamma=0.0, **by_pairs).logps,
+            "rkl_tuned": tune(tables, rewards, betas, gamma=self.gamma),
+            "rkl_held_out": tune(tables, rewards, betas, gamma=self.gamma, held_out=held_out, refit=refit),
+            "rlhf": tune(tables, rewards, betas, gamma=0.0),
+            "rlhf_held_out": tune(tables, rewards, betas, gamma=0.0, held_out=held_out, refit=refit),
             "dpo": fit_dpo(tables, counts, ridge=self.ridge),
             "rebel": fit_rebel(tables, rewards, eta=1 / self.gamma, beta=self.gamma, rounds=2),
         }
 
-    def _verdict(
-        self,
-        scale: str,
-        name: str,
-        sizes: list[int],
-        kl: Float[Tensor, "sizes seeds"],
-        ratio: Float[Tensor, "sizes"],
-        floor: float | None,
-    ) -> dict[str, Any]:
+    def _analyse(self, tables: Tables, sizes: list[int], kl: dict[str, Distances], differences: list[float]) -> Row:
+        """What is computed of the distances at one scale."""
+        features = table_features(self.contexts, self.responses)
+        constant = asymptotic_constant(tables.target, tables.behavior, features, gamma=self.gamma)
+        n_kl = {name: torch.tensor(sizes, dtype=torch.float64)[:, None] * distances for name, distances in kl.items()}
+        ratios = {name: (distances / constant).median(1).values.tolist() for name, distances in n_kl.items()}
+        limits = {
+            "rlhf": rlhf_limit(tables.target, tables.reference, gamma=self.gamma),
+            "dpo": dpo_limit(tables.target, tables.reference),
+        }
+        floors = {name: float(limits[owner].median()) for name, owner in _FLOORS.items()}
+        estimates = [name for name in kl if name != "reference"]
+        return {
+            "constant": float(constant.median()),
+            "rows": [
+                {"method": name, "n": n, "forward_kl": spread(distances)}
+                for name in kl
+                for n, distances in zip(sizes, kl[name], strict=True)
+            ],
+            "slopes": [
+                {"method": name, "from": a, "to": b, **_slope_between(a, b, sizes, kl[name], self.seed)._asdict()}
+                for name in estimates
+                for a, b in _windows(sizes)
+            ],
+            "floors": [{"method": name, "forward_kl": floor} for name, floor in floors.items()],
+            "one_estimator": [
+                {"n": n, "largest_difference": difference} for n, difference in zip(sizes, differences, strict=True)
+            ],
+            "constant_ratios": [
+                {"method": name, "n": n, "ratio": ratio}
+                for name in _ONE_ESTIMATOR
+                for n, ratio in zip(sizes, ratios[name], strict=True)
+            ],
+            "ratios": [
+                {"n": n, "rlhf_over_rkl": float(rlhf.median() / rkl.median())}
+                for n, rlhf, rkl in zip(sizes, kl["rlhf"], kl["rkl_tuned"], strict=True)
+            ],
+            "verdicts": [
+                self._verdict(name, sizes, kl[name], ratios[name], floors.get(name)) for name in kl if name in METHODS
+            ],
+        }
+
+    def _verdict(self, name: str, sizes: list[int], kl: Distances, ratios: list[float], floor: float | None) -> Row:
         """Whether a method does what its declared rate says: 1/n with the computed constant, or its floor in the end.
 
-        None where there are too few pairs to judge by.
+        None where there are too few pairs to judge by. Every fit here is at β = 0.
         """
         a, b = _windows(sizes)[0]
-        # Every fit here is at β = 0.
         theorem = METHODS[name].theorem
-        rate = f"1/n ({theorem})" if theorem else None
-        inside = [float(r) for n, r in zip(sizes, ratio, strict=True) if n >= 4 * _JUDGED and a <= n <= b]
+        inside = [ratio for n, ratio in zip(sizes, ratios, strict=True) if n >= 4 * _JUDGED and a <= n <= b]
         last = float(kl[-1].median())
         agrees: bool | None = None
         if floor is not None and sizes[-1] >= 2**20:
             agrees = abs(last / floor - 1) <= 0.1
-        elif rate is not None and inside:
-            agrees = falls_like_one_over_n(_slope(sizes, kl, a, b, self.seed), (min(inside), max(inside)))
-        least, largest = (min(inside), max(inside)) if inside else (None, None)
-        found = {"least_ratio": least, "largest_ratio": largest, "last": last, "floor": floor}
-        return {"scale": scale, "method": name, "rate": rate, "agrees": agrees, **found}
+        elif theorem and inside:
+            slope = _slope_between(a, b, sizes, kl, self.seed)
+            agrees = falls_like_one_over_n(slope, (min(inside), max(inside)))
+        return {
+            "method": name,
+            "rate": f"1/n ({theorem})" if theorem else None,
+            "agrees": agrees,
+            "least_ratio": min(inside, default=None),
+            "largest_ratio": max(inside, default=None),
+            "last": last,
+            "floor": floor,
+        }
 
-    def _papers(self) -> bool:
-        """Whether the worlds are the paper's, but for the scale."""
-        return (self.contexts, self.responses, self.gamma) == (10, 10, 0.5)
-
-    def _shown(self, numbers: dict[str, Any]) -> Shown:
+    def show(self, numbers: Row) -> Shown:
+        """One figure and one table for each scale."""
         scales = [str(scale) for scale in self.scales]
         return Shown(
             title="Figure 1: forward KL against the number of labelled pairs",
@@ -205,95 +205,141 @@ class Figure1:
                 "the table shows beside it what held-out pairs choose. "
                 "The scales share their random draws."
             ),
-            claims=[claim for scale in scales for claim in _claims(numbers, scale, paper=self._papers())],
+            claims=[claim for scale in scales for claim in self._claims(numbers, scale)],
             panels=[_panel(numbers, scale) for scale in scales],
-            tables=[_table(numbers, scale) for scale in scales],
+            tables=[_table(select(numbers["rows"], scale=scale), scale) for scale in scales],
         )
 
+    def _claims(self, numbers: Row, scale: str) -> list[Claim]:
+        at = {part: select(rows, scale=scale) for part, rows in numbers.items() if part != "constant"}
+        claims = []
+        first = at["slopes"][0]["from"]
+        for row in select(at["slopes"], **{"from": first}):
+            if row["method"] in _ONE_ESTIMATOR:
+                promise = f"scale {scale}: {_name(row)} falls like 1/n for n from {first} to {row['to']}"
+                holds = row["low"] >= -1.10 and row["high"] <= -0.95
+                judged = first >= _JUDGED and row["to"] >= 8 * first
+                text = f"slope {row['slope']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+                claims.append(Claim(promise, text, holds if judged else None))
+        large = [row["ratio"] for row in at["constant_ratios"] if row["n"] >= 2**13]
+        if large:
+            text = f"between {min(large):.3f} and {max(large):.3f}, C = {numbers['constant'][scale]:.0f}"
+            holds = min(large) >= 0.9 and max(large) <= 1.1
+            claims.append(Claim(f"scale {scale}: n·KL/C is 1 from 2¹³ pairs on", text, holds))
+        same = [row["largest_difference"] for row in at["one_estimator"] if row["n"] >= _JUDGED]
+        if same:
+            promise = f"scale {scale}: PMLE, PD and RKL are one estimator"
+            claims.append(Claim(promise, f"ln π differs by at most {max(same):.1e}", max(same) < 1e-6))
+        # The ratio is known for the paper's worlds alone.
+        if (self.contexts, self.responses, self.gamma) == (10, 10, 0.5) and scale in _RATIOS:
+            low, high = _RATIOS[scale]
+            times = f"{low:g} to {high:g} times" if math.isfinite(high) else f"at least {low:g} times"
+            promise = f"scale {scale}: at 2¹⁶ pairs RLHF is {times} as far as RKL, both with their best β"
+            for row in select(at["ratios"], n=2**16):
+                ratio = row["rlhf_over_rkl"]
+                claims.append(Claim(promise, f"{ratio:.2f} times", low <= ratio <= high))
+        for row in at["verdicts"]:
+            if row["floor"] is not None:
+                promise = f"{_name(row)} levels off, at its computed floor {row['floor']:.3g} to 10 %"
+                text = f"{row['last']:.3g} at n = {at['rows'][-1]['n']}"
+            else:
+                promise = f"{_name(row)} does what its declared rate says, {row['rate']}"
+                ratios = [row["least_ratio"], row["largest_ratio"]]
+                text = "n·KL/C between {:.2f} and {:.2f}".format(*ratios) if None not in ratios else "too few pairs"
+            claims.append(Claim(f"scale {scale}: {promise}", text, row["agrees"]))
+        return claims
 
-def _distance(first: Tensor, second: Tensor) -> float:
-    return float((first - second).abs().max())
+
+def tune(
+    tables: Tables,
+    rewards: Policies,
+    betas: Float[Tensor, "betas"],
+    *,
+    gamma: float,
+    held_out: Counts | None = None,
+    refit: Policies | None = None,
+) -> Policies:
+    """The optimum of appendix B at the best of `betas`, world by world; γ = 0 is RLHF.
+
+    By the oracle: the least forward KL to the target, which nobody has. With `held_out` pairs: the least negative
+    log-likelihood of their labels under the policy's own preference model (eq. 3), from the rewards `refit` without
+    them; the policy that is returned has all the pairs' rewards.
+    """
+    trial = rewards if refit is None else refit
+
+    def score(beta: float) -> Tensor:
+        logps = optimum(trial, tables.reference, gamma=gamma, beta=beta)
+        if held_out is None:
+            return divergence(tables.target, logps)
+        logit = preference_logit(tables.pair_logps(logps), gamma=tables.gamma)
+        return (held_out.total * preference_nll(logit, held_out.frequency)).sum((-2, -1))
+
+    scores = torch.stack([score(beta) for beta in betas.tolist()])
+    best = betas[scores.argmin(0)]
+    return optimum(rewards, tables.reference, gamma=gamma, beta=best[:, None, None])
+
+
+class Slope(NamedTuple):
+    """Slope of ln(median) against ln n between two n, and its 95 % bootstrap interval over seeds."""
+
+    slope: float
+    low: float
+    high: float
+
+
+def fit_slope(n: list[int], values: Distances, *, seed: int, resamples: int = 2000) -> Slope:
+    """Least squares of ln(median over seeds) on ln n, with a percentile bootstrap over seeds (each with all its n).
+
+    Raises ValueError for fewer than two sizes, and for values that are not above zero, which have no logarithm.
+    """
+    if len(n) < 2 or not bool((values > 0).all()):
+        raise ValueError(f"sizes {n}, least value {float(values.min())}: a slope takes two sizes and values above zero")
+    random = np.random.default_rng(seed)
+    x = np.log(np.array(n, dtype=float))
+    x = x - x.mean()
+    rows = values.numpy()
+    index = random.integers(rows.shape[1], size=(resamples, rows.shape[1]))
+    medians = np.log(np.median(rows[:, index], axis=-1))
+    slopes = (x @ medians) / (x @ x)
+    low, high = np.quantile(slopes, [0.025, 0.975])
+    return Slope(float(x @ np.log(np.median(rows, axis=1)) / (x @ x)), float(low), float(high))
+
+
+def falls_like_one_over_n(slope: Slope, ratio: tuple[float, float]) -> bool:
+    """Whether a slope's interval is within 0.1 of −1, and n·KL/C (`ratio`: least and largest) within 0.1 of 1.
+
+    The slope alone does not tell: in the paper's window DPO's is near −0.9.
+    """
+    return slope.low >= -1.1 and slope.high <= -0.9 and ratio[0] >= 0.9 and ratio[1] <= 1.1
+
+
+def _slope_between(a: int, b: int, sizes: list[int], kl: Distances, seed: int) -> Slope:
+    inside = [i for i, n in enumerate(sizes) if a <= n <= b]
+    return fit_slope([sizes[i] for i in inside], kl[inside], seed=seed)
 
 
 def _windows(sizes: list[int]) -> list[tuple[int, int]]:
     """The paper's window and what is above it, cut to the sizes at hand."""
     inside = [n for n in sizes if _WINDOW[0] <= n <= _WINDOW[1]]
     above = [n for n in sizes if n >= _WINDOW[1]]
-    windows = [(part[0], part[-1]) for part in (inside, above) if len(part) > 1]
-    return windows or [(sizes[0], sizes[-1])]
+    return [(part[0], part[-1]) for part in (inside, above) if len(part) > 1] or [(sizes[0], sizes[-1])]
 
 
-def _slope(sizes: list[int], kl: Tensor, a: int, b: int, seed: int) -> Slope:
-    inside = [i for i, n in enumerate(sizes) if a <= n <= b]
-    return fit_slope([sizes[i] for i in inside], kl[inside], seed=seed)
-
-
-def _median(numbers: dict[str, Any], scale: str, method: str, n: int) -> float:
-    return next(
-        row["forward_kl"]["median"]
-        for row in numbers["rows"]
-        if (row["scale"], row["method"], row["n"]) == (scale, method, n)
-    )
-
-
-def _claims(numbers: dict[str, Any], scale: str, *, paper: bool) -> list[Claim]:
-    def own(key: str) -> list[dict[str, Any]]:
-        return [row for row in numbers[key] if row["scale"] == scale]
-
-    claims = []
-    first = own("slopes")[0]
-    for row in own("slopes"):
-        if row["method"] in _ONE_ESTIMATOR and row["from"] == first["from"]:
-            text = f"slope {row['slope']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-            promise = f"scale {scale}: {_name(row)} falls like 1/n for n from {row['from']} to {row['to']}"
-            holds = row["low"] >= -1.10 and row["high"] <= -0.95
-            claims.append(
-                Claim(promise, text, holds if row["from"] >= _JUDGED and row["to"] >= 8 * row["from"] else None)
-            )
-    large = [row["ratio"] for row in own("constant_ratios") if row["n"] >= 2**13]
-    if large:
-        text = f"between {min(large):.3f} and {max(large):.3f}, C = {numbers['constant'][scale]:.0f}"
-        holds = min(large) >= 0.9 and max(large) <= 1.1
-        claims.append(Claim(f"scale {scale}: n·KL/C is 1 from 2¹³ pairs on", text, holds))
-    same = [row["largest_difference"] for row in own("one_estimator") if row["n"] >= _JUDGED]
-    if same:
-        promise = f"scale {scale}: PMLE, PD and RKL are one estimator"
-        claims.append(Claim(promise, f"ln π differs by at most {max(same):.1e}", max(same) < 1e-6))
-    for row in own("ratios"):
-        if row["n"] == 2**16 and scale in _RATIOS and paper:
-            (low, high), ratio = _RATIOS[scale], row["rlhf_over_rkl"]
-            times = f"{low:g} to {high:g} times" if math.isfinite(high) else f"at least {low:g} times"
-            promise = f"scale {scale}: at 2¹⁶ pairs RLHF is {times} as far as RKL, both with their best β"
-            claims.append(Claim(promise, f"{ratio:.2f} times", low <= ratio <= high))
-    for row in own("verdicts"):
-        if row["floor"] is not None:
-            promise = f"scale {scale}: {_name(row)} levels off, at its computed floor {row['floor']:.3g} to 10 %"
-            text = f"{row['last']:.3g} at n = {own('rows')[-1]['n']}"
-        else:
-            promise = f"scale {scale}: {_name(row)} does what its declared rate says, {row['rate']}"
-            ratios = [row["least_ratio"], row["largest_ratio"]]
-            text = "n·KL/C between {:.2f} and {:.2f}".format(*ratios) if None not in ratios else "too few pairs"
-        claims.append(Claim(promise, text, row["agrees"]))
-    return claims
-
-
-def _name(row: dict[str, Any]) -> str:
+def _name(row: Row) -> str:
     return row["method"].upper()
 
 
-def _panel(numbers: dict[str, Any], scale: str) -> Panel:
-    names = {"reference": "π₀", "pmle": "PMLE = PD = RKL", "rkl_tuned": "RKL, best β", "rlhf": "RLHF, best β"}
-    names |= {"dpo": "DPO, REBEL"}
+def _panel(numbers: Row, scale: str) -> Panel:
     curves = []
-    for name, label in names.items():
-        rows = [row for row in numbers["rows"] if (row["scale"], row["method"]) == (scale, name)]
-        x = [row["n"] for row in rows]
-        curves.append(with_quartiles(label, x, [row["forward_kl"] for row in rows]))
-        floors = [row for row in numbers["floors"] if (row["scale"], row["method"]) == (scale, name)]
-        curves += [Curve(f"{label} limit", [x[0], x[-1]], [row["forward_kl"]] * 2, kind="bound") for row in floors]
+    for method, label in _CURVES.items():
+        rows = select(numbers["rows"], scale=scale, method=method)
+        n = [row["n"] for row in rows]
+        curves.append(with_quartiles(label, n, [row["forward_kl"] for row in rows]))
+        floors = select(numbers["floors"], scale=scale, method=method)
+        curves += [level(f"{label} limit", n, row["forward_kl"]) for row in floors]
     constant = numbers["constant"][scale]
-    line = [n for n in x if n >= 2**10]
-    curves.append(Curve("C/n", line, [constant / n for n in line], kind="bound"))
+    line = [size for size in n if size >= 2**10]
+    curves.append(Curve("C/n", line, [constant / size for size in line], kind="bound"))
     return Panel(
         title=f"Forward KL, logit scale {scale}",
         about="Medians, bands from quartile to quartile; dashed: computed limits, not fits.",
@@ -303,14 +349,15 @@ def _panel(numbers: dict[str, Any], scale: str) -> Panel:
     )
 
 
-def _table(numbers: dict[str, Any], scale: str) -> Table:
-    rows = [row for row in numbers["rows"] if row["scale"] == scale]
+def _table(rows: list[Row], scale: str) -> Table:
     sizes = sorted({row["n"] for row in rows})
-    shown = sizes[::2] if len(sizes) > 10 else sizes
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    columns = sizes[::2] if len(sizes) > 10 else sizes
+    methods = dict.fromkeys(row["method"] for row in rows)
     return Table(
         title=f"Median forward KL, logit scale {scale}",
         about="nats; *_tuned and rlhf choose β by the oracle, *_held_out by held-out pairs.",
-        columns=["method", *(str(n) for n in shown)],
-        rows=[[method, *(_median(numbers, scale, method, n) for n in shown)] for method in methods],
+        columns=["method", *(str(n) for n in columns)],
+        rows=[
+            [method, *(pick(rows, method=method, n=n)["forward_kl"]["median"] for n in columns)] for method in methods
+        ],
     )

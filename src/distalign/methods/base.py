@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, arange, ones_like
 
 R = TypeVar("R", bound="Record")
-
-# The default of a field that may be left out. Typed as anything, because reading it raises.
-_MISSING: Any = None
+# Makes the default of a field that may be left out. The class itself has no default, so that reading it raises.
+_MISSING: Any = type(None)
 
 
 @dataclass(frozen=True)
@@ -49,16 +48,18 @@ class NotCollected(AttributeError):
 class Record:
     """Tensors of which some were collected. Reading one that was not raises NotCollected; `hasattr` asks first."""
 
-    def __getattribute__(self, name: str) -> Any:
-        value = object.__getattribute__(self, name)
-        if value is None:
-            kind = type(self).__name__
-            raise NotCollected(f"{kind}.{name} was not collected; declare it in the method's `needs`")
-        return value
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if vars(self)[each.name] is None:
+                object.__delattr__(self, each.name)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        # Python asks here for what is not there.
+        raise NotCollected(f"{type(self).__name__}.{name} was not collected; declare it in the method's `needs`")
 
     def replace(self: R, **changes: Tensor) -> R:
         """A copy with other values for some fields; what was not collected stays so."""
-        collected = {field.name: getattr(self, field.name) for field in fields(self) if hasattr(self, field.name)}
+        collected = {each.name: getattr(self, each.name) for each in fields(self) if hasattr(self, each.name)}
         return type(self)(**{**collected, **changes})
 
     def _default(self, name: str, value: Tensor) -> None:
@@ -75,13 +76,14 @@ class Pairs(Record):
     sampled the pair (`logps` if not given). `logps` carry the gradient, everything else is constant.
     """
 
-    logps: Float[Tensor, "pairs 2"] = _MISSING
-    reference_logps: Float[Tensor, "pairs 2"] = _MISSING
-    behavior_logps: Float[Tensor, "pairs 2"] = _MISSING
-    rewards: Float[Tensor, "pairs 2"] = _MISSING
-    probability: Float[Tensor, "pairs"] = _MISSING
+    logps: Float[Tensor, "pairs 2"] = field(default_factory=_MISSING)
+    reference_logps: Float[Tensor, "pairs 2"] = field(default_factory=_MISSING)
+    behavior_logps: Float[Tensor, "pairs 2"] = field(default_factory=_MISSING)
+    rewards: Float[Tensor, "pairs 2"] = field(default_factory=_MISSING)
+    probability: Float[Tensor, "pairs"] = field(default_factory=_MISSING)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if hasattr(self, "logps"):
             self._default("behavior_logps", self.logps.detach())
             self._default("probability", ones_like(self.logps[:, 0]))
@@ -99,19 +101,20 @@ class Samples(Record):
     `step_kl`, `step_entropy` and `values` carry the gradient, everything else is constant.
     """
 
-    token_logps: Float[Tensor, "samples steps"] = _MISSING
-    mask: Bool[Tensor, "samples steps"] = _MISSING
-    behavior_token_logps: Float[Tensor, "samples steps"] = _MISSING
-    reference_token_logps: Float[Tensor, "samples steps"] = _MISSING
-    step_kl: Float[Tensor, "samples steps"] = _MISSING
-    step_entropy: Float[Tensor, "samples steps"] = _MISSING
-    rewards: Float[Tensor, "samples"] = _MISSING
-    group: Int[Tensor, "samples"] = _MISSING
-    values: Float[Tensor, "samples steps"] = _MISSING
-    advantages: Float[Tensor, "samples steps"] = _MISSING
-    returns: Float[Tensor, "samples steps"] = _MISSING
+    token_logps: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    mask: Bool[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    behavior_token_logps: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    reference_token_logps: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    step_kl: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    step_entropy: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    rewards: Float[Tensor, "samples"] = field(default_factory=_MISSING)
+    group: Int[Tensor, "samples"] = field(default_factory=_MISSING)
+    values: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    advantages: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
+    returns: Float[Tensor, "samples steps"] = field(default_factory=_MISSING)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if hasattr(self, "token_logps"):
             self._default("behavior_token_logps", self.token_logps.detach())
             self._default("group", arange(len(self.token_logps), device=self.token_logps.device))
@@ -124,6 +127,7 @@ class Method(ABC):
     theorem: what promises that it reaches π* at 1/n if its β is 0; None where nothing does.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     equation: ClassVar[str]
     source: ClassVar[str]
     optimum: ClassVar[str]

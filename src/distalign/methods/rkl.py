@@ -7,7 +7,7 @@ best-scoring answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -69,9 +69,10 @@ class RKL(PolicyGradient):
     @property
     def needs(self) -> Needs:
         """Scored samples; with β > 0 also the reference; a value function with PPO."""
-        split, regularised = self.estimator == "split", self.beta > 0
-        terms = {"kl": regularised, "entropy": self.gamma > 0} if split else {"reference": regularised}
-        return Needs(samples=True, reward=True, values=self.estimator == "ppo", **terms)
+        needs = Needs(samples=True, reward=True, values=self.estimator == "ppo")
+        if self.estimator == "split":
+            return replace(needs, kl=self.beta > 0, entropy=self.gamma > 0)
+        return replace(needs, reference=self.beta > 0)
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean regularised negative reward of the samples, in nats (PPO: its surrogate)."""

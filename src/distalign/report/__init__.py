@@ -1,15 +1,14 @@
-"""What a run found, told to people: one self-contained HTML page, and the same numbers as a terminal table.
+"""What a run found, for people: one self-contained HTML page, and the same numbers as tables.
 
 Reads the files of a run folder and loads no model.
 """
 
 from __future__ import annotations
 
-from distalign.report.markdown import results_markdown
 from distalign.report.numbers import format_estimate, format_interval
 from distalign.report.page import write_report
 from distalign.report.results import ReportError, Results
-from distalign.report.tables import results_table
+from distalign.report.tables import results_markdown, results_table
 
 __all__ = [
     "ReportError",

@@ -1,95 +1,147 @@
-"""The figures of a comparison, each drawn as inline SVG, as a PNG file, and given to the page's script as numbers."""
+"""The figures of a run: what training logged, how policies lie between reward and KL, calibration, length."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from distalign.report.drawing import INK, MUTED, Draw, draw_png, draw_svg
-from distalign.report.numbers import display_name, format_number, main_column
-from distalign.report.panels import Look, numbered_look, panel_data, panel_png, panel_svg
-from distalign.report.results import REFERENCE, TARGET, Answer, Bin, Column, Difference, Predicted, Results
+from distalign.report.drawing import INK, MUTED, Figure, Look, numbered_look, panel_figure
+from distalign.report.numbers import main_column
+from distalign.report.results import (
+    REFERENCE,
+    TARGET,
+    Bin,
+    Column,
+    Difference,
+    Logs,
+    Results,
+    display_name,
+)
 from distalign.report.shown import Curve, Panel
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Figure", "calibration_figures", "learning_figures", "length_figures", "plane_figure", "row_look"]
+_BEST_OF_N = "best of n"
+_KL, _REWARD = "kl_reference", "reward"  # the columns that the reward-KL plane has as its axes
+_HELD_OUT = "held out"
+_MOST_POINTS = 400  # of a series on the page: more than a screen can tell apart
 
-BEST_OF_N = "best of n"
-KL, REWARD = "kl_reference", "reward"  # the columns that the reward-KL plane has as its axes
 
-
-class Figure(NamedTuple):
-    """A figure of the page: its heading, a sentence, its title where it stands alone, and what draws it.
-
-    `data` is for the page's script, "" for a figure that it leaves as it is; `color` that of the row it is about.
-    """
+class Topic(NamedTuple):
+    """A figure of training: its title, the sentence below it, and the numbers drawn in it with their labels."""
 
     title: str
     about: str
-    full_title: str
-    svg: Callable[[], str]
-    png: Callable[[], bytes]
-    data: str = ""
-    color: str = "inherit"
-
-    @classmethod
-    def of(cls, panel: Panel, look: Mapping[str, Look], full_title: str = "", color: str = "inherit") -> Figure:
-        """A panel as a figure; it must have a point that can be drawn."""
-        alone = panel.model_copy(update={"title": full_title or panel.title})
-        svg, png = partial(panel_svg, panel, look), partial(panel_png, alone, look)
-        return cls(panel.title, panel.about, alone.title, svg, png, panel_data(panel, look), color)
+    keys: dict[str, str]
 
 
-def row_look(results: Results, name: str) -> Look:
-    """The one look of a row, everywhere on the page: ink for the target, grey for the reference, an accent each."""
-    if name in (TARGET, REFERENCE):
-        return Look(INK if name == TARGET else MUTED)
-    trained = results.trained
-    return numbered_look(trained.index(name)) if name in trained else Look(MUTED)
+TRAINING = [
+    Topic(
+        "Loss",
+        "Training loss, and the loss on held-out pairs: when only the first still falls, the model memorises.",
+        {"loss": "train", "eval_loss": _HELD_OUT},
+    ),
+    Topic(
+        "Preference accuracy",
+        "Share of pairs whose chosen response gets the larger implied reward; one half is chance.",
+        {"rewards/accuracies": "train", "eval_rewards/accuracies": _HELD_OUT},
+    ),
+    Topic(
+        "ln π of the responses",
+        "Nats per response. Both falling together is likelihood displacement.",
+        {"logps/chosen": "chosen", "logps/rejected": "rejected"},
+    ),
+    Topic(
+        "Margin",
+        "Implied reward of the chosen response minus that of the rejected one.",
+        {"rewards/margins": "train", "eval_rewards/margins": _HELD_OUT},
+    ),
+    Topic("Reward", "Mean reward of the policy's samples.", {"objective/reward": "reward"}),
+    Topic("Gradient norm", "Before clipping.", {"grad_norm": "norm"}),
+]
+
+HEALTH = [
+    Topic("KL from the reference", "Nats per response, on samples of the policy.", {"objective/kl": "KL"}),
+    Topic("Entropy", "Nats per response; a fall towards 0 is collapse.", {"objective/entropy": "entropy"}),
+    Topic(
+        "ln π of the chosen, against its start",
+        "Nats per response on held-out pairs. A fall is likelihood displacement.",
+        {"eval_health/chosen_logps_change": "change"},
+    ),
+    Topic(
+        "Variety",
+        "Distinct pairs of neighbouring tokens in the samples; share of 4-grams that repeat one of the same response.",
+        {"health/distinct_2": "distinct-2", "health/repeated_4grams": "repeated 4-grams"},
+    ),
+    Topic(
+        "Responses without an end",
+        "Share of the samples that were cut by the length limit.",
+        {"completions/clipped_ratio": "cut"},
+    ),
+    Topic("Length", "Mean length of the samples, in tokens.", {"completions/mean_length": "tokens"}),
+    Topic(
+        "Correlation of reward and length",
+        "Within the samples; near 1, length is what is rewarded.",
+        {"health/reward_length_correlation": "correlation"},
+    ),
+]
+
+
+def row_look(results: Results | None, name: str) -> Look:
+    """The one look of a row, everywhere on the page: ink for the target, grey for the reference, an accent each.
+
+    A training run (None) has one row.
+    """
+    if results is None or name in results.trained:
+        return numbered_look(results.trained.index(name) if results else 0)
+    return Look(INK if name == TARGET else MUTED)
+
+
+def training_figures(results: Results | None, logs: Logs) -> list[Figure]:
+    """What was optimised. One run: its numbers by name; several: one figure per number, with one line per run."""
+    return _topic_figures(TRAINING, results, logs)
+
+
+def health_figures(results: Results | None, logs: Logs) -> list[Figure]:
+    """Whether the policy degenerated while it was trained, as `training_figures`."""
+    return _topic_figures(HEALTH, results, logs)
 
 
 def learning_figures(results: Results) -> list[Figure]:
     """The main metric and the held-out loss against optimizer steps."""
     logged = {key for rows in results.curves.values() for row in rows for key in row}
     main = main_column(results)
-    figures = []
-    for c in [c for c in results.columns if c.key in logged and (c.key == "forward_kl" or c == main)][:1]:
-        about = (
-            "On some of the held-out prompts, from the reference (step 0) on; ± 1 standard error; a dot: the kept step."
-        )
-        figures.append(_against_steps(results, c, about))
+    columns = [c for c in results.columns if c.key in logged and (c.key == "forward_kl" or c == main)][:1]
+    about = "On some of the held-out prompts, from the reference (step 0) on; ± 1 standard error; a dot: the kept step."
+    figures = [_learning_figure(results, column, about) for column in columns]
     if "eval_loss" in logged:
         about = "A dot marks the kept step. Each method has its own loss: compare the shapes, not the heights."
-        figures.append(_against_steps(results, Column(key="eval_loss", label="Loss on held-out pairs"), about))
+        figures.append(_learning_figure(results, Column(key="eval_loss", label="Loss on held-out pairs"), about))
     return [figure for figure in figures if figure]
 
 
 def plane_figure(results: Results) -> Figure | None:
     """Reward against KL(π‖π₀): every policy with its errors, the predicted optima, best-of-n; None without a policy."""
-    curves, look = _predicted_curves(results), {}
-    look |= {curve.label: Look(MUTED, int(curve.label == BEST_OF_N)) for curve in curves}
-    placed = 0
+    policies, look = [], {}
     for name, row in results.methods.items():
-        reward = row.get(REWARD)
-        kl = row.get(KL) or (
-            row[REWARD].model_copy(update={"mean": 0.0, "se": 0.0}) if name == REFERENCE and reward else None
-        )
-        if reward is None or kl is None or not (math.isfinite(reward.mean) and math.isfinite(kl.mean)):
-            continue
-        placed += 1
-        label = display_name(name)
-        look[label] = row_look(results, name)
-        at = Curve(label=label, x=[kl.mean], y=[reward.mean], kind="points")
-        at.low, at.high = [reward.mean - reward.se], [reward.mean + reward.se]
-        at.x_low, at.x_high = [kl.mean - kl.se], [kl.mean + kl.se]
-        curves.append(at)
-    if not placed:
+        reward, kl = row.get(_REWARD), row.get(_KL)
+        if name == REFERENCE and reward and not kl:
+            kl = reward.model_copy(update={"mean": 0.0, "se": 0.0})
+        if reward and kl and math.isfinite(reward.mean) and math.isfinite(kl.mean):
+            label = display_name(name)
+            look[label] = row_look(results, name)
+            low, high = [reward.mean - reward.se], [reward.mean + reward.se]
+            x_low, x_high = [kl.mean - kl.se], [kl.mean + kl.se]
+            policies.append(Curve(label, [kl.mean], [reward.mean], low, high, "points", x_low, x_high))
+    if not policies:
         return None
+    predictions = _predicted_curves(results)
+    look = {curve.label: Look(MUTED, int(curve.label == _BEST_OF_N)) for curve in predictions} | look
     about = "Every policy as it was measured, with bars of ± 1 standard error."
     if results.frontier.points:
         about += (
@@ -98,156 +150,165 @@ def plane_figure(results: Results) -> Figure | None:
         )
     if results.frontier.best_of:
         about += " Squares: best of n, at the most KL that it can have."
-    unit = next((c.unit for c in results.columns if c.key == REWARD and c.unit), None)
-    panel = Panel(
-        title="Reward against KL",
-        about=about,
-        x="KL(π‖π₀), nats per response",
-        y=f"reward, {unit}" if unit else "reward",
-        curves=curves,
-        x_scale="linear",
-        y_scale="linear",
-        direct=True,
-    )
-    return Figure.of(panel, look)
+    unit = next((c.unit for c in results.columns if c.key == _REWARD and c.unit), None)
+    axes = "KL(π‖π₀), nats per response", f"reward, {unit}" if unit else "reward"
+    curves = [*predictions, *policies]
+    panel = Panel("Reward against KL", about, *axes, curves, x_scale="linear", y_scale="linear", direct=True)
+    return panel_figure(panel, look, width=11.5, height=5.0)
 
 
 def length_figures(results: Results) -> list[Figure]:
-    """Reward against length, a figure a policy on the same axes, the reference behind it in grey."""
-    own = {name: [a for a in answers if math.isfinite(a.reward)] for name, answers in results.points.items()}
-    own = {name: answers for name, answers in own.items() if answers}
-    everything = [answer for answers in own.values() for answer in answers]
-    if not everything:
-        return []
-    x_limits, y_limits = _padded([a.length for a in everything]), _padded([a.reward for a in everything])
-    behind = own.get(REFERENCE, [])
+    """Reward against length, one figure per policy on the same axes, the reference behind it in grey."""
+    curves: dict[str, Curve] = {}
+    for name, row in results.points.items():
+        answers = [answer for answer in row if math.isfinite(answer.reward)]
+        x, y = [answer.length for answer in answers], [answer.reward for answer in answers]
+        if answers:
+            curves[name] = Curve(display_name(name), x, y, kind="points")
+    x_limits = _padded([x for curve in curves.values() for x in curve.x])
+    y_limits = _padded([y for curve in curves.values() for y in curve.y])
     figures = []
-    for name in [name for name in own if name != REFERENCE] or list(own):
-        shown = [(REFERENCE, behind)] if behind and name != REFERENCE else []
-        shown.append((name, own[name]))
-        panel = Panel(
-            title=display_name(name),
-            about=_correlation_text(own[name]),
-            x="tokens",
-            y="reward",
-            curves=[
-                Curve(label=display_name(who), x=[a.length for a in some], y=[a.reward for a in some], kind="points")
-                for who, some in shown
-            ],
-            x_scale="linear",
-            y_scale="linear",
-            x_limits=x_limits,
-            y_limits=y_limits,
-        )
-        look = {display_name(who): row_look(results, who) for who, _ in shown}
-        title = f"Reward against length: {display_name(name)}"
-        figures.append(Figure.of(panel, look, title, row_look(results, name).color))
+    for name in [name for name in curves if name != REFERENCE] or list(curves):
+        label, about = display_name(name), _correlation_text(curves[name])
+        drawn = [curves[row] for row in dict.fromkeys((REFERENCE, name)) if row in curves]
+        look = {display_name(row): row_look(results, row) for row in (REFERENCE, name)}
+        panel = Panel(label, about, "tokens", "reward", drawn, "linear", "linear", x_limits, y_limits)
+        figure = panel_figure(panel, look, width=4.2, height=2.9)
+        color, title = row_look(results, name).color, f"Reward against length: {label}"
+        figures += [replace(figure, color=color, file_title=title)] if figure else []
     return figures
 
 
 def calibration_figures(results: Results) -> list[Figure]:
-    """A method's calibration plot and its expected calibration error, which is taken over these bins."""
+    """Each method's calibration plot and its expected calibration error, which is taken over these bins."""
     figures = []
     for name, bins in results.calibration.items():
-        if not bins:
-            continue
-        n = sum(b.n for b in bins)
-        gap = sum(b.n * abs(b.predicted - b.observed) for b in bins) / n
-        color = row_look(results, name).color
-        draw = _calibration_drawing(bins, color)
-        title, full_title = display_name(name), f"Calibration: {display_name(name)}"
-        about = f"expected calibration error {gap:.3f} (n = {n})"
-        svg = partial(draw_svg, draw, width=2.9, height=2.9)
-        png = partial(draw_png, draw, title=full_title, width=4.2, height=4.4)
-        figures.append(Figure(title, about, full_title, svg, png, color=color))
+        if bins:
+            n = sum(b.n for b in bins)
+            gap = sum(b.n * abs(b.predicted - b.observed) for b in bins) / n
+            color = row_look(results, name).color
+            about, draw = f"expected calibration error {gap:.3f} (n = {n})", partial(_draw_calibration, bins, color)
+            title = display_name(name)
+            figures.append(Figure(title, about, draw, 2.9, 2.9, file_title=f"Calibration: {title}", color=color))
     return figures
 
 
-def _against_steps(results: Results, column: Column, about: str) -> Figure | None:
-    """A metric against optimizer steps: one line a method and seed, a band of ± 1 standard error, the kept step."""
-    curves, look = [], {}
+def _topic_figures(topics: Sequence[Topic], results: Results | None, logs: Logs) -> list[Figure]:
+    figures = []
+    for topic in topics:
+        if len(logs) == 1:
+            (runs,) = logs.values()
+            look = {label: numbered_look(1 if label == _HELD_OUT else n) for n, label in enumerate(topic.keys.values())}
+            lines = [(label, rows, key) for key, label in topic.keys.items() for rows in runs]
+            figures.append(_against_steps(topic.title, topic.about, lines, look))
+            continue
+        look = {display_name(name): row_look(results, name) for name in logs}
+        for key, label in topic.keys.items():
+            lines = [(display_name(name), rows, key) for name, runs in logs.items() for rows in runs]
+            title = topic.title if len(topic.keys) == 1 else f"{topic.title}: {label}"
+            figures.append(_against_steps(title, topic.about, lines, look))
+    return [figure for figure in figures if figure]
+
+
+def _against_steps(
+    title: str, about: str, lines: Sequence[tuple[str, list[dict[str, float]], str]], look: Mapping[str, Look]
+) -> Figure | None:
+    """One line for each (label, rows of metrics, key of a number) against optimizer steps."""
+    curves = []
+    for label, rows, key in lines:
+        points = _thinned([(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))])
+        curves.append(Curve(label, [x for x, _ in points], [y for _, y in points]))
+    return _step_panel(title, about, curves, look)
+
+
+def _step_panel(title: str, about: str, curves: Sequence[Curve], look: Mapping[str, Look]) -> Figure | None:
+    return panel_figure(Panel(title, about, "optimizer step", "", curves, "linear", "linear"), look)
+
+
+def _learning_figure(results: Results, column: Column, about: str) -> Figure | None:
+    """A metric against optimizer steps: one line per method and seed, a band of ± 1 standard error, the kept step."""
+    curves, look = [], {display_name(name): row_look(results, name) for name in results.curves}
     for name, rows in results.curves.items():
         label = display_name(name)
-        for index, seed in enumerate(sorted({row["seed"].mean if "seed" in row else 0.0 for row in rows})):
-            mine = [r for r in rows if (r["seed"].mean if "seed" in r else 0.0) == seed and column.key in r]
-            mine = [r for r in mine if "step" in r and math.isfinite(r[column.key].mean)]
-            mine.sort(key=lambda row: row["step"].mean)
-            if not mine:
-                continue
-            look[label] = row_look(results, name)
-            x, y = [row["step"].mean for row in mine], [row[column.key].mean for row in mine]
-            se = [row[column.key].se if math.isfinite(row[column.key].se) else 0.0 for row in mine]
+        seed_of = [row["seed"].mean if "seed" in row else 0.0 for row in rows]
+        for index, seed in enumerate(sorted(set(seed_of))):
+            points = [
+                (row["step"].mean, row[column.key].mean, row[column.key].se)
+                for row, own_seed in zip(rows, seed_of, strict=True)
+                if own_seed == seed and "step" in row and column.key in row and math.isfinite(row[column.key].mean)
+            ]
+            points.sort()
+            x, y = [x for x, _, _ in points], [y for _, y, _ in points]
+            se = [se if math.isfinite(se) else 0.0 for _, _, se in points]
             low = [v - e for v, e in zip(y, se, strict=True)] if any(se) else []
             high = [v + e for v, e in zip(y, se, strict=True)] if any(se) else []
-            curves.append(Curve(label=label, x=x, y=y, low=low, high=high))
-            kept = results.kept_step.get(name, [])
-            if index < len(kept) and kept[index] in x:
-                at = x.index(kept[index])
-                curves.append(Curve(label=label, x=[x[at]], y=[y[at]], notes=["kept"], kind="points"))
-    if not curves:
-        return None
+            curves.append(Curve(label, x, y, low, high))
+            steps = results.kept_step.get(name, [])
+            if index < len(steps) and steps[index] in x:
+                at = x.index(steps[index])
+                curves.append(Curve(label, [x[at]], [y[at]], kind="points"))
     title = f"{column.label}{f', {column.unit}' if column.unit else ''}"
-    panel = Panel(title=title, about=about, x="optimizer step", y="", curves=curves, x_scale="linear", y_scale="linear")
-    return Figure.of(panel, look)
+    return _step_panel(title, about, curves, look)
 
 
 def _predicted_curves(results: Results) -> list[Curve]:
     """The optima of each γ, those to be trusted as a dashed curve with its band, the others as dots; best of n."""
-    found = results.frontier
     curves = []
-    for gamma in sorted({point.gamma for point in found.points}):
+    for gamma in sorted({point.gamma for point in results.frontier.points}):
         label = f"γ = {gamma:g}" if gamma else "γ = 0 (RLHF)"
         for trusted in (True, False):
-            chosen = [p for p in found.points if p.gamma == gamma and p.trusted is trusted]
-            chosen.sort(key=lambda point: point.kl.mean)
-            if chosen:
-                kind = ("bound" if len(chosen) > 1 else "points") if trusted else "hollow"
-                x, notes = [p.kl.mean for p in chosen], [_predicted_note(p) for p in chosen]
-                curves.append(Curve(label=label, x=x, notes=notes, kind=kind, **_reach([p.reward for p in chosen])))
-    if found.best_of:
-        x, notes = [b.kl_bound for b in found.best_of], [f"n = {b.n}" for b in found.best_of]
-        rewards = [b.reward for b in found.best_of]
-        curves.append(Curve(label=BEST_OF_N, x=x, notes=notes, kind="points", **_reach(rewards)))
-    return curves
+            points = [p for p in results.frontier.points if p.gamma == gamma and p.trusted is trusted]
+            points.sort(key=lambda point: point.kl.mean)
+            kind = ("bound" if len(points) > 1 else "points") if trusted else "hollow"
+            rewards = [p.reward for p in points]
+            curves.append(Curve(label, [p.kl.mean for p in points], *_bands(rewards), kind=kind))
+    best = results.frontier.best_of
+    curves.append(Curve(_BEST_OF_N, [b.kl_bound for b in best], *_bands([b.reward for b in best]), kind="points"))
+    return [curve for curve in curves if curve.x]
 
 
-def _predicted_note(point: Predicted) -> str:
-    doubt = "" if point.trusted else ", too few to trust"
-    return f"β = {point.beta:g}, effective samples {format_number(point.ess)}{doubt}"
-
-
-def _reach(bands: Sequence[Difference]) -> dict[str, list[float]]:
-    return {"y": [b.mean for b in bands], "low": [b.low for b in bands], "high": [b.high for b in bands]}
+def _bands(values: Sequence[Difference]) -> tuple[list[float], list[float], list[float]]:
+    return [v.mean for v in values], [v.low for v in values], [v.high for v in values]
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     margin = 0.05 * (high - low) or 1.0
     return low - margin, high + margin
 
 
-def _correlation_text(answers: Sequence[Answer]) -> str:
-    lengths, rewards = [a.length for a in answers], [a.reward for a in answers]
-    if len(answers) < 3 or len(set(lengths)) == 1 or len(set(rewards)) == 1:
-        return f"n = {len(answers)}"
-    r = f"{statistics.correlation(lengths, rewards):.2f}".replace("-", "−")
-    return f"correlation {r} (n = {len(answers)})"
+def _correlation_text(curve: Curve) -> str:
+    n = len(curve.x)
+    if n < 3 or len(set(curve.x)) == 1 or len(set(curve.y)) == 1:
+        return f"n = {n}"
+    r = f"{statistics.correlation(curve.x, curve.y):.2f}".replace("-", "−")
+    return f"correlation {r} (n = {n})"
 
 
-def _calibration_drawing(bins: Sequence[Bin], color: str) -> Draw:
+def _draw_calibration(bins: Sequence[Bin], color: str, axes: Axes, colors: Mapping[str, str]) -> None:
     """Predicted against observed preference: area by count, bars the 95 % Wilson interval, dashed the perfect judge."""
     from distalign.stats.metrics import wilson_interval
 
-    def draw(axes: Axes, colors: Mapping[str, str]) -> None:
-        axes.plot([0, 1], [0, 1], color=colors[MUTED], linewidth=1, linestyle=(0, (4, 3)))
-        most = max(b.n for b in bins)
-        for b in bins:
-            interval = wilson_interval(b.observed, b.n)
-            axes.plot([b.predicted] * 2, [interval.low, interval.high], color=colors[color], linewidth=1.2, alpha=0.5)
-            axes.scatter(b.predicted, b.observed, s=14 + 110 * b.n / most, color=colors[color], alpha=0.9, zorder=3)
-        axes.grid()
-        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
-        axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-        axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
+    axes.plot([0, 1], [0, 1], color=colors[MUTED], linewidth=1, linestyle=(0, (4, 3)))
+    most = max(b.n for b in bins)
+    for b in bins:
+        interval = wilson_interval(b.observed, b.n)
+        axes.plot([b.predicted] * 2, [interval.low, interval.high], color=colors[color], linewidth=1.2, alpha=0.5)
+        axes.scatter(b.predicted, b.observed, s=14 + 110 * b.n / most, color=colors[color], alpha=0.9, zorder=3)
+    axes.grid()
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
+    axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
 
-    return draw
+
+def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points, or the least and the largest of every stretch where there are too many to be told apart."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    size = -(-len(points) * 2 // _MOST_POINTS)
+    thinned = []
+    for start in range(0, len(points), size):
+        stretch = range(start, min(start + size, len(points)))
+        ends = {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
+        thinned += [points[i] for i in sorted(ends)]
+    return thinned

@@ -1,22 +1,14 @@
-"""Numbers as people read them, and the sentences that say what was found."""
+"""Numbers as people read them, and the sentences that say what a comparison found."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from distalign.report.results import REFERENCE, TARGET, Column, Results
+import yaml
 
-__all__ = [
-    "Finding",
-    "display_name",
-    "findings",
-    "format_band",
-    "format_estimate",
-    "format_interval",
-    "format_number",
-    "format_seconds",
-]
+from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
@@ -28,11 +20,16 @@ _WORDS = {
 
 
 class Finding(NamedTuple):
-    """What one method did to the main metric: a sentence about it, and whether that is good."""
+    """What one method did to the main metric: `name` and `rest` are a sentence about it; and whether that is good."""
 
     method: str
-    sentence: str
+    rest: str
     verdict: Literal["better", "worse", "unchanged", "undecided"]
+
+    @property
+    def sentence(self) -> str:
+        """The whole sentence."""
+        return display_name(self.method) + self.rest
 
 
 def format_estimate(mean: float, se: float) -> str:
@@ -42,13 +39,10 @@ def format_estimate(mean: float, se: float) -> str:
     """
     if not math.isfinite(mean):
         return _not_finite(mean)
-    if not math.isfinite(se):
-        return f"{_minus(f'{mean:.3g}')} ± ?"
-    decimals = _decimals(se)
-    if se < 1e-12:
-        return f"{_minus(f'{mean:.3g}')} ± 0"
-    if decimals > 6:
-        return f"{_minus(f'{mean:.3g}')} ± {se:.1g}"
+    decimals = _decimals(se) if math.isfinite(se) else 0
+    if not math.isfinite(se) or se < 1e-12 or decimals > 6:
+        error = "?" if not math.isfinite(se) else ("0" if se < 1e-12 else f"{se:.1g}")
+        return f"{_minus(f'{mean:.3g}')} ± {error}"
     return f"{_minus(f'{mean:.{decimals}f}')} ± {se:.{decimals}f}"
 
 
@@ -67,27 +61,18 @@ def format_number(value: int | float) -> str:
     return _minus({"1": power, "-1": f"-{power}"}.get(digits, f"{digits}·{power}"))
 
 
-def format_interval(mean: float, low: float, high: float) -> str:
+def format_interval(mean: float, low: float, high: float, *, sign: str = "+") -> str:
     """A difference with its 95 % interval, signed, to the digits that the interval leaves: −4.9 [−6.2, −3.6].
 
-    One that is 0 without doubt, such as the rating that the others are measured against, is shown as 0.
+    A number that is no difference is written with `sign=""`: 0.62 [0.55, 0.69]. One that is 0 without doubt, such as
+    the rating that the others are measured against, is shown as 0.
     """
     if mean == low == high == 0:
         return "0"
     if not all(map(math.isfinite, (mean, low, high))):
-        return f"{_not_finite(mean) if not math.isfinite(mean) else _minus(f'{mean:+.3g}')} [?, ?]"
-    decimals = _decimals((high - low) / (2 * 1.96))
-    mean_text, *ends = (_minus(f"{value:+.{min(decimals, 6)}f}") for value in (mean, low, high))
-    return f"{mean_text} [{', '.join(ends)}]"
-
-
-def format_band(mean: float, low: float, high: float) -> str:
-    """A number with its 95 % interval, unsigned, to the digits that the interval leaves: 0.62 [0.55, 0.69]."""
-    if not all(map(math.isfinite, (mean, low, high))):
-        return f"{_not_finite(mean) if not math.isfinite(mean) else _minus(f'{mean:.3g}')} [?, ?]"
-    decimals = min(_decimals((high - low) / (2 * 1.96)), 6)
-    mean_text, *ends = (_minus(f"{value:.{decimals}f}") for value in (mean, low, high))
-    return f"{mean_text} [{', '.join(ends)}]"
+        return f"{_minus(f'{mean:{sign}.3g}') if math.isfinite(mean) else _not_finite(mean)} [?, ?]"
+    texts = _to_interval((mean, low, high), sign)
+    return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
 def format_seconds(seconds: float) -> str:
@@ -101,27 +86,24 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def display_name(name: str) -> str:
-    """A method's name as the papers write it: short lower-case names are acronyms (pmle is PMLE), others stay."""
-    return name.upper() if name.isalpha() and name.islower() and len(name) <= 5 else name
+def format_setting(value: object) -> str:
+    """A setting, or another value of any kind, as text; lists and mappings as a recipe writes them."""
+    if isinstance(value, float):
+        return _minus(f"{value:.4g}")
+    if isinstance(value, dict | list):
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip() if value else ""
+    return str(value)
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Which seeds were run: seed 0, seeds 0, 1, 2."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
 
 
 def main_column(results: Results) -> Column | None:
     """The metric that the headline is about: the forward KL, or the first one with a better side and differences."""
-    known = {key for row in results.paired.values() for key in row}
-    judged = [column for column in results.columns if column.better and column.key in known]
+    judged = [column for column in results.paired_columns if column.better]
     return next((c for c in judged if c.key == "forward_kl"), judged[0] if judged else None)
-
-
-def findings(results: Results) -> list[Finding]:
-    """What every method did to the main metric, the largest improvement first; empty without finite differences."""
-    column = main_column(results)
-    if column is None:
-        return []
-    names = [name for name in results.trained if _known(results, name, column)]
-    sign = 1 if column.better == "lower" else -1
-    names.sort(key=lambda name: sign * results.paired[name][column.key].mean)
-    return [_finding(results, name, column) for name in names]
 
 
 def best_rows(results: Results, column: Column) -> set[str]:
@@ -143,56 +125,53 @@ def share_of_reference(results: Results) -> bool:
     return reference is not None and 0 < reference.mean < math.inf
 
 
-def seeds_text(seeds: list[int]) -> str:
-    """Which seeds were run: seed 0, seeds 0, 1, 2."""
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
+def findings(results: Results) -> list[Finding]:
+    """What every method did to the main metric, the largest improvement first; empty without finite differences."""
+    column = main_column(results)
+    if column is None:
+        return []
+    differences = {name: results.paired.get(name, {}).get(column.key) for name in results.trained}
+    known = {name: difference for name, difference in differences.items() if difference and difference.finite}
+    sign = 1 if column.better == "lower" else -1
+    ordered = sorted(known.items(), key=lambda item: sign * item[1].mean)
+    return [_finding(results, name, column, difference) for name, difference in ordered]
 
 
-def _known(results: Results, name: str, column: Column) -> bool:
-    """Whether there is a difference with finite ends."""
-    d = results.paired.get(name, {}).get(column.key)
-    return d is not None and all(map(math.isfinite, (d.mean, d.low, d.high)))
-
-
-def _finding(results: Results, name: str, column: Column) -> Finding:
-    difference = results.paired[name][column.key]
-    what = _WORDS.get(column.key, column.label)
-    who = display_name(name)
-    kept = results.kept_step.get(name, [])
-    if kept and not any(kept):
-        seeds = " in every seed" if len(kept) > 1 else ""
-        return Finding(name, f"{who} is the reference that it started from: step 0 was kept{seeds}", "unchanged")
+def _finding(results: Results, name: str, column: Column, difference: Difference) -> Finding:
+    metric = _WORDS.get(column.key, column.label)
+    steps = results.kept_step.get(name, [])
+    if steps and not any(steps):
+        seeds = " in every seed" if len(steps) > 1 else ""
+        return Finding(name, f" is the reference that it started from: step 0 was kept{seeds}", "unchanged")
     if difference.mean == difference.low == difference.high == 0:
-        return Finding(name, f"{who} does not differ from the reference in {what}: every difference is 0", "unchanged")
-    amount, interval = _amount(results, name, column)
-    if difference.clear:
-        verb = "raises" if difference.mean > 0 else "lowers"
-        better = (difference.mean > 0) == (column.better == "higher")
-        return Finding(name, f"{who} {verb} {what} by {amount} {interval}", "better" if better else "worse")
-    return Finding(
-        name, f"{who} shows no clear change in {what}: {amount} {interval}, an interval with zero inside", "undecided"
-    )
+        return Finding(name, f" does not differ from the reference in {metric}: every difference is 0", "unchanged")
+    amount = _amount(results, column, difference)
+    if verdict := column.verdict(difference):
+        return Finding(name, f" {'raises' if difference.mean > 0 else 'lowers'} {metric} by {amount}", verdict)
+    return Finding(name, f" shows no clear change in {metric}: {amount}, an interval with zero inside", "undecided")
 
 
-def _amount(results: Results, name: str, column: Column) -> tuple[str, str]:
+def _amount(results: Results, column: Column, difference: Difference) -> str:
     """Size of a change and its interval; a share of the reference's mean where less of the metric is better.
 
     A clear change is given without its sign, which the verb has; the interval of an unclear one keeps both signs.
     """
-    difference = results.paired[name][column.key]
-    clear = difference.clear
-    flip = -1 if clear and difference.mean < 0 else 1
-    ends = sorted((flip * difference.low, flip * difference.high))
-    values = (flip * difference.mean, *ends)
+    flip = -1 if difference.clear and difference.mean < 0 else 1
+    values = (flip * difference.mean, *sorted((flip * difference.low, flip * difference.high)))
+    sign = "" if difference.clear else "+"
+    unit = f" {column.unit}" if column.unit else ""
     if share_of_reference(results):
         reference = results.methods[REFERENCE][column.key].mean
-        texts = [f"{100 * value / reference:{'.0f' if clear else '+.0f'}} %" for value in values]
+        texts, unit = [_minus(f"{100 * value / reference:{sign}.0f} %") for value in values], ""
     else:
-        decimals = min(_decimals((difference.high - difference.low) / (2 * 1.96)), 6)
-        texts = [f"{value:{'' if clear else '+'}.{decimals}f}" for value in values]
-    mean, low, high = map(_minus, texts)
-    unit = f" {column.unit}" if column.unit and "%" not in mean else ""
-    return f"{mean}{unit}", f"[{low}, {high}]"
+        texts = _to_interval(values, sign)
+    return f"{texts[0]}{unit} [{texts[1]}, {texts[2]}]"
+
+
+def _to_interval(values: Sequence[float], sign: str) -> list[str]:
+    """A mean and the ends of its interval, to the digits that the interval leaves."""
+    decimals = min(_decimals((values[2] - values[1]) / (2 * 1.96)), 6)
+    return [_minus(f"{value:{sign}.{decimals}f}") for value in values]
 
 
 def _decimals(se: float) -> int:

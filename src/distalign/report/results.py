@@ -1,65 +1,86 @@
-"""The files of a run folder, read and checked: results.json, metrics.jsonl, samples.jsonl."""
+"""What run folders hold, read and checked, and several of them put together as one comparison."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+import yaml
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from distalign.errors import InputError
 
-__all__ = [
-    "REFERENCE",
-    "TARGET",
-    "Bin",
-    "Column",
-    "Difference",
-    "Frontier",
-    "Measure",
-    "Number",
-    "ReportError",
-    "Results",
-    "Sample",
-    "legible",
-]
-
 Model = TypeVar("Model", bound=BaseModel)
+
+# The rows of metrics.jsonl by run: one list per seed.
+Logs = Mapping[str, Sequence[list[dict[str, float]]]]
 
 REMEDY = "run the comparison again"
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
+TRAINING = "Training run"
 
 # What HTML admits nowhere in a text: controls but white space, halves of surrogate pairs, noncharacters.
 _NONCHARACTERS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
 _ILLEGAL = re.compile(f"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NONCHARACTERS}]")
+
+# The last values of a training run that stand in a table of several runs: label, unit, better, about.
+_LAST = {
+    "step": ("steps", None, None, "Optimizer steps."),
+    "loss": ("last loss", None, None, "Training loss; each method has its own."),
+    "eval_loss": ("last held-out loss", None, None, "Loss on held-out pairs; each method has its own."),
+    "eval_rewards/accuracies": ("last accuracy", None, "higher", "Share of held-out pairs whose chosen response wins."),
+    "objective/reward": ("last reward", None, None, "Mean reward of the samples of the last round."),
+    "objective/kl": ("last KL(π‖π₀)", "nats", None, "Of the samples of the last round, per response."),
+    "objective/entropy": ("last entropy", "nats", None, "Of the samples of the last round, per response."),
+    "completions/mean_length": ("last tokens", None, None, "Mean length of the samples of the last round."),
+}
 
 
 class ReportError(InputError):
     """A file of the run folder is missing or broken; the message says where, what was found and what to do."""
 
 
-class _Measure(BaseModel):
+def _number(value: object) -> float:
+    if value is None:
+        return math.nan
+    if not _is_number(value):
+        raise ValueError("should be a number or null")
+    return float(value)
+
+
+# null is a number that could not be computed.
+Number = Annotated[float | int, PlainValidator(_number)]
+
+
+class _Estimated(BaseModel):
     mean: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: object) -> object:
+        """A bare number is a mean without an error; null is a number that could not be computed."""
+        if isinstance(value, BaseModel):
+            return value
+        if isinstance(value, dict):
+            named = {"mean" if key == "value" else key: part for key, part in value.items()}
+            return {key: math.nan if part is None and key != "n" else part for key, part in named.items()}
+        return {"mean": math.nan if value is None else value}
+
+
+class Measure(_Estimated):
+    """A mean with its standard error and count."""
+
     se: float = math.nan
     n: int | None = None
 
 
-def _measure(value: Any) -> Any:
-    """A bare number is a mean without an error; null is a number that could not be computed."""
-    if isinstance(value, BaseModel):
-        return value
-    if isinstance(value, dict):
-        named = {"mean" if key == "value" else key: part for key, part in value.items()}
-        return {key: math.nan if part is None and key != "n" else part for key, part in named.items()}
-    return {"mean": math.nan if value is None else value}
+class Difference(_Estimated):
+    """A mean or a paired difference with its interval (95 % unless said otherwise) and count."""
 
-
-class _Difference(BaseModel):
-    mean: float
     low: float = math.nan
     high: float = math.nan
     n: int | None = None
@@ -69,13 +90,10 @@ class _Difference(BaseModel):
         """Whether the interval excludes zero."""
         return self.low > 0 or self.high < 0
 
-
-# null is a number that could not be computed.
-# A mean with its standard error and count (metrics.Estimate), and a paired difference against the reference with its
-# 95 % interval (metrics.Interval) and count.
-Number = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-Measure = Annotated[_Measure, BeforeValidator(_measure)]
-Difference = Annotated[_Difference, BeforeValidator(_measure)]
+    @property
+    def finite(self) -> bool:
+        """Whether the mean and both ends are known."""
+        return all(map(math.isfinite, (self.mean, self.low, self.high)))
 
 
 class Bin(BaseModel):
@@ -94,6 +112,12 @@ class Column(BaseModel):
     unit: str | None = None
     better: Literal["lower", "higher"] | None = None
     about: str = ""
+
+    def verdict(self, difference: Difference) -> Literal["better", "worse", ""]:
+        """Whether a difference is good; "" if no direction is, or its interval has zero inside."""
+        if self.better is None or not difference.clear:
+            return ""
+        return "better" if (difference.mean > 0) == (self.better == "higher") else "worse"
 
 
 class WinRates(BaseModel):
@@ -171,7 +195,7 @@ class Results(BaseModel):
     citation: str = ""
 
     @classmethod
-    def parse(cls, content: Any, where: str = "results") -> Results:
+    def parse(cls, content: object, where: str = "results") -> Results:
         """Check the content of results.json; raises ReportError with the path of the first value that is wrong."""
         return _checked(cls, content, where, REMEDY)
 
@@ -181,9 +205,37 @@ class Results(BaseModel):
         return [name for name in self.methods if name not in (TARGET, REFERENCE)]
 
     @property
+    def rows(self) -> list[str]:
+        """Target and reference first, then the methods in their order."""
+        return [name for name in (TARGET, REFERENCE) if name in self.methods] + self.trained
+
+    @property
+    def judged_rows(self) -> list[str]:
+        """The rows whose responses were compared, in the order of `rows`; names that it lacks come last."""
+        matrix = self.win_rates.matrix
+        names = {*matrix, *(other for row in matrix.values() for other in row)}
+        known = [name for name in self.rows if name in names]
+        return known + sorted(names - {*known})
+
+    @property
     def filled_columns(self) -> list[Column]:
         """The columns that at least one row has a number for."""
         return [column for column in self.columns if any(column.key in row for row in self.methods.values())]
+
+    @property
+    def paired_columns(self) -> list[Column]:
+        """The columns that a method has a difference in."""
+        return [c for c in self.columns if any(c.key in self.paired.get(name, {}) for name in self.trained)]
+
+    @property
+    def starred(self) -> bool:
+        """Whether a difference from the reference has a star."""
+        return any(test.stars for row in self.significance.values() for test in row.values())
+
+
+def display_name(name: str) -> str:
+    """A method's name as the papers write it: short lower-case names are acronyms (pmle is PMLE), others stay."""
+    return name.upper() if name.isalpha() and name.islower() and len(name) <= 5 else name
 
 
 class Sample(NamedTuple):
@@ -194,7 +246,7 @@ class Sample(NamedTuple):
     note: str = ""
 
 
-def legible(value: Any) -> Any:
+def legible(value: object) -> Any:
     """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit."""
     if isinstance(value, str):
         return _ILLEGAL.sub("\ufffd", value)
@@ -203,11 +255,6 @@ def legible(value: Any) -> Any:
     if isinstance(value, dict):
         return {legible(key): legible(part) for key, part in value.items()}
     return value
-
-
-def read_results(path: Path) -> Results:
-    """Read results.json. Raises ReportError if it does not parse or lacks something."""
-    return read_json(path, Results, REMEDY)
 
 
 def read_json(path: Path, model: type[Model], remedy: str) -> Model:
@@ -219,8 +266,8 @@ def read_json(path: Path, model: type[Model], remedy: str) -> Model:
     return _checked(model, content, str(path), remedy)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read a file with one JSON object a line; empty lines are skipped. Raises ReportError naming the line."""
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line; empty lines are skipped. Raises ReportError naming the line."""
     rows = []
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
@@ -237,13 +284,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def read_samples(path: Path) -> list[Sample]:
     """Read samples.jsonl: prompts with `responses` by name, or a list, or one `response`; [] without a file."""
-    return [_sample(row) for row in read_rows(path)] if path.exists() else []
+    return [_sample(row) for row in _read_rows(path)] if path.exists() else []
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def _read_metrics(path: Path) -> list[dict[str, float]]:
     """Read metrics.jsonl: the numbers of every line, by name. A line without `step` belongs to the step before it."""
     rows, step = [], 0
-    for row in read_rows(path):
+    for row in _read_rows(path):
         numbers = {key: float(value) for key, value in row.items() if _is_number(value)}
         step = numbers.setdefault("step", step)
         rows.append(numbers)
@@ -252,12 +299,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def series(rows: Sequence[dict[str, float]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of one logged number, in the order of the file; a number that is not finite is left out."""
-    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-
-
-def _checked(model: type[Model], content: Any, where: str, remedy: str) -> Model:
+def _checked(model: type[Model], content: object, where: str, remedy: str) -> Model:
     """The content as the model; raises ReportError with the path of the first value that is wrong."""
     try:
         return model.model_validate(legible(content))
@@ -280,7 +322,7 @@ def _sample(row: dict[str, Any]) -> Sample:
     return Sample(_plain(prompt), named, f"step {row['step']}" if "step" in row else "")
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     """Text as it is; chat messages as their contents; anything else as JSON."""
     if isinstance(value, str):
         return value
@@ -296,10 +338,120 @@ def _text(path: Path) -> str:
         raise ReportError(f"{path}: cannot be read ({error}); restore the file from the run") from None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+class Run(NamedTuple):
+    """A run folder, or several merged: label, kind, results, logs, samples, settings (`recipe` as it was written)."""
+
+    label: str
+    kind: str
+    results: Results
+    logs: Logs
+    samples: list[Sample]
+    settings: Mapping[str, Any]
+    recipe: str = ""
+
+
+def read_run(folder: Path, label: str = "") -> Run:
+    """Read a comparison's folder or a training run's, whose last values are its results.
+
+    Raises ReportError, which says where and what to do, if it is neither or a file is broken.
+    """
+    label = legible(label or folder.resolve().name)
+    if (folder / "results.json").exists():
+        results = read_json(folder / "results.json", Results, REMEDY)
+        logs = _read_logs(folder, results.trained)
+        kind = "Comparison" if results.curves else "Evaluation"
+        return Run(label, kind, results, logs, read_samples(folder / "samples.jsonl"), results.settings)
+    if (folder / "metrics.jsonl").exists():
+        rows = _read_metrics(folder / "metrics.jsonl")
+        last = {key: value for row in rows for key, value in row.items()}
+        columns = [
+            {"key": key, "label": title, "unit": unit, "better": better, "about": about}
+            for key, (title, unit, better, about) in _LAST.items()
+            if key in last
+        ]
+        values = {column["key"]: last[column["key"]] for column in columns}
+        results = Results.parse({"columns": columns, "methods": {label: values}}, str(folder))
+        recipe, settings = _read_recipe(folder / "recipe.yaml")
+        return Run(label, TRAINING, results, {label: [rows]}, read_samples(folder / "samples.jsonl"), settings, recipe)
+    files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+    raise ReportError(
+        f"{folder}: no results.json and no metrics.jsonl (found: {files or 'nothing'}); "
+        "give the folder of a comparison, of a training run or of the lab (with lab.json)"
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read several; a run is called by its folder's name, or by as much of its path as tells it from the others."""
+    paths = [folder.resolve() for folder in folders]
+    twice = next((folder for folder in folders if paths.count(folder.resolve()) > 1), None)
+    if twice is not None:
+        raise ReportError(f"{twice}: given twice; give every run folder once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return [read_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, paths, strict=True)]
+
+
+def merged(runs: Sequence[Run]) -> Run:
+    """All policies of several runs as the rows of one comparison; what is relative to a reference stays with its own.
+
+    Win rates, ratings and predictions are left out: they compare within one run. Samples of one prompt (and step) stand
+    side by side. The settings are those of every run, with its environment, by its label.
+    """
+
+    def row(run: Run, name: str) -> str:
+        return run.label if name == run.label else f"{run.label}: {display_name(name)}"
+
+    columns = {column.key: column for run in runs for column in run.results.columns}
+    parts: dict[str, Any] = {
+        field: {row(run, name): value for run in runs for name, value in getattr(run.results, field).items()}
+        for field in ("methods", "paired", "significance", "curves", "kept_step", "calibration", "points")
+    }
+    parts["columns"] = list(columns.values())
+    parts["seeds"] = sorted({seed for run in runs for seed in run.results.seeds})
+    parts["citation"] = "\n\n".join(dict.fromkeys(run.results.citation for run in runs if run.results.citation))
+    responses: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for run in runs:
+        for sample in run.samples:
+            named = [(row(run, name), text) for name, text in sample.responses]
+            responses.setdefault((sample.prompt, sample.note), []).extend(named)
+    return Run(
+        label=", ".join(run.label for run in runs),
+        kind="Runs",
+        results=Results.model_validate(parts),
+        logs={row(run, name): rows for run in runs for name, rows in run.logs.items()},
+        samples=[Sample(prompt, texts, note) for (prompt, note), texts in responses.items()],
+        settings={run.label: {**run.settings, "environment": run.results.environment} for run in runs},
+    )
+
+
+def _read_logs(folder: Path, names: Iterable[str]) -> Logs:
+    """The metrics of a comparison's runs, by method: of its sub-folders, or of those of every seed."""
+    seeds = sorted(folder.glob("seed-*"), key=lambda path: (len(path.name), path.name))
+    logs = {}
+    for name in names:
+        files = [path / name / "metrics.jsonl" for path in (folder, *seeds)]
+        rows = [_read_metrics(path) for path in files if path.is_file()]
+        if rows:
+            logs[name] = rows
+    return logs
+
+
+def _read_recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
+    """A recipe as it is written, and its settings; "" and none without a file."""
+    text = _text(path) if path.exists() else ""
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        message = " ".join(str(error).split())
+        raise ReportError(f"{path}: not YAML ({message}); restore the file from the run") from None
+    return text, settings if isinstance(settings, Mapping) else {}

@@ -1,53 +1,54 @@
-"""What an experiment of the lab shows, read from its lab.json and checked."""
+"""What an experiment of the lab shows, as plain data: figures, tables and claims. The report reads what the lab makes.
+
+The fields of these classes are the format of `shown` in lab.json.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel
 
 from distalign.report.results import Number, read_json
-
-__all__ = ["Claim", "Curve", "Measured", "Panel", "Shown", "Table", "read_lab"]
 
 Scale = Literal["linear", "log"]
 
 
-class Curve(BaseModel):
-    """A series of a figure; "line" joined, "bound" computed and dashed, "points" markers, "hollow" doubtful ones.
+@dataclass(frozen=True)
+class Curve:
+    """A series of a figure: points in order, with the intervals of their values where these are known.
 
-    `low` and `high` are the interval of y: a band around a line, bars at points; `x_low` and `x_high` that of x, for
-    points. `notes` say more about each point.
+    kind "line": the points are joined. "bound": a computed limit, dashed, not measured. "points": markers alone.
+    "hollow": markers of values that cannot be trusted. `low` and `high` are the interval of y (a band around a line,
+    bars at points), `x_low` and `x_high` the interval of x at points.
     """
 
     label: str
-    x: list[Number]
-    y: list[Number]
-    low: list[Number] = []
-    high: list[Number] = []
-    x_low: list[Number] = []
-    x_high: list[Number] = []
-    notes: list[str] = []
+    x: Sequence[Number]
+    y: Sequence[Number]
+    low: Sequence[Number] = ()
+    high: Sequence[Number] = ()
     kind: Literal["line", "bound", "points", "hollow"] = "line"
+    x_low: Sequence[Number] = ()
+    x_high: Sequence[Number] = ()
 
-    @model_validator(mode="after")
-    def _one_length(self) -> Curve:
-        lengths = {"x": len(self.x), "y": len(self.y), "low": len(self.low), "high": len(self.high)}
-        lengths |= {"x_low": len(self.x_low), "x_high": len(self.x_high), "notes": len(self.notes)}
+    def __post_init__(self) -> None:
+        """Raise ValueError if the lengths do not fit."""
+        lengths = {name: len(getattr(self, name)) for name in ("x", "y", "low", "high", "x_low", "x_high")}
         n = lengths["x"]
-        if lengths["y"] != n or any(
-            {lengths[one], lengths[other]} not in ({0}, {n})
-            for one, other in (("low", "high"), ("x_low", "x_high"), ("notes", "notes"))
-        ):
+        intervals = (lengths["low"], lengths["high"]), (lengths["x_low"], lengths["x_high"])
+        if lengths["y"] != n or any(ends not in ((0, 0), (n, n)) for ends in intervals):
             raise ValueError(
-                f"a curve needs as many x as y, and as many low and high (of x too) and notes or none; it has {lengths}"
+                f"a curve needs as many x as y, and as many low and high (of x too) or none; it has {lengths}"
             )
-        return self
 
 
-class Panel(BaseModel):
-    """A figure: its title, a sentence about it, the names of its axes, their scales and limits, its curves.
+@dataclass(frozen=True)
+class Panel:
+    """A figure: its title, one sentence that says what it shows and what not, its axes and its curves.
 
     Labels stand right of the plot, or where `direct` beside the points that they name.
     """
@@ -56,7 +57,7 @@ class Panel(BaseModel):
     about: str
     x: str
     y: str
-    curves: list[Curve]
+    curves: Sequence[Curve]
     x_scale: Scale = "log"
     y_scale: Scale = "log"
     x_limits: tuple[float, float] | None = None
@@ -64,42 +65,49 @@ class Panel(BaseModel):
     direct: bool = False
 
 
-class Table(BaseModel):
-    """A table: texts and numbers, a row a list."""
+@dataclass(frozen=True)
+class Table:
+    """A table of texts and numbers, one list per row; numbers are shown with three significant digits."""
 
     title: str
     about: str
-    columns: list[str] = Field(min_length=1)
-    rows: list[list[str | bool | int | float | None]]
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | bool | int | float | None]]
 
-    @model_validator(mode="after")
-    def _one_width(self) -> Table:
+    def __post_init__(self) -> None:
+        """Raise ValueError if there is no column, or a row has not one value for each."""
+        if not self.columns:
+            raise ValueError("a table needs at least one column")
         for number, row in enumerate(self.rows):
             if len(row) != len(self.columns):
                 raise ValueError(f"row {number} has {len(row)} values for {len(self.columns)} columns")
-        return self
 
 
-class Claim(BaseModel):
-    """What was promised, what was found, and whether that agrees."""
+@dataclass(frozen=True)
+class Claim:
+    """What the theory (or an earlier measurement) promises, what was found, and whether that agrees.
+
+    None: not judged, as the settings are outside what the promise is about.
+    """
 
     promised: str
     found: str
     holds: bool | None
 
 
-class Shown(BaseModel):
+@dataclass(frozen=True)
+class Shown:
     """Everything that an experiment shows."""
 
     title: str
     about: str
-    claims: list[Claim] = []
-    panels: list[Panel] = []
-    tables: list[Table] = []
+    claims: Sequence[Claim] = ()
+    panels: Sequence[Panel] = ()
+    tables: Sequence[Table] = ()
 
 
 class Measured(BaseModel):
-    """lab.json: an experiment, its settings, what it shows and how long it took; its numbers are not read here."""
+    """lab.json: an experiment, its settings, what it shows and how long it took. Its other numbers are not read."""
 
     experiment: str
     settings: dict[str, Any]
@@ -108,5 +116,5 @@ class Measured(BaseModel):
 
 
 def read_lab(path: Path) -> Measured:
-    """Read a lab.json. Raises ReportError if it does not parse or lacks something."""
+    """Read a lab.json. Raises ReportError if it does not parse or something in it is missing or wrong."""
     return read_json(path, Measured, "run the experiment again")

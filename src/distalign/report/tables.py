@@ -1,60 +1,32 @@
-"""The table of a comparison in the terminal."""
+"""The tables of a comparison: in the terminal, as Markdown with what separates from what, and as CSV files."""
 
 from __future__ import annotations
 
+import csv
+import re
+import statistics
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distalign.report.numbers import best_rows, display_name, format_estimate, seeds_text
-from distalign.report.results import REFERENCE, TARGET, Column, Results
+from distalign.report.numbers import best_rows, format_estimate, format_interval, format_seconds, seeds_text
+from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-__all__ = ["STARS", "results_table"]
 
 STARS = (
     "one, two, three where p is below 0.05, 0.01, 0.001 for no difference from the reference: a paired bootstrap, "
     "corrected for the number of comparisons by Holm's method."
 )
 
+_MAIN = "forward_kl"  # the metric whose separations the Markdown states
 
-def results_table(results: dict[str, Any]) -> Table:
-    """Mean ± standard error of every method and metric, from the content of results.json; the best means are bold.
+# What may begin markup: a bracket where it ends a link's text, a low line where it is not within a word.
+_MARKUP = re.compile(r"[\\`*<>&|~#$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
 
-    The title has the seeds and the counts. Raises ReportError if the content is not a comparison.
-    """
-    from rich.table import Table
-    from rich.text import Text
-
-    checked = Results.parse(results)
-    columns = checked.filled_columns
-    table = Table(title=Text(_title(checked)), title_justify="left", caption="mean ± standard error; bold: best mean")
-    # However narrow the terminal, a row keeps its name.
-    table.add_column("", no_wrap=True, min_width=max(len(display_name(name)) for name in checked.methods))
-    for column in columns:
-        table.add_column(Text(heading(column)), justify="right", no_wrap=True)
-    best = {column.key: best_rows(checked, column) for column in columns}
-    rows = ordered_rows(checked)
-    for name in rows:
-        cells = [_cell(checked, name, column, name in best[column.key]) for column in columns]
-        last_apart = name in (TARGET, REFERENCE) and name != rows[-1] and rows[rows.index(name) + 1] in checked.trained
-        table.add_row(
-            Text(display_name(name)), *(Text(text, style) for text, style in cells), end_section=bool(last_apart)
-        )
-    return table
-
-
-def ordered_rows(results: Results) -> list[str]:
-    """Target and reference first, then the methods in their order."""
-    return [name for name in (TARGET, REFERENCE) if name in results.methods] + results.trained
-
-
-def judged_rows(results: Results) -> list[str]:
-    """The rows that responses were compared of, in the order of the table; names that it lacks come last."""
-    matrix = results.win_rates.matrix
-    known = {*matrix, *(other for row in matrix.values() for other in row)}
-    names = [name for name in ordered_rows(results) if name in known]
-    return names + sorted(known - {*names})
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the wide ones are read as the others
 
 
 def heading(column: Column) -> str:
@@ -71,14 +43,212 @@ def counts_text(results: Results) -> str:
     return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]}–{counts[-1]}"
 
 
-def _title(results: Results) -> str:
-    details = [part for part in (seeds_text(results.seeds), counts_text(results)) if part]
-    name = results.title or results.name or "comparison"
-    return f"{name} ({', '.join(details)})" if details else name
-
-
-def _cell(results: Results, name: str, column: Column, best: bool) -> tuple[str, str]:
+def _cell(results: Results, name: str, column: Column) -> str:
     measure = results.methods[name].get(column.key)
-    if measure is None:
-        return "–", "dim"
-    return format_estimate(measure.mean, measure.se), "bold" if best else ""
+    return format_estimate(measure.mean, measure.se) if measure else "–"
+
+
+def _interval(difference: Difference) -> str:
+    return format_interval(difference.mean, difference.low, difference.high)
+
+
+def results_table(content: dict[str, Any]) -> Table:
+    """Mean ± standard error of every method and metric, from the content of results.json; the best means are bold.
+
+    The title has the seeds and the counts. Raises ReportError if the content is not a comparison.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    results = Results.parse(content)
+    details = ", ".join(part for part in (seeds_text(results.seeds), counts_text(results)) if part)
+    title = results.title or results.name or "comparison"
+    title = Text(f"{title} ({details})" if details else title)
+    table = Table(title=title, title_justify="left", caption="mean ± standard error; bold: best mean")
+    # However narrow the terminal, a row keeps its name.
+    table.add_column("", no_wrap=True, min_width=max(len(display_name(name)) for name in results.methods))
+    columns = [(column, best_rows(results, column)) for column in results.filled_columns]
+    for column, _ in columns:
+        table.add_column(Text(heading(column)), justify="right", no_wrap=True)
+    last_apart = [name for name in results.rows if name in (TARGET, REFERENCE)][-1:]
+    for name in results.rows:
+        styles = ["bold" if name in best else "" for _, best in columns]
+        cells = [Text(_cell(results, name, column), style) for (column, _), style in zip(columns, styles, strict=True)]
+        table.add_row(Text(display_name(name)), *cells, end_section=[name] == last_apart)
+    return table
+
+
+def results_markdown(content: dict[str, Any], command: str = "") -> str:
+    """The content of results.json as Markdown, in which its texts are no markup. `command` is what made it.
+
+    Raises ReportError if it is no comparison.
+    """
+    results = Results.parse(content)
+    parts = [f"# Results: {_plain(results.name)}", _origin(results, command), _estimates(results)]
+    parts += [_win_rates(results), _ratings(results)]
+    if any(_MAIN in row for row in results.paired.values()):
+        parts += [_changes(results), _separations(results)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _origin(results: Results, command: str) -> str:
+    about = results.environment
+    versions = ", ".join(f"{name} {about[name]}" for name in ("distalign", "torch", "transformers") if name in about)
+    work = f"{format_seconds(float(sum(results.seconds.values())))} of work" if results.seconds else ""
+    facts = (seeds_text(results.seeds).capitalize(), counts_text(results), about.get("device", ""), versions, work)
+    lines = [
+        f"Made by {_code(command)}." if command else "",
+        f"{_plain('; '.join(str(fact) for fact in facts if fact))}.",
+        "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _estimates(results: Results) -> str:
+    columns = results.filled_columns
+    rows = [["", *(heading(column) for column in columns)]]
+    for name in results.rows:
+        tests = results.significance.get(name, {})
+        stars = [tests[column.key].stars if column.key in tests else "" for column in columns]
+        cells = [_cell(results, name, column) + star for column, star in zip(columns, stars, strict=True)]
+        rows.append([display_name(name), *cells])
+    about = [f"* {_plain(column.label)}: {_plain(column.about)}" for column in columns if column.about]
+    if results.starred:
+        about.append(f"* Stars: {STARS}")
+    return "\n".join([*_lines(rows), "", *about])
+
+
+def _win_rates(results: Results) -> str:
+    matrix, names = results.win_rates.matrix, results.judged_rows
+    rows = [["P(row ≻ column)", *map(display_name, names)]]
+    for first in names:
+        measures = [matrix.get(first, {}).get(second) for second in names]
+        rows.append([display_name(first), *("–" if m is None else format_estimate(m.mean, m.se) for m in measures)])
+    judge = f"Judged by {_plain(results.win_rates.judge)}; mean" if results.win_rates.judge else "Mean"
+    return _section("Win rates", rows, f"{judge} ± standard error.")
+
+
+def _ratings(results: Results) -> str:
+    rows = [["", "Bradley–Terry rating, nats", "win rate against π₀ at equal length"]]
+    for name in dict.fromkeys([*results.ratings, *results.length_controlled]):
+        rating, controlled = results.ratings.get(name), results.length_controlled.get(name)
+        rate = format_interval(controlled.mean, controlled.low, controlled.high, sign="") if controlled else "–"
+        rows.append([display_name(name), _interval(rating) if rating else "–", rate])
+    return _section("Ratings", rows, "With 95 % intervals; the reference is at 0.")
+
+
+def _changes(results: Results) -> str:
+    rows = [["KL(π*‖π) against π₀, nats", "over prompts", "by seed", "over seeds", "kept steps"]]
+    for name in results.trained:
+        difference = results.paired.get(name, {}).get(_MAIN)
+        if difference is not None:
+            gaps = _gaps(results, name, REFERENCE)
+            by_seed = ", ".join(f"{gap:+.2f}" for gap in gaps).replace("-", "−")
+            steps = ", ".join(map(str, results.kept_step.get(name, [])))
+            rows.append([display_name(name), _interval(difference), by_seed, _over_seeds(gaps), steps])
+    return _section("Change from the start", rows, "Differences with 95 % intervals: paired by prompt, and t.")
+
+
+def _separations(results: Results) -> str:
+    rows = [["difference in KL(π*‖π), nats", "over prompts", "over seeds", ""]]
+    for first, second in combinations(results.trained, 2):
+        difference = results.between.get(first, {}).get(second, {}).get(_MAIN)
+        if difference is not None:
+            gaps = _gaps(results, first, second)
+            clear = difference.clear and (len(gaps) < 2 or _t_interval(gaps).clear)
+            pair = f"{display_name(first)} − {display_name(second)}"
+            rows.append([pair, _interval(difference), _over_seeds(gaps), "separates" if clear else "does not"])
+    pairs = {verdict: "; ".join(row[0] for row in rows if row[3] == verdict) for verdict in ("separates", "does not")}
+    one_seed = "its interval excludes 0 (one seed: nothing is known over seeds)"
+    rule = "both intervals exclude 0" if len(results.seeds) > 1 else one_seed
+    about = (
+        f"A pair separates if {rule}; nothing corrects for the number of pairs.\n"
+        f"Separate: {_plain(pairs['separates']) or 'none'}.\n"
+        f"Not told apart by these runs: {_plain(pairs['does not']) or 'none'}."
+    )
+    return _section("What separates", rows, about)
+
+
+def _gaps(results: Results, first: str, second: str) -> list[float]:
+    """Difference of the means of each seed."""
+    pairs = zip(results.by_seed.get(first, []), results.by_seed.get(second, []), strict=False)
+    return [a[_MAIN].mean - b[_MAIN].mean for a, b in pairs if _MAIN in a and _MAIN in b]
+
+
+def _t_interval(values: Sequence[float]) -> Difference:
+    from distalign.stats.metrics import student_quantile
+
+    mean = statistics.fmean(values)
+    half = student_quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return Difference(mean=mean, low=mean - half, high=mean + half)
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    return "–" if len(values) < 2 else f"{_interval(_t_interval(values))} (n = {len(values)})"
+
+
+def _section(title: str, rows: Sequence[Sequence[str]], about: str) -> str:
+    """A heading, a table and a line about it; "" for a table that has only its head."""
+    return "\n".join([f"## {title}", "", *_lines(rows), "", about]) if len(rows) > 1 else ""
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(map(_plain, row))} |" for row in rows]
+    return [head, f"|{' --- |' * len(rows[0])}", *body]
+
+
+def _plain(text: str) -> str:
+    """A text in one line, with a backslash before everything that may begin markup."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """A text in one line as code, between more backticks than it has in a row."""
+    text = " ".join(text.split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def write_tables(results: Results, folder: Path) -> None:
+    """Write one CSV file per table into the folder: estimates, differences, win_rates, ratings, length_controlled.
+
+    Names are the rows' and columns' own; a number that is not known is nan, a count that is not known is empty.
+    """
+    units = {column.key: column.unit or "" for column in results.columns}
+    estimates, differences = [], []
+    for name, row in results.methods.items():
+        for key, m in row.items():
+            test = results.significance.get(name, {}).get(key)
+            estimates.append((name, key, units.get(key), m.mean, m.se, m.n, test.holm if test else None))
+    for name, row in results.paired.items():
+        differences += [(name, key, units.get(key), d.mean, d.low, d.high, d.n) for key, d in row.items()]
+    wins = [(a, b, m.mean, m.se, m.n) for a, row in results.win_rates.matrix.items() for b, m in row.items()]
+    metric, interval = ["policy", "metric", "unit", "mean"], ["policy", "mean", "low", "high"]
+    write_csv(folder / "estimates.csv", [*metric, "se", "n", "p_holm"], [row for row in estimates if row[1] in units])
+    write_csv(
+        folder / "differences.csv", [*metric, "low", "high", "n"], [row for row in differences if row[1] in units]
+    )
+    write_csv(folder / "win_rates.csv", ["policy", "against", "mean", "se", "n"], wins)
+    for table in ("ratings", "length_controlled"):
+        rows = [(name, r.mean, r.low, r.high) for name, r in getattr(results, table).items()]
+        write_csv(folder / f"{table}.csv", interval, rows)
+
+
+def write_csv(path: Path, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Write a table of texts and numbers, one line per row; None is empty. A table without rows is not written.
+
+    A text that a spreadsheet would take for a formula has an apostrophe before it.
+    """
+    if rows:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("w", encoding="utf-8", newline="") as file:
+            # Quoted, a text cannot end its cell where a spreadsheet takes another character for the separator.
+            writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+            writer.writerows([[_inert(value) for value in row] for row in (head, *rows)])
+
+
+def _inert(value: object) -> object:
+    """A text that begins as a formula does, behind an apostrophe; anything else as it is."""
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(_FORMULA) else value

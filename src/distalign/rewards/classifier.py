@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from distalign.models.policy import Source, find_model
+from distalign.models.load import Source, find_model
 from distalign.rewards.base import Request, RewardError, Spoken, constants, spoken
 
 _CLASSIFIER = "ForSequenceClassification"

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distalign.engine.features import Reading
+from distalign.engine.scoring import Reading
 
 
 class Head(nn.Module):

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine import Group, micro_batches, score_in_batches
-from distalign.engine.features import read
 from distalign.engine.forward import evaluating
+from distalign.engine.scoring import read
 from distalign.methods.preference import induced_reward
 from distalign.rewards.base import Request, constants
 from distalign.rewards.heads import Head

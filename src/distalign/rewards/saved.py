@@ -15,7 +15,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ from transformers import AutoModelForSequenceClassification
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, score_in_batches
-from distalign.models.policy import Source, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import Lora, make_policy
 from distalign.rewards.base import RewardError
 from distalign.rewards.heads import Correction, LastToken
 from distalign.rewards.reward_model import TrainedReward
@@ -213,7 +213,7 @@ def _trunk(about: dict[str, Any], base: Any, tokenizer: Any) -> Any:
     """The trunk of a saved reward, as it was before training."""
     if about["backbone"] == "frozen":
         return base
-    lora = None if about["lora"] is None else SimpleNamespace(**about["lora"])
+    lora = None if about["lora"] is None else Lora.model_validate(about["lora"])
     source = Source(about["base_model"], "", "the base of a saved reward")
     return make_policy(base, tokenizer, source, lora=lora, reference=False).model.eval()
 

@@ -1,6 +1,6 @@
 """Responses that continue encoded prompts, a token at a time: from one copy of a prompt's cache where the model allows.
 
-Two ways with one face: `Shared` (prefix.py) and `Forked`, which copies the cache for every response and serves every
+Two ways with one face: `Shared` and `Forked`, which copies the cache for every response and serves every
 model. A model that misreads the shared cache does so silently, so before its first use the two are compared.
 """
 
@@ -11,34 +11,53 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distalign.engine.attention import CannotShare, attention_configs, expected_windows
+from distalign.engine.attention import CannotShare, attention_configs, attention_set, expected_windows
 from distalign.engine.forward import device_of, evaluating
-from distalign.engine.packing import ReadPrompt
 from distalign.engine.selfcheck import sample_groups
 from distalign.errors import InputError
-from distalign.rollout.prefix import PrefixCache, plain_layers
 
 logger = logging.getLogger("distalign.rollout")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are sampled. Raises ValueError for settings out of range."""
+
+    max_new_tokens: int
+    min_new_tokens: int
+    temperature: float
+    top_p: float
+    end_id: int
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"sample: max_new_tokens is {self.max_new_tokens} and min_new_tokens {self.min_new_tokens}; the first "
+                "must be at least 1 and the second between 0 and the first"
+            )
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"sample: temperature is {self.temperature} and top_p {self.top_p}; take ≥ 0 and above 0 up to 1"
+            )
+
+
 class Caller:
-    """Calls a model with a cache, under the names that its class has for things.
+    """Calls a model with a cache, under the names that its class has for things."""
 
-    With `watch`, `states` are the hidden states [rows, hidden] from which the head made the latest logits.
-    """
-
-    def __init__(self, model: Any, *, watch: bool = False) -> None:
-        self.watch, self.states = watch, torch.zeros(0)
+    def __init__(self, model: Any) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         known = inspect.signature(inner.forward).parameters
         self.model, self.name = model, type(inner).__name__
@@ -60,10 +79,9 @@ class Caller:
             extra["attention_mask"] = mask[:, -ids.shape[1] :] if self.recurrent else mask
         if self.takes_positions:
             extra["position_ids"] = positions
-        with self._watching():
-            output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
-        kept, logits = getattr(output, self.cache_name, None), output.logits[:, -1]
-        if not isinstance(kept, Cache):
+        output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
+        cache, logits = getattr(output, self.cache_name, None), output.logits[:, -1]
+        if not isinstance(cache, Cache):
             raise TypeError(
                 f"{self.name} keeps no cache of transformers' Cache class, so responses cannot be continued; "
                 "use a model class of transformers"
@@ -73,33 +91,14 @@ class Caller:
                 f"sample: the logits of {self.name} are not numbers; if it was trained, lower the learning rate, and "
                 'if it is float64, load it with attn_implementation="sdpa" (eager attention overflows at padding)'
             )
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), kept
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        if not self.watch:
-            yield
-            return
-
-        def note(_: Any, inputs: tuple[Tensor, ...]) -> None:
-            self.states = inputs[0][:, -1]
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(note)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), cache
 
 
 @dataclass
 class Encoded:
-    """Prompts after one forward pass: the logits of the first token, the mask of the padding on the left, the cache.
-
-    `states` are the hidden states that gave the logits, if they are watched.
-    """
+    """Prompts after one forward pass: the logits of the first token, the mask of the padding on the left, the cache."""
 
     call: Caller
-    states: Float[Tensor, "prompts hidden"] | Float[Tensor, "0"]
     logits: Float[Tensor, "prompts vocabulary"]
     mask: Int[Tensor, "prompts width"]
     cache: Cache
@@ -109,38 +108,15 @@ class Encoded:
         """Tokens of the prompts."""
         return self.mask.sum(1)
 
-    @property
-    def bytes(self) -> int:
-        """What the keys and values of all layers take; 0 where a layer keeps something else."""
-        tensors = [getattr(layer, name, None) for layer in self.cache.layers for name in ("keys", "values")]
-        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
-    def read(self) -> list[ReadPrompt] | None:
-        """What the model has made of each prompt, in memory of its own; None if not every layer has keys of its own.
-
-        The states must be watched. Raises CannotShare if some layer of the cache is not plain keys and values.
-        """
-        if len(self.cache.layers) != self.call.model.config.get_text_config().num_hidden_layers:
-            return None
-        pairs = [(layer.keys.clone(), layer.values.clone()) for layer in plain_layers(self.cache)]
-        return [
-            ReadPrompt(
-                [keys[row, :, -length:] for keys, _ in pairs],
-                [values[row, :, -length:] for _, values in pairs],
-                state.clone(),
-            )
-            for row, (length, state) in enumerate(zip(self.lengths.tolist(), self.states, strict=True))
-        ]
-
-
-def encode_prompts(model: Any, prompts: Sequence[list[int]], pad_id: int, *, watch: bool = False) -> Encoded:
+def encode_prompts(model: nn.Module, prompts: Sequence[list[int]], pad_id: int) -> Encoded:
     """Encode each prompt once, padded on the left so that every row continues at its end."""
     device, width = device_of(model), max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    call = Caller(model, watch=watch)
+    call = Caller(model)
     logits, cache = call(ids, (mask.cumsum(1) - 1).clamp(min=0), mask, None)
-    return Encoded(call, call.states, logits, mask, cache)
+    return Encoded(call, logits, mask, cache)
 
 
 class Forked:
@@ -149,11 +125,15 @@ class Forked:
     Takes over the cache of `encoded`, unless `again`: then others will be made from it.
     """
 
-    def __init__(self, encoded: Encoded, parents: Int[Tensor, "rows"], room: int, *, again: bool = False) -> None:
+    def __init__(self, encoded: Encoded, parents: Int[Tensor, "rows"], space: int, *, again: bool = False) -> None:
         self.call, self.mask = encoded.call, encoded.mask[parents]
         self.positions = encoded.lengths[parents]
         self.cache: Any = copy.deepcopy(encoded.cache) if again else encoded.cache
         self.cache.reorder_cache(parents)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The model attends as it always does."""
+        return nullcontext()
 
     def keep(self, rows: Int[Tensor, "kept"]) -> None:
         """Keep these responses, in this order."""
@@ -174,11 +154,14 @@ class Shared:
     Of the prompts encoded only one may be used `again`. Raises CannotShare as `PrefixCache` does.
     """
 
-    def __init__(self, encoded: Encoded, parents: Int[Tensor, "rows"], room: int, *, again: bool = False) -> None:
+    def __init__(self, encoded: Encoded, parents: Int[Tensor, "rows"], space: int, *, again: bool = False) -> None:
         assert not again or len(encoded.mask) == 1
         self.call, self.positions = encoded.call, encoded.lengths[parents]
-        self.cache = PrefixCache(encoded.cache, encoded.mask, parents, room)
-        self.configs = attention_configs(encoded.call.model)
+        self.cache = PrefixCache(encoded.cache, encoded.mask, parents, space)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The model attends through the shared cache while this context lasts."""
+        return self.cache.attending(attention_configs(self.call.model))
 
     def keep(self, rows: Int[Tensor, "kept"]) -> None:
         """Keep these responses, in this order."""
@@ -187,11 +170,83 @@ class Shared:
 
     def step(self, tokens: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocabulary"]:
         """Append a token to every response; the logits of the next one."""
-        with self.cache.attending(self.configs):
-            logits, _ = self.call(tokens[:, None], self.positions[:, None], None, self.cache)
+        logits, _ = self.call(tokens[:, None], self.positions[:, None], None, self.cache)
         self.positions = self.positions + 1
         return logits
 
+
+def respond(
+    model: nn.Module, encoded: Encoded, n: int, rows: int, settings: Sampling, generator: torch.Generator
+) -> list[list[int]]:
+    """`n` responses to each prompt, in order, at most `rows` at once."""
+    kind = Shared if shares_prompts(model) else Forked
+    parts = torch.arange(len(encoded.mask), device=generator.device).repeat_interleave(n).split(rows)
+    responses: list[list[int]] = []
+    for index, parents in enumerate(parts):
+        decoder = kind(encoded, parents, settings.max_new_tokens, again=index < len(parts) - 1)
+        responses += _decode(decoder, encoded.logits[parents], settings, generator)
+    return responses
+
+
+def _decode(
+    decoder: Forked | Shared, logits: Float[Tensor, "rows vocabulary"], settings: Sampling, generator: torch.Generator
+) -> list[list[int]]:
+    """One token per step for each response that has not ended, from the logits of the first token on."""
+    responses: list[list[int]] = [[] for _ in range(len(logits))]
+    alive = torch.arange(len(responses), device=logits.device)
+    with decoder.decoding():
+        for step in range(settings.max_new_tokens):
+            if step < settings.min_new_tokens:
+                logits[:, settings.end_id] = -math.inf
+            tokens = choose(logits, settings.temperature, settings.top_p, generator)
+            for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
+                responses[row].append(token)
+            going = close_gaps(tokens != settings.end_id)
+            if not len(going) or step == settings.max_new_tokens - 1:
+                break
+            if len(going) < len(alive):
+                decoder.keep(going)
+                tokens, alive = tokens[going], alive[going]
+            logits = decoder.step(tokens)
+    return responses
+
+
+def choose(
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, top_p: float, generator: torch.Generator
+) -> Int[Tensor, "rows"]:
+    """A token for each row, from softmax(logits / temperature), cut to the most likely that reach `top_p` together."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(beyond, 0))
+    return _draw(probabilities, generator)
+
+
+def _draw(weights: Float[Tensor, "rows vocabulary"], generator: torch.Generator) -> Int[Tensor, "rows"]:
+    """A token for each row, in proportion to its weight.
+
+    `torch.multinomial` makes a random number for every token of the vocabulary, which on a CPU costs a fifth of a
+    decoding step. Here two for each row do: for the block of 64 tokens, and for the place in the block.
+    """
+    if weights.device.type != "cpu":
+        return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+    spare = -weights.shape[1] % 64
+    blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(1, (-1, 64))
+    block = _invert(blocks.sum(-1), generator)
+    return 64 * block + _invert(blocks[torch.arange(len(blocks)), block], generator)
+
+
+def _invert(weights: Float[Tensor, "rows choices"], generator: torch.Generator) -> Int[Tensor, "rows"]:
+    """A choice for each row, by the inverse of the cumulative distribution."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
+
+
+# Whether a model's prompts can be shared ------------------------------------------------------------------------------
 
 # Largest difference of a log-probability, in nats, that rounding explains. A wrong mask is off by 0.1 to 3 nats.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.6}
@@ -234,10 +289,11 @@ def _why_not(model: Any, tolerance: float) -> str | None:
     try:
         encoded = encode_prompts(model, prompts, pad_id)
         shared = Shared(encoded, parents, 2)
-        found = [shared.step(tokens)]
-        asked = list(shared.cache.windows)
-        shared.keep(kept)
-        found.append(shared.step(tokens[kept]))
+        with shared.decoding():
+            found = [shared.step(tokens)]
+            asked = list(shared.cache.windows)
+            shared.keep(kept)
+            found.append(shared.step(tokens[kept]))
     except torch.OutOfMemoryError:
         raise
     except (CannotShare, InputError) as refusal:
@@ -259,3 +315,223 @@ def _distance(found: Tensor, expected: Tensor) -> float:
     """Largest difference of a log-probability, in nats; infinite for what is not a number."""
     gap = float((found.log_softmax(-1) - expected.log_softmax(-1)).abs().max())
     return math.inf if math.isnan(gap) else gap
+
+
+# One copy of a prompt's keys and values -------------------------------------------------------------------------------
+#
+# The queries of a prompt's responses, and of all heads that share a key, are the rows of one matrix product with the
+# prompt's keys; each response multiplies its few keys besides, and one softmax joins the two. Nothing is copied or
+# repeated for a response but the keys and values of its tokens.
+
+NAME = "distalign_prefix_decoding"
+
+
+class PrefixLayer(DynamicLayer):
+    """One layer: keys and values of the prompts, once each, and space for those of the responses' own tokens."""
+
+    def __init__(
+        self,
+        prompt_keys: Float[Tensor, "prompts kv_heads width dim"],
+        prompt_values: Float[Tensor, "prompts kv_heads width value_dim"],
+        rows: int,
+        space: int,
+    ) -> None:
+        super().__init__()
+        self.prompt_keys, self.prompt_values = prompt_keys, prompt_values
+        heads, dim, value_dim = prompt_keys.shape[1], prompt_keys.shape[3], prompt_values.shape[3]
+        self.own_keys = prompt_keys.new_empty(rows, heads, space, dim)
+        self.own_values = prompt_values.new_empty(rows, heads, space, value_dim)
+        self.own = 0
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        """Tokens of prompt (padding included) and response."""
+        return self.prompt_keys.shape[2] + self.own
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add one token a response. Returns keys and values of the responses' own tokens alone."""
+        self.own_keys[:, :, self.own : self.own + 1] = key_states
+        self.own_values[:, :, self.own : self.own + 1] = value_states
+        self.own += 1
+        return self.own_keys[:, :, : self.own], self.own_values[:, :, : self.own]
+
+
+class PrefixCache(Cache):
+    """The cache of responses that share prompts, and which prompt is whose.
+
+    `parents` is the prompt of every response, `space` the tokens that a response may have. Takes over the tensors of
+    `cache`, in which the prompts lie padded on the left by `mask`: prompts whose responses have all been dropped are
+    overwritten. Raises CannotShare if some layer of `cache` is not plain keys and values of a prompt or of its end.
+    """
+
+    def __init__(
+        self, cache: Cache, mask: Int[Tensor, "prompts width"], parents: Int[Tensor, "rows"], space: int
+    ) -> None:
+        plain = plain_layers(cache)
+        for layer in plain:
+            if layer.keys.shape[0] != mask.shape[0] or layer.keys.shape[2] > mask.shape[1]:
+                raise CannotShare(f"its cache has keys of shape {tuple(layer.keys.shape)}")
+        super().__init__(layers=[PrefixLayer(layer.keys, layer.values, len(parents), space) for layer in plain])
+        self.padding: Bool[Tensor, "prompts width"] | None = mask == 0 if bool((mask == 0).any()) else None
+        self.parents = parents
+        self.windows: list[int | None] = []
+        self.current: Any = None
+        self._arrange(len(mask))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As in every cache; the attention that follows is told whose prompts it needs."""
+        self.current = self.layers[layer_idx]
+        return self.current.update(key_states, value_states)
+
+    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+        """Keep these responses, in this order, and the prompts that they need."""
+        self.parents = self.parents[rows]
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.own_keys = _take(layer.own_keys, rows, layer.own)
+            layer.own_values = _take(layer.own_values, rows, layer.own)
+        needed = torch.bincount(self.parents, minlength=self.prompts) > 0
+        if not bool(needed.all()):
+            order = close_gaps(needed)
+            for layer in layers:
+                layer.prompt_keys = _take(layer.prompt_keys, order)
+                layer.prompt_values = _take(layer.prompt_values, order)
+            if self.padding is not None:
+                self.padding = self.padding[order]
+            place = torch.empty_like(needed, dtype=torch.int64)
+            place[order] = torch.arange(len(order), device=order.device)
+            self.parents = place[self.parents]
+        self._arrange(int(needed.sum()))
+
+    def _arrange(self, prompts: int) -> None:
+        """Give every response a slot in a table of prompts × the most responses of one of them."""
+        counts = torch.bincount(self.parents, minlength=prompts)
+        self.prompts, self.most = prompts, int(counts.max())
+        order = self.parents.argsort(stable=True)
+        rank = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[self.parents[order]]
+        slots = torch.empty_like(order)
+        slots[order] = self.parents[order] * self.most + rank
+        in_order = torch.arange(self.prompts * self.most, device=slots.device)
+        self.slots = None if torch.equal(slots, in_order) else slots
+
+    def stack(self, x: Float[Tensor, "rows kv_heads group width"]) -> Float[Tensor, "prompt_heads stacked width"]:
+        """The rows of each prompt and key head below each other; zeros where a prompt has fewer than another."""
+        if self.slots is not None:
+            x = x.new_zeros(self.prompts * self.most, *x.shape[1:]).index_copy_(0, self.slots, x)
+        _, heads, group, width = x.shape
+        x = x.view(self.prompts, self.most, heads, group, width).transpose(1, 2)
+        return x.reshape(self.prompts * heads, self.most * group, width)
+
+    def unstack(
+        self, x: Float[Tensor, "prompt_heads stacked width"], group: int
+    ) -> Float[Tensor, "rows kv_heads group width"]:
+        """What `stack` did, undone; `group` heads share a key head."""
+        x = x.view(self.prompts, -1, self.most, group, x.shape[2]).transpose(1, 2)
+        x = x.reshape(self.prompts * self.most, *x.shape[2:])
+        return x if self.slots is None else x[self.slots]
+
+    @contextmanager
+    def attending(self, configs: list[Any]) -> Iterator[None]:
+        """Let the model of these configurations attend through this cache inside the block."""
+        token = _CACHE.set(self)
+        try:
+            with attention_set(configs, NAME):
+                yield
+        finally:
+            _CACHE.reset(token)
+
+
+_CACHE: ContextVar[PrefixCache | None] = ContextVar("distalign_prefix_cache", default=None)
+
+
+def plain_layers(cache: Cache) -> list[Any]:
+    """The layers of a cache of keys and values. Raises CannotShare if one keeps something else."""
+    layers: list[Any] = cache.layers
+    for layer in layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            raise CannotShare(f"its cache has layers of type {type(layer).__name__}")
+    return layers
+
+
+def close_gaps(kept: Bool[Tensor, "rows"]) -> Int[Tensor, "kept"]:
+    """An order of the rows kept in which the last ones fill the gaps and all others stay where they are."""
+    count = int(kept.sum())
+    order = torch.arange(count, device=kept.device)
+    order[~kept[:count]] = kept[count:].nonzero().squeeze(1) + count
+    return order
+
+
+def _take(x: Tensor, rows: Int[Tensor, "kept"], width: int | None = None) -> Tensor:
+    """`x[rows]` without a new tensor: only rows that change places are copied, up to `width` tokens."""
+    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+    if len(moved):
+        x[moved, :, :width] = x[rows[moved], :, :width]
+    return x[: len(rows)]
+
+
+def prefix_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rows heads 1 dim"],
+    key: Float[Tensor, "rows kv_heads own dim"],
+    value: Float[Tensor, "rows kv_heads own value_dim"],
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Float[Tensor, "rows 1 heads value_dim"], None]:
+    """One layer's attention of one new token a response, to its prompt and to its own tokens.
+
+    Honours grouped-query heads, `sliding_window`, `softcap` and attention sinks (`s_aux`). Raises CannotShare on a mask
+    or bias of the model's own, and on dropout.
+    """
+    cache = _CACHE.get()
+    if cache is None:
+        raise RuntimeError(f"attention {NAME!r} was called outside `sample`; set another attention implementation.")
+    if attention_mask is not None or kwargs.get("position_bias") is not None or dropout > 0:
+        raise CannotShare("its layers add a mask, a bias or dropout of their own")
+    layer, window = cache.current, kwargs.get("sliding_window")
+    cache.windows.append(window)
+    prompt_keys, prompt_values = layer.prompt_keys, layer.prompt_values
+    if window is not None and window < layer.get_seq_length():
+        width = max(0, window - layer.own)
+        start = prompt_keys.shape[2] - width
+        prompt_keys, prompt_values = prompt_keys[:, :, start:], prompt_values[:, :, start:]
+        key, value = key[:, :, -window:], value[:, :, -window:]
+
+    (rows, heads, _, dim), (kv_heads, own), width = query.shape, key.shape[1:3], prompt_keys.shape[2]
+    group = heads // kv_heads
+    query = query.reshape(rows * kv_heads, group, dim) * (dim**-0.5 if scaling is None else scaling)
+    to_own = torch.bmm(query, key.flatten(0, 1).mT).view(rows, kv_heads, group, own)
+    stacked = cache.stack(query.view(rows, kv_heads, group, dim))
+    scores = torch.cat([torch.bmm(stacked, prompt_keys.flatten(0, 1).mT), cache.stack(to_own)], -1)
+    scores = _restrict(scores, cache, width, kv_heads, kwargs.get("softcap"), kwargs.get("s_aux"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    of_prompt = cache.unstack(torch.bmm(weights[..., :width], prompt_values.flatten(0, 1)), group)
+    own_weights = cache.unstack(weights[..., width : width + own], group).reshape(rows * kv_heads, group, own)
+    out = torch.baddbmm(of_prompt.flatten(0, 1), own_weights, value.flatten(0, 1))
+    return out.view(rows, 1, heads, -1), None
+
+
+def _restrict(
+    scores: Float[Tensor, "prompt_heads stacked keys"],
+    cache: PrefixCache,
+    width: int,
+    kv_heads: int,
+    softcap: float | None,
+    sinks: Float[Tensor, "heads"] | None,
+) -> Tensor:
+    """Cap the scores, rule out padding among the first `width` keys, and add the sinks as a last key."""
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if cache.padding is not None:
+        hidden = cache.padding[:, None, None, cache.padding.shape[1] - width :]
+        scores[..., :width].unflatten(0, (-1, kv_heads)).masked_fill_(hidden, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, kv_heads, 1, -1).expand(cache.prompts, -1, cache.most, -1)
+        scores = torch.cat([scores, sink.reshape(*scores.shape[:2], 1)], -1)
+    return scores
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, prefix_attention)

@@ -1,4 +1,4 @@
-"""Is the policy still well? Numbers of its own responses, and one warning a kind when they leave their start.
+"""Is the policy still well? Numbers of its own responses, and one warning of each kind when they leave their start.
 
 What was so at the start of a run (a base model that never ends, that repeats itself) is no reason to warn: change is.
 A warning says what was seen, what it means and which setting to change. docs/rollouts.md has the thresholds.
@@ -36,7 +36,7 @@ START_ROUNDS = 3
 # Shares and correlations must also have moved by this many standard errors, and are taken to be of so many responses
 # where their number is not known.
 ERRORS, NUMBER = 3.0, 16.0
-# Nats a token: below this the start is as good as deterministic, and a ratio to it says nothing.
+# Nats per token: below this the start is as good as deterministic, and a ratio to it says nothing.
 LITTLE_ENTROPY = 0.02
 
 
@@ -52,21 +52,21 @@ def completion_metrics(
     """
     if not responses:
         raise ValueError("completion_metrics: no responses; give at least one")
-    ended = [bool(own) and own[-1] == end_id for own in responses]
-    lengths = torch.tensor([float(len(own)) for own in responses], dtype=torch.float64)
-    found = {
+    ended = [bool(response) and response[-1] == end_id for response in responses]
+    lengths = torch.tensor([float(len(response)) for response in responses], dtype=torch.float64)
+    metrics = {
         "completions/number": float(len(responses)),
         "completions/mean_length": float(lengths.mean()),
         "completions/clipped_ratio": 1 - sum(ended) / len(ended),
     }
-    texts = [own[: len(own) - end] for own, end in zip(responses, ended, strict=True)]
+    texts = [response[: len(response) - end] for response, end in zip(responses, ended, strict=True)]
     texts = [text for text in texts if len(text) >= SHORT]
     if 2 * len(texts) >= len(responses):
-        found["health/distinct_2"] = distinct_n(texts, n=2)
-        found["health/repeated_4grams"] = repeated_ngram_rate(texts, n=4).mean
+        metrics["health/distinct_2"] = distinct_n(texts, n=2)
+        metrics["health/repeated_4grams"] = repeated_ngram_rate(texts, n=4).mean
     if rewards is not None and len(responses) >= FEW:
-        found["health/reward_length_correlation"] = correlation(rewards, lengths)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+        metrics["health/reward_length_correlation"] = correlation(rewards, lengths)
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 # Watching -------------------------------------------------------------------------------------------------------------
@@ -104,10 +104,10 @@ class HealthSettings(Section):
 class Monitor:
     """Compares every round with the start of the run; `collapsed` is the reason once the policy is degenerate.
 
-    `settings` has the fields of a recipe's `health` section, `label` names the run in warnings.
+    `label` names the run in warnings.
     """
 
-    def __init__(self, settings: Any, label: str) -> None:
+    def __init__(self, settings: HealthSettings, label: str) -> None:
         self.settings, self.label = settings, label
         self.collapsed: str | None = None
         self.start: Readings = {}
@@ -118,8 +118,8 @@ class Monitor:
     def update(self, metrics: dict[str, float], step: int) -> dict[str, float]:
         """Look at the means of one round, as many as are known; returns further numbers to log.
 
-        Read are objective/entropy and objective/kl (nats a response), logps/chosen, and those of `completion_metrics`;
-        numbers that are not finite are passed over. Warns once a kind, and may set `collapsed`.
+        Reads objective/entropy and objective/kl (nats per response), logps/chosen, and those of `completion_metrics`;
+        numbers that are not finite are passed over. Warns once of each kind, and may set `collapsed`.
         """
         now = _readings(metrics)
         self._remember(now)
@@ -175,17 +175,17 @@ _NOISY = ("repetition", "missing_end", "length_correlation")
 
 def _readings(metrics: dict[str, float]) -> Readings:
     """The numbers that are watched. Entropy is taken per token, for responses that become shorter lose nats too."""
-    found = {name: float(metrics[key]) for name, key in _NAMES.items() if math.isfinite(metrics.get(key, math.nan))}
-    found.setdefault("number", NUMBER)
-    if "entropy" in found and "length" in found:
-        found["entropy"] /= max(found["length"], 1.0)
-    if "distinct" in found:
-        # Different bigrams a response: what more text has at least as many of, while their share falls.
-        found["bigrams"] = found["distinct"] * max(found.get("length", 2.0) - 1, 1.0)
-    return found
+    now = {name: float(metrics[key]) for name, key in _NAMES.items() if math.isfinite(metrics.get(key, math.nan))}
+    now.setdefault("number", NUMBER)
+    if "entropy" in now and "length" in now:
+        now["entropy"] /= max(now["length"], 1.0)
+    if "distinct" in now:
+        # Different bigrams per response: what more text has at least as many of, while their share falls.
+        now["bigrams"] = now["distinct"] * max(now.get("length", 2.0) - 1, 1.0)
+    return now
 
 
-def _entropy(now: Readings, start: Readings, settings: Any) -> Finding:
+def _entropy(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     if start["entropy"] < LITTLE_ENTROPY:
         return Finding(False, "", {})
     ratio = now["entropy"] / start["entropy"]
@@ -196,7 +196,7 @@ def _entropy(now: Readings, start: Readings, settings: Any) -> Finding:
     return Finding(ratio < settings.entropy, text, {"health/entropy_ratio": ratio})
 
 
-def _repetition(now: Readings, start: Readings, settings: Any) -> Finding:
+def _repetition(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     text = (
         f"{now['repetition']:.0%} of the 4-grams of a response repeat earlier ones ({start['repetition']:.0%} at the "
         "start): the policy is caught in loops; raise beta, lower training.learning_rate, or see whether the reward "
@@ -205,7 +205,7 @@ def _repetition(now: Readings, start: Readings, settings: Any) -> Finding:
     return Finding(_risen("repetition", now, start, settings.repetition), text, {})
 
 
-def _distinct(now: Readings, start: Readings, settings: Any) -> Finding:
+def _distinct(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     # The share falls when there is more text, the count when there is less; only a collapse brings down both.
     ratio = max(now[name] / start[name] if start[name] > 0 else 1.0 for name in ("distinct", "bigrams"))
     text = (
@@ -215,16 +215,16 @@ def _distinct(now: Readings, start: Readings, settings: Any) -> Finding:
     return Finding(ratio < settings.distinct, text, {"health/distinct_ratio": ratio})
 
 
-def _kl(now: Readings, start: Readings, settings: Any) -> Finding:
+def _kl(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     change = now["kl"] - start["kl"]
     text = (
-        f"KL to the reference rose by {change:.0f} nats a response: the policy is far from where its reward is known "
+        f"KL to the reference rose by {change:.0f} nats per response: the policy is far from where its reward is known "
         "to be right; raise beta, or lower training.learning_rate or training.max_steps"
     )
     return Finding(change > settings.kl, text, {"health/kl_change": change})
 
 
-def _chosen_logps(now: Readings, start: Readings, settings: Any) -> Finding:
+def _chosen_logps(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     change = now["chosen_logps"] - start["chosen_logps"]
     text = (
         f"the log-probability of the preferred responses fell by {-change:.0f} nats: what is learned moves probability "
@@ -233,7 +233,7 @@ def _chosen_logps(now: Readings, start: Readings, settings: Any) -> Finding:
     return Finding(change < -settings.chosen_logps, text, {"health/chosen_logps_change": change})
 
 
-def _missing_end(now: Readings, start: Readings, settings: Any) -> Finding:
+def _missing_end(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     text = (
         f"{now['missing_end']:.0%} of the responses are cut before their end ({start['missing_end']:.0%} at the "
         "start): rewards are those of fragments; set rollout.missing_end, or raise rollout.max_new_tokens"
@@ -241,7 +241,7 @@ def _missing_end(now: Readings, start: Readings, settings: Any) -> Finding:
     return Finding(_risen("missing_end", now, start, settings.missing_end), text, {})
 
 
-def _length_correlation(now: Readings, start: Readings, settings: Any) -> Finding:
+def _length_correlation(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     value, first = now["length_correlation"], start["length_correlation"]
     text = (
         f"rewards follow the length of the responses (correlation {value:.2f}, {first:.2f} at the start): the reward "
@@ -268,7 +268,7 @@ def _fisher(value: float) -> float:
 _TWO_SAMPLES = 1 + 1 / START_ROUNDS
 
 # The name of a reading is that of its threshold in the health section.
-_WATCHED: dict[str, Callable[[Readings, Readings, Any], Finding]] = {
+_WATCHED: dict[str, Callable[[Readings, Readings, HealthSettings], Finding]] = {
     "entropy": _entropy,
     "repetition": _repetition,
     "distinct": _distinct,
@@ -290,7 +290,7 @@ def write_completions(
     *,
     console: Console | None = None,
 ) -> None:
-    """Append (prompt, responses, rewards or None) to samples.jsonl, a line a prompt, and show the first response.
+    """Append (prompt, responses, rewards or None) to samples.jsonl, one line per prompt, and show the first response.
 
     It is shown on a terminal, and logged elsewhere. A reward that is not finite is written as null.
     """

@@ -1,4 +1,4 @@
-"""What was collected for a prompt, and how one pass of the policy over it becomes what a loss reads.
+"""The prompts of a step with all that is scored of them, and how one pass of the policy becomes what a loss reads.
 
 Everything that is scored of a prompt is one group: the labelled pair if there is one, then the responses drawn in the
 round, then fresh ones if the KL term wants them. The prompt is encoded once for all.
@@ -8,82 +8,117 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distalign.engine import Group, Scores
+from distalign.engine import Group, Scores, micro_batches
 from distalign.methods import Method, Needs, Pairs, Samples
 from distalign.methods.estimators import sequence_sum
 
 logger = logging.getLogger("distalign.training.trainer")
 
-# |implied reward gap| at which labels carry information, in nats: below it every pair is a fair coin, above it certain.
+# |implicit reward gap| at which labels carry information, in nats: below it a pair is a fair coin, above it certain.
 INFORMATIVE = (0.1, 5.0)
 # Below this it is 0 but for rounding: a method whose reward is a log-ratio, before its first step.
 AT_START = 1e-3
 
 
 @dataclass(frozen=True)
-class Collected:
+class PromptGroup:
     """One prompt of a step with all that stays constant while its loss is computed.
 
-    `labelled`, `drawn` and `fresh` are numbers of responses of the group, in this order. `tensors` hold a row for each
-    drawn response: rewards, behavior_token_logps, reference_token_logps, advantages, returns (nats).
+    `labelled`, `drawn` and `fresh` are numbers of responses of the group, in this order. `constants` have a row for
+    each drawn response: rewards, behavior_token_logps, reference_token_logps, advantages, returns (nats).
     """
 
     group: Group
     labelled: int = 0
     drawn: int = 0
     fresh: int = 0
-    probability: float | None = None
+    probability: float = 1.0
     reference_logps: Float[Tensor, "2"] | None = None
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
 
 
-def beside(pair: Collected, own: Collected) -> Collected:
+def merge(pair: PromptGroup, drawn: PromptGroup) -> PromptGroup:
     """A labelled pair and what was drawn for the same prompt, as one group."""
-    group = Group(pair.group.prompt, [*pair.group.responses, *own.group.responses])
-    return replace(own, group=group, labelled=2, probability=pair.probability, reference_logps=pair.reference_logps)
+    group = Group(pair.group.prompt, [*pair.group.responses, *drawn.group.responses])
+    return replace(drawn, group=group, labelled=2, probability=pair.probability, reference_logps=pair.reference_logps)
 
 
-def labelled_pairs(logps: Float[Tensor, "pairs 2"], collected: Sequence[Collected]) -> Pairs:
+@dataclass(frozen=True)
+class MicroBatch:
+    """Prompts that go through the policy together; `weight` is their share of the prompts of the optimizer step."""
+
+    prompts: list[PromptGroup]
+    weight: float
+
+    @property
+    def groups(self) -> list[Group]:
+        """What is scored."""
+        return [prompt.group for prompt in self.prompts]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the groups, each prompt once."""
+        return sum(group.tokens for group in self.groups)
+
+    def inputs(self, scores: Scores, needs: Needs, pairing: Literal["all", "best_worst"]) -> tuple[Pairs, Samples]:
+        """What the loss reads of the scores. All prompts have the same numbers of responses."""
+        first = self.prompts[0]
+        each = first.labelled + first.drawn + first.fresh
+        rows = torch.arange(len(self.prompts) * each, device=scores.mask.device).view(-1, each)
+        drawn = rows[:, first.labelled : first.labelled + first.drawn]
+        pairs, samples = Pairs(), Samples()
+        if needs.pairs == "labelled":
+            pairs = labelled_pairs(scores.logps.view(-1, each)[:, :2], self.prompts)
+        elif needs.pairs == "sampled":
+            pairs = _sampled_pairs(scores, drawn, self._constants(scores), pairing)
+        if needs.samples and first.fresh:
+            samples = _samples(scores, rows[:, -first.fresh :], {})
+        elif needs.samples:
+            samples = _samples(scores, drawn, self._constants(scores))
+        return pairs, samples
+
+    def _constants(self, scores: Scores) -> dict[str, Tensor]:
+        """The constants of all drawn responses, as long as the responses of this pass where they have a column each."""
+        steps, constants = scores.mask.shape[1], {}
+        for name in self.prompts[0].constants:
+            rows = torch.cat([prompt.constants[name] for prompt in self.prompts]).to(scores.token_logps)
+            constants[name] = rows if rows.dim() == 1 else _fit(rows, steps)
+        return constants
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The prompts of one batch, and how many the optimizer step has: the loss is a mean over those."""
+
+    prompts: list[PromptGroup]
+    step_prompts: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the batch, each prompt once."""
+        return sum(prompt.group.tokens for prompt in self.prompts)
+
+    def micro_batches(self, token_budget: int) -> Iterator[MicroBatch]:
+        """The batch in parts of at most `token_budget` tokens."""
+        for indices in micro_batches([prompt.group for prompt in self.prompts], token_budget):
+            yield MicroBatch([self.prompts[index] for index in indices], len(indices) / self.step_prompts)
+
+
+def labelled_pairs(logps: Float[Tensor, "pairs 2"], prompts: Sequence[PromptGroup]) -> Pairs:
     """The labelled pairs of these prompts, given their log-probabilities."""
-    labels = [1.0 if one.probability is None else one.probability for one in collected]
-    references = [one.reference_logps for one in collected if one.reference_logps is not None]
-    reference = {"reference_logps": torch.stack(references).to(logps)} if references else {}
-    return Pairs(logps=logps, probability=logps.new_tensor(labels), **reference)
-
-
-def look(scores: Scores, collected: Sequence[Collected], needs: Needs, pairing: str) -> tuple[Pairs, Samples]:
-    """What the loss is given of one pass over the groups of `collected`, all of the same make-up."""
-    first, prompts = collected[0], len(collected)
-    each = first.labelled + first.drawn + first.fresh
-    rows = torch.arange(prompts * each, device=scores.mask.device).view(prompts, each)
-    drawn = rows[:, first.labelled : first.labelled + first.drawn]
-    pairs = Pairs()
-    if needs.pairs == "labelled":
-        pairs = labelled_pairs(scores.logps.view(prompts, each)[:, :2], collected)
-    elif needs.pairs == "sampled":
-        pairs = _sampled_pairs(scores, drawn, _stacked(collected, scores), pairing)
-    if not needs.samples:
-        return pairs, Samples()
-    if first.fresh:
-        return pairs, _samples(scores, rows[:, -first.fresh :], {})
-    return pairs, _samples(scores, drawn, _stacked(collected, scores))
-
-
-def _stacked(collected: Sequence[Collected], scores: Scores) -> dict[str, Tensor]:
-    """The constants of all drawn responses, a row each; those with a column a token cut to the length of this pass."""
-    steps = scores.mask.shape[1]
-    found = {}
-    for name in collected[0].tensors:
-        rows = torch.cat([one.tensors[name] for one in collected]).to(scores.token_logps)
-        found[name] = rows if rows.dim() == 1 else _fit(rows, steps)
-    return found
+    probability = logps.new_tensor([prompt.probability for prompt in prompts])
+    references = [prompt.reference_logps for prompt in prompts if prompt.reference_logps is not None]
+    if references:
+        return Pairs(logps, reference_logps=torch.stack(references).to(logps), probability=probability)
+    return Pairs(logps, probability=probability)
 
 
 def _fit(rows: Float[Tensor, "responses columns"], steps: int) -> Float[Tensor, "responses steps"]:
@@ -92,49 +127,47 @@ def _fit(rows: Float[Tensor, "responses columns"], steps: int) -> Float[Tensor, 
     return torch.cat([rows, rows.new_zeros(len(rows), short)], 1) if short > 0 else rows[:, :steps]
 
 
-def _sampled_pairs(scores: Scores, drawn: Int[Tensor, "prompts n"], tensors: dict[str, Tensor], pairing: str) -> Pairs:
+def _sampled_pairs(
+    scores: Scores,
+    drawn: Int[Tensor, "prompts n"],
+    constants: dict[str, Tensor],
+    pairing: Literal["all", "best_worst"],
+) -> Pairs:
     prompts, n = drawn.shape
-    rewards = tensors.get("rewards")
     if pairing == "best_worst":
-        assert rewards is not None
-        grid = rewards.view(prompts, n)
-        chosen = torch.stack([grid.argmax(1), grid.argmin(1)], 1)[:, None]
+        rewards = constants["rewards"].view(prompts, n)
+        chosen = torch.stack([rewards.argmax(1), rewards.argmin(1)], 1)[:, None]
     else:
         chosen = torch.combinations(torch.arange(n, device=drawn.device), 2).expand(prompts, -1, 2)
     index = (chosen + n * torch.arange(prompts, device=drawn.device)[:, None, None]).reshape(-1, 2)
     logps, mask = scores.logps[drawn.reshape(-1)], scores.mask[drawn.reshape(-1)]
+    values = {}
+    for kind in ("behavior", "reference"):
+        if f"{kind}_token_logps" in constants:
+            values[f"{kind}_logps"] = sequence_sum(constants[f"{kind}_token_logps"].to(logps), mask)
+    if "reference_logps" not in values and scores.reference_logps is not None:
+        values["reference_logps"] = scores.reference_logps[drawn.reshape(-1)]
+    if "rewards" in constants:
+        values["rewards"] = constants["rewards"].to(logps)
+    return Pairs(logps[index], **{name: value[index] for name, value in values.items()})
 
-    def summed(name: str) -> Tensor | None:
-        return sequence_sum(tensors[name].to(logps), mask) if name in tensors else None
 
-    behavior, reference = summed("behavior_token_logps"), summed("reference_token_logps")
-    if reference is None and scores.reference_logps is not None:
-        reference = scores.reference_logps[drawn.reshape(-1)]
-    rewards = None if rewards is None else rewards.to(logps)
-    values = {"reference_logps": reference, "behavior_logps": behavior, "rewards": rewards}
-    return Pairs(logps=logps[index], **{name: value[index] for name, value in values.items() if value is not None})
-
-
-def _samples(scores: Scores, rows: Int[Tensor, "prompts n"], tensors: dict[str, Tensor]) -> Samples:
+def _samples(scores: Scores, rows: Int[Tensor, "prompts n"], constants: dict[str, Tensor]) -> Samples:
     flat = rows.reshape(-1)
-    scored = {
-        "reference_token_logps": scores.reference_token_logps,
-        "step_kl": scores.step_kl,
-        "step_entropy": scores.step_entropy,
-        "values": scores.values,
-    }
+    names = ("reference_token_logps", "step_kl", "step_entropy", "values")
+    scored = {name: value[flat] for name in names if (value := getattr(scores, name)) is not None}
     return Samples(
         token_logps=scores.token_logps[flat],
         mask=scores.mask[flat],
         group=torch.arange(len(rows), device=flat.device).repeat_interleave(rows.shape[1]),
-        **{**{name: value[flat] for name, value in scored.items() if value is not None}, **tensors},
+        **{**scored, **constants},
     )
 
 
 # Metrics --------------------------------------------------------------------------------------------------------------
 
 
-class Notes:
+class MetricAverager:
     """Numbers for the next log line."""
 
     def __init__(self) -> None:
@@ -146,32 +179,31 @@ class Notes:
             self._noted[name] = [*(self._noted[name] if weight else []), (value, weight)]
 
     def take(self) -> dict[str, float]:
-        """The means of what was noted since it was last taken."""
-        found = {}
+        """The means of what was added since it was last taken."""
+        means = {}
         for name, values in self._noted.items():
             total = sum(weight for _, weight in values)
-            found[name] = sum(value * weight for value, weight in values) / total if total else values[-1][0]
+            means[name] = sum(value * weight for value, weight in values) / total if total else values[-1][0]
         self._noted.clear()
-        return found
+        return means
 
 
-def reference_of(pairs: Pairs) -> Float[Tensor, "pairs 2"] | None:
-    """The reference's log-probabilities of pairs, if they were collected."""
-    return pairs.reference_logps if hasattr(pairs, "reference_logps") else None
+def implicit_rewards(method: Method, pairs: Pairs) -> Float[Tensor, "pairs 2"]:
+    """The method's implicit reward of labelled pairs, in nats; with the reference where it was scored."""
+    return method.implicit_reward(pairs.logps, pairs.reference_logps if hasattr(pairs, "reference_logps") else None)
 
 
 def pair_metrics(method: Method, pairs: Pairs) -> dict[str, float]:
-    """Means over labelled pairs under TRL's names: the method's implied reward and log-probabilities, in nats."""
+    """Means over labelled pairs under TRL's names: the method's implicit reward and log-probabilities, in nats."""
     with torch.no_grad():
-        rewards = method.implicit_reward(pairs.logps, reference_of(pairs))
+        rewards = implicit_rewards(method, pairs)
         margins = rewards[:, 0] - rewards[:, 1]
         first = (margins.sign() + 1) / 2
-        label = pairs.probability
         means = {
             "rewards/chosen": rewards[:, 0],
             "rewards/rejected": rewards[:, 1],
             "rewards/margins": margins,
-            "rewards/accuracies": label * first + (1 - label) * (1 - first),
+            "rewards/accuracies": pairs.probability * first + (1 - pairs.probability) * (1 - first),
             "logps/chosen": pairs.logps[:, 0],
             "logps/rejected": pairs.logps[:, 1],
         }
@@ -179,7 +211,7 @@ def pair_metrics(method: Method, pairs: Pairs) -> dict[str, float]:
 
 
 def warn_about_sharpness(label: str, median: float) -> None:
-    """Warn if the median |implied reward gap| of labelled pairs, in nats, says that labels carry no information."""
+    """Warn if the median |implicit reward gap| of labelled pairs, in nats, says that labels carry no information."""
     low, high = INFORMATIVE
     if median > high:
         logger.warning(

@@ -1,31 +1,43 @@
 """Rounds of a method that learns from its own responses: which prompts, what was drawn, what it is worth.
 
-    for each round of prompts:      sample, reward, score          `Rollout.draw`, `Rollout.judge`
-        for each inner epoch:       minibatches of the round       `RoundBatches`
+    for each round of prompts:      sample, reward, score          `RolloutWorker.draw_round`
+        for each inner epoch:       minibatches of the round       `RoundBatches`, `RolloutWorker.collect`
 
 What is drawn depends on the weights, the run's seed and the number of the round alone, so a run can stop anywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
+from distalign.data import EncodedPair, EncodedPrompt, plain_text
+from distalign.engine import Group, Reference, Scores, score_in_batches
+from distalign.engine.forward import evaluating
 from distalign.errors import InputError
-from distalign.methods import Method
+from distalign.methods import Method, Samples
+from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
-from distalign.rollout.backends import Backend, make_backend
+from distalign.rollout.backends import Backend, TransformersBackend
 from distalign.settings import Count, Positive, Section
-from distalign.training.buffer import Buffer
-from distalign.training.missing_end import apply_missing_end
+from distalign.training.health import Monitor, completion_metrics, write_completions
+from distalign.training.prompts import MetricAverager, PromptGroup
+
+Row = EncodedPair | EncodedPrompt
+# Runs a pass of the policy without gradient, inside the forward of whatever wraps it, and gives what it returns.
+RunPass = Callable[[Callable[[], Any]], Any]
 
 
 class TrainingError(InputError):
@@ -44,12 +56,10 @@ class RolloutSettings(Section):
 
     A round samples for `minibatches` optimizer steps and goes through them `inner_epochs` times. `stale` says what
     becomes of the KL term once the policy has moved: importance weights, or fresh responses. `pairing` makes pairs of
-    more than two samples. `max_new_tokens` is the evaluation's unless it is given. `show` completions a round are
-    written to samples.jsonl, one of them to the terminal.
+    more than two samples. `max_new_tokens` is the evaluation's unless it is given. `show` completions of each
+    round are written to samples.jsonl, one of them to the terminal. `rows` bounds the responses decoded at once.
     """
 
-    backend: Literal["transformers", "continuous", "vllm"] = "transformers"
-    url: str | None = None
     samples: Count = 2
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -73,13 +83,13 @@ class RolloutSettings(Section):
         return self
 
 
-def acts(method: Method) -> bool:
+def is_on_policy(method: Method) -> bool:
     """Whether a method learns from responses that the policy itself draws."""
     return method.needs.samples or method.needs.pairs == "sampled"
 
 
-def check_rollout(label: str, method: Method, settings: Any) -> None:
-    """Raise TrainingError for `rollout` settings that do not go with the method; `settings` has the recipe's fields."""
+def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None:
+    """Raise TrainingError for `rollout` settings that do not go with the method."""
     needs = method.needs
     if settings.samples == 1 and not needs.values:
         raise TrainingError(
@@ -93,48 +103,6 @@ def check_rollout(label: str, method: Method, settings: Any) -> None:
         )
     if settings.pairing == "best_worst" and needs.pairs == "sampled" and not needs.reward:
         raise TrainingError(f"{label}: rollout.pairing is best_worst, but the method has no reward; take all")
-
-
-def check_arguments(label: str, args: TrainingArguments) -> None:
-    """Raise TrainingError for arguments of transformers that cannot be followed here."""
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise TrainingError(
-            f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
-            "show it one device (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.torch_compile:
-        raise TrainingError(
-            f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
-            "leave it out of training"
-        )
-
-
-def without_autocast(model: Any) -> None:
-    """Take off the autocast that accelerate put around a model's forward: used by itself the model is what it was.
-
-    accelerate's own `unwrap_model` takes off the model's decorators besides.
-    """
-    original = vars(model).pop("_original_forward", None)
-    if original is None:
-        return
-    if getattr(original, "__func__", None) is type(model).forward:
-        vars(model).pop("forward", None)
-    else:
-        model.forward = original
-
-
-def check_needs(label: str, method: Method, *, reference: bool, rollout: Rollout | None) -> None:
-    """Raise TrainingError if what the method needs is not there."""
-    needs = method.needs
-    if (needs.reference or needs.kl) and not reference:
-        raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
-    if not acts(method):
-        return
-    if rollout is None:
-        raise TrainingError(f"{label} learns from responses of the policy; pass rollout, which says how to draw them")
-    if needs.reward and rollout.reward is None:
-        raise TrainingError(f"{label} needs a reward for the responses; give one: reward in the recipe")
-    check_rollout(label, method, rollout.settings)
 
 
 class RoundBatches(BatchSampler):
@@ -183,10 +151,82 @@ class RoundBatches(BatchSampler):
 
 def mix(*numbers: int) -> int:
     """One seed of several numbers: different for different numbers, the same on every machine."""
-    found = 0
+    seed = 0
     for number in numbers:
-        found = (found * 1_000_003 + number + 1) % (1 << 62)
-    return found
+        seed = (seed * 1_000_003 + number + 1) % (1 << 62)
+    return seed
+
+
+@dataclass
+class Round:
+    """The prompts of one round, their sampled responses, and numbers for every response: state that is saved.
+
+    number: of the round, which with the run's seed decides what is sampled. position: optimizer steps already done in
+    it. indices: row of every prompt in its data set. tensors: one row for each response, prompt by prompt: rewards,
+    behavior_token_logps, reference_token_logps, advantages, returns (nats). Raises ValueError if lengths do not agree.
+    """
+
+    number: int
+    position: int
+    indices: list[int]
+    prompts: list[list[int]]
+    responses: list[list[list[int]]]
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        counts = {len(self.indices), len(self.prompts), len(self.responses)}
+        if len(counts) > 1:
+            raise ValueError(
+                f"round: {len(self.indices)} indices, {len(self.prompts)} prompts and responses to "
+                f"{len(self.responses)}; give one of each for every prompt"
+            )
+        for name, tensor in self.tensors.items():
+            self._check_rows(name, tensor)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def starts(self) -> list[int]:
+        """Row of the first response to every prompt, and the number of all responses."""
+        return [0, *accumulate(len(group) for group in self.responses)]
+
+    def rows(self, i: int) -> slice:
+        """Rows of `tensors` that belong to prompt number `i` of the round."""
+        starts = self.starts
+        return slice(starts[i], starts[i + 1])
+
+    def find(self, index: int) -> int:
+        """Place in the round of the prompt that is row `index` of its data set; the first, if it is there twice.
+
+        Raises KeyError if it is not there.
+        """
+        try:
+            return self.indices.index(index)
+        except ValueError:
+            raise KeyError(f"prompt {index} is not in round {self.number}") from None
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor with one row for each response. Raises ValueError for another number of rows."""
+        self._check_rows(name, tensor)
+        self.tensors[name] = tensor
+
+    def _check_rows(self, name: str, tensor: Tensor) -> None:
+        if tensor.ndim == 0 or len(tensor) != self.starts[-1]:
+            raise ValueError(f"round: {name} is {list(tensor.shape)}; it needs a row for each of {self.starts[-1]}")
+
+
+def apply_missing_end(
+    rewards: Float[Tensor, "responses"], ended: Bool[Tensor, "responses"], missing_end: MissingEnd
+) -> Float[Tensor, "responses"]:
+    """Rewards with the missing-end rule: `value` is added (penalty) or taken instead (replace) where `ended` is False.
+
+    In the unit of the rewards; what is given stays as it is. REBEL's own experiments replace by −1.
+    """
+    if missing_end.rule == "none":
+        return rewards
+    other = rewards + missing_end.value if missing_end.rule == "penalty" else rewards.new_tensor(missing_end.value)
+    return rewards.where(ended, other)
 
 
 @dataclass
@@ -196,42 +236,286 @@ class Rollout:
     `reward` is None for methods that read none.
     """
 
-    settings: Any
+    settings: RolloutSettings
     end_id: int
     reward: Reward | None = None
     backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
-        self.backend = make_backend(self.settings)
+        self.backend = TransformersBackend(self.settings.rows)
 
     def sample(
         self, model: nn.Module, prompts: Sequence[list[int]], *, seed: int, number: int, n: int | None = None
     ) -> list[list[list[int]]]:
-        """Responses of the policy as it is, `n` a prompt (`settings.samples` if not given)."""
-        own = self.settings
+        """Responses of the policy as it is, `n` for each prompt (`settings.samples` if not given)."""
         return self.backend.generate(
             model,
             prompts,
-            n=n or own.samples,
-            max_new_tokens=own.max_new_tokens,
-            min_new_tokens=own.min_new_tokens,
-            temperature=own.temperature,
-            top_p=own.top_p,
+            n=n or self.settings.samples,
+            max_new_tokens=self.settings.max_new_tokens,
+            min_new_tokens=self.settings.min_new_tokens,
+            temperature=self.settings.temperature,
+            top_p=self.settings.top_p,
             end_id=self.end_id,
             seed=mix(seed, number),
         )
 
-    def draw(self, model: nn.Module, rows: Sequence[Any], indices: list[int], *, seed: int, number: int) -> Buffer:
-        """The buffer of a round: responses to its prompts, nothing else yet."""
-        prompts = [row.prompt for row in rows]
-        return Buffer(number, 0, indices, prompts, self.sample(model, prompts, seed=seed, number=number))
-
-    def judge(self, buffer: Buffer, rows: Sequence[Any]) -> Float[Tensor, "responses"]:
+    def rewards(self, drawn: Round, rows: Sequence[Row]) -> Float[Tensor, "responses"]:
         """Rewards of a round's responses, the missing-end rule applied. Raises RewardError."""
         assert self.reward is not None
         requests = [
-            Request(row.prompt, responses, row.row) for row, responses in zip(rows, buffer.responses, strict=True)
+            Request(row.prompt, responses, row.row) for row, responses in zip(rows, drawn.responses, strict=True)
         ]
-        ended = torch.tensor([own[-1] == self.end_id for responses in buffer.responses for own in responses])
-        rule = self.settings.missing_end
-        return apply_missing_end(self.reward(requests), ended, rule.rule, rule.value)
+        ended = torch.tensor([response[-1] == self.end_id for group in drawn.responses for response in group])
+        return apply_missing_end(self.reward(requests), ended, self.settings.missing_end)
+
+    def scores(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        token_budget: int,
+        reference: Reference | None = None,
+        value_head: nn.Module | None = None,
+    ) -> Scores:
+        """What the model, without dropout and gradient, says of responses at the temperature they are drawn with."""
+        with evaluating(model):
+            return score_in_batches(
+                model,
+                groups,
+                token_budget=token_budget,
+                reference=reference,
+                temperature=self.settings.temperature,
+                value_head=value_head,
+            )
+
+
+class RolloutWorker:
+    """The rounds of one run: draws, rewards and scores responses once, and hands them out in batches.
+
+    `rows` are the prompts (or labelled pairs) of the run by number. `run` runs passes of the policy; rewards run
+    outside of it. `batches` says which rows are together in a round.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        method: Method,
+        rollout: Rollout,
+        rows: Sequence[Row],
+        *,
+        args: TrainingArguments,
+        token_budget: int,
+        monitor: Monitor | None,
+        metrics: MetricAverager,
+        run: RunPass,
+    ) -> None:
+        self.policy, self.method, self.rollout, self.rows = policy, method, rollout, rows
+        self.needs = method.needs
+        self.accumulated, self.token_budget, self.seed = args.gradient_accumulation_steps, token_budget, args.seed
+        self.monitor, self.metrics, self.run = monitor, metrics, run
+        self.batches = RoundBatches(
+            len(rows),
+            batch_size=args.per_device_train_batch_size,
+            batches=rollout.settings.minibatches * self.accumulated,
+            inner_epochs=rollout.settings.inner_epochs,
+            seed=self.seed,
+        )
+        self.round: Round | None = None
+        self._counted = {} if rollout.reward is None else rollout.reward.facts()
+        self._start, self._logged = 0, -1
+        self._seen: list[dict[str, Tensor]] = []
+
+    # A round ----------------------------------------------------------------------------------------------------------
+
+    def draw_round(self, indices: Sequence[int], step: int, samples_file: Path) -> None:
+        """See to it that the round of these rows is drawn, rewarded and scored. Raises RewardError.
+
+        `step` is the number of optimizer steps done. What was drawn before a reward failed is in `round`.
+        """
+        number, members = self.batches.round_of(indices[0])
+        rows = [self.rows[index] for index in members]
+        if self.round is None or self.round.number != number:
+            started = time.perf_counter()
+            prompts = [row.prompt for row in rows]
+            sample = self.rollout.sample
+            responses = self.run(lambda: sample(self.policy.model, prompts, seed=self.seed, number=number))
+            self.round = Round(number, 0, list(members), prompts, responses)
+            self._start, self._seen = step, []
+            self.metrics.add({"rollout_time": time.perf_counter() - started}, 1)
+        drawn = self.round
+        drawn.position = step - self._start
+        # A run that goes on may find a part of this done.
+        if self.needs.reward and "rewards" not in drawn.tensors:
+            started = time.perf_counter()
+            drawn.add("rewards", self.rollout.rewards(drawn, rows))
+            self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
+            self.metrics.add(self.reward_counters(), 0)
+        self._score(drawn)
+        if self._logged != number:
+            self._logged = number
+            self._log_round(drawn, step, samples_file)
+
+    def _several_steps(self, drawn: Round) -> bool:
+        """Whether the policy moves while the round is used: then it has to be known what drew the responses."""
+        return self.batches.batches_of(drawn.indices) > self.accumulated or self.needs.values
+
+    def _score(self, drawn: Round) -> None:
+        """Log-probabilities of the responses where they are needed: of what drew them, and of the reference."""
+        needs, several = self.needs, self._several_steps(drawn)
+        behavior = several and "behavior_token_logps" not in drawn.tensors
+        # With the full KL of a single step its own pass says what is logged of the reference.
+        reference = (several or not needs.kl) and "reference_token_logps" not in drawn.tensors
+        groups = [Group(prompt, responses) for prompt, responses in zip(drawn.prompts, drawn.responses, strict=True)]
+        if behavior:
+            against = self.policy.reference if reference else None
+            head = self.policy.value_head if needs.values else None
+            scores = self.run(lambda: self.rollout.scores(self.policy.model, groups, self.token_budget, against, head))
+            if scores.reference_token_logps is not None:
+                drawn.add("reference_token_logps", scores.reference_token_logps.cpu())
+            drawn.add("behavior_token_logps", scores.token_logps.cpu())
+            if needs.values:
+                self._add_credit(drawn, scores)
+        elif reference and self.policy.reference is not None:
+            drawn.add("reference_token_logps", self.run(lambda: self._reference_scores(groups)).token_logps.cpu())
+
+    def _reference_scores(self, groups: Sequence[Group]) -> Scores:
+        with self.policy.as_reference() as reference:
+            return self.rollout.scores(reference, groups, self.token_budget)
+
+    def _add_credit(self, drawn: Round, scores: Scores) -> None:
+        assert scores.values is not None
+        constants = {name: rows.to(scores.token_logps) for name, rows in drawn.tensors.items()}
+        samples = Samples(scores.token_logps, scores.mask, group=scores.group, values=scores.values, **constants)
+        advantages, returns = self.method.credit(samples)
+        drawn.add("advantages", advantages.cpu())
+        drawn.add("returns", returns.cpu())
+
+    # A batch of it ----------------------------------------------------------------------------------------------------
+
+    def collect(self, indices: Sequence[int], step: int) -> list[PromptGroup]:
+        """The drawn responses of these rows with their constants; fresh ones beside them if the policy has moved."""
+        assert self.round is not None
+        needs, drawn = self.needs, self.round
+        places = [drawn.find(index) for index in indices]
+        fresh: list[list[list[int]]] = [[] for _ in places]
+        if needs.samples and step > self._start and self.rollout.settings.stale == "resample":
+            # Batches of one optimizer step draw by different random numbers.
+            number = mix(drawn.number, step - self._start, indices[0])
+            prompts = [drawn.prompts[place] for place in places]
+            sample = self.rollout.sample
+            fresh = self.run(lambda: sample(self.policy.model, prompts, seed=self.seed + 1, number=number))
+        groups = []
+        for place, more in zip(places, fresh, strict=True):
+            # Fresh responses take the place of drawn ones, unless pairs are made of these.
+            responses = drawn.responses[place] if needs.pairs == "sampled" or not more else []
+            constants = {name: rows[drawn.rows(place)] for name, rows in drawn.tensors.items()} if responses else {}
+            group = Group(drawn.prompts[place], [*responses, *more])
+            groups.append(PromptGroup(group, drawn=len(responses), fresh=len(more), constants=constants))
+        return groups
+
+    def record(self, scores: Scores, prompts: Sequence[PromptGroup], step: int) -> None:
+        """Note what a training pass says of responses that the present policy drew, if no pass before it did."""
+        assert self.round is not None
+        if "behavior_token_logps" in self.round.tensors or step > self._start:
+            return
+        first = prompts[0]
+        each = first.labelled + first.drawn + first.fresh
+        rows = torch.arange(len(scores.mask), device=scores.mask.device).view(-1, each)[:, first.labelled :].reshape(-1)
+        seen = {"logps": scores.logps.detach()[rows].cpu()}
+        if scores.step_kl is not None:
+            seen["kl"] = scores.step_kl.detach().sum(-1)[rows].cpu()
+        elif "reference_token_logps" in self.round.tensors:
+            reference = torch.cat([prompt.constants["reference_token_logps"].double().sum(-1) for prompt in prompts])
+            seen["kl"] = seen["logps"] - reference
+        self._seen.append(seen)
+
+    # Logging ----------------------------------------------------------------------------------------------------------
+
+    def finish_batch(self, step: int) -> None:
+        """Log entropy, KL and health of the round, once all of it has been seen."""
+        assert self.round is not None
+        if self._seen and sum(len(seen["logps"]) for seen in self._seen) == self.round.starts[-1]:
+            self._log_objective({name: torch.cat([seen[name] for seen in self._seen]) for name in self._seen[0]}, step)
+            self._seen = []
+
+    def _log_round(self, drawn: Round, step: int, samples_file: Path) -> None:
+        rewards = drawn.tensors.get("rewards")
+        texts = [
+            (
+                self._prompt_text(drawn, i),
+                [self._text(response) for response in drawn.responses[i]],
+                None if rewards is None else rewards[drawn.rows(i)].tolist(),
+            )
+            for i in range(min(self.rollout.settings.show, len(drawn)))
+        ]
+        if texts:
+            write_completions(samples_file, step, texts)
+        if "behavior_token_logps" not in drawn.tensors:
+            return
+        seen = {"logps": drawn.tensors["behavior_token_logps"].double().sum(-1)}
+        if "reference_token_logps" in drawn.tensors:
+            seen["kl"] = seen["logps"] - drawn.tensors["reference_token_logps"].double().sum(-1)
+        self._log_objective(seen, step)
+
+    def _log_objective(self, seen: dict[str, Float[Tensor, "responses"]], step: int) -> None:
+        assert self.round is not None
+        rewards = self.round.tensors.get("rewards")
+        responses = [response for group in self.round.responses for response in group]
+        metrics = {"objective/entropy": float(-seen["logps"].mean())}
+        if "kl" in seen:
+            metrics["objective/kl"] = float(seen["kl"].mean())
+        if rewards is not None:
+            metrics["objective/reward"] = float(rewards.mean())
+        metrics |= completion_metrics(responses, end_id=self.rollout.end_id, rewards=rewards)
+        if self.monitor is not None:
+            metrics |= self.monitor.update(metrics, step)
+        self.metrics.add(metrics, 1)
+
+    def _prompt_text(self, drawn: Round, i: int) -> str:
+        row = self.rows[drawn.indices[i]].row
+        return self._text(drawn.prompts[i]) if row is None else plain_text(row.prompt)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=True))
+
+    def reward_counters(self) -> dict[str, float]:
+        """What the reward counted in this run; it may have served others before."""
+        counters = {} if self.rollout.reward is None else self.rollout.reward.facts()
+        return {f"reward/{name}": value - self._counted.get(name, 0.0) for name, value in counters.items()}
+
+    # Going on ---------------------------------------------------------------------------------------------------------
+
+    def position_at(self, step: int) -> Round | None:
+        """The round as it is to be saved after `step` optimizer steps."""
+        if self.round is not None:
+            self.round.position = step - self._start
+        return self.round
+
+    def resume(self, drawn: Round | None, counters: dict[str, float], step: int) -> None:
+        """Go on after `step` optimizer steps with the round and the reward's counters that a checkpoint held."""
+        if drawn is not None:
+            self.round, self._start = drawn, step - drawn.position
+            self._logged = drawn.number if drawn.position > 0 else -1
+        self._counted = {name: value - counters.get(f"reward/{name}", 0.0) for name, value in self._counted.items()}
+
+
+def observe(
+    policy: Policy, rollout: Rollout, rows: Sequence[Row], *, limit: int, token_budget: int, seed: int
+) -> dict[str, float]:
+    """Draw a response to each of `limit` prompts, to look at: entropy, KL to the reference (nats), length, repetition.
+
+    The first different ones that leave the model space to answer; empty if there is none.
+    """
+    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = positions - rollout.settings.max_new_tokens
+    prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())[:limit]
+    if not prompts:
+        return {}
+    responses = rollout.sample(policy.model, prompts, seed=seed, number=0, n=1)
+    groups = [Group(prompt, drawn) for prompt, drawn in zip(prompts, responses, strict=True)]
+    logps = rollout.scores(policy.model, groups, token_budget).logps
+    metrics = {"objective/entropy": float(-logps.mean())}
+    if policy.reference is not None:
+        with policy.as_reference() as reference:
+            metrics["objective/kl"] = float((logps - rollout.scores(reference, groups, token_budget).logps).mean())
+    return metrics | completion_metrics([drawn for group in responses for drawn in group], end_id=rollout.end_id)

@@ -1,4 +1,4 @@
-"""The trainer: read what a method needs, collect exactly that, call its loss, step, log. It never asks which method.
+"""The trainer: collect what the method needs, score it, call its loss, step, log. It never asks which method it is.
 
 A subclass of `transformers.Trainer`: arguments, checkpoints, schedules, loggers and callbacks are that library's. A
 batch is counted in prompts, and the loss is a mean over the prompts of an optimizer step, however they are split.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -27,31 +30,40 @@ from transformers import (
 )
 
 from distalign.data import EncodedPair
-from distalign.engine import Group, Scores, micro_batches, score, score_in_batches
-from distalign.engine.available import available
-from distalign.engine.forward import evaluating
-from distalign.engine.room import DRAWING, Room, explained, measure, out_of_memory
+from distalign.engine import Group, Scores, score, score_in_batches
+from distalign.engine.forward import evaluating, redirect
+from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory
 from distalign.errors import InputError
-from distalign.methods import Method, Pairs
+from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
-from distalign.methods.preference import preference_logit, preference_nll
+from distalign.methods.preference import preference_nll
 from distalign.models.policy import Policy
 from distalign.progress import progress
-from distalign.training.actor import Actor, effective_share, observe
-from distalign.training.health import Monitor
+from distalign.training.checkpoint import load_worker, save_worker
+from distalign.training.health import HealthSettings, Monitor
 from distalign.training.prompts import (
-    Collected,
-    Notes,
-    beside,
+    Batch,
+    MetricAverager,
+    MicroBatch,
+    PromptGroup,
+    implicit_rewards,
     labelled_pairs,
-    look,
+    merge,
     pair_metrics,
-    reference_of,
     warn_about_sharpness,
 )
-from distalign.training.rounds import Rollout, TrainingError, acts, check_arguments, check_needs, without_autocast
+from distalign.training.rounds import (
+    Rollout,
+    RolloutWorker,
+    Row,
+    TrainingError,
+    check_rollout,
+    is_on_policy,
+    observe,
+)
 
 logger = logging.getLogger("distalign.training.trainer")
+T = TypeVar("T")
 
 
 class AlignmentTrainer(Trainer):
@@ -61,7 +73,7 @@ class AlignmentTrainer(Trainer):
     `rollout`, with a reward if they read one; with it, others are watched by a few samples at each evaluation.
 
     Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
-    method's implied reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats); over the
+    method's implicit reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats); over the
     responses of a round, fresh from the policy, `objective/reward`, `objective/kl`, `objective/entropy` (per sequence,
     nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them;
     `tokens_per_second`, `step_time`, `rollout_time`, `reward_time` (s). Log lines are lines of `metrics.jsonl`.
@@ -76,7 +88,7 @@ class AlignmentTrainer(Trainer):
         policy: Policy,
         method: Method,
         args: TrainingArguments,
-        train_rows: Sequence[Any],
+        train_rows: Sequence[Row],
         eval_pairs: Sequence[EncodedPair] | None = None,
         *,
         token_budget: int,
@@ -84,24 +96,27 @@ class AlignmentTrainer(Trainer):
         patience: int | None = None,
         min_delta: float = 0.0,
         rollout: Rollout | None = None,
-        health: Any = None,
+        health: HealthSettings | None = None,
         extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         reference_cache: dict[tuple, Tensor] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
-        self.rollout, self.acts = rollout, acts(method)
+        self.needs = method.needs
+        self.rollout, self.on_policy = rollout, is_on_policy(method)
         check_arguments(label, args)
         check_needs(label, method, reference=policy.reference is not None, rollout=rollout)
         args.remove_unused_columns = False
         stopping: list[TrainerCallback] = []
         if patience is not None and eval_pairs:
             stopping.append(EarlyStoppingCallback(patience, min_delta))
-        if self.acts:
+        if self.on_policy:
             policy.disable_dropout()
         if method.needs.values:
             policy.add_value_head()
         self.rows = list(train_rows)
+        # The forward that accelerate wraps in its autocast; it is put back after training.
+        self._own_forward = vars(policy.model).get("forward")
         super().__init__(
             model=policy.model,
             args=args,
@@ -118,179 +133,133 @@ class AlignmentTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
-        self.temperature = rollout.settings.temperature if rollout is not None and self.acts else 1.0
+        self.temperature = rollout.settings.temperature if rollout is not None and self.on_policy else 1.0
         # Others' log-probabilities are of full precision.
         shared = reference_cache is not None and self.temperature == 1 and self.accelerator.mixed_precision == "no"
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
         self.monitor = Monitor(health, label) if health is not None else None
-        self.notes = Notes()
-        self.actor = self._actor() if self.acts else None
+        self.metrics = MetricAverager()
+        self.worker = self._worker() if self.on_policy else None
         self.start: dict[str, float] = {}
-        self.room: Room | None = None
+        self.memory: MemoryEstimate | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
 
-    def _actor(self) -> Actor:
+    def _worker(self) -> RolloutWorker:
         assert self.rollout is not None
-        settings: Any = {"args": self.args, "token_budget": self.token_budget, "monitor": self.monitor}
-        settings["autocast"] = self.accelerator.autocast
-        return Actor(self.policy, self.method, self.rollout, self.rows, note=self.notes.add, **settings)
+        return RolloutWorker(
+            self.policy,
+            self.method,
+            self.rollout,
+            self.rows,
+            args=self.args,
+            token_budget=self.token_budget,
+            monitor=self.monitor,
+            metrics=self.metrics,
+            run=self.run,
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; by rounds for a method that draws responses."""
-        if self.actor is None:
+        if self.worker is None:
             return super().get_train_dataloader()
-        settings: Any = {"batch_sampler": self.actor.batches, "collate_fn": self.data_collator}
-        return self.accelerator.prepare(DataLoader(self.train_dataset, **settings))  # pyright: ignore
+        dataset: Any = self.train_dataset
+        loader = DataLoader(dataset, batch_sampler=self.worker.batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
-    # What a step reads ------------------------------------------------------------------------------------------------
+    # A step -----------------------------------------------------------------------------------------------------------
 
-    def collect(self, model: nn.Module, rows: Sequence[Any], indices: Sequence[int]) -> list[Collected]:
-        """All that the method needs for these prompts, computed without gradient. `indices` are their row numbers."""
-        step = self.state.global_step
-        drawn = [] if self.actor is None else self.actor.collect(model, indices, step)
-        if self.method.needs.pairs != "labelled":
-            return drawn
-        pairs = self.labelled(rows, reference=self.method.needs.reference)
-        return pairs if self.actor is None else [beside(pair, own) for pair, own in zip(pairs, drawn, strict=True)]
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
+        """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
+        started = time.perf_counter()
+        model.train()
+        batch = self.collect(inputs["rows"], inputs["indices"], num_items_in_batch)
+        total = torch.zeros((), device=self.args.device)
+        for micro in batch.micro_batches(self.token_budget):
+            with self.enough_memory(micro):
+                scores = self.score(micro.groups)
+                pairs, samples = micro.inputs(scores, self.needs, self.pairing)
+                loss = self.method.loss(pairs, samples) * micro.weight
+                self.accelerator.backward(loss)
+            self.record(micro, scores, pairs, samples)
+            total += loss.detach().to(total.dtype)
+        return self.log_step(batch, total, started)
 
-    def labelled(self, rows: Sequence[EncodedPair], *, reference: bool) -> list[Collected]:
-        """Labelled pairs; with log-probabilities under the reference if they are asked for."""
-        if reference:
-            self._score_reference(rows)
-        return [
-            Collected(
-                Group(row.prompt, [row.chosen, row.rejected]),
-                labelled=2,
-                probability=row.probability,
-                reference_logps=self.reference_cache[row.key] if reference else None,
-            )
-            for row in rows
-        ]
+    def collect(self, rows: Sequence[Row], indices: Sequence[int], step_prompts: int | None = None) -> Batch:
+        """All that the method needs for these prompts, computed without gradient. `indices` are their row numbers.
 
-    def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
-        missing = [row for row in rows if row.key not in self.reference_cache]
-        if not missing:
-            return
-        groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in missing]
-        with self.accelerator.autocast(), self.policy.as_reference() as model:
-            logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
-        for row, pair in zip(missing, logps.view(-1, 2), strict=True):
-            self.reference_cache[row.key] = pair
+        `step_prompts` is the number of prompts of the optimizer step, over all its batches.
+        """
+        prompts: list[PromptGroup] = []
+        if self.needs.pairs == "labelled":
+            prompts = self.labelled(rows, reference=self.needs.reference)
+        if self.worker is not None:
+            with self.kept_if_it_fails():
+                self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
+            drawn = self.worker.collect(indices, self.state.global_step)
+            prompts = [merge(pair, own) for pair, own in zip(prompts, drawn, strict=True)] if prompts else drawn
+        return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
 
-    def score(self, model: nn.Module, collected: Sequence[Collected]) -> Scores:
-        """One pass of the policy over the collected prompts, with what the method's loss reads of it."""
-        needs = self.method.needs
-        return score(
-            model,
-            [one.group for one in collected],
-            reference=self.policy.reference if needs.kl else None,
-            entropy=needs.entropy,
-            temperature=self.temperature,
-            value_head=self.policy.value_head,
+    def score(self, groups: Sequence[Group]) -> Scores:
+        """One pass of the policy over some groups, with what the method's loss reads of it."""
+        needs, policy = self.needs, self.policy
+        return self.run(
+            lambda: score(
+                policy.model,
+                groups,
+                reference=policy.reference if needs.kl else None,
+                entropy=needs.entropy,
+                temperature=self.temperature,
+                value_head=policy.value_head,
+            ),
+            gradient=True,
         )
 
-    # Steps ------------------------------------------------------------------------------------------------------------
+    def run(self, function: Callable[[], T], *, gradient: bool = False) -> T:
+        """Run a pass of the policy inside the forward of whatever wraps it, under accelerate's autocast."""
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
-        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
-        if resume_from_checkpoint:
-            self._resume(Path(str(resume_from_checkpoint)))
-        else:
+        def under_autocast() -> T:
+            # accelerate's own autocast is around the forward that is redirected here.
             with self.accelerator.autocast():
-                self.policy.assert_starts_at_reference([Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]])
-        self._free = available(self.args.device)
-        with progress(self.label, 1) as self._advance, explained(self.label):
-            try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            finally:
-                self.policy.remove_value_head()
-                without_autocast(self.model)
+                return function()
 
-    def _resume(self, checkpoint: Path) -> None:
-        if self.actor is not None:
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            self.actor.load(checkpoint, state.global_step)
+        with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+            wrapper: Any = self.model_wrapped
+            return redirect(wrapper, self.policy.model, under_autocast)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = self._folder / f"checkpoint-{self.state.global_step}"
-        if self.actor is not None and folder.is_dir():
-            self.actor.save(folder, self.state.global_step)
+    @property
+    def pairing(self) -> Any:
+        """How pairs are made of more than two samples."""
+        return "all" if self.rollout is None else self.rollout.settings.pairing
+
+    def record(self, micro: MicroBatch, scores: Scores, pairs: Pairs, samples: Samples) -> None:
+        """Take from a pass what the next log line says."""
+        needs = self.needs
+        if needs.pairs == "labelled":
+            self.metrics.add(pair_metrics(self.method, pairs), len(micro.prompts))
+        if needs.samples and not needs.values and "behavior_token_logps" in micro.prompts[0].constants:
+            self._weights.append(importance_weights(samples)[:, -1])
+        if self.worker is not None:
+            self.worker.record(scores, micro.prompts, self.state.global_step)
+
+    def log_step(self, batch: Batch, total: Tensor, started: float) -> Tensor:
+        """Take what is known once all micro-batches of a batch, and all batches of a step, are through."""
+        step = self.state.global_step
+        if self.worker is not None:
+            self.worker.finish_batch(step)
+            self._stop_if_collapsed()
+        self._seconds += time.perf_counter() - started
+        self._tokens += batch.tokens
+        if self.accelerator.sync_gradients:
+            self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
+            if self._weights:
+                self.metrics.add({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
+            self._seconds, self._tokens, self._weights = 0.0, 0, []
+        mean = total * batch.step_prompts / len(batch.prompts)
+        self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
+        return total
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
         return sum(len(batch["rows"]) for batch in batch_samples)
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
-        if self.room is None:
-            self.room = self._find_room(model)
-        started = time.perf_counter()
-        rows, indices = inputs["rows"], inputs["indices"]
-        model.train()
-        if self.actor is not None:
-            self._enter_round(model, indices)
-        collected = self.collect(model, rows, indices)
-        whole = num_items_in_batch or len(rows) * self.current_gradient_accumulation_steps
-        total = torch.zeros((), device=self.args.device)
-        for batch in micro_batches([one.group for one in collected], self.token_budget):
-            micro = [collected[index] for index in batch]
-            tokens = sum(one.group.tokens for one in micro)
-            with self.room.within(tokens, self.state.global_step + 1, self._keep):
-                loss = self._micro_batch(model, micro, whole)
-            total += loss.to(total.dtype)
-        if self.actor is not None:
-            self.actor.finish_batch(self.state.global_step)
-            self._stop_if_collapsed()
-        self._finish_step(started, collected)
-        self._advance(self.state.global_step + 1, self.state.max_steps, f"loss {total * whole / len(rows):.3f}")
-        return total
-
-    def _micro_batch(self, model: nn.Module, micro: Sequence[Collected], whole: int) -> Tensor:
-        # accelerate's own autocast is around the model's forward, which the engine does not call.
-        with self.accelerator.autocast():
-            scores = self.score(model, micro)
-            pairing = "all" if self.rollout is None else self.rollout.settings.pairing
-            pairs, samples = look(scores, micro, self.method.needs, pairing)
-            loss = self.method.loss(pairs, samples) * (len(micro) / whole)
-        self.accelerator.backward(loss)
-        if self.method.needs.pairs == "labelled":
-            self.notes.add(pair_metrics(self.method, pairs), len(micro))
-        if "behavior_token_logps" in micro[0].tensors and self.method.needs.samples and not self.method.needs.values:
-            self._weights.append(importance_weights(samples)[:, -1])
-        if self.actor is not None:
-            self.actor.saw(scores, micro, self.state.global_step)
-        return loss.detach()
-
-    def _enter_round(self, model: nn.Module, indices: Sequence[int]) -> None:
-        """Draw and reward the round of these rows if it is a new one. If that fails, what there is is saved first."""
-        assert self.actor is not None
-        try:
-            self.actor.enter(model, indices, self.state.global_step, self._folder / "samples.jsonl")
-        except Exception as error:
-            kept = self._keep()
-            if out_of_memory(error):
-                raise TrainingError(f"{self.label}: {DRAWING}; {kept}; train on with --resume") from error
-            if not isinstance(error, InputError):
-                raise
-            raise type(error)(f"{error}; {kept} and the responses of this round: mend it and --resume") from error
-
-    def _keep(self) -> str:
-        self._save_checkpoint(self.model_wrapped, trial=None)
-        return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
-
-    def _find_room(self, model: nn.Module) -> Room:
-        """What the run will need, measured on the model as it is trained."""
-
-        def score(groups: list[Group]) -> Scores:
-            return self.score(model, [Collected(group) for group in groups])
-
-        needs = self.method.needs
-        settings: Any = {"args": self.args, "token_budget": self.token_budget, "free": self._free}
-        with self.accelerator.autocast():
-            room = measure(self.label, self.policy, score, self.rows, needs, self.rollout, **settings)
-        room.tell()
-        return room
 
     def _stop_if_collapsed(self) -> None:
         monitor = self.monitor
@@ -299,74 +268,197 @@ class AlignmentTrainer(Trainer):
         logger.warning("%s stops at step %d: %s", self.label, self.state.global_step, monitor.collapsed)
         self.control.should_save = self.control.should_training_stop = True
 
-    def _finish_step(self, started: float, collected: Sequence[Collected]) -> None:
-        """Note what is known once all batches of an optimizer step are through."""
-        self._seconds += time.perf_counter() - started
-        self._tokens += sum(one.group.tokens for one in collected)
-        if not self.accelerator.sync_gradients:
-            return
-        self.notes.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
-        if self._weights:
-            self.notes.add({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
-        self._seconds, self._tokens, self._weights = 0.0, 0, []
+    # Labelled pairs ---------------------------------------------------------------------------------------------------
 
-    # Evaluation -------------------------------------------------------------------------------------------------------
+    def labelled(self, rows: Sequence[Any], *, reference: bool) -> list[PromptGroup]:
+        """Labelled pairs; with log-probabilities under the reference if they are asked for."""
+        if reference:
+            self._score_reference(rows)
+        return [
+            PromptGroup(
+                Group(row.prompt, [row.chosen, row.rejected]),
+                labelled=2,
+                probability=1.0 if row.probability is None else row.probability,
+                reference_logps=self.reference_cache[row.key] if reference else None,
+            )
+            for row in rows
+        ]
+
+    def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
+        missing = [row for row in rows if row.key not in self.reference_cache]
+        if missing:
+            logps = self.run(lambda: self._pair_logps(missing, of_reference=True))
+            for row, pair in zip(missing, logps, strict=True):
+                self.reference_cache[row.key] = pair
+
+    def _pair_logps(self, rows: Sequence[EncodedPair], *, of_reference: bool = False) -> Float[Tensor, "pairs 2"]:
+        groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in rows]
+        settings: dict[str, Any] = {"token_budget": self.token_budget, "temperature": self.temperature}
+        if of_reference:
+            with self.policy.as_reference() as reference:
+                return score_in_batches(reference, groups, **settings).logps.view(-1, 2)
+        with evaluating(self.policy.model):
+            return score_in_batches(self.policy.model, groups, **settings).logps.view(-1, 2)
 
     def held_out(self, rows: Sequence[EncodedPair]) -> Pairs:
         """Log-probabilities of labelled pairs under the policy, and under the reference where there is one."""
-        collected = self.labelled(rows, reference=self.policy.reference is not None)
-        model: Any = self.model
-        groups = [one.group for one in collected]
-        with self.accelerator.autocast(), evaluating(model):
-            logps = score_in_batches(model, groups, token_budget=self.token_budget, temperature=self.temperature).logps
-        return labelled_pairs(logps.view(-1, 2), collected)
+        prompts = self.labelled(rows, reference=self.policy.reference is not None)
+        return labelled_pairs(self.run(lambda: self._pair_logps(rows)), prompts)
+
+    # A run ------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
+        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
+        if resume_from_checkpoint:
+            self._resume(Path(str(resume_from_checkpoint)))
+        else:
+            groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
+            self.run(lambda: self.policy.assert_starts_at_reference(groups))
+        with progress(self.label, 1) as self._advance, self._enough_memory_outside():
+            try:
+                self.memory = self.estimate_memory()
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                self.policy.remove_value_head()
+                self._put_forward_back()
+
+    def _put_forward_back(self) -> None:
+        """Take off the autocast that accelerate put around the model's forward."""
+        if self._own_forward is None:
+            vars(self.policy.model).pop("forward", None)
+        else:
+            self.policy.model.forward = self._own_forward
+
+    def _resume(self, checkpoint: Path) -> None:
+        if self.worker is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            load_worker(self.worker, checkpoint, state.global_step)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # The one private method of transformers that is overridden: a checkpoint must be whole before older ones go.
+        super()._save_checkpoint(model, trial)
+        folder = self._folder / f"checkpoint-{self.state.global_step}"
+        if self.worker is not None and folder.is_dir():
+            save_worker(self.worker, folder, self.state.global_step)
+
+    def _save_now(self) -> str:
+        self._save_checkpoint(self.model_wrapped, trial=None)
+        return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
+
+    @contextmanager
+    def kept_if_it_fails(self) -> Iterator[None]:
+        """If drawing or rewarding a round fails, the run is saved with what there is of it."""
+        try:
+            yield
+        except Exception as error:
+            saved = self._save_now()
+            if out_of_memory(error):
+                raise TrainingError(
+                    f"{self.label}: out of memory while responses were drawn and scored; lower rollout.rows, "
+                    f"token_budget or max_new_tokens; {saved}; train on with --resume"
+                ) from error
+            if not isinstance(error, InputError):
+                raise
+            raise type(error)(f"{error}; {saved} and the responses of this round: fix it and --resume") from error
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    def estimate_memory(self) -> MemoryEstimate:
+        """What the run will need, measured on the model as it is trained; logged, with a warning if it does not fit."""
+        reward = None if self.rollout is None else self.rollout.reward
+        others = [self.policy.reference, *(vars(reward).values() if hasattr(reward, "__dict__") else ())]
+        memory = estimate(
+            self.policy.model,
+            self.score,
+            expected_lengths(self.rows, self.method, self.rollout),
+            token_budget=self.token_budget,
+            batch=self.args.per_device_train_batch_size,
+            free=available(self.args.device),
+            state=2.0 if "adamw_torch" in str(self.args.optim).lower() else None,
+            resident=[module for module in others if isinstance(module, nn.Module)],
+        )
+        logger.info("%s", memory)
+        if not memory.fits():
+            logger.warning("%s is likely to run out of memory: %s", self.label, memory.advice())
+        return memory
+
+    @contextmanager
+    def enough_memory(self, micro: MicroBatch) -> Iterator[None]:
+        """Turn a lack of memory in a micro-batch into a TrainingError that says what to set; the run is saved first."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or self.memory is None:
+                raise
+            # What the pass holds is let go, so that there is memory to save with.
+            traceback.clear_frames(error.__traceback__)
+            raise TrainingError(
+                f"{self.label}: out of memory at step {self.state.global_step + 1}, in a micro-batch of {micro.tokens} "
+                f"tokens{asked_for(error)}; {self.memory.advice(micro.tokens)}; {self._save_now()}: go on with --resume"
+            ) from error
+
+    @contextmanager
+    def _enough_memory_outside(self) -> Iterator[None]:
+        """As `enough_memory`, outside micro-batches. Nothing is saved: weights may be half-way through an update."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"{self.label}: out of memory outside a micro-batch, for the optimizer's state or in an evaluation "
+                f"({' '.join(str(error).split())[:200]}); {LESS}, or an optimizer with less state (training.optim)"
+            ) from error
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
 
     def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out pairs: `loss` is the negative log-likelihood of the labels, in nats a pair; and the pair metrics."""
+        """Held-out pairs: `loss` is the negative log-likelihood of the labels, in nats; and the pair metrics."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        model: Any = self.model
         pairs = self.held_out(rows)
-        with self.accelerator.autocast(), evaluating(model):
-            extra = self.extra_evaluation(model) if self.extra_evaluation else {}
-        rewards = self.method.implicit_reward(pairs.logps, reference_of(pairs))
-        logit = preference_logit(rewards, gamma=1.0)
-        found = {
+        rewards = implicit_rewards(self.method, pairs)
+        logit = rewards[:, 0] - rewards[:, 1]
+        values = {
             "loss": float(preference_nll(logit, pairs.probability).mean()),
             **pair_metrics(self.method, pairs),
             "preference/median_logit": float(logit.abs().median()),
         }
         if not self.start:
             # A run that goes on remembers where it started.
-            told = [row for row in self.state.log_history if f"{metric_key_prefix}_logps/chosen" in row]
-            self.start = {name: told[0][f"{metric_key_prefix}_{name}"] for name in found} if told else found
+            logged = [row for row in self.state.log_history if f"{metric_key_prefix}_logps/chosen" in row]
+            self.start = {name: logged[0][f"{metric_key_prefix}_{name}"] for name in values} if logged else values
             warn_about_sharpness(self.label, self.start["preference/median_logit"])
-        found["health/chosen_logps_change"] = found["logps/chosen"] - self.start["logps/chosen"]
-        found |= self._watch(model, found)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in {**found, **extra}.items()}
+        values["health/chosen_logps_change"] = values["logps/chosen"] - self.start["logps/chosen"]
+        values |= self._watch(values["logps/chosen"])
+        if self.extra_evaluation is not None:
+            values |= self.run(self._extra)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         if self.is_in_train and self.state.global_step == 0 and self.args.load_best_model_at_end:
             self._keep_start(metrics)
         return metrics
 
-    def _watch(self, model: nn.Module, found: dict[str, float]) -> dict[str, float]:
+    def _extra(self) -> dict[str, float]:
+        assert self.extra_evaluation is not None
+        with evaluating(self.policy.model):
+            return self.extra_evaluation(self.policy.model)
+
+    def _watch(self, chosen_logps: float) -> dict[str, float]:
         """Health at an evaluation. A method that draws no responses itself has some drawn, only to be looked at."""
         if self.rollout is None or self.monitor is None:
             return {}
-        if self.acts:
-            return self.monitor.update({"logps/chosen": found["logps/chosen"]}, self.state.global_step)
-        rows: Any = self.eval_dataset
-        limit, seed = self.monitor.settings.prompts, self.args.seed
-        with self.accelerator.autocast():
-            metrics = observe(self.policy, self.rollout, model, rows, limit, self.token_budget, seed)
+        if self.on_policy:
+            return self.monitor.update({"logps/chosen": chosen_logps}, self.state.global_step)
+        rollout, rows, limit = self.rollout, self.eval_dataset, self.monitor.settings.prompts
+        settings: dict[str, Any] = {"limit": limit, "token_budget": self.token_budget, "seed": self.args.seed}
+        metrics = self.run(lambda: observe(self.policy, rollout, rows, **settings))  # pyright: ignore[reportArgumentType]
         if not metrics:
             return {}
-        metrics |= self.monitor.update({**metrics, "logps/chosen": found["logps/chosen"]}, self.state.global_step)
+        metrics |= self.monitor.update({**metrics, "logps/chosen": chosen_logps}, self.state.global_step)
         self._stop_if_collapsed()
         return metrics
 
@@ -378,15 +470,20 @@ class AlignmentTrainer(Trainer):
         self.state.best_metric = metrics[best]
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
-        model: Any = self.model_wrapped
-        self._save_checkpoint(model, trial=None)
+        self._save_checkpoint(self.model_wrapped, trial=None)
 
-    # Telling ----------------------------------------------------------------------------------------------------------
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the model has after training: the best on the held-out pairs, or the last."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else best
+
+    # Logging ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the means of what was noted since the last training log, and write the line to metrics.jsonl."""
+        """Log, with the means of what was added since the last training log, and write the line to metrics.jsonl."""
         if "loss" in logs:
-            logs |= self.notes.take()
+            logs |= self.metrics.take()
         super().log(logs, start_time)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs}
@@ -397,8 +494,48 @@ class AlignmentTrainer(Trainer):
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
-    @property
-    def kept_step(self) -> int:
-        """The step whose weights the model has after training: the best on the held-out pairs, or the last."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return self.state.global_step if best is None else best
+
+def check_arguments(label: str, args: TrainingArguments) -> None:
+    """Raise TrainingError for arguments of transformers that cannot be followed here."""
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise TrainingError(
+            f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
+            "show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.torch_compile:
+        raise TrainingError(
+            f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
+            "leave it out of training"
+        )
+
+
+def check_needs(label: str, method: Method, *, reference: bool, rollout: Rollout | None) -> None:
+    """Raise TrainingError if what the method needs is not there."""
+    needs = method.needs
+    if (needs.reference or needs.kl) and not reference:
+        raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
+    if not is_on_policy(method):
+        return
+    if rollout is None:
+        raise TrainingError(f"{label} learns from responses of the policy; pass rollout, which says how to draw them")
+    if needs.reward and rollout.reward is None:
+        raise TrainingError(f"{label} needs a reward for the responses; give one: reward in the recipe")
+    check_rollout(label, method, rollout.settings)
+
+
+def expected_lengths(rows: Sequence[Any], method: Method, rollout: Rollout | None) -> list[tuple[int, tuple[int, ...]]]:
+    """(prompt, responses) of the groups of a run: labelled pairs as they are, drawn responses at their longest."""
+    drawn: tuple[int, ...] = ()
+    if rollout is not None and is_on_policy(method):
+        settings, needs = rollout.settings, method.needs
+        # Pairs are made of what was drawn; the KL term may want fresh responses beside.
+        sets = 1 + (needs.samples and needs.pairs == "sampled" and settings.stale == "resample")
+        drawn = (settings.max_new_tokens,) * (settings.samples * sets)
+    if method.needs.pairs != "labelled":
+        return [(len(row.prompt), drawn) for row in rows]
+    return [(len(row.prompt), (len(row.chosen), len(row.rejected), *drawn)) for row in rows]
+
+
+def effective_share(weights: Float[Tensor, "responses"]) -> float:
+    """(Σ w)² / (n Σ w²): the share of the responses that still counts under these importance weights."""
+    return float(weights.sum() ** 2 / (len(weights) * weights.square().sum()))

@@ -1,4 +1,4 @@
-"""The buffer of a round comes back as it was, or not at all; rewards of responses without an end follow the rule."""
+"""A round comes back as it was, or not at all; rewards of responses without an end follow the rule."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import pytest
 import torch
 
 from distalign.errors import InputError
-from distalign.training.buffer import FILE, Buffer
+from distalign.training.checkpoint import ROUND, load_round, save_round
 from distalign.training.health import HealthSettings
-from distalign.training.missing_end import apply_missing_end
-from distalign.training.rounds import RolloutSettings
+from distalign.training.rounds import MissingEnd, RolloutSettings, Round, apply_missing_end
 
 
-def buffer(**changes):
+def a_round(**changes):
     """Three prompts with two, one and three responses; one of them is empty."""
     settings = {
-        "round": 4,
+        "number": 4,
         "position": 3,
         "indices": [7, 2, 19],
         "prompts": [[5, 6], [7], [8, 9, 10]],
@@ -32,37 +31,37 @@ def buffer(**changes):
         },
         **changes,
     }
-    return Buffer(**settings)
+    return Round(**settings)
 
 
-def test_a_buffer_comes_back_exactly(tmp_path):
+def test_a_round_comes_back_exactly(tmp_path):
     """Every id, every bit of every tensor of any type, NaN and infinity included."""
-    first = buffer()
+    first = a_round()
     first.tensors["rewards"][:2] = torch.tensor([float("nan"), -float("inf")])
-    first.save(tmp_path / "new")
-    again = Buffer.load(tmp_path / "new")
+    save_round(first, tmp_path / "new")
+    again = load_round(tmp_path / "new")
     assert list(again.tensors.keys() ^ first.tensors.keys()) == []
     for name, tensor in first.tensors.items():
         assert again.tensors[name].dtype == tensor.dtype
         assert torch.equal(again.tensors[name].nan_to_num(7.0), tensor.nan_to_num(7.0)), name
-    for name in ("round", "position", "indices", "prompts", "responses"):
+    for name in ("number", "position", "indices", "prompts", "responses"):
         assert getattr(again, name) == getattr(first, name)
 
 
-def test_an_empty_buffer_comes_back(tmp_path):
-    """No prompts, no tensors: still a buffer."""
-    Buffer(0, 0, [], [], []).save(tmp_path)
-    assert Buffer.load(tmp_path) == Buffer(0, 0, [], [], [])
+def test_an_empty_round_comes_back(tmp_path):
+    """No prompts, no tensors: still a round."""
+    save_round(Round(0, 0, [], [], []), tmp_path)
+    assert load_round(tmp_path) == Round(0, 0, [], [], [])
 
 
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
     """One file, with what was saved last; tensors that share memory or hold a gradient are no obstacle."""
     whole = torch.randn(12, requires_grad=True)
-    first = buffer(tensors={"a": whole[:6], "b": whole[3:9], "c": whole[::2]})
-    buffer().save(tmp_path)
-    first.save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    again = Buffer.load(tmp_path)
+    first = a_round(tensors={"a": whole[:6], "b": whole[3:9], "c": whole[::2]})
+    save_round(a_round(), tmp_path)
+    save_round(first, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ROUND]
+    again = load_round(tmp_path)
     assert all(torch.equal(again.tensors[name], first.tensors[name]) for name in "abc")
 
 
@@ -73,18 +72,18 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    buffer().save(tmp_path)
-    monkeypatch.setattr("distalign.training.buffer.save_file", full)
+    save_round(a_round(), tmp_path)
+    monkeypatch.setattr("distalign.training.checkpoint.save_file", full)
     with pytest.raises(OSError, match="no space"):
-        buffer(round=5).save(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
-    assert Buffer.load(tmp_path).round == 4
+        save_round(a_round(number=5), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [ROUND]
+    assert load_round(tmp_path).number == 4
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "empty", "changed", "foreign"])
 def test_a_damaged_file_is_refused(damage, tmp_path):
     """Whatever happened to it: one line that says where and what to do."""
-    path = buffer().save(tmp_path)
+    path = save_round(a_round(), tmp_path)
     content = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
@@ -100,16 +99,16 @@ def test_a_damaged_file_is_refused(damage, tmp_path):
 
         save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match=r"rollout\.safetensors: .* cannot be read .* earlier checkpoint"):
-        Buffer.load(tmp_path)
+        load_round(tmp_path)
 
 
 def test_rows_and_prompts_are_found():
     """Rows of a prompt select its responses; a prompt is found by its place in the data set."""
-    own = buffer()
+    own = a_round()
     assert [own.rows(i) for i in range(3)] == [slice(0, 2), slice(2, 3), slice(3, 6)]
     assert len(own) == 3
     assert own.find(19) == 2
-    with pytest.raises(KeyError, match="prompt 3 is not in the buffer of round 4"):
+    with pytest.raises(KeyError, match="prompt 3 is not in round 4"):
         own.find(3)
     own.add("advantages", torch.arange(6.0))
     assert own.tensors["advantages"][own.rows(own.find(2))].tolist() == [2.0]
@@ -127,9 +126,9 @@ def test_rows_and_prompts_are_found():
 def test_what_does_not_fit_together_is_refused(changes, message):
     """When it is made, not when it is used."""
     with pytest.raises(ValueError, match=message):
-        buffer(**changes)
+        a_round(**changes)
     with pytest.raises(ValueError, match="needs a row"):
-        buffer().add("x", torch.zeros(7))
+        a_round().add("x", torch.zeros(7))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_what_does_not_fit_together_is_refused(changes, message):
 def test_missing_end_rule(rule, expected, dtype):
     """Only the response without an end is touched; what was given stays."""
     rewards, ended = torch.tensor([1.0, -2.0, 3.0], dtype=dtype), torch.tensor([True, False, True])
-    found = apply_missing_end(rewards, ended, rule, -1.5)
+    found = apply_missing_end(rewards, ended, MissingEnd(rule=rule, value=-1.5))
     assert found.tolist() == expected
     assert found.dtype == dtype
     assert rewards.tolist() == [1.0, -2.0, 3.0]

@@ -65,35 +65,25 @@ class Counts:
 
 
 def random_tables(
-    *,
-    worlds: int,
-    contexts: int,
-    responses: int,
-    scale: float,
-    gamma: float,
-    seed: int,
-    reference_scale: float | None = None,
-    skew: float = 0.0,
+    worlds: int, contexts: int, responses: int, *, scale: float, gamma: float, seed: int, skew: float = 0.0
 ) -> Tables:
-    """Worlds whose logits of π* and π₀ are independent N(0, scale²), π₀'s with its own scale if it is given.
-
-    `skew` tilts the uniform behaviour μ away from the target: μ ∝ π*^(−skew).
+    """Worlds whose logits of π* and π₀ are independent N(0, scale²); the behaviour μ ∝ π*^(−skew).
 
     Source: arXiv 2506.01523v2, appendix D.1 (scale 0.1, 10 contexts, 10 responses, γ 0.5, μ uniform).
     """
     random = torch.Generator().manual_seed(seed)
     shape = (worlds, contexts, responses)
-    target = (scale * torch.randn(shape, generator=random, dtype=torch.float64)).log_softmax(-1)
-    width = scale if reference_scale is None else reference_scale
-    reference = (width * torch.randn(shape, generator=random, dtype=torch.float64)).log_softmax(-1)
+    target, reference = (
+        (scale * torch.randn(shape, generator=random, dtype=torch.float64)).log_softmax(-1) for _ in range(2)
+    )
     return Tables(target, reference, (-skew * target).log_softmax(-1), gamma)
 
 
 def linear_tables(
-    *,
     worlds: int,
     contexts: int,
     responses: int,
+    *,
     features: int,
     relevant: int,
     scale: float,
@@ -113,12 +103,6 @@ def linear_tables(
     target = (phi[..., :relevant] @ weights)[..., 0].log_softmax(-1)
     uniform = torch.zeros_like(target).log_softmax(-1)
     return Tables(target, uniform, (-skew * target).log_softmax(-1), gamma), phi
-
-
-def generator(seed: int, purpose: str) -> torch.Generator:
-    """Random numbers of one purpose, which share nothing with those of another at the same seed."""
-    key = [seed, *purpose.encode()]
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def draw(tables: Tables, n: int, seed: int, *, stream: int = 0) -> Counts:
