@@ -155,7 +155,7 @@ class _Lengths:
     def __call__(self, requests: Sequence[Request]) -> torch.Tensor:
         return torch.tensor([float(len(set(own))) for request in requests for own in request.responses])
 
-    def facts(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """Nothing to tell."""
         return {}
 
@@ -178,8 +178,7 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     )
     turns = Turns(pipe, job, model, {})
     trainer.add_callback(turns)
-    assert trainer.actor is not None
-    timed = ((trainer.rollout, "sample"), (trainer.actor, "_scores"), (trainer, "score"))
+    timed = ((trainer.rollout, "sample"), (trainer.rollout, "scores"), (trainer, "score"))
     for owner, name in (*timed, (trainer.accelerator, "backward")):
         setattr(owner, name, _timed(getattr(owner, name), turns))
     trainer.train()

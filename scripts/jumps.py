@@ -96,7 +96,7 @@ class Even:
         texts = [own for request in requests for own in request.responses]
         return torch.tensor([float(sum(token % 2 == 0 for token in own)) for own in texts])
 
-    def facts(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """Nothing to tell."""
         return {}
 

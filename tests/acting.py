@@ -36,7 +36,7 @@ class Warmth:
         texts = [own for request in requests for own in request.responses]
         return torch.tensor([sum(7 <= t <= 9 for t in own) + 0.5 * (own[-1] == tiny.END) for own in texts])
 
-    def facts(self):
+    def counters(self):
         """Nothing to tell."""
         return {}
 

@@ -221,7 +221,7 @@ def test_unreadable_lines(write):
     message = refusal(write(b"\n".join(lines)))
     assert message.splitlines() == [
         "3 problems:",
-        "  x.jsonl:2: not JSON (Expecting ',' delimiter at column 15); write one object a line",
+        "  x.jsonl:2: not JSON (Expecting ',' delimiter at column 15); write one object per line",
         '  x.jsonl:3: int, not an object; write {"prompt": …, "chosen": …, "rejected": …}',
         "  x.jsonl:4: not UTF-8 (byte 0xe9 at position 16); save the file as UTF-8",
     ]

@@ -2,6 +2,7 @@ import io
 from dataclasses import replace
 
 import pytest
+from distalign.cli.looking import describe_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -218,7 +219,7 @@ def test_inspection_is_drawn(tokenizer):
     rows = [
         {"prompt": f"sky {i}", "chosen": "b" * (i + 2), "rejected": "gg", "p_chosen": 0.9, "id": i} for i in range(5)
     ]
-    console.print(inspect_pairs(rows, tokenizer, max_length=9).render())
+    console.print(describe_pairs(inspect_pairs(rows, tokenizer, max_length=9)))
     text = console.export_text()
     for part in (
         "standard, prompt: a column of its own",

@@ -79,7 +79,7 @@ class Lookup:
         self.asked += comparisons
         return [Judgement(self.table[tuple(c.ids.first), tuple(c.ids.second)]) for c in comparisons]
 
-    def facts(self):
+    def counters(self):
         """None."""
         return {}
 

@@ -25,7 +25,7 @@ from distalign.evaluation.metrics import (
 )
 from distalign.models.targets import with_logit_bias
 from distalign.rollout.sample import sample
-from distalign.stats.metrics import holm, paired_p_value, significance_mark
+from distalign.stats.intervals import holm, paired_p_value, significance_mark
 
 VOCABULARY, END = 8, 7
 PROMPTS = [[1, 2, 3], [4], [5, 6]]

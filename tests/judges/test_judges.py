@@ -70,7 +70,7 @@ def test_the_exact_judge_is_the_targets_preference(verdict):
     assert [one.probability for one in found] == pytest.approx([expected, expected, 1 - expected], abs=1e-5)
     assert 0.01 < abs(logit) < 5
     assert seen == [(3, 3)]
-    assert judge.facts() == {"responses": 2.0}  # each once, however often it is compared
+    assert judge.counters() == {"responses": 2.0}  # each once, however often it is compared
 
 
 def test_a_response_that_did_not_end_is_judged_as_such():
@@ -154,10 +154,10 @@ def test_a_function_is_asked_in_both_orders(write, body, expected, contradictory
     """The mean of p in one order and 1 − p in the other; what names the same position twice is counted."""
     judge = FunctionJudge(write(body), timeout=9.0)
     assert [one.probability for one in judge(CHATS)] == pytest.approx(expected)
-    assert judge.facts() == {"comparisons": 2.0, "contradictory": float(contradictory)}
+    assert judge.counters() == {"comparisons": 2.0, "contradictory": float(contradictory)}
     backwards = judge([swapped(one) for one in CHATS])
     assert [1 - one.probability for one in backwards] == pytest.approx(expected)
-    assert judge.facts() == {"comparisons": 4.0, "contradictory": 2.0 * contradictory}
+    assert judge.counters() == {"comparisons": 4.0, "contradictory": 2.0 * contradictory}
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_chats_are_shown_turn_by_turn():
         ("{{ prompt }} {{ first }} {{ secnd }}", "'secnd' is undefined; it may use prompt"),
         ("{{ prompt }} {{ first }}", "it does not show second"),
         ("{{ first }} {{ second }}", "it does not show prompt"),
-        ("{% if %}", "mend the template"),
+        ("{% if %}", "fix the template"),
         ("{{ first.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
     ],

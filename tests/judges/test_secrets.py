@@ -41,7 +41,7 @@ def remote(**settings) -> EndpointJudge:
     ids=lambda action: f"{action[0]}",
 )
 def test_the_key_is_written_nowhere(action, tmp_path, monkeypatch, caplog, capfd):
-    """Not in files, logs of any level, errors and their causes, facts, answers or reprs: only in the header."""
+    """Not in files, logs of any level, errors and their causes, counters, answers or reprs: only in the header."""
     monkeypatch.setenv("JUDGE_KEY", KEY)
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.DEBUG)
@@ -55,7 +55,7 @@ def test_the_key_is_written_nowhere(action, tmp_path, monkeypatch, caplog, capfd
             told += traceback.format_exception(error)
         assert server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert told
-    told += [judge, vars(judge), settings, judge.facts(), caplog.text, *capfd.readouterr()]
+    told += [judge, vars(judge), settings, judge.counters(), caplog.text, *capfd.readouterr()]
     told += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert list(tmp_path.rglob("*.jsonl"))
     assert CODE not in "\n".join(map(repr, told))

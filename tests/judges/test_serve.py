@@ -62,13 +62,13 @@ def test_a_real_server_is_asked_once(server, tmp_path):
     settings = EndpointSettings(url=url, model=model, cache=str(tmp_path / "cache.jsonl"), concurrency=2)
     judge, again = EndpointJudge(settings), EndpointJudge(settings)
     found = judge(comparisons)
-    facts = judge.facts()
-    assert facts["requests"] == facts["answered"] >= 4
-    assert facts["tokens"] == sum(one.tokens for one in found) > 400
-    assert all(len(one.said) == 2 and one.said[0] for one in found)
+    counters = judge.counters()
+    assert counters["requests"] == counters["answered"] >= 4
+    assert counters["tokens"] == sum(one.tokens for one in found) > 400
+    assert all(len(one.answers) == 2 and one.answers[0] for one in found)
     swapped = again([Comparison(one.prompt, one.second, one.first) for one in comparisons])
     assert [one.probability for one in swapped] == [1 - one.probability for one in found]
-    assert "requests" not in again.facts()
+    assert "requests" not in again.counters()
 
 
 def test_a_model_that_is_not_there_stops_the_run(server, tmp_path):

@@ -1,4 +1,4 @@
-"""Judges: sequence-classification models with one label, read as text by their own tokenizer and template."""
+"""Reward classifiers: sequence-classification models with one label, read as text by their own tokenizer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ REQUESTS = [
 ]
 
 
-def save_judge(folder, *, labels: int = 1, pad: int | None = 0, tokenizer=None, **settings):
-    """A tiny judge with random weights in a folder; returns its name."""
+def save_classifier(folder, *, labels: int = 1, pad: int | None = 0, tokenizer=None, **settings):
+    """A tiny reward classifier with random weights in a folder; returns its name."""
     torch.manual_seed(3)
     config = tiny.model(**settings).config
     config.num_labels, config.pad_token_id = labels, pad
@@ -35,8 +35,8 @@ def save_judge(folder, *, labels: int = 1, pad: int | None = 0, tokenizer=None, 
     return str(folder)
 
 
-def judge(name: str, token_budget: int = 10_000, **settings):
-    """The judge as a reward, for a policy that has the tiny tokenizer."""
+def classifier(name: str, token_budget: int = 10_000, **settings):
+    """The classifier as a reward, for a policy that has the tiny tokenizer."""
     parts = {"base": tiny.model(), "tokenizer": tiny.tokenizer(), "token_budget": token_budget}
     return make_reward([RewardSettings(model=name, **settings)], **parts)
 
@@ -49,7 +49,7 @@ def alone(name: str, texts: list[list[int]]) -> torch.Tensor:
 
 
 def rendered(request: Request, ids: list[int]) -> list[int]:
-    """The chat as the judge's template writes it, in its ids."""
+    """The chat as the classifier's template writes it, in its ids."""
     tokenizer = tiny.tokenizer()
     turn = {"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)}
     text = tokenizer.apply_chat_template([*request.row.prompt, turn], tokenize=False)
@@ -60,28 +60,28 @@ def rendered(request: Request, ids: list[int]) -> list[int]:
 @pytest.mark.parametrize("token_budget", [20, 10_000])
 def test_scores_do_not_depend_on_the_batch(tmp_path, pad, token_budget):
     """A chat is rendered by the template; padding, its token and the size of a batch change nothing."""
-    name = save_judge(tmp_path, pad=pad)
+    name = save_classifier(tmp_path, pad=pad)
     check_rewards([RewardSettings(model=name)], conversational=True)
-    reward = judge(name, token_budget)
+    reward = classifier(name, token_budget)
     expected = alone(name, [rendered(request, ids) for request in REQUESTS for ids in request.responses])
     torch.testing.assert_close(reward(REQUESTS), expected, rtol=1e-5, atol=1e-5)
     assert float(expected.std()) > 0.05
-    assert reward.facts() == {"texts": 4.0, "texts_cut": 0.0}
+    assert reward.counters() == {"texts": 4.0, "texts_cut": 0.0}
 
 
 def test_without_any_padding_token_texts_are_scored_alone(tmp_path):
     """Nothing can pad, so nothing is padded."""
     tokenizer = tiny.tokenizer()
     tokenizer.pad_token = None
-    name = save_judge(tmp_path, pad=None, tokenizer=tokenizer)
+    name = save_classifier(tmp_path, pad=None, tokenizer=tokenizer)
     expected = alone(name, [rendered(request, ids) for request in REQUESTS for ids in request.responses])
-    torch.testing.assert_close(judge(name)(REQUESTS), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(classifier(name)(REQUESTS), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_strings_are_joined_and_end(tmp_path):
-    """Prompt text and response text, and the judge's end-of-sequence token once."""
-    name = save_judge(tmp_path)
-    found = judge(name)([Request([5], [[7, 8, tiny.END], [9]], Prompt("tell me "))])
+    """Prompt text and response text, and the classifier's end-of-sequence token once."""
+    name = save_classifier(tmp_path)
+    found = classifier(name)([Request([5], [[7, 8, tiny.END], [9]], Prompt("tell me "))])
     ids = tiny.tokenizer()("tell me")["input_ids"]
     expected = alone(name, [[*ids, 7, 8, tiny.END], [*ids, 9, tiny.END]])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -89,39 +89,39 @@ def test_strings_are_joined_and_end(tmp_path):
 
 def test_a_text_that_is_too_long_loses_its_start_and_is_counted(tmp_path):
     """max_length tokens are left, the answer among them; others are whole."""
-    name = save_judge(tmp_path)
-    reward = judge(name, max_length=12)
+    name = save_classifier(tmp_path)
+    reward = classifier(name, max_length=12)
     texts = [rendered(request, ids) for request in REQUESTS for ids in request.responses]
     cut = [ids for ids in texts if len(ids) > 12]
     assert 0 < len(cut) < len(texts)
     torch.testing.assert_close(reward(REQUESTS), alone(name, [ids[-12:] for ids in texts]), rtol=1e-5, atol=1e-5)
-    assert reward.facts() == {"texts": 4.0, "texts_cut": float(len(cut))}
+    assert reward.counters() == {"texts": 4.0, "texts_cut": float(len(cut))}
 
 
 def test_the_models_own_limit_holds_without_a_setting(tmp_path):
     """A text longer than its positions is cut to them, and counted."""
-    name = save_judge(tmp_path, max_position_embeddings=12)
-    reward = judge(name)
+    name = save_classifier(tmp_path, max_position_embeddings=12)
+    reward = classifier(name)
     assert reward(REQUESTS).isfinite().all()
-    assert reward.facts()["texts_cut"] > 0
+    assert reward.counters()["texts_cut"] > 0
     with pytest.raises(RewardError, match="max_length is 13, but it has 12 positions"):
         check_rewards([RewardSettings(model=name, max_length=13)], conversational=True)
 
 
-def test_a_judge_that_cannot_read_the_rows_is_refused(tmp_path):
+def test_a_classifier_that_cannot_read_the_rows_is_refused(tmp_path):
     """Chats need a template: said before any weights are loaded, and again if nobody asked."""
-    name = save_judge(tmp_path, tokenizer=tiny.tokenizer(chat=False))
+    name = save_classifier(tmp_path, tokenizer=tiny.tokenizer(chat=False))
     with pytest.raises(RewardError, match="the rows are chats and its tokenizer has no chat template"):
         check_rewards([RewardSettings(model=name)], conversational=True)
     check_rewards([RewardSettings(model=name)], conversational=False)
     with pytest.raises(RewardError, match="has no chat template"):
-        judge(name)(REQUESTS)
+        classifier(name)(REQUESTS)
 
 
-def test_models_that_are_no_judges_are_refused(tmp_path, tiny_folder):
+def test_models_that_are_no_reward_classifiers_are_refused(tmp_path, tiny_folder):
     """A language model, two labels, code of its own, a folder without weights."""
-    two = save_judge(tmp_path / "two", labels=2)
-    code = save_judge(tmp_path / "code")
+    two = save_classifier(tmp_path / "two", labels=2)
+    code = save_classifier(tmp_path / "code")
     config = json.loads((tmp_path / "code" / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "mine.Config"}, "model_type": "mine"}
     (tmp_path / "code" / "config.json").write_text(json.dumps(config))
@@ -134,21 +134,21 @@ def test_models_that_are_no_judges_are_refused(tmp_path, tiny_folder):
             check_rewards([RewardSettings(model=name)], conversational=True)
 
 
-def test_a_judge_without_a_score_head_is_refused(tmp_path):
+def test_a_classifier_without_a_score_head_is_refused(tmp_path):
     """A head that transformers would make up scores nothing."""
     from safetensors.torch import load_file, save_file
 
-    name = save_judge(tmp_path)
+    name = save_classifier(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RewardError, match=r"it has no weights for score\.weight"):
-        judge(name)
+        classifier(name)
 
 
 def test_a_score_that_is_no_number_is_refused(tmp_path):
     """Named, with the place."""
-    reward = judge(save_judge(tmp_path))
+    reward = classifier(save_classifier(tmp_path))
     reward.model.score.weight.data.fill_(math.inf)
     with pytest.raises(RewardError, match="4 of 4 rewards are not finite"):
         reward(REQUESTS)
@@ -163,7 +163,7 @@ def test_what_trl_trains_drops_in(tmp_path, adapter, conversational):
     from datasets import Dataset
     from peft import LoraConfig
 
-    start = save_judge(tmp_path / "start", pad=None)
+    start = save_classifier(tmp_path / "start", pad=None)
     tokenizer = tiny.tokenizer()
     rows, requests = [], []
     for number, text in enumerate(tiny.prompts(4)):
@@ -200,12 +200,12 @@ def test_what_trl_trains_drops_in(tmp_path, adapter, conversational):
                 expected.append(float(trainer.model(input_ids=torch.tensor([ids])).logits[0, 0]))
     settings = [RewardSettings(model=str(tmp_path / "out"))]
     check_rewards(settings, conversational=conversational)
-    found = judge(str(tmp_path / "out"))(requests)
+    found = classifier(str(tmp_path / "out"))(requests)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_without_a_head_is_refused(tmp_path, tiny_folder):
-    """The adapter of a policy is no judge."""
+    """The adapter of a policy is no reward classifier."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 

@@ -14,11 +14,11 @@ from distalign.engine import Group, score
 from distalign.engine.scoring import read
 from distalign.methods.preference import bradley_terry_nll
 from distalign.models.load import Source
-from distalign.models.targets import Tilt
+from distalign.models.targets import with_logit_bias
 from distalign.rewards import Request, RewardError, RewardTraining, TrainedReward, train_reward
-from distalign.rewards.fit import PLANS, Cached, Fit, Live, measure
-from distalign.rewards.heads import Correction, LastToken
-from distalign.stats.metrics import correlation
+from distalign.rewards.fit import Fit, make_fit, measure
+from distalign.rewards.reward_model import Correction, LastToken, new_head
+from distalign.stats.intervals import correlation
 
 GROUPS = [Group([2, 4, 9], [[7, 8, 3], [9]]), Group([5], [[1, 2, 3, 4]])]
 SOURCE = Source("tiny", "tiny", "made for the tests")
@@ -82,27 +82,23 @@ def test_a_policy_initialised_reward_starts_at_the_policys_own():
         torch.testing.assert_close(reward(requests(HELD)).double(), expected, rtol=1e-6, atol=1e-5)
 
 
-def fit(kind, pairs, *, budget=10_000, head=Correction):
+def fit(pairs, *, live=False, budget=10_000, init="policy"):
     """The training problem on its own, with weights that are not zero."""
     model = base()
-    trunk = model if kind is Cached else tiny.model()
-    reward = TrainedReward(model, trunk, head(head.width(32)), gamma=0.3, token_budget=budget)
-    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    offset, features = reward.encode(groups)
-    features = features.view(len(pairs), 2, -1)
-    reward.head.standardise(features)
+    trunk = tiny.model() if live else model
+    reward = TrainedReward(model, trunk, new_head(init, model), gamma=0.3, token_budget=budget)
+    problem = make_fit(reward, pairs, [], RewardTraining())
+    problem.live = live
     torch.manual_seed(1)
     reward.head.weight.data.normal_()
-    labels = torch.tensor([1.0 if p.probability is None else p.probability for p in pairs]).double()
-    items = kind(reward, groups, offset.view(-1, 2), features)
-    return Fit(items, labels, len(pairs), PLANS["frozen"], RewardTraining())
+    return problem
 
 
 def test_the_loss_is_equation_9_with_soft_labels():
     """Value and gradient of the whole against bradley_terry_nll of scores computed response by response."""
     pairs = tiny.encoded_pairs(8, soft=True)
-    problem = fit(Cached, pairs)
-    head, model = problem.items.reward.head, base()
+    problem = fit(pairs)
+    head, model = problem.reward.head, base()
     problem.loss(range(8), 8).backward()
     found, rewards = head.weight.grad.clone(), []
     head.zero_grad()
@@ -129,29 +125,29 @@ def test_a_standardised_pair_differs_by_one():
     assert float(scaled[..., 5].abs().max()) == 0
 
 
-@pytest.mark.parametrize("head", [Correction, LastToken])
-def test_a_live_backbone_gives_what_the_cache_gives_in_any_parts(head):
+@pytest.mark.parametrize("init", ["policy", "scratch"])
+def test_a_live_backbone_gives_what_the_cache_gives_in_any_parts(init):
     """Same rewards, and the same gradients of trunk and head whether a batch fits in one pass or not."""
-    cached, whole = fit(Cached, TRAIN[:9], head=head), fit(Live, TRAIN[:9], head=head)
-    parted = fit(Live, TRAIN[:9], budget=40, head=head)
-    torch.testing.assert_close(whole.items.rewards(range(9)), cached.items.rewards(range(9)), rtol=1e-4, atol=1e-4)
-    assert len(whole.items.parts(range(9))) == 1
-    assert len(parted.items.parts(range(9))) > 3
+    cached, whole = fit(TRAIN[:9], init=init), fit(TRAIN[:9], live=True, init=init)
+    parted = fit(TRAIN[:9], live=True, budget=40, init=init)
+    torch.testing.assert_close(whole.rewards(range(9)), cached.rewards(range(9)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parted.features(range(2, 9)), cached.features(range(2, 9)), rtol=1e-4, atol=1e-4)
+    assert len(whole.parts(range(9))) == 1
+    assert len(parted.parts(range(9))) > 3
     gradients = []
     for problem in (whole, parted):
-        for part in problem.items.parts(range(9)):
+        for part in problem.parts(range(9)):
             problem.loss(part, 9).backward()
-        own = problem.items.reward.trained() | {"head.weight": problem.items.reward.head.weight}
-        gradients.append(torch.cat([p.grad.flatten() for p in own.values() if p.grad is not None]))
+        gradients.append(torch.cat([p.grad.flatten() for p in problem.parameters().values() if p.grad is not None]))
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
     assert float(gradients[0].norm()) > 1e-3
 
 
 def test_what_is_constant_for_a_prompt_changes_nothing():
     """The loss with a constant added to both rewards of every pair is the loss without."""
-    problem = fit(Cached, TRAIN[:9])
+    problem = fit(TRAIN[:9])
     before = problem.loss(range(9), 9)
-    problem.items.offset += torch.randn(9, 1)
+    problem.offset += torch.randn(9, 1)
     torch.testing.assert_close(problem.loss(range(9), 9), before)
 
 
@@ -169,8 +165,9 @@ def test_it_learns_what_the_pairs_prefer(init):
     best = min(row["held_nll"] for row in trained.history)
     assert found["nll"].mean == pytest.approx(best, abs=1e-5 if init == "scratch" else 0.02)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    again = train({"init": init}, pairs=tiny.encoded_pairs(200), model=model)
-    assert torch.equal(again.reward.head.weight, trained.reward.head.weight)
+    if init == "policy":
+        again = train({"init": init}, pairs=tiny.encoded_pairs(200), model=model)
+        assert torch.equal(again.reward.head.weight, trained.reward.head.weight)
 
 
 @pytest.mark.parametrize("backbone", ["lora", "full"])
@@ -186,7 +183,9 @@ def test_trained_backbones_learn_more_than_nothing(init, backbone):
     assert torch.equal(torch.get_rng_state(), state)
     again = train(settings) if init == "policy" else trained
     assert torch.equal(again.reward(requests(HELD)), trained.reward(requests(HELD)))
-    changed = any(float(p.detach().abs().sum()) > 0 for n, p in trained.reward.trained().items() if "lora_B" in n)
+    changed = any(
+        float(p.detach().abs().sum()) > 0 for n, p in trained.reward.trained_parameters().items() if "lora_B" in n
+    )
     assert changed or backbone == "full"
 
 
@@ -194,8 +193,6 @@ def test_it_recovers_the_order_of_a_known_target():
     """Every response of one or two tokens over 6 words: the learned reward orders them nearly as γ ln π* does."""
     model, gamma = base(vocab_size=8, eos_token_id=7, pad_token_id=0), 0.5
     bias = torch.tensor([0.0, 3.0, 0.0, -3.0, 0.0, 2.0, 0.0, 0.0])
-    from distalign.models.targets import with_logit_bias
-
     target = with_logit_bias(model, bias)
     responses = [[*own, 7] for own in [[a] for a in range(6)] + [[a, b] for a in range(6) for b in range(6)]]
     group = Group([1, 2, 6], responses)
@@ -300,7 +297,7 @@ def test_a_loss_that_is_no_number_stops_the_training(monkeypatch):
     epoch = Fit._epoch
 
     def diverge(self, *args):
-        self.items.reward.head.weight.data.fill_(float("nan"))
+        self.reward.head.weight.data.fill_(float("nan"))
         return epoch(self, *args)
 
     monkeypatch.setattr(Fit, "_epoch", diverge)
@@ -313,23 +310,3 @@ def test_the_settings_gamma_comes_before_the_targets():
     assert train({"gamma": 0.7, "epochs": 1}).reward.gamma == 0.7
     assert train({"epochs": 1}).reward.gamma == 0.3
     assert train({"init": "scratch", "epochs": 1}).reward.gamma is None
-
-
-def test_a_known_target_trains_a_reward_closer_to_it():
-    """Pairs labelled by a tilt: R̂ agrees with γ ln π* on held-out pairs better than γ ln π₀ does."""
-    from distalign.models.targets import make_pairs
-
-    model, tokenizer = base(), tiny.tokenizer()
-    tilt = Tilt(("happy", "kind", "warm"), bonus=3.0)
-    prompts = [pair.prompt for pair in tiny.encoded_pairs(40)]
-    drawing = {"gamma": 0.5, "strengths": [0.0, 0.5, 1.0, 1.5], "temperature": 1.0, "max_new_tokens": 8}
-    drawn, held = (
-        make_pairs(tilt, model, tokenizer, prompts, n=n, token_budget=4096, seed=seed, **drawing)
-        for n, seed in ((300, 0), (150, 1))
-    )
-    trained = train(pairs=drawn.pairs, held=held.pairs, model=model, gamma=0.5)
-    rewards = trained.reward(requests(held.pairs)).view(-1, 2)
-    found = correlation(rewards[:, 0] - rewards[:, 1], held.logit)
-    start = correlation(held.reference_logps[:, 0] - held.reference_logps[:, 1], held.logit)
-    assert found > 0.7
-    assert start < 0.5

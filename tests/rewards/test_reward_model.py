@@ -65,7 +65,7 @@ def test_a_saved_reward_reads_back_identically(saved, kind):
     check_rewards(settings, conversational=True)
     reward = make_reward(settings, base=base, tokenizer=tiny.tokenizer(), token_budget=256)
     assert torch.equal(reward(ASKED), scores)
-    assert reward.facts() == {"responses": 12.0}
+    assert reward.counters() == {"responses": 12.0}
     assert float(scores.std()) > 0.01
 
 

@@ -10,9 +10,12 @@ import pytest
 import statsmodels.api as sm
 import tiny
 import torch
+from distalign.cli.measuring import calibration_table
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distalign import cli
-from distalign.stats.calibration import COIN, calibrate
+from distalign.stats.calibration import COIN, calibrate, expected_calibration_error, reliability_table
 
 TRUE = 0.3
 
@@ -152,8 +155,8 @@ def test_one_pair_is_refused_before_a_model_is_loaded(tmp_path, tiny_folder, mon
 def test_shown_and_refused():
     """A table with its meaning below; numbers that cannot be used are refused."""
     result = calibrate(labelled(50, 0))
-    assert result.table().row_count == 6
-    assert result.table().caption == "\n".join(result.meaning)
+    table = calibration_table(result)
+    assert (table.row_count, table.caption) == (6, "\n".join(result.meaning))
     with pytest.raises(ValueError, match="the same log-probability"):
         calibrate(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="drop that pair"):
@@ -163,3 +166,32 @@ def test_shown_and_refused():
     for few, words in ((0, "0 labelled pairs"), (1, "1 labelled pair ")):
         with pytest.raises(ValueError, match=words):
             calibrate(labelled(few, 0))
+
+
+def test_calibration_of_a_calibrated_and_an_overconfident_predictor():
+    """The error is small when outcomes follow the probabilities and about 0.3 when 0.9 is right 60 % of the time."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(20_000, generator=generator)
+    assert expected_calibration_error(p, torch.bernoulli(p, generator=generator)) < 0.02
+    sure, outcome = torch.full((1000,), 0.9), (torch.arange(1000) < 600).float()
+    assert expected_calibration_error(sure, outcome) == pytest.approx(0.3, abs=1e-6)
+
+
+def test_reliability_table():
+    """A row per filled bin, with means and counts; probability 1 belongs to the last bin."""
+    table = reliability_table(torch.tensor([0.1, 0.2, 1.0]), torch.tensor([0.0, 1.0, 1.0]), bins=2)
+    assert [tuple(row) for row in table] == [pytest.approx((0.15, 0.5, 2)), pytest.approx((1.0, 1.0, 1))]
+    with pytest.raises(ValueError, match="not log-odds"):
+        reliability_table(torch.tensor([1.2]), torch.tensor([1.0]))
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 1)), min_size=1, max_size=40), st.integers(1, 12))
+def test_reliability_table_keeps_every_value(rows, bins):
+    """Counts add up, and the count-weighted means are the overall means."""
+    p = torch.tensor([r[0] for r in rows], dtype=torch.float64)
+    y = torch.tensor([float(r[1]) for r in rows], dtype=torch.float64)
+    table = reliability_table(p, y, bins=bins)
+    assert sum(row.n for row in table) == len(rows)
+    assert sum(row.n * row.predicted for row in table) == pytest.approx(p.sum().item())
+    assert sum(row.n * row.observed for row in table) == pytest.approx(y.sum().item())
+    assert 0 <= expected_calibration_error(p, y, bins=bins) <= 1

@@ -24,7 +24,7 @@ class LikesOneToken:
         """A reward a response."""
         return torch.tensor([own.count(8) / len(own) for request in requests for own in request.responses])
 
-    def facts(self):
+    def counters(self):
         """Nothing to tell."""
         return {}
 

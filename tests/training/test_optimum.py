@@ -32,7 +32,7 @@ class Table:
         """A reward a response."""
         return REWARDS[[RESPONSES.index(own) for request in requests for own in request.responses]]
 
-    def facts(self):
+    def counters(self):
         """Nothing to tell."""
         return {}
 

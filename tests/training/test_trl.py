@@ -108,7 +108,7 @@ def test_dpo_is_trl_dpo(tokenizer, arguments):
     given = batch["input_ids"], batch["attention_mask"], batch["completion_mask"]
     with torch.no_grad():
         reference_logps = pair_logps(trainer.ref_model, *given)
-    ours = DPO(gamma=0.3).loss(Pairs(pair_logps(trainer.model, *given), reference_logps), None)
+    ours = DPO(gamma=0.3).loss(Pairs(pair_logps(trainer.model, *given), reference_logps), Samples())
     assert_same(ours, trainer.compute_loss(trainer.model, batch), trainer.model)
 
 
@@ -128,7 +128,7 @@ def test_pmle_without_kl_is_trl_cpo(tokenizer, arguments):
     stacked = trainer.concatenated_inputs(batch, padding_value=PAD)
     given = stacked["concatenated_input_ids"], stacked["concatenated_attention_mask"]
     logps = pair_logps(trainer.model, *given, stacked["concatenated_labels"] != -100)
-    ours = PMLE(gamma=0.3, beta=0.0).loss(Pairs(logps), None)
+    ours = PMLE(gamma=0.3, beta=0.0).loss(Pairs(logps), Samples())
     assert_same(ours, trainer.compute_loss(trainer.model, batch), trainer.model)
 
 
@@ -202,7 +202,7 @@ def assert_is_rloo(method, made, *, reused):
     samples = Samples(
         token_logps=scores.token_logps,
         mask=scores.mask,
-        behavior_token_logps=scores.token_logps.detach() if reused else None,
+        **({"behavior_token_logps": scores.token_logps.detach()} if reused else {}),
         reference_token_logps=scores.reference_token_logps,
         rewards=torch.tensor(length_and_first([ids for group in groups for ids in group.responses])).double(),
         group=scores.group,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distalign.cli.shared import JsonOption, check_path, print_rich, quiet, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from distalign.stats.calibration import Calibration
 
 
 def calibrate(
@@ -39,8 +44,26 @@ def calibrate(
     labels = scores.logps.new_tensor([1.0 if pair.probability is None else pair.probability for pair in encoded])
     with _naming(pairs):
         result = fit(scores.logps.view(-1, 2), labels)
-    print_rich(result.table())
+    print_rich(calibration_table(result))
     write_json(json_path, result.to_json())
+
+
+def calibration_table(result: Calibration) -> Table:
+    """The numbers for a terminal, with what they mean below."""
+    from rich.table import Table
+
+    from distalign.stats.calibration import COIN
+
+    table = Table(title=f"Calibration on {result.pairs} held-out pairs", caption="\n".join(result.meaning))
+    table.add_column("quantity", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_row("γ (95 %)", f"{result.gamma.mean:.3g} [{result.gamma.low:.3g}, {result.gamma.high:.3g}]")
+    table.add_row("NLL at γ, nats per pair", f"{result.nll.mean:.4f} ± {result.nll.se:.4f}")
+    table.add_row("NLL at γ = 0 (a coin)", f"{COIN:.4f}")
+    table.add_row("accuracy", f"{100 * result.accuracy.mean:.1f} ± {100 * result.accuracy.se:.1f} %")
+    table.add_row("calibration error (ECE)", f"{result.ece:.3f}, by chance {result.ece_floor:.3f}")
+    table.add_row("median |γ Δ ln π|, nats", f"{result.median_logit:.3g}")
+    return table
 
 
 @contextmanager

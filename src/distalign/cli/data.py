@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distalign.cli.shared import JsonOption, ModelOption, print_rich, quiet, refuse, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from distalign.data import Inspection
 
 
 def check(
@@ -29,10 +34,47 @@ def check(
         policy = find_model(model)
         tokenizer, max_length = policy.tokenizer(), max_length or policy.max_length()
     inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
-    print_rich(inspection.render())
+    print_rich(describe_pairs(inspection))
     write_json(json_path, inspection.to_json())
     if inspection.too_long:
         refuse(
             f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "
             "without them: --set data.too_long=drop"
         )
+
+
+def describe_pairs(inspection: Inspection) -> Group:
+    """What an inspection counted, for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from distalign.data.inspect import QUANTILES
+
+    table = Table(title=inspection.source, show_header=False, title_justify="left")
+    prompt = "cut from the responses" if inspection.implicit_prompt else "a column of its own"
+    table.add_row("format", f"{inspection.format}, prompt: {prompt}")
+    table.add_row("pairs", f"{inspection.pairs:,} of {inspection.rows:,} rows ({inspection.ties:,} ties)")
+    table.add_row("prompts", f"{inspection.prompts:,} different ({inspection.same_prompts:,} rows repeat one)")
+    table.add_row(
+        "repeated pairs", f"{inspection.same_pairs:,}, and {inspection.swapped_pairs:,} with the opposite label"
+    )
+    if inspection.chosen_longer is not None and inspection.chosen_longer_se is not None:
+        rate = f"{100 * inspection.chosen_longer:.1f} ± {196 * inspection.chosen_longer_se:.1f} % (95 %, in {inspection.length_unit})"
+        table.add_row("chosen is longer", rate)
+    if inspection.soft_labels:
+        table.add_row(
+            "soft labels", f"{inspection.soft_label_count:,}, median p_chosen {inspection.soft_labels[2]:.3f}"
+        )
+    if inspection.rewards:
+        table.add_row("rewards", f"{inspection.rewards:,} pairs")
+    if inspection.too_long is not None:
+        table.add_row("too long", f"{inspection.too_long:,} pairs exceed max_length")
+    if inspection.extra_columns:
+        table.add_row("other columns", ", ".join(inspection.extra_columns))
+    lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
+    for unit, columns in inspection.lengths.items():
+        for column, values in columns.items():
+            lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
+    examples = [Text(f"\n{name}:\n{text}") for name, text in inspection.example.items()]
+    return Group(table, lengths, *examples)

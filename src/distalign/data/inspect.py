@@ -1,4 +1,4 @@
-"""What is in a file of pairs, told before anything is trained on it."""
+"""What is in a file of pairs, reported before anything is trained on it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+
+import numpy as np
 
 from distalign.data.pairs import Data, Pair, plain_text, prompt_key, read_pairs
 from distalign.data.readers import Source
 from distalign.data.tokenize import EncodedPair, Tokenizer, encode_pairs
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.95, 1.0)
+_TEXTS = ("prompt", "chosen", "rejected")
 BOUNDARY = "⟦prompt | response⟧"
 
 
@@ -48,39 +50,9 @@ class Inspection:
     too_long: int | None
     example: dict[str, str]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The same as plain JSON types."""
         return asdict(self)
-
-    def render(self) -> Any:
-        """A rich renderable, for `console.print`."""
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text as RichText
-
-        facts = Table(title=self.source, show_header=False, title_justify="left")
-        prompt = "cut from the responses" if self.implicit_prompt else "a column of its own"
-        facts.add_row("format", f"{self.format}, prompt: {prompt}")
-        facts.add_row("pairs", f"{self.pairs:,} of {self.rows:,} rows ({self.ties:,} ties)")
-        facts.add_row("prompts", f"{self.prompts:,} different ({self.same_prompts:,} rows repeat one)")
-        facts.add_row("repeated pairs", f"{self.same_pairs:,}, and {self.swapped_pairs:,} with the opposite label")
-        if self.chosen_longer is not None and self.chosen_longer_se is not None:
-            rate = f"{100 * self.chosen_longer:.1f} ± {196 * self.chosen_longer_se:.1f} % (95 %, in {self.length_unit})"
-            facts.add_row("chosen is longer", rate)
-        if self.soft_labels:
-            facts.add_row("soft labels", f"{self.soft_label_count:,}, median p_chosen {self.soft_labels[2]:.3f}")
-        if self.rewards:
-            facts.add_row("rewards", f"{self.rewards:,} pairs")
-        if self.too_long is not None:
-            facts.add_row("too long", f"{self.too_long:,} pairs exceed max_length")
-        if self.extra_columns:
-            facts.add_row("other columns", ", ".join(self.extra_columns))
-        lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
-        for unit, columns in self.lengths.items():
-            for column, values in columns.items():
-                lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
-        examples = [RichText(f"\n{name}:\n{text}") for name, text in self.example.items()]
-        return Group(facts, lengths, *examples)
 
 
 def inspect_pairs(
@@ -130,14 +102,13 @@ def inspect_pairs(
 
 
 def _lengths(data: Data[Pair], encoded: list[EncodedPair] | None) -> dict[str, dict[str, list[int]]]:
-    names = ("prompt", "chosen", "rejected")
-    texts = {name: [plain_text(getattr(row, name)) for row in data] for name in names}
+    texts = {name: [plain_text(getattr(row, name)) for row in data] for name in _TEXTS}
     lengths = {
-        "characters": {name: [len(text) for text in texts[name]] for name in names},
-        "words": {name: [len(text.split()) for text in texts[name]] for name in names},
+        "characters": {name: [len(text) for text in texts[name]] for name in _TEXTS},
+        "words": {name: [len(text.split()) for text in texts[name]] for name in _TEXTS},
     }
     if encoded:
-        lengths["tokens"] = {name: [len(getattr(pair, name)) for pair in encoded] for name in names}
+        lengths["tokens"] = {name: [len(getattr(pair, name)) for pair in encoded] for name in _TEXTS}
     return lengths
 
 
@@ -168,16 +139,12 @@ def _chosen_longer(chosen: list[int], rejected: list[int], keys: list[str]) -> t
 
 
 def _quantiles(values: Sequence[float | int]) -> list[float]:
-    ordered = sorted(map(float, values))
-    places = [q * (len(ordered) - 1) for q in QUANTILES]
-    return [
-        ordered[math.floor(p)] + (p - math.floor(p)) * (ordered[math.ceil(p)] - ordered[math.floor(p)]) for p in places
-    ]
+    return np.quantile(values, QUANTILES).tolist()
 
 
 def _example(row: Pair, tokenizer: Tokenizer | None, encoded: EncodedPair | None) -> dict[str, str]:
     if tokenizer is None or encoded is None:
-        parts = {name: plain_text(getattr(row, name)) for name in ("prompt", "chosen", "rejected")}
+        parts = {name: plain_text(getattr(row, name)) for name in _TEXTS}
     else:
-        parts = {name: tokenizer.decode(getattr(encoded, name)) for name in ("prompt", "chosen", "rejected")}
+        parts = {name: tokenizer.decode(getattr(encoded, name)) for name in _TEXTS}
     return {name: parts["prompt"] + BOUNDARY + parts[name] for name in ("chosen", "rejected")}

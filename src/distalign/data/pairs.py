@@ -146,11 +146,11 @@ def _read(
             continue
         if row is None:
             continue
-        found: tuple[Format, bool] = ("standard" if isinstance(row.prompt, str) else "conversational", implicit)
-        shape = shape or found
-        if found != shape:
+        row_shape: tuple[Format, bool] = ("standard" if isinstance(row.prompt, str) else "conversational", implicit)
+        shape = shape or row_shape
+        if row_shape != shape:
             texts = " and ".join(
-                f"{kind} with {'an implicit' if cut else 'a'} prompt" for kind, cut in dict.fromkeys([found, shape])
+                f"{kind} with {'an implicit' if cut else 'a'} prompt" for kind, cut in (row_shape, shape)
             )
             problems.append(Problem(where, f"{texts} in one source; write all rows like the first"))
         rows.append(row)
@@ -158,12 +158,8 @@ def _read(
     if problems:
         raise DataError(problems)
     if shape is None:
-        what = (
-            f"{read} rows, all of them ties; nothing is left to learn from"
-            if read
-            else "no rows; is it the right file?"
-        )
-        raise DataError([Problem(name, what)])
+        ties = f"{read} rows, all of them ties; nothing is left to learn from"
+        raise DataError([Problem(name, ties if read else "no rows; is it the right file?")])
     return Data(rows, name, *shape, read=read, ties=read - len(rows))
 
 
@@ -187,14 +183,12 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
         prompt = _text(row, "prompt", where)
         if not isinstance(prompt, str) or not isinstance(chosen, str):
             prompt, chosen, rejected = _as_messages(prompt, chosen, rejected, where)
-    for name, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        if not plain_text(text).strip():
-            _refuse(where, f"{name} is empty; fill it in or remove the line")
-        if name != "prompt" and not isinstance(text, str) and [m["role"] for m in text] != ["assistant"]:
+    _check_prompt(prompt, where)
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        _check_filled(name, text, where)
+        if not isinstance(text, str) and [m["role"] for m in text] != ["assistant"]:
             roles = ", ".join(m["role"] for m in text)
             _refuse(where, f"{name} holds the turns {roles}; a response is one assistant turn, the rest is the prompt")
-    if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
-        _refuse(where, "prompt ends with an assistant turn; end it with the turn to answer")
     probability = _number(row, "p_chosen", where)
     if probability is not None and not 0 <= probability <= 1:
         _refuse(where, f"p_chosen is {probability:g}; a probability between 0 and 1 is needed")
@@ -207,11 +201,19 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
 
 def _prompt(row: Record, where: str) -> tuple[Prompt, bool]:
     prompt = _text(row, "prompt", where)
-    if not plain_text(prompt).strip():
-        _refuse(where, "prompt is empty; fill it in or remove the line")
+    _check_prompt(prompt, where)
+    return Prompt(prompt, where, {name: value for name, value in row.items() if name != "prompt"}), False
+
+
+def _check_prompt(prompt: Text, where: str) -> None:
+    _check_filled("prompt", prompt, where)
     if not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         _refuse(where, "prompt ends with an assistant turn; end it with the turn to answer")
-    return Prompt(prompt, where, {name: value for name, value in row.items() if name != "prompt"}), False
+
+
+def _check_filled(name: str, text: Text, where: str) -> None:
+    if not plain_text(text).strip():
+        _refuse(where, f"{name} is empty; fill it in or remove the line")
 
 
 def _as_messages(prompt: Text, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
@@ -239,9 +241,9 @@ def _cut_prompt(chosen: Text, rejected: Text, where: str) -> tuple[Any, Any, Any
         start = chosen[:same]
         cut = max((start.rfind(mark) + len(mark) for mark in RESPONSE_MARKS if mark in start), default=0)
         if not cut:
-            found = "no common start" if not start.split() else "the common start ends at no turn"
+            what = "no common start" if not start.split() else "the common start ends at no turn"
             marks = ", ".join(mark.strip() for mark in RESPONSE_MARKS)
-            _refuse(where, f"no prompt, and {found} ({marks}), so where the responses begin is a guess; {advice}")
+            _refuse(where, f"no prompt, and {what} ({marks}), so where the responses begin is a guess; {advice}")
         if any(mark in text[cut:] for text in (chosen, rejected) for mark in TURN_MARKS):
             _refuse(where, f"no prompt, and the transcripts part before their last turn; {advice}")
         return chosen[:cut], chosen[cut:], rejected[cut:]
@@ -256,9 +258,9 @@ def _text(row: Record, name: str, where: str) -> Text:
     """A column that must hold a string or a list of messages."""
     if name not in row:
         near = get_close_matches(name, row, 1)
-        found = ", ".join(f'"{column}"' for column in row) or "none"
+        columns = ", ".join(f'"{column}"' for column in row) or "none"
         hint = f'rename "{near[0]}"' if near else f"add it or rename the column that holds the {name}"
-        _refuse(where, f'no column "{name}" (found {found}); {hint}')
+        _refuse(where, f'no column "{name}" (found {columns}); {hint}')
     value = row[name]
     if isinstance(value, str):
         if value.lstrip().startswith("[{'"):
@@ -273,8 +275,8 @@ def _text(row: Record, name: str, where: str) -> Text:
             _refuse(where, f'{name} is a list without messages; write {{"role": "user", "content": "…"}}')
         message = {key: part for key, part in message.items() if part is not None}
         if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
-            found = type(message.get("content")).__name__.replace("NoneType", "missing")
-            _refuse(where, f"{name} has a message whose content is {found}; a string is needed")
+            kind = type(message.get("content")).__name__.replace("NoneType", "missing")
+            _refuse(where, f"{name} has a message whose content is {kind}; a string is needed")
         _check_unicode(message.get("content", ""), name, where)
         messages.append(message)
     return messages

@@ -119,7 +119,7 @@ def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]
 
 
 def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
-    """One object a line, or one array of objects."""
+    """One object per line, or one array of objects."""
     may_be_array = path.name.removesuffix(".gz").endswith(".json")
     lines = _read_lines(path, problems)
     for number, text in lines:
@@ -131,7 +131,9 @@ def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
             value = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
             where = f"{path}:{number + error.lineno - 1}"
-            problems.append(Problem(where, f"not JSON ({error.msg} at column {error.colno}); write one object a line"))
+            problems.append(
+                Problem(where, f"not JSON ({error.msg} at column {error.colno}); write one object per line")
+            )
             continue
         rows = enumerate(value, 1) if may_be_array and isinstance(value, list) else [(number, value)]
         for place, row in rows:
@@ -161,13 +163,13 @@ def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record
             header = [name.strip() for name in cells]
             continue
         if len(cells) != len(header):
-            found = f"{len(cells)} fields where the header names {len(header)}"
-            problems.append(Problem(where, f"{found}; quote the fields that hold commas or line breaks"))
+            what = f"{len(cells)} fields where the header names {len(header)}"
+            problems.append(Problem(where, f"{what}; quote the fields that hold commas or line breaks"))
             continue
         yield where, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 
-def _cell(name: str, cell: str) -> Any:
+def _cell(name: str, cell: str) -> object:
     """A CSV cell: numbers in the columns that hold numbers, message lists where the text is one in JSON."""
     if name in NUMBERS:
         try:
@@ -201,11 +203,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
 
 def _load_folder(path: Path) -> Any:
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        files = (
-            ", ".join(sorted(file.name for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".gz")))
-            or "none found"
-        )
-        reason = f"a folder that datasets' save_to_disk did not write; name a file in it ({files})"
+        files = sorted(file.name for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".gz"))
+        listed = ", ".join(files) or "none found"
+        reason = f"a folder that datasets' save_to_disk did not write; name a file in it ({listed})"
         raise DataError([Problem(str(path), reason)])
     from datasets import load_from_disk
 
@@ -218,9 +218,8 @@ def _load_hub(name: str) -> Any:
     try:
         return load_dataset(name)
     except (OSError, ValueError) as error:
-        offline = (
-            " (HF_HUB_OFFLINE is set: unset it to download)" if os.environ.get("HF_HUB_OFFLINE", "0") != "0" else ""
-        )
+        unset = os.environ.get("HF_HUB_OFFLINE", "0") == "0"
+        offline = "" if unset else " (HF_HUB_OFFLINE is set: unset it to download)"
         reason = f"no such file or folder, and the hub gave no data set of this name: {error}; check the name{offline}"
         raise DataError([Problem(name, reason)]) from None
 
@@ -230,8 +229,8 @@ def _table(table: Any, split: str | None, name: str) -> Iterator[tuple[str, Reco
     if isinstance(table, Mapping):
         chosen = split or ("train" if "train" in table else next(iter(table)) if len(table) == 1 else None)
         if chosen not in table:
-            found = f'no split "{chosen}"' if chosen else "several splits"
-            raise DataError([Problem(name, f"{found}; choose one of {', '.join(table)}")])
+            what = f'no split "{chosen}"' if chosen else "several splits"
+            raise DataError([Problem(name, f"{what}; choose one of {', '.join(table)}")])
         table, name = table[chosen], f"{name}[{chosen}]"
     for number, row in enumerate(table, 1):
         yield f"{name}:{number}", row

@@ -59,7 +59,7 @@ class EncodedPrompt:
 class Counts:
     """What became of the pairs while encoding.
 
-    `too_long` pairs did not fit max_length, `same_after_cut` were told apart only by what max_response_tokens cut off:
+    `too_long` pairs did not fit max_length, `same_after_cut` differed only in what max_response_tokens cut off:
     both are left out. `cut_chosen` and `cut_rejected` responses lost their end. Tokens are those of the pairs kept.
     """
 
@@ -73,8 +73,8 @@ class Counts:
     response_tokens: int = 0
 
     def __str__(self) -> str:
-        told = [f"{getattr(self, f.name):,} {f.name.replace('_', ' ')}" for f in fields(self) if getattr(self, f.name)]
-        return ", ".join(told) or "no pairs"
+        counts = [(getattr(self, f.name), f.name.replace("_", " ")) for f in fields(self)]
+        return ", ".join(f"{count:,} {name}" for count, name in counts if count) or "no pairs"
 
 
 def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:

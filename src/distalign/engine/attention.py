@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distalign.engine import flex
@@ -94,7 +95,7 @@ def shared_prefix_attention(
     query: Float[Tensor, "1 heads tokens dim"],
     key: Float[Tensor, "1 kv_heads tokens dim"],
     value: Float[Tensor, "1 kv_heads tokens value_dim"],
-    attention_mask: Any,
+    attention_mask: object,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,
@@ -192,7 +193,7 @@ def _attend(
     return F.dropout(weights, dropout, training=dropout > 0) @ value
 
 
-def _refuse_unknown(layout: Layout, module: nn.Module, query: Tensor, key: Tensor, mask: Any, kwargs: dict) -> None:
+def _refuse_unknown(layout: Layout, module: nn.Module, query: Tensor, key: Tensor, mask: object, kwargs: dict) -> None:
     if mask is not None:
         raise CannotShare("its layers add a mask or bias of their own")
     if kwargs.get("position_bias") is not None or kwargs.get("cache") is not None:
@@ -225,7 +226,7 @@ def shared_attention(model: nn.Module, layout: Layout) -> Iterator[None]:
 
 
 @contextmanager
-def _switched(configs: list[Any], layout: Layout) -> Iterator[None]:
+def _switched(configs: list[PretrainedConfig], layout: Layout) -> Iterator[None]:
     token = _LAYOUT.set(layout)
     try:
         with attention_set(configs, NAME):
@@ -234,10 +235,15 @@ def _switched(configs: list[Any], layout: Layout) -> Iterator[None]:
         _LAYOUT.reset(token)
 
 
+def attention_of(config: PretrainedConfig) -> str | None:
+    """The attention implementation that a configuration asks for; transformers has a public setter, but no reader."""
+    return config._attn_implementation
+
+
 @contextmanager
-def attention_set(configs: list[Any], name: str) -> Iterator[None]:
+def attention_set(configs: list[PretrainedConfig], name: str) -> Iterator[None]:
     """Let the layers that read these configurations attend by the function registered as `name` inside the block."""
-    before = [config._attn_implementation for config in configs]
+    before = [attention_of(config) for config in configs]
     try:
         for config in configs:
             config._attn_implementation = name
@@ -247,7 +253,7 @@ def attention_set(configs: list[Any], name: str) -> Iterator[None]:
             config._attn_implementation = implementation
 
 
-def _checkpoint_with(checkpoint: Callable, configs: list[Any], layout: Layout) -> Callable:
+def _checkpoint_with(checkpoint: Callable, configs: list[PretrainedConfig], layout: Layout) -> Callable:
     def wrapped(function: Callable, *args: Any, **kwargs: Any) -> Any:
         def run(*inputs: Any, **named: Any) -> Any:
             with _switched(configs, layout):
@@ -258,9 +264,9 @@ def _checkpoint_with(checkpoint: Callable, configs: list[Any], layout: Layout) -
     return wrapped
 
 
-def attention_configs(model: nn.Module) -> list[Any]:
+def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
     """Every configuration that a layer may read its attention implementation from, a parent before its parts."""
-    found: dict[int, Any] = {}
+    found: dict[int, PretrainedConfig] = {}
     queue: list[Any] = [getattr(module, "config", None) for module in model.modules()]
     queue = [config for config in queue if hasattr(config, "sub_configs")]
     while queue:
@@ -272,7 +278,7 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def expected_windows(config: Any) -> list[int | None]:
+def expected_windows(config: PretrainedConfig) -> list[int | None]:
     """The sliding window (in tokens, None: no limit) of each layer, from the configuration.
 
     Raises CannotShare for layers that are not softmax attention over a prefix or a window of it.

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from distalign.engine.attention import Layout, shared_attention
 from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, Rows, head_of
@@ -37,10 +38,19 @@ def require_causal_lm(model: nn.Module) -> None:
             )
 
 
+def embedding_weight(model: nn.Module) -> Float[Tensor, "vocab hidden"]:
+    """The weight of the input embeddings."""
+    return model.get_input_embeddings().weight  # pyright: ignore[reportCallIssue]
+
+
+def text_config(model: nn.Module) -> PretrainedConfig:
+    """The configuration of the language model, in a model of several kinds of input too."""
+    return model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the token ids go: the device of the input embeddings."""
-    embeddings: Any = model.get_input_embeddings()  # pyright: ignore
-    return embeddings.weight.device
+    return embedding_weight(model).device
 
 
 def encode(
@@ -64,9 +74,9 @@ def encode(
     return HiddenRows(hidden, head_of(model), temperature)
 
 
-def decoder_of(model: Any) -> nn.Module:
+def decoder_of(model: nn.Module) -> nn.Module:
     """The part of the model that ends in hidden states. Raises CannotTile if it cannot be told from the head."""
-    decoder = model.get_decoder()
+    decoder: nn.Module | None = model.get_decoder()  # pyright: ignore[reportCallIssue, reportAssignmentType]
     # Some classes name their decoder so that transformers does not find it, and answers with the whole model.
     if getattr(decoder, "lm_head", None) is not None:
         decoder = getattr(decoder, "model", None)
@@ -76,7 +86,7 @@ def decoder_of(model: Any) -> nn.Module:
 
 
 def shared_hidden(
-    model: Any, groups: Sequence[Group], *, by_flex: bool = False
+    model: nn.Module, groups: Sequence[Group], *, by_flex: bool = False
 ) -> tuple[Float[Tensor, "rows hidden"], Layout]:
     """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
 
@@ -90,7 +100,7 @@ def shared_hidden(
     return out[0][0].index_select(0, row.predictors), layout
 
 
-def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
+def _padded(model: nn.Module, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
     decoder, device = decoder_of(model), device_of(model)
     batches = pad(groups, device, token_budget=_PADDED_TOKENS)
     # Padding is on the right and the model is causal, so no real token sees it: no attention mask is needed.
@@ -101,7 +111,7 @@ def _padded(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]
     return _in_order(hidden, batches, groups)
 
 
-def _plain(model: Any, groups: Sequence[Group]) -> Float[Tensor, "rows vocab"]:
+def _plain(model: nn.Module, groups: Sequence[Group]) -> Float[Tensor, "rows vocab"]:
     batches = pad(groups, device_of(model), token_budget=0)
     # Rows are counted from the end: a prompt-tuned model puts positions of its own in front.
     logits = [

@@ -51,18 +51,23 @@ class RowScores:
     reference_logps: Float[Tensor, "rows"] | None
 
 
-def head_of(model: Any) -> Head:
+def output_layer(model: nn.Module) -> nn.Module:
+    """The layer that makes the logits."""
+    return model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+
+
+def head_of(model: nn.Module) -> Head:
     """The language-model head of a transformers (or PEFT) model.
 
     Raises CannotTile if it is not a plain `torch.nn.Linear`, for instance because it carries an adapter or is
     quantised.
     """
-    layer = model.get_output_embeddings()
+    layer = output_layer(model)
     if type(layer) is not nn.Linear:
         raise CannotTile(f"its head is a {type(layer).__module__}.{type(layer).__name__}, not a plain torch.nn.Linear")
     if layer._forward_hooks or layer._forward_pre_hooks:
         raise CannotTile("its head has forward hooks")
-    config = model.config.get_text_config()
+    config = model.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     scale = 1.0 if getattr(config, "logit_scale", None) is None else float(config.logit_scale)
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
@@ -155,7 +160,7 @@ def score_rows(
         )
     ask = _Ask(rows, targets, entropy, reference, torch.is_grad_enabled(), keep)
     if isinstance(rows, HiddenRows):
-        outputs: Any = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
+        outputs: tuple[Tensor, ...] = _TiledHead.apply(rows.hidden, rows.head.weight, rows.head.bias, ask)
         logps, h, kl, reference_logps = outputs
     elif ask.gradient:
         return _score_logits(rows, targets, entropy, reference)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from distalign.engine.forward import device_of
-from distalign.engine.lm_head import KEPT, tile_shape
+from distalign.engine.lm_head import KEPT, output_layer, tile_shape
 from distalign.engine.packing import Group
 
 # Tokens of the longest group in the smaller of the two measured micro-batches; the other has twice as many.
@@ -123,8 +123,8 @@ def estimate(
     large = (2 * small[0], tuple(2 * length for length in small[1]))
     (few, kept_few), (many, kept_many) = ((_size(one), _saved_bytes(model, forward, one)) for one in (small, large))
     per_token = max(0.0, (kept_many - kept_few) / (many - few))
-    head_layer: Any = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    weight: Tensor = head_layer.weight
+    weight = output_layer(model).weight
+    assert isinstance(weight, Tensor)
     device = device_of(model)
     trained = _bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     tokens = max(sizes[-1], min(token_budget, sum(sizes[-batch:])))

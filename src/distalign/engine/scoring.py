@@ -11,7 +11,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distalign.engine.forward import decoder_of, device_of, encode, evaluating, require_causal_lm
+from distalign.engine.forward import (
+    decoder_of,
+    device_of,
+    embedding_weight,
+    encode,
+    evaluating,
+    require_causal_lm,
+    text_config,
+)
 from distalign.engine.lm_head import KEPT, HiddenRows, LogitRows, Rows, head_of, score_rows
 from distalign.engine.memory import recomputes
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
@@ -210,12 +218,12 @@ def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "res
     return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
 
 
-def _validate(model: Any, groups: Sequence[Group], source: str = "groups") -> None:
+def _validate(model: nn.Module, groups: Sequence[Group], source: str = "groups") -> None:
     require_causal_lm(model)
-    config = model.config.get_text_config()
+    config = text_config(model)
     stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     positions = None if stretches else getattr(config, "max_position_embeddings", None)
-    validate(groups, vocabulary=len(model.get_input_embeddings().weight), max_positions=positions, source=source)
+    validate(groups, vocabulary=len(embedding_weight(model)), max_positions=positions, source=source)
 
 
 # Hidden states after every token, for rewards -------------------------------------------------------------------------
@@ -272,7 +280,7 @@ def read(model: nn.Module, groups: Sequence[Group], *, logps: bool = False) -> R
     return Reading(hidden[~starts], ids, owner, lengths, total)
 
 
-def _encode(model: Any, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Rows]:
+def _encode(model: nn.Module, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Rows]:
     """Hidden states that predict the tokens of `groups`, and what gives their log-probabilities."""
     report = check(model, kernels=torch.is_grad_enabled())
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)

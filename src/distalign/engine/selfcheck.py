@@ -10,22 +10,32 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from distalign.engine import flex
 from distalign.engine.attention import (
     CannotShare,
     Layout,
+    attention_of,
     expected_windows,
     shared_attention,
     shared_prefix_attention,
 )
-from distalign.engine.forward import device_of, encode, evaluating, require_causal_lm, shared_hidden
-from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, score_rows
+from distalign.engine.forward import (
+    device_of,
+    embedding_weight,
+    encode,
+    evaluating,
+    require_causal_lm,
+    shared_hidden,
+    text_config,
+)
+from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, output_layer, score_rows
 from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")
@@ -97,18 +107,18 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
     return report
 
 
-def _state(model: Any) -> tuple:
-    head = model.get_output_embeddings()
-    weight = model.get_input_embeddings().weight
+def _state(model: nn.Module) -> tuple:
+    head = output_layer(model)
+    weight = embedding_weight(model)
     autocast = torch.is_autocast_enabled(weight.device.type)
     bias = getattr(head, "bias", None) is None
-    return type(head), bias, weight.dtype, weight.device, autocast, model.config.get_text_config()._attn_implementation
+    return type(head), bias, weight.dtype, weight.device, autocast, attention_of(text_config(model))
 
 
-def _find_path(model: Any) -> tuple[EngineReport, list[flex.Call]]:
+def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:
     """How the model is served, and what its layers ask for where it is served by packed rows."""
-    config = model.config.get_text_config()
-    groups = sample_groups(config, len(model.get_input_embeddings().weight))
+    config = text_config(model)
+    groups = sample_groups(config, len(embedding_weight(model)))
     truth = encode(model, groups, "plain", 1.0)
     targets = frame(groups, device_of(model)).targets
     expected = score_rows(truth, targets).logps
@@ -128,12 +138,12 @@ def _find_path(model: Any) -> tuple[EngineReport, list[flex.Call]]:
 
 
 def _try_shared(
-    model: Any, groups: Sequence[Group], targets: Tensor, expected: Tensor, limits: tuple[float, float]
+    model: nn.Module, groups: Sequence[Group], targets: Tensor, expected: Tensor, limits: tuple[float, float]
 ) -> tuple[str | None, float, list[flex.Call]]:
     """Why the prompt cannot be shared (None: it can), the largest error, and what the layers asked for."""
     head = head_of(model)
     try:
-        windows = expected_windows(model.config.get_text_config())
+        windows = expected_windows(text_config(model))
         hidden, layout = shared_hidden(model, groups)
     except CannotShare as refusal:
         return str(refusal), float("nan"), []
@@ -226,17 +236,17 @@ def _compare(found: Tensor, expected: Tensor, limits: tuple[float, float]) -> tu
     return error, not (error <= limits[0] and mean <= limits[1])
 
 
-def _tolerances(model: Any) -> tuple[float, float]:
+def _tolerances(model: nn.Module) -> tuple[float, float]:
     return _TOLERANCES.get(_precision(model), _TOLERANCES[torch.bfloat16])
 
 
-def _precision(model: Any) -> torch.dtype:
-    weight = model.get_input_embeddings().weight
+def _precision(model: nn.Module) -> torch.dtype:
+    weight = embedding_weight(model)
     autocast = torch.is_autocast_enabled(weight.device.type)
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
-def sample_groups(config: Any, vocabulary: int) -> list[Group]:
+def sample_groups(config: PretrainedConfig, vocabulary: int) -> list[Group]:
     """Two groups of random ids, special tokens left out: unequal prompts, a one-token response, four sequences."""
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     generator = torch.Generator().manual_seed(0)
@@ -255,7 +265,7 @@ def sample_groups(config: Any, vocabulary: int) -> list[Group]:
     return [Group(draw(11), [draw(5), draw(1), draw(3)]), Group(draw(4), [draw(8)])]
 
 
-def _length_limit(config: Any) -> int | None:
+def _length_limit(config: PretrainedConfig) -> int | None:
     """Length up to which position encodings do not depend on the other sequences of a call (dynamic and long RoPE)."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]

@@ -36,7 +36,7 @@ from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.progress import progress
 from distalign.stats.calibration import calibrate
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
 
 logger = logging.getLogger("distalign.evaluation")
@@ -220,7 +220,7 @@ def _judge(setup: EvaluationSetup, measured: Mapping[str, Measured]) -> dict[str
             measured[name].values["win_rate"] = 1 - wins["reference", name]
     judged = win_rates(wins, names, {name: policy.values["length"] for name, policy in measured.items()})
     kind = next(key for key in ("reward", "function", "exact", "endpoint") if getattr(judge_settings, key))
-    judged["win_rates"] |= {"judge": kind, "facts": judge.facts()}
+    judged["win_rates"] |= {"judge": kind, "facts": judge.counters()}
     setup.seconds["judge"] = time.monotonic() - started
     return judged
 

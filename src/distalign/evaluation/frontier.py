@@ -28,7 +28,7 @@ from distalign.evaluation.results import finite
 from distalign.evaluation.setup import Evaluation, load_setup
 from distalign.models.targets import Target
 from distalign.rewards import Request
-from distalign.stats.metrics import student_quantile
+from distalign.stats.intervals import student_quantile
 
 if TYPE_CHECKING:
     from rich.table import Table

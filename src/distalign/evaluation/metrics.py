@@ -20,23 +20,18 @@ from distalign.engine import Group, Reference, Scores, score_in_batches
 from distalign.rewards import Request, Reward
 from distalign.rollout.sample import sample
 from distalign.settings import Count, Positive, Section
-from distalign.stats.metrics import (
-    Bin,
+from distalign.stats.calibration import Bin, expected_calibration_error, reliability_table
+from distalign.stats.intervals import (
     Estimate,
     Interval,
-    expected_calibration_error,
     holm,
     jackknife,
-    jackknife_distinct_n,
-    jackknife_self_bleu,
     mean_and_se,
     paired_difference,
     paired_p_value,
-    reliability_table,
-    repeated_ngram_rate,
-    self_bleu,
     significance_mark,
 )
+from distalign.stats.text import jackknife_distinct_n, jackknife_self_bleu, repeated_ngram_rate, self_bleu
 
 # From log-probabilities [pairs, 2] to the reward that a policy stands for, of the same shape, in nats.
 ImpliedReward = Callable[[Float[Tensor, "pairs 2"]], Float[Tensor, "pairs 2"]]

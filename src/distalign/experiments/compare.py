@@ -33,8 +33,7 @@ from distalign.models.card import CITATION
 from distalign.models.load import weights_digest
 from distalign.models.targets import Target
 from distalign.progress import progress
-from distalign.rewards import RewardError
-from distalign.rewards.saved import UnreadableReward
+from distalign.rewards import RewardError, UnreadableReward
 from distalign.training.prompts import implicit_rewards
 from distalign.training.trainer import AlignmentTrainer
 

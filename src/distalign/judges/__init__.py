@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from distalign.judges.base import Comparison, Ids, Judge, JudgeError, Judgement
-from distalign.judges.client import BudgetError, EndpointError
-from distalign.judges.endpoint import EndpointJudge
+from distalign.judges.endpoint import BudgetError, EndpointError, EndpointJudge, EndpointSettings
 from distalign.judges.local import FunctionJudge, RewardJudge
-from distalign.judges.make import check_judge, make_judge
-from distalign.judges.settings import EndpointSettings, JudgeSettings
+from distalign.judges.make import JudgeSettings, check_judge, make_judge
 
 __all__ = [
     "BudgetError",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from distalign.data import Pair, Prompt, Text
 from distalign.errors import InputError
 
 # Called with the number of comparisons judged, and of all.
-Progress = Callable[[int, int], Any]
+Progress = Callable[[int, int], object]
 
 
 class JudgeError(InputError):
@@ -29,8 +29,8 @@ class Ids(NamedTuple):
 class Comparison:
     """Two responses to the same prompt: a string, or a chat that ends with the turn to answer.
 
-    `key` names it in messages. `ids` spare judges that read tokens the encoding, and keep what text loses: whether a
-    response ended. `row` is what the prompt was made of; a Python function is given its other columns.
+    `key` names it in messages. `ids` are read by judges that read tokens, and keep what text loses: whether a response
+    ended. `row` is what the prompt was made of; a Python function is given its other columns.
     """
 
     prompt: Text
@@ -45,13 +45,13 @@ class Comparison:
 class Judgement:
     """`probability` that the first response is preferred, in [0, 1]: 1 and 0 are certain, 0.5 is a tie.
 
-    `said`: what an endpoint answered, the first response shown first and then the second. `tokens`: read and written
-    for these answers, those from the cache included, where the server counts them. `unparsable`: an answer was no
-    verdict, and the tie is only that. Raises ValueError for a probability outside [0, 1].
+    `answers` of an endpoint: with the first response shown first, then with the second. `tokens`: read and written for
+    these answers, those from the cache included, where the server counts them. `unparsable`: an answer was no verdict,
+    which is why this is a tie. Raises ValueError for a probability outside [0, 1].
     """
 
     probability: float
-    said: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
     tokens: int = 0
     unparsable: bool = False
 
@@ -65,9 +65,9 @@ class Judge(Protocol):
     """Compares responses, whoever wrote them."""
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
-        """One judgement a comparison, in order. Raises JudgeError, and RewardError where a reward judges."""
+        """One judgement per comparison, in order. Raises JudgeError, and RewardError where a reward judges."""
         ...
 
-    def facts(self) -> dict[str, float]:
-        """What was counted since the start."""
+    def counters(self) -> dict[str, float]:
+        """Counts since the start."""
         ...

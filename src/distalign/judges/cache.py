@@ -1,4 +1,4 @@
-"""Answers on disk: a line of JSON for every answered request, only ever added to."""
+"""Answers on disk: one line of JSON for every answered request; lines are only ever added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -40,7 +39,7 @@ class Answer:
         return self.prompt_tokens is not None and self.completion_tokens is not None
 
 
-def content_key(**content: Any) -> str:
+def content_key(**content: object) -> str:
     """SHA-256 of everything that an answer depends on, in hex."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
@@ -49,10 +48,10 @@ class Cache:
     """The answers of a file by the key of their request; open while it is used as a context manager.
 
     A line is given to the operating system as soon as there is an answer, so a killed process loses none; it is forced
-    to the disk once a second and at the end, so a power cut loses the answers of a second. A last line that was cut is
-    dropped, with a warning. One at a time may have it open: the lock is on a file beside it, `.lock` added to its name,
-    and the operating system frees it when the process ends, however it ends. Raises JudgeError for a file that another
-    process writes, that cannot be opened, or that holds anything else.
+    to the disk once a second and at the end, so a power cut loses the answers of one second. A last line that was cut
+    is dropped, with a warning. Only one process at a time may have it open: the lock is on a file beside it, with
+    `.lock` added to its name, and the operating system frees it when the process ends, however it ends. Raises
+    JudgeError for a file that another process writes, that cannot be opened, or that holds anything else.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -109,14 +108,14 @@ class Cache:
         lines = self.path.read_bytes().splitlines(keepends=True)
         good = 0
         for number, line in enumerate(lines, 1):
-            found = _parsed(line)
-            if found is None and (number < len(lines) or line.endswith(b"\n")):
+            entry = _parsed(line)
+            if entry is None and (number < len(lines) or line.endswith(b"\n")):
                 raise JudgeError(f"{self.path}:{number}: no answer of a judge; remove the line, or name another file")
-            if found is None:
+            if entry is None:
                 logger.warning("%s:%d: the last line was cut and is dropped; it is asked again", self.path, number)
                 os.ftruncate(self._file, good)
                 return
-            self.answers[found[0]] = found[1]
+            self.answers[entry[0]] = entry[1]
             good += len(line)
         if lines and not lines[-1].endswith(b"\n"):
             os.write(self._file, b"\n")
@@ -126,10 +125,8 @@ def _parsed(line: bytes) -> tuple[str, Answer] | None:
     """Key and answer of a line; None if it holds no such thing."""
     try:
         record = json.loads(line)
-        key, answer = (
-            record.pop("key"),
-            Answer(record.pop("text"), record.pop("prompt_tokens"), record.pop("completion_tokens")),
-        )
+        key = record.pop("key")
+        answer = Answer(record.pop("text"), record.pop("prompt_tokens"), record.pop("completion_tokens"))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return (key, answer) if isinstance(key, str) and isinstance(answer.text, str) and not record else None

@@ -1,25 +1,327 @@
-"""A judge behind an OpenAI-compatible endpoint: both orders asked, every answer kept on disk, nothing asked twice."""
+"""A judge behind an OpenAI-compatible endpoint: both orders asked, every answer on disk, no question sent twice."""
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
+import ipaddress
+import json
 import logging
+import os
+import random
+import re
+import time
 from collections import Counter
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Annotated, Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+
+import httpx
+from pydantic import ConfigDict, Field, SecretStr, field_validator
 
 from distalign.judges.base import Comparison, JudgeError, Judgement, Progress
 from distalign.judges.cache import Answer, Cache, content_key
-from distalign.judges.client import Client, EndpointError, headers_unlogged, read_key
 from distalign.judges.prompts import load_template, orders, stricter, verdict
-from distalign.judges.settings import EndpointSettings
+from distalign.settings import Count, NotNegative, Positive, Section
 
 logger = logging.getLogger("distalign.judges")
 
 T = TypeVar("T")
+
+_PATH = "/chat/completions"
+# Names of query parameters that carry a secret: the url is written into recipes, results and messages.
+_SECRET = re.compile(r"key|token|secret|passw|sig|auth|credential", re.IGNORECASE)
+# Parts of the request that belong to the judge, and so are not the user's to replace.
+_OURS = ("messages", "model", "n", "stream", "temperature", "max_tokens", "seed")
+_BUSY = (408, 409, 425, 429)
+_ADVICE = {
+    400: "the server refuses the request; check model, max_tokens, temperature and the length of the texts",
+    401: "set the environment variable {env} to a valid key",
+    403: "the key in {env} may not use this model; ask for access, or take another model",
+    404: "check url and model",
+    422: "the server refuses a setting; check model, temperature, max_tokens, seed and extra",
+}
+
+
+class EndpointSettings(Section):
+    """An OpenAI-compatible server, what it is asked, how patiently, and how much it may cost.
+
+    url: up to `/v1`, or the whole address of chat/completions. template: tldr, chat, or a .j2 file. api_key_env: the
+    environment variable that holds the key (null: none is sent). Times are in seconds: `timeout` is the longest
+    silence of the server, and the longest time until the last part of an answer. A request is tried `attempts` times;
+    before the next one it waits a random time of up to `backoff`·2^k, at most `max_backoff`, after what the server
+    asks for by Retry-After (no more than `max_wait`). max_requests counts what is sent, retries included,
+    max_total_tokens what the server says it read and wrote; both hold for one judge. `extra` is added to the body of
+    every request; temperature, max_tokens and seed are left out where null.
+    """
+
+    # A validation error must not repeat an address that holds a password.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    url: str
+    model: str
+    template: str = "chat"
+    cache: str = "runs/judge.jsonl"
+    api_key_env: str | None = "OPENAI_API_KEY"
+    allow_http: bool = False
+    temperature: NotNegative | None = 0.0
+    max_tokens: Count | None = 16
+    seed: int | None = None
+    extra: Annotated[dict[str, Any], Field(default_factory=dict)]
+    concurrency: Count = 16
+    timeout: Positive = 60.0
+    connect_timeout: Positive = 10.0
+    attempts: Count = 8
+    backoff: Positive = 0.5
+    max_backoff: Positive = 30.0
+    max_wait: Positive = 300.0
+    max_requests: Count | None = None
+    max_total_tokens: Count | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _whole_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("the url of an endpoint starts with https:// (or http:// on this machine) and a host")
+        secret = any(_SECRET.search(name) for name, _ in parse_qsl(parts.query, keep_blank_values=True))
+        if parts.username is not None or parts.password is not None or parts.fragment or secret:
+            raise ValueError(
+                "the url of an endpoint holds no user, password, key or fragment; name the key in api_key_env"
+            )
+        path = parts.path.rstrip("/")
+        return parts._replace(path=path if path.endswith(_PATH) else path + _PATH).geturl()
+
+    @field_validator("extra")
+    @classmethod
+    def _not_ours(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        found = [name for name in _OURS if name in extra]
+        if found:
+            raise ValueError(f"extra holds {', '.join(found)}, which the judge sets itself; leave it out")
+        return extra
+
+    @property
+    def local(self) -> bool:
+        """Whether the server runs on this machine."""
+        host = urlsplit(self.url).hostname or ""
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost" or host.endswith(".localhost")
+
+    def sampling(self) -> dict[str, Any]:
+        """The part of a request that decides what is drawn, besides model and messages."""
+        given = {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": self.seed}
+        return {**{key: value for key, value in given.items() if value is not None}, **self.extra}
+
+
+class EndpointError(JudgeError):
+    """An endpoint that refuses for good, or that failed too often."""
+
+
+class BudgetError(JudgeError):
+    """The settings allow no further request."""
+
+
+class _Retry(Exception):
+    """A failure that may pass: its kind, what was said, and how long the server asks to wait, in seconds."""
+
+    def __init__(self, kind: str, said: str, wait: float = 0.0) -> None:
+        super().__init__(kind)
+        self.kind, self.said, self.wait = kind, said, wait
+
+
+def read_key(settings: EndpointSettings) -> SecretStr | None:
+    """The key from its environment variable; None if none is to be sent. Raises EndpointError.
+
+    A server on this machine may do without. A key is never sent over plain http to another machine unless allow_http.
+    """
+    name = settings.api_key_env
+    value = os.environ.get(name, "").strip() if name else ""
+    if not value:
+        if name and not settings.local:
+            raise EndpointError(
+                f"judge {settings.url}: the environment variable {name} is not set; put the key there, or set "
+                "api_key_env: null if the server needs none"
+            )
+        return None
+    if not value.isascii() or not value.isprintable() or " " in value:
+        raise EndpointError(f"judge {settings.url}: {name} holds white space or other odd characters; set it again")
+    if settings.url.startswith("http:") and not settings.local and not settings.allow_http:
+        raise EndpointError(
+            f"judge {settings.url}: the key in {name} would be sent unencrypted to another machine; use https, set "
+            "api_key_env: null, or allow_http: true"
+        )
+    return SecretStr(value)
+
+
+class Client:
+    """Sends requests for many that wait at once; use it within `async with`.
+
+    `counts` collects requests, retries by cause, and tokens. Once `stopped` is set nothing more is sent.
+    """
+
+    def __init__(self, settings: EndpointSettings, counts: Counter[str]) -> None:
+        self.settings, self.counts = settings, counts
+        self._key = read_key(settings)
+        self._random = random.Random()
+
+    async def __aenter__(self) -> Client:
+        settings = self.settings
+        self.stopped = asyncio.Event()
+        self._places = asyncio.Semaphore(settings.concurrency)
+        self._http = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else None,
+            timeout=httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
+            trust_env=not settings.local,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._http.aclose()
+
+    async def ask(self, messages: Sequence[dict[str, str]], where: str) -> Answer | None:
+        """The answer, or None if `stopped` was set before there was one.
+
+        Raises BudgetError where nothing more may be sent; EndpointError for a refusal, or after `attempts` failures.
+        """
+        settings = self.settings
+        body = json.dumps({"model": settings.model, "messages": list(messages), **settings.sampling()}).encode()
+        for attempt in range(1, settings.attempts + 1):
+            async with self._places:
+                if self.stopped.is_set():
+                    return None
+                self._pay()
+                try:
+                    return await self._send(body, where)
+                except _Retry as failure:
+                    reason, wait = f"{failure.kind} ({failure.said})", failure.wait
+                    self.counts[f"failed/{failure.kind}"] += 1
+            if attempt == settings.attempts:
+                break
+            if wait > settings.max_wait:
+                raise EndpointError(
+                    f"judge {settings.url}: {where}: {reason}; the server asks to wait {wait:.0f} s: run again then, "
+                    "or raise max_wait"
+                )
+            longest = min(settings.max_backoff, settings.backoff * 2 ** (attempt - 1))
+            await self._sleep(wait + self._random.uniform(0, longest))
+        raise EndpointError(
+            f"judge {settings.url}: {where}: failed {settings.attempts} times, at last with {reason}; run again when "
+            "the server is well, lower concurrency, or raise timeout or attempts"
+        )
+
+    def _pay(self) -> None:
+        """Count a request that is about to be sent. Raises BudgetError if the settings do not allow it."""
+        settings, counts = self.settings, self.counts
+        for name, limit, spent in (
+            ("max_requests", settings.max_requests, counts["requests"]),
+            ("max_total_tokens", settings.max_total_tokens, counts["tokens"]),
+        ):
+            if limit is not None and spent >= limit:
+                raise BudgetError(f"judge {settings.url}: {name} is {limit}, {spent} are spent; raise it and run again")
+        counts["requests"] += 1
+
+    async def _sleep(self, seconds: float) -> None:
+        """Wait, or return early when `stopped` is set."""
+        try:
+            await asyncio.wait_for(self.stopped.wait(), seconds)
+        except asyncio.TimeoutError:
+            return
+
+    async def _send(self, body: bytes, where: str) -> Answer:
+        """One attempt. Raises _Retry for what may pass, EndpointError for what will not."""
+        settings = self.settings
+        try:
+            status, headers, content = await self._post(body)
+        except httpx.ConnectTimeout:
+            raise _Retry("timeout", f"no connection within {settings.connect_timeout:g} s") from None
+        except httpx.TimeoutException:
+            raise _Retry("timeout", f"no answer within {settings.timeout:g} s") from None
+        except httpx.RequestError as error:
+            raise _Retry("connection", self._clean(f"{type(error).__name__} {error}")) from None
+        said = self._clean(content.decode(errors="replace")) or "no reason given"
+        if status >= 500 or (status in _BUSY and b"insufficient_quota" not in content):
+            raise _Retry(f"HTTP {status}", said, _retry_after(headers.get("retry-after", "")))
+        if status >= 300:
+            advice = _ADVICE.get(status, "check url, model and account").format(
+                env=settings.api_key_env or "api_key_env"
+            )
+            raise EndpointError(f"judge {settings.url}: {where}: HTTP {status} ({said}); {advice}")
+        answer = self._answer(content)
+        if answer is None:
+            raise _Retry("malformed", said)
+        self.counts["answered"] += 1
+        self.counts["tokens"] += answer.tokens
+        return answer
+
+    async def _post(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers by lower-case name, and content.
+
+        httpx bounds every silence; an answer that comes in parts is given up here when its time is over.
+        """
+        deadline = time.monotonic() + self.settings.timeout
+        headers = {"Content-Type": "application/json"}
+        async with self._http.stream("POST", self.settings.url, content=body, headers=headers) as response:
+            parts = []
+            async for part in response.aiter_bytes():
+                parts.append(part)
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the answer came too slowly")
+            return response.status_code, dict(response.headers), b"".join(parts)
+
+    def _answer(self, content: bytes) -> Answer | None:
+        """What the body says, None if it has not the form of an answer."""
+        try:
+            body = json.loads(content)
+            text = body["choices"][0]["message"].get("content")
+            usage = body.get("usage") or {}
+            counted = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None
+        if not isinstance(text, str | None) or any(type(count) not in (int, type(None)) for count in counted):
+            return None
+        return Answer(self._secret(text or ""), *counted)
+
+    def _clean(self, text: str) -> str:
+        """What a server or a library said, in one line of at most 300 characters, without anything secret."""
+        text = re.sub(r"(?i)(bearer)[\s:=]+[^\s\"',}]+", r"\1 [removed]", self._secret(text))
+        return " ".join(text.split())[:300]
+
+    def _secret(self, text: str) -> str:
+        """The text without the key, as it is or as JSON writes it."""
+        if self._key is None:
+            return text
+        key = self._key.get_secret_value()
+        for form in {key, json.dumps(key)[1:-1]}:
+            text = text.replace(form, "[removed]")
+        return text
+
+
+def _retry_after(value: str) -> float:
+    """Seconds that the server asks to wait: a number or a date; 0 if it does not say."""
+    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
+        return float(value.strip())
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+@contextmanager
+def headers_unlogged() -> Iterator[None]:
+    """httpcore's debug log shows a server's headers, and a server may repeat the key in them."""
+    logger = logging.getLogger("httpcore")
+    level = logger.level
+    logger.setLevel(max(logging.INFO, level))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -43,7 +345,7 @@ class _Questions:
 class EndpointJudge:
     """Every comparison is asked in both orders. Both for the same response: 1 or 0; anything else: 0.5, a tie.
 
-    So a judge that prefers a position gives ties, and `facts` says how often it did. An answer that is no verdict is
+    So a judge that prefers a position gives ties, and `counters` says how often it did. An answer that is no verdict is
     asked for once more, more sternly, and then counts as a tie that is `unparsable`. Equal responses are a tie and are
     not asked. Answers are kept in `settings.cache` by the content of their request: they cost nothing the next time,
     whatever ended the run. Making a judge calls nothing; raises JudgeError for a bad template or a missing key.
@@ -65,12 +367,12 @@ class EndpointJudge:
         questions = self._questions(comparisons)
         with Cache(self.settings.cache) as cache, headers_unlogged():
             replies = _run(self._ask_all(questions, cache, progress))
-        found = [self._judgement(keys, replies) for keys in questions.keys]
+        judgements = [self._judgement(keys, replies) for keys in questions.keys]
         if self._counts["first_shown"] + self._counts["second_shown"]:
-            logger.info("judge %s: %s", self.settings.model, self.facts())
-        return found
+            logger.info("judge %s: %s", self.settings.model, self.counters())
+        return judgements
 
-    def facts(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """Counts since the start, and the position bias.
 
         comparisons: identical, contradictory (each response preferred where it stood first, or second) and unparsable
@@ -80,23 +382,22 @@ class EndpointJudge:
         """
         counts = dict(self._counts)
         first, second = counts.pop("first_shown", 0), counts.pop("second_shown", 0)
-        found = {key: float(value) for key, value in sorted(counts.items())}
-        return found | ({"first_position": first / (first + second)} if first + second else {})
+        counters = {key: float(value) for key, value in sorted(counts.items())}
+        return counters | ({"first_position": first / (first + second)} if first + second else {})
 
     def _questions(self, comparisons: Sequence[Comparison]) -> _Questions:
-        found = _Questions()
-        for one in comparisons:
-            if one.first == one.second:
-                found.keys.append(None)
+        questions = _Questions()
+        for comparison in comparisons:
+            if comparison.first == comparison.second:
+                questions.keys.append(None)
                 continue
-            keys = []
-            for messages in orders(self.template, one):
-                key = self._key(messages)
-                found.messages[key] = messages
-                found.where.setdefault(key, one.key)
-                keys.append(key)
-            found.keys.append((keys[0], keys[1]))
-        return found
+            first, second = orders(self.template, comparison)
+            keys = self._key(first), self._key(second)
+            for key, messages in zip(keys, (first, second), strict=True):
+                questions.messages[key] = messages
+                questions.where.setdefault(key, comparison.key)
+            questions.keys.append(keys)
+        return questions
 
     def _key(self, messages: list[dict[str, str]]) -> str:
         settings, url = self.settings, urlsplit(self.settings.url)
@@ -112,10 +413,10 @@ class EndpointJudge:
         """A reply to every question. After a failure nothing more is sent; what is under way is still kept."""
         replies: dict[str, _Reply] = {}
         failures: list[JudgeError] = []
-        waiting = Counter(key for keys in questions.keys for key in set(keys or ()))
-        # Two halves a comparison; a question may be that of several, and equal responses need none.
-        halves = 2 * len(questions.keys) - sum(waiting.values())
-
+        total = len(questions.keys)
+        comparisons_of = Counter(key for keys in questions.keys for key in set(keys or ()))
+        # Two halves per comparison; a question may be that of several, and equal responses need none.
+        halves = 2 * total - sum(comparisons_of.values())
         left = iter(questions.messages)
 
         async def work(client: Client) -> None:
@@ -130,36 +431,35 @@ class EndpointJudge:
                 if reply is None:
                     return
                 replies[key] = reply
-                halves += waiting[key]
+                halves += comparisons_of[key]
                 if progress is not None:
-                    progress(halves // 2, len(questions.keys))
+                    progress(halves // 2, total)
 
         async with Client(self.settings, self._counts) as client:
             # Twice as many as may be under way: while some wait to try again, others are sent.
             await _all([work(client) for _ in range(2 * self.settings.concurrency)])
         if failures:
-            open_ones = sum(not set(keys or ()) <= replies.keys() for keys in questions.keys)
+            judged = sum(set(keys or ()) <= replies.keys() for keys in questions.keys)
             raise type(failures[0])(
-                f"{failures[0]} ({len(questions.keys) - open_ones} of {len(questions.keys)} comparisons are judged, "
+                f"{failures[0]} ({judged} of {total} comparisons are judged, "
                 f"{len(questions.messages) - len(replies)} questions are left; all answers are kept in {cache.path})"
             )
         return replies
 
     async def _reply(self, client: Client, cache: Cache, messages: list[dict[str, str]], where: str) -> _Reply | None:
         """The verdict on a question, from the second answer if the first is none; None if stopped before."""
-        answer = await self._answer(client, cache, messages, where)
-        if answer is None:
-            return None
-        found, tokens = verdict(answer.text), answer.tokens
-        if found is None:
-            answer = await self._answer(client, cache, stricter(messages), where)
+        tokens = 0
+        for question in (messages, stricter(messages)):
+            answer = await self._answer(client, cache, question, where)
             if answer is None:
                 return None
-            found, tokens = verdict(answer.text), tokens + answer.tokens
-        return _Reply(answer.text, found, tokens)
+            tokens += answer.tokens
+            if verdict(answer.text) is not None:
+                break
+        return _Reply(answer.text, verdict(answer.text), tokens)
 
     async def _answer(self, client: Client, cache: Cache, messages: list[dict[str, str]], where: str) -> Answer | None:
-        """From the cache, or from the server and then into the cache."""
+        """From the cache, or from the server and then into the cache; None if stopped before."""
         key = self._key(messages)
         if key in cache.answers:
             self._counts["cached"] += 1
@@ -182,21 +482,21 @@ class EndpointJudge:
             counts["identical"] += 1
             return Judgement(0.5)
         forward, backward = (replies[key] for key in keys)
-        said, tokens = (forward.text, backward.text), forward.tokens + backward.tokens
-        for shown in (forward.verdict, backward.verdict):
-            counts["first_shown"] += shown == 1
-            counts["second_shown"] += shown == 0
+        answers, tokens = (forward.text, backward.text), forward.tokens + backward.tokens
+        for reply in (forward, backward):
+            counts["first_shown"] += reply.verdict == 1
+            counts["second_shown"] += reply.verdict == 0
         if forward.verdict is None or backward.verdict is None:
             counts["unparsable"] += 1
-            return Judgement(0.5, said, tokens, unparsable=True)
+            return Judgement(0.5, answers, tokens, unparsable=True)
         counts["contradictory"] += forward.verdict == backward.verdict != 0.5
         agree = forward.verdict == 1 - backward.verdict
-        return Judgement(forward.verdict if agree else 0.5, said, tokens)
+        return Judgement(forward.verdict if agree else 0.5, answers, tokens)
 
 
 async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
     """Run all at once; if one raises or is interrupted, the others are cancelled first."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    tasks = [asyncio.ensure_future(part) for part in work]
     try:
         await asyncio.gather(*tasks)
     except BaseException:

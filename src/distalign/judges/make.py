@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, model_validator
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.judges.base import Judge, JudgeError
-from distalign.judges.endpoint import EndpointJudge
+from distalign.judges.endpoint import EndpointJudge, EndpointSettings
 from distalign.judges.local import FunctionJudge, RewardJudge
-from distalign.judges.settings import JudgeSettings
 from distalign.rewards import Reward, RewardSettings, check_rewards, make_reward
+from distalign.settings import Positive, Section, several
+
+
+class JudgeSettings(Section):
+    """Who compares responses: one of `reward`, `function`, `exact` and `endpoint`.
+
+    reward: as in a recipe. function: `file.py:name` or `module:name`, asked in both orders, which are averaged;
+    `timeout` bounds one call of it, in seconds. endpoint: asked in both orders, a tie where they disagree. exact:
+    P_{π*} of the known target. verdict: what a reward or the target says, the probability σ(ΔR), or its sign.
+    """
+
+    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
+    function: str | None = None
+    exact: bool = False
+    endpoint: EndpointSettings | None = None
+    verdict: Literal["probability", "sign"] = "probability"
+    timeout: Positive = 60.0
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> JudgeSettings:
+        given = [bool(self.reward), self.function is not None, self.exact, self.endpoint is not None]
+        if sum(given) != 1:
+            raise ValueError(f"judge names {sum(given)} of reward, function, exact and endpoint; give one")
+        if self.verdict == "sign" and not (self.reward or self.exact):
+            raise ValueError("judge.verdict is about differences of rewards; leave it out, or judge by reward or exact")
+        return self
 
 
 def check_judge(
@@ -32,10 +61,10 @@ def check_judge(
 def make_judge(
     settings: JudgeSettings,
     *,
-    base: Any = None,
-    tokenizer: Any = None,
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     token_budget: int = 4096,
-    target: Any = None,
+    target: nn.Module | None = None,
     gamma: float | None = None,
     trained: Reward | None = None,
 ) -> Judge:
@@ -48,6 +77,8 @@ def make_judge(
         return FunctionJudge(settings.function, timeout=settings.timeout)
     if settings.endpoint is not None:
         return EndpointJudge(settings.endpoint)
+    assert base is not None
+    assert tokenizer is not None
     reward = make_reward(
         settings.reward or (RewardSettings(exact=True),),
         base=base,

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+import jinja2
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -53,12 +53,12 @@ class Template:
         return [{"role": "user", "content": text.strip()}]
 
     @cached_property
-    def _compiled(self) -> Any:
+    def _compiled(self) -> jinja2.Template:
         environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         try:
             return environment.from_string(self.text)
         except TemplateError as error:
-            raise JudgeError(f"judge template {self.name}: {error}; mend the template") from None
+            raise JudgeError(f"judge template {self.name}: {error}; fix the template") from None
 
 
 def load_template(name: str) -> Template:
@@ -78,9 +78,10 @@ def load_template(name: str) -> Template:
     return template
 
 
-def orders(template: Template, one: Comparison) -> list[list[dict[str, str]]]:
+def orders(template: Template, comparison: Comparison) -> list[list[dict[str, str]]]:
     """The question in both orders: the first response shown as A, then the second."""
-    return [template.messages(one.prompt, *pair) for pair in ((one.first, one.second), (one.second, one.first))]
+    first, second = comparison.first, comparison.second
+    return [template.messages(comparison.prompt, *shown) for shown in ((first, second), (second, first))]
 
 
 def stricter(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -95,8 +96,8 @@ def verdict(answer: str) -> float | None:
     The last line must be one of the three and nothing else, and no other line may be one too.
     """
     lines = [line.strip() for line in answer.strip().splitlines()]
-    found = [line for line in lines if line in VERDICTS]
-    return VERDICTS[found[0]] if len(found) == 1 and lines[-1] == found[0] else None
+    verdicts = [line for line in lines if line in VERDICTS]
+    return VERDICTS[lines[-1]] if len(verdicts) == 1 and lines[-1] in VERDICTS else None
 
 
 def _boundary(turns: Sequence[dict[str, Any]], first: str, second: str) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, independent, information_weights, table_features
 from distalign.lab.experiment import (
-    Advance,
     Pairs,
     Row,
     Scale,
@@ -31,7 +30,8 @@ from distalign.lab.experiment import (
 from distalign.lab.fit import Features, fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
 from distalign.lab.shown import Claim, Panel, Shown, Table, with_errors
 from distalign.lab.tables import Tables, draw, linear_tables
-from distalign.stats.metrics import mean_and_se, paired_difference
+from distalign.progress import Advance
+from distalign.stats.intervals import mean_and_se, paired_difference
 
 Policies = Float[Tensor, "worlds contexts responses"]
 Rewards = Float[Tensor, "_ contexts responses reward_features"]

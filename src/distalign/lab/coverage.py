@@ -12,12 +12,13 @@ import torch
 from pydantic import Field, FiniteFloat, model_validator
 
 from distalign.lab.exact import asymptotic_constant, coverage, divergence
-from distalign.lab.experiment import Advance, Pairs, Row, Scale, TableExperiment, mean_text, pick, select
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, mean_text, pick, select
 from distalign.lab.fit import fit_pmle, fit_reward, fit_rkl
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tables import Tables, draw, linear_tables
+from distalign.progress import Advance
 from distalign.settings import Count
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 _LABELS = {"pmle": "PMLE", "rkl": "RKL"}
 

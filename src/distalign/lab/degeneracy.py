@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distalign.lab.exact import divergence, entropy, optimum
-from distalign.lab.experiment import Advance, Pairs, Row, Scale, TableExperiment, level, pick, select, spread
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, level, pick, select, spread
 from distalign.lab.fit import fit_reward
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tables import Tables, draw, random_tables
@@ -25,6 +25,7 @@ from distalign.methods.base import Samples
 from distalign.methods.dpo import dpo_loss
 from distalign.methods.estimators import kl_full
 from distalign.methods.pmle import pmle_loss
+from distalign.progress import Advance
 from distalign.settings import Count, NotNegative
 
 _LABELS = {"pmle": "PMLE, β = 0", "pmle_kl": "PMLE, β > 0", "dpo": "DPO"}

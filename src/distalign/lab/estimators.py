@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distalign.lab.exact import divergence, entropy, optimum
-from distalign.lab.experiment import Advance, Experiment, Row, Scale, level, select, spread
+from distalign.lab.experiment import Experiment, Row, Scale, level, select, spread
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tree import Tree
 from distalign.methods.base import Samples
@@ -35,6 +35,7 @@ from distalign.methods.estimators import (
 )
 from distalign.methods.ppo import clipped_surrogate
 from distalign.methods.rkl import rkl_loss, rkl_split_loss
+from distalign.progress import Advance
 from distalign.settings import Count, NotNegative
 
 _MOST_NUMBERS = 5_000_000  # in the gradients of all groups: 40 MB, of which a few copies are held

@@ -19,22 +19,6 @@ from distalign.lab.shown import Curve, Shown
 from distalign.progress import Advance
 from distalign.settings import Count, Section, explain, unknown_setting
 
-__all__ = [
-    "Advance",
-    "Experiment",
-    "Row",
-    "TableExperiment",
-    "configure",
-    "generator",
-    "level",
-    "mean_text",
-    "measure",
-    "pick",
-    "powers",
-    "select",
-    "spread",
-]
-
 Row = dict[str, Any]  # one measurement, or all of them: plain data by name, ready for JSON
 
 Seed = Annotated[int, Field(ge=0)]

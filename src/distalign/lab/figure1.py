@@ -18,7 +18,6 @@ from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, optimum, rlhf_limit, table_features
 from distalign.lab.experiment import (
-    Advance,
     Pairs,
     Row,
     Scale,
@@ -34,6 +33,7 @@ from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartile
 from distalign.lab.tables import Counts, Tables, draw, random_tables
 from distalign.methods import METHODS
 from distalign.methods.preference import preference_logit, preference_nll
+from distalign.progress import Advance
 
 _WINDOW = (2**11, 2**16)  # where the paper's figure has its slope
 _JUDGED = 2**11  # pairs; below it the ridge decides, and no promise is judged
@@ -137,7 +137,7 @@ class Figure1(TableExperiment):
             "dpo": dpo_limit(tables.target, tables.reference),
         }
         floors = {name: float(limits[owner].median()) for name, owner in _FLOORS.items()}
-        estimates = [name for name in kl if name != "reference"]
+        window = _window(sizes)
         return {
             "constant": float(constant.median()),
             "rows": [
@@ -146,9 +146,10 @@ class Figure1(TableExperiment):
                 for n, distances in zip(sizes, kl[name], strict=True)
             ],
             "slopes": [
-                {"method": name, "from": a, "to": b, **_slope_between(a, b, sizes, kl[name], self.seed)._asdict()}
-                for name in estimates
-                for a, b in _windows(sizes)
+                {"method": name, "from": window[0], "to": window[-1]}
+                | _slope_over(window, sizes, kl[name], self.seed)._asdict()
+                for name in kl
+                if name != "reference"
             ],
             "floors": [{"method": name, "forward_kl": floor} for name, floor in floors.items()],
             "one_estimator": [
@@ -173,15 +174,15 @@ class Figure1(TableExperiment):
 
         None where there are too few pairs to judge by. Every fit here is at β = 0.
         """
-        a, b = _windows(sizes)[0]
+        window = _window(sizes)
         theorem = METHODS[name].theorem
-        inside = [ratio for n, ratio in zip(sizes, ratios, strict=True) if n >= 4 * _JUDGED and a <= n <= b]
+        inside = [ratio for n, ratio in zip(sizes, ratios, strict=True) if n >= 4 * _JUDGED and n in window]
         last = float(kl[-1].median())
         agrees: bool | None = None
         if floor is not None and sizes[-1] >= 2**20:
             agrees = abs(last / floor - 1) <= 0.1
         elif theorem and inside:
-            slope = _slope_between(a, b, sizes, kl, self.seed)
+            slope = _slope_over(window, sizes, kl, self.seed)
             agrees = falls_like_one_over_n(slope, (min(inside), max(inside)))
         return {
             "method": name,
@@ -213,12 +214,11 @@ class Figure1(TableExperiment):
     def _claims(self, numbers: Row, scale: str) -> list[Claim]:
         at = {part: select(rows, scale=scale) for part, rows in numbers.items() if part != "constant"}
         claims = []
-        first = at["slopes"][0]["from"]
-        for row in select(at["slopes"], **{"from": first}):
+        for row in at["slopes"]:
             if row["method"] in _ONE_ESTIMATOR:
-                promise = f"scale {scale}: {_name(row)} falls like 1/n for n from {first} to {row['to']}"
+                promise = f"scale {scale}: {_name(row)} falls like 1/n for n from {row['from']} to {row['to']}"
                 holds = row["low"] >= -1.10 and row["high"] <= -0.95
-                judged = first >= _JUDGED and row["to"] >= 8 * first
+                judged = row["from"] >= _JUDGED and row["to"] >= 8 * row["from"]
                 text = f"slope {row['slope']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
                 claims.append(Claim(promise, text, holds if judged else None))
         large = [row["ratio"] for row in at["constant_ratios"] if row["n"] >= 2**13]
@@ -313,16 +313,14 @@ def falls_like_one_over_n(slope: Slope, ratio: tuple[float, float]) -> bool:
     return slope.low >= -1.1 and slope.high <= -0.9 and ratio[0] >= 0.9 and ratio[1] <= 1.1
 
 
-def _slope_between(a: int, b: int, sizes: list[int], kl: Distances, seed: int) -> Slope:
-    inside = [i for i, n in enumerate(sizes) if a <= n <= b]
-    return fit_slope([sizes[i] for i in inside], kl[inside], seed=seed)
+def _slope_over(window: list[int], sizes: list[int], kl: Distances, seed: int) -> Slope:
+    return fit_slope(window, kl[[sizes.index(n) for n in window]], seed=seed)
 
 
-def _windows(sizes: list[int]) -> list[tuple[int, int]]:
-    """The paper's window and what is above it, cut to the sizes at hand."""
+def _window(sizes: list[int]) -> list[int]:
+    """The sizes in the paper's window; all of them if fewer than two are."""
     inside = [n for n in sizes if _WINDOW[0] <= n <= _WINDOW[1]]
-    above = [n for n in sizes if n >= _WINDOW[1]]
-    return [(part[0], part[-1]) for part in (inside, above) if len(part) > 1] or [(sizes[0], sizes[-1])]
+    return inside if len(inside) > 1 else sizes
 
 
 def _name(row: Row) -> str:

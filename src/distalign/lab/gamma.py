@@ -14,13 +14,14 @@ from pydantic import Field
 from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, table_features
-from distalign.lab.experiment import Advance, Pairs, Row, Scale, TableExperiment, generator, level, spread
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, generator, level, spread
 from distalign.lab.fit import fit_pmle, fit_reward
 from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors, with_quartiles
 from distalign.lab.tables import Tables, draw, random_tables
 from distalign.methods.preference import induced_logps, preference_logit, preference_nll
+from distalign.progress import Advance
 from distalign.settings import Count
-from distalign.stats.metrics import mean_and_se
+from distalign.stats.intervals import mean_and_se
 
 Scales = Annotated[tuple[Scale, ...], Field(min_length=1)]
 

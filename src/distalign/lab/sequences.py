@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pydantic import Field
 
 from distalign.lab.exact import asymptotic_constant, divergence, entropy, optimum
-from distalign.lab.experiment import Advance, Experiment, Row, level, powers, select, spread
+from distalign.lab.experiment import Experiment, Row, level, powers, select, spread
 from distalign.lab.sequence_training import Job, Schedule, fit_bigram, fit_rewards, train
 from distalign.lab.sequence_worlds import (
     Data,
@@ -32,6 +32,7 @@ from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartile
 from distalign.lab.tree import Tree
 from distalign.methods import DPO, PD, PMLE, REBEL, RKL, RLHF
 from distalign.methods.preference import induced_reward
+from distalign.progress import Advance
 from distalign.settings import Count, Positive
 
 TREE = Tree(vocabulary=8, length=4)
@@ -217,7 +218,7 @@ class Sequences(Experiment):
             about,
             claims=[*_markov_claims(seen), *_claims_over_n(seen), *_tilted_claims(seen, brief)],
             panels=[_against_n(seen), _stopping(seen, self.betas), _counter(seen)],
-            tables=[_markov_table(seen), _coverage_table(seen), _optimum_table(seen), _counter_table(seen)],
+            tables=[_markov_table(seen), _coverage_table(seen), _counter_table(seen)],
         )
 
 
@@ -483,20 +484,6 @@ def _coverage_table(seen: _Seen) -> Table:
         "a network, of which C says little."
     )
     return Table("Markov target: what the pairs allow", about, columns, rows)
-
-
-def _optimum_table(seen: _Seen) -> Table:
-    rows = [
-        [row["world"], row["method"], row["n"], row["seed"], row["beta"], row["forward_kl"], row["from_optimum"]]
-        for row in seen.rows
-        if "from_optimum" in row and row["n"] == (seen.judged if row["world"] == "markov" else seen.counter)
-    ]
-    columns = ["world", "method", "n", "seed", "β", "KL(π* ‖ π)", "KL(optimum ‖ π)"]
-    about = (
-        "Trained on sampled responses against the enumerated optimum of the same reward. A scalar head's optimum need "
-        "not be in the class of the policy, which then smooths it."
-    )
-    return Table("How near sampling comes to the optimum", about, columns, rows)
 
 
 def _counter_table(seen: _Seen) -> Table:

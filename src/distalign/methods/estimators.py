@@ -141,7 +141,7 @@ def expected_reward(samples: Samples, rewards: Float[Tensor, "samples"]) -> Floa
     return weights * rewards + _gradient_only(weights * sequence_sum(samples.token_logps, samples.mask) * advantages)
 
 
-def penalised_rewards(pairs: Pairs, beta: float) -> Float[Tensor, "pairs 2"]:
+def penalised_rewards(pairs: Pairs, *, beta: float) -> Float[Tensor, "pairs 2"]:
     """Rewards of sampled pairs with the KL term folded in, in nats: R̂ − β ln π_t/π₀, π_t being what drew the pair."""
     return pairs.rewards - beta * (pairs.behavior_logps - pairs.reference_logps) if beta > 0 else pairs.rewards
 
@@ -149,7 +149,7 @@ def penalised_rewards(pairs: Pairs, beta: float) -> Float[Tensor, "pairs 2"]:
 def masked(
     values: Float[Tensor, "samples steps"], mask: Bool[Tensor, "samples steps"]
 ) -> Float[Tensor, "samples steps"]:
-    """The values on the mask, 0 off it."""
+    """The values on the mask, in their unit; 0 off it."""
     # Not values * mask: 0 · NaN and 0 · (−inf) are NaN.
     return torch.where(mask, values, 0.0)
 

@@ -59,7 +59,7 @@ class PD(Method):
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean distillation loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""
-        rewards = penalised_rewards(pairs, 0.0 if self.kl_in == "loss" else self.beta)
+        rewards = penalised_rewards(pairs, beta=0.0 if self.kl_in == "loss" else self.beta)
         loss = pd_loss(pairs.logps, (rewards[:, 0] - rewards[:, 1]).sigmoid(), gamma=self.gamma).mean()
         return loss + self.beta * kl_full(samples).mean() if self.needs.kl else loss
 

@@ -42,6 +42,8 @@ def gae_credit(
         r_t = −γ ln π_t(y_t|s_t) − β ln π_t(y_t|s_t)/π₀(y_t|s_t),   plus R̂(x,y) at the last token
 
     No discount. `whiten` shifts and scales the advantages of all tokens of the round to mean 0 and variance 1.
+
+    Source: arXiv 2506.01523v2, eq. 14; arXiv 1506.02438, eq. 16.
     """
     logps, mask, values = samples.behavior_token_logps, samples.mask, samples.values.detach()
     rewards = -gamma * logps

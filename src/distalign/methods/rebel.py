@@ -60,7 +60,7 @@ class REBEL(Method):
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean squared error of the pairs, in nats squared."""
-        rewards = penalised_rewards(pairs, self.beta)
+        rewards = penalised_rewards(pairs, beta=self.beta)
         return rebel_loss(pairs.logps, pairs.behavior_logps, rewards, eta=self.eta).mean()
 
     def implicit_reward(

@@ -40,6 +40,8 @@ def rkl_split_loss(samples: Samples, *, gamma: float, beta: float) -> Float[Tens
     """The same expectation, each term by its own estimator: −R̂(x,y) − γ Σ_t H_t + β Σ_t KL_t, in nats (eq. 14).
 
     Less noisy than `rkl_loss` far from the optimum, far noisier near it.
+
+    Source: arXiv 2506.01523v2, eq. 14.
     """
     loss = -expected_reward(samples, samples.rewards)
     if gamma != 0:

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distalign.methods import Method
+
 CITATION = """@article{yun2025alignment,
   title   = {Alignment as Distribution Learning: Your Preference Model is Explicitly a Language Model},
   author  = {Yun and Kim and Park and Kim and Ryu and Cho and Jun},
@@ -16,7 +18,13 @@ CITATION = """@article{yun2025alignment,
 
 
 def model_card(
-    *, base_model: str, name: str, method: Any, data: Mapping[str, Any], training: Mapping[str, Any], results: Any
+    *,
+    base_model: str,
+    name: str,
+    method: Method,
+    data: Mapping[str, Any],
+    training: Mapping[str, Any],
+    results: Mapping[str, Any],
 ) -> str:
     """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs."""
     on_hub = base_model.count("/") == 1 and base_model[0] not in "./~" and not Path(base_model).exists()

@@ -7,10 +7,10 @@ is the target, 0 the base, and values between and beyond are weaker and stronger
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distalign.data import Data, EncodedPair, Prompt, end_token_id, read_prompts, split_by_prompt
+from distalign.data import Data, EncodedPair, Prompt, Tokenizer, end_token_id, read_prompts, split_by_prompt
 from distalign.engine import Group, score_in_batches
 from distalign.errors import InputError
 from distalign.methods.preference import preference_logit
@@ -34,7 +34,7 @@ _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 class Target(Protocol):
     """A family of language models on top of a base model, from the base itself (strength 0) to the target (1)."""
 
-    def model(self, base: PreTrainedModel, tokenizer: Any, strength: float = 1.0) -> PreTrainedModel:
+    def model(self, base: PreTrainedModel, tokenizer: Tokenizer, strength: float = 1.0) -> PreTrainedModel:
         """The language model of that strength; `base` stays as it is."""
         ...
 
@@ -70,7 +70,7 @@ class Tilt:
     bonus: float = 4.0
     end_bonus: float = 0.0
 
-    def bias(self, tokenizer: Any, vocabulary: int) -> Float[Tensor, "vocabulary"]:
+    def bias(self, tokenizer: Tokenizer, vocabulary: int) -> Float[Tensor, "vocabulary"]:
         """The bonus of every token, in nats."""
         bias = torch.zeros(vocabulary)
         for word in self.words:
@@ -81,15 +81,15 @@ class Tilt:
         bias[end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))] += self.end_bonus
         return bias
 
-    def model(self, base: PreTrainedModel, tokenizer: Any, strength: float = 1.0) -> PreTrainedModel:
+    def model(self, base: PreTrainedModel, tokenizer: Tokenizer, strength: float = 1.0) -> PreTrainedModel:
         """The base with a bias on its language-model head. Shares every weight of `base`: keep those frozen."""
         return with_logit_bias(base, strength * self.bias(tokenizer, base.config.get_text_config().vocab_size))
 
 
-def _token_ids(tokenizer: Any, word: str) -> list[int]:
+def _token_ids(tokenizer: Tokenizer, word: str) -> list[int]:
     spellings = {word, word.capitalize(), f" {word}", f" {word.capitalize()}"}
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in spellings]
-    return sorted({ids[0] for ids in encoded if len(ids) == 1} - {tokenizer.unk_token_id})
+    return sorted({ids[0] for ids in encoded if len(ids) == 1} - {getattr(tokenizer, "unk_token_id", None)})
 
 
 def with_logit_bias(model: PreTrainedModel, bias: Float[Tensor, "vocabulary"]) -> PreTrainedModel:
@@ -140,7 +140,7 @@ class TargetPairs:
 def make_pairs(
     target: Target,
     base: PreTrainedModel,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     *,
     n: int,
@@ -150,7 +150,7 @@ def make_pairs(
     max_new_tokens: int,
     token_budget: int,
     seed: int,
-    progress: Any = None,
+    progress: Callable[[int, int], object] | None = None,
 ) -> TargetPairs:
     """Draw `n` pairs and label each by a coin with P_{π*} (eq. 3).
 
@@ -211,7 +211,7 @@ def make_pairs(
     )
 
 
-def target_prompts(settings: TargetSettings, tokenizer: Any) -> tuple[list[Prompt], list[Prompt]]:
+def target_prompts(settings: TargetSettings, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts of a target experiment: (for training pairs, held out). The split is the same for every seed."""
     given = settings.prompts
     if given is None:

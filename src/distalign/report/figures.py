@@ -287,7 +287,7 @@ def _correlation_text(curve: Curve) -> str:
 
 def _draw_calibration(bins: Sequence[Bin], color: str, axes: Axes, colors: Mapping[str, str]) -> None:
     """Predicted against observed preference: area by count, bars the 95 % Wilson interval, dashed the perfect judge."""
-    from distalign.stats.metrics import wilson_interval
+    from distalign.stats.intervals import wilson_interval
 
     axes.plot([0, 1], [0, 1], color=colors[MUTED], linewidth=1, linestyle=(0, (4, 3)))
     most = max(b.n for b in bins)

@@ -176,7 +176,7 @@ def _gaps(results: Results, first: str, second: str) -> list[float]:
 
 
 def _t_interval(values: Sequence[float]) -> Difference:
-    from distalign.stats.metrics import student_quantile
+    from distalign.stats.intervals import student_quantile
 
     mean = statistics.fmean(values)
     half = student_quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from distalign.rewards.base import Request, Reward, RewardError, WeightedSum
-from distalign.rewards.classifier import JudgeReward
-from distalign.rewards.exact import ExactReward
-from distalign.rewards.fit import RewardTraining, Trained, train_reward
+from distalign.rewards.base import ExactReward, Request, Reward, RewardError, WeightedSum
+from distalign.rewards.classifier import ClassifierReward
+from distalign.rewards.fit import Trained, train_reward
 from distalign.rewards.function import FunctionReward
 from distalign.rewards.make import RewardSettings, check_rewards, make_reward
-from distalign.rewards.reward_model import TrainedReward
-from distalign.rewards.saved import load_reward
+from distalign.rewards.reward_model import RewardTraining, TrainedReward, UnreadableReward, load_reward
 
 __all__ = [
+    "ClassifierReward",
     "ExactReward",
     "FunctionReward",
-    "JudgeReward",
     "Request",
     "Reward",
     "RewardError",
@@ -22,6 +20,7 @@ __all__ = [
     "RewardTraining",
     "Trained",
     "TrainedReward",
+    "UnreadableReward",
     "WeightedSum",
     "check_rewards",
     "load_reward",

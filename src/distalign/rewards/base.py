@@ -1,4 +1,4 @@
-"""What a reward is: requests in the policy's token ids go in, one number a response comes out."""
+"""What a reward is: requests in the policy's token ids go in, one number per response comes out."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from distalign.data import Pair, Prompt, Text
-from distalign.engine import Group
+from distalign.engine import Group, score_in_batches
 from distalign.errors import InputError
+from distalign.methods.preference import induced_reward
 
 
 class RewardError(InputError):
@@ -49,36 +51,41 @@ class Reward(Protocol):
         """Rewards of all responses in order: request by request, float32, on the CPU, constants. Raises RewardError."""
         ...
 
-    def facts(self) -> dict[str, float]:
-        """What was counted since the start, such as the texts scored and those that were cut."""
+    def counters(self) -> dict[str, float]:
+        """Counts since the start, such as the texts scored and those that were cut."""
         ...
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """One response as text: strings, or lists of messages where the row is a chat. `extra` are the row's columns."""
+class TextResponse:
+    """One response as text: strings, or lists of messages where the row is a chat. `columns` are the row's others."""
 
     prompt: Text
     completion: Text
     ids: list[int]
-    extra: dict[str, Any]
+    columns: dict[str, Any]
 
 
-def spoken(requests: Sequence[Request], tokenizer: Any) -> list[Spoken]:
+def as_text(requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase) -> list[TextResponse]:
     """Every response as text, without special tokens, in order. `tokenizer` is the policy's."""
-    found: list[Spoken] = []
+    responses: list[TextResponse] = []
     for request in requests:
         row = request.row
-        prompt = tokenizer.decode(request.prompt, skip_special_tokens=True) if row is None else row.prompt
-        extra = {} if row is None else row.extra
+        prompt = _decoded(tokenizer, request.prompt) if row is None else row.prompt
         for ids in request.responses:
-            text = tokenizer.decode(ids, skip_special_tokens=True)
+            text = _decoded(tokenizer, ids)
             completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            found.append(Spoken(prompt, completion, ids, extra))
-    return found
+            responses.append(TextResponse(prompt, completion, ids, {} if row is None else row.extra))
+    return responses
 
 
-def constants(values: Tensor, name: str) -> Float[Tensor, "responses"]:
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def finite(values: Tensor, name: str) -> Float[Tensor, "responses"]:
     """Rewards as the protocol promises them. Raises RewardError if one is not finite."""
     values = values.detach().to("cpu", torch.float32)
     wrong = (~values.isfinite()).nonzero().flatten().tolist()
@@ -90,8 +97,26 @@ def constants(values: Tensor, name: str) -> Float[Tensor, "responses"]:
     return values
 
 
+class ExactReward:
+    """R(x, a) = γ ln π*(a|x), in nats: the reward of a known target, without error (eq. 8)."""
+
+    def __init__(self, target: nn.Module, *, gamma: float, token_budget: int) -> None:
+        self.target, self.gamma, self.token_budget = target, gamma, token_budget
+        self.responses = 0
+
+    def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
+        """γ times the target's sequence log-probabilities."""
+        scores = score_in_batches(self.target, [r.group for r in requests], token_budget=self.token_budget)
+        self.responses += len(scores.mask)
+        return finite(induced_reward(scores.logps, gamma=self.gamma), "exact")
+
+    def counters(self) -> dict[str, float]:
+        """Responses rewarded."""
+        return {"responses": float(self.responses)}
+
+
 class WeightedSum:
-    """Σ_k weight_k R_k(x, a): several rewards as one. Its facts carry the name of the part they belong to."""
+    """Σ_k weight_k R_k(x, a): several rewards as one. Its counters carry the name of the part they belong to."""
 
     def __init__(self, parts: Sequence[tuple[str, float, Reward]]) -> None:
         self.parts = list(parts)
@@ -100,6 +125,6 @@ class WeightedSum:
         """The sum over the parts."""
         return torch.stack([weight * reward(requests) for _, weight, reward in self.parts]).sum(0)
 
-    def facts(self) -> dict[str, float]:
-        """Of every part, as `name/fact`."""
-        return {f"{name}/{key}": value for name, _, reward in self.parts for key, value in reward.facts().items()}
+    def counters(self) -> dict[str, float]:
+        """Of every part, as `name/counter`."""
+        return {f"{name}/{key}": value for name, _, reward in self.parts for key, value in reward.counters().items()}

@@ -1,11 +1,11 @@
-"""Rewards by a sequence-classification model with one label: what TRL's RewardTrainer writes, and most judges.
+"""Rewards by a sequence-classification model with one label: what TRL's RewardTrainer writes, and most reward models.
 
-The judge reads TEXT, by its own tokenizer and chat template, so it need not know the policy's tokens.
+It reads TEXT, by its own tokenizer and chat template, so it need not know the policy's tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,23 @@ from jaxtyping import Float
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from distalign.models.load import Source, find_model
-from distalign.rewards.base import Request, RewardError, Spoken, constants, spoken
+from distalign.rewards.base import Request, RewardError, TextResponse, as_text, finite
 
 _CLASSIFIER = "ForSequenceClassification"
 
 
 @dataclass(frozen=True)
-class JudgeSource:
-    """Where a judge is read from, checked: its tokenizer, and the longest text it can read, in tokens."""
+class ClassifierSource:
+    """Where a reward classifier is read from, checked: its tokenizer, and the longest text it can read, in tokens."""
 
     source: Source
     tokenizer: Any
@@ -36,7 +42,15 @@ class JudgeSource:
         """As the recipe calls it."""
         return self.source.name
 
-    def load(self, dtype: torch.dtype = torch.float32) -> Any:
+    def require_template(self) -> None:
+        """Raise RewardError if it has no chat template, which rows that are chats need."""
+        if not self.tokenizer.chat_template:
+            raise RewardError(
+                f"reward model {self.name}: the rows are chats and its tokenizer has no chat template; add "
+                "chat_template to its folder, or give strings"
+            )
+
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel | PeftModel:
         """The weights, from safetensors only, in evaluation mode. Raises RewardError if the score head is missing."""
         path, adapter = self.source.path, self.source.adapter
         try:
@@ -51,26 +65,25 @@ class JudgeSource:
             if adapter is not None:
                 model = PeftModel.from_pretrained(model, adapter)
             elif report["missing_keys"]:
-                found = ", ".join(sorted(report["missing_keys"])[:3])
-                raise RewardError(f"reward model {self.name}: it has no weights for {found}; train it, or take another")
+                missing = ", ".join(sorted(report["missing_keys"])[:3])
+                raise RewardError(
+                    f"reward model {self.name}: it has no weights for {missing}; train it, or take another"
+                )
         except (OSError, RuntimeError, ImportError, KeyError) as error:
             raise _unusable(self.name, error) from error
         return model.requires_grad_(False).eval()
 
 
-def find_judge(name: str, *, max_length: int | None = None) -> JudgeSource:
-    """Check a judge without loading its weights: a folder, or a hub id. Raises RewardError saying what is wrong.
+def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSource:
+    """Check a reward classifier without loading its weights: a folder, or a hub id. Raises RewardError.
 
     `max_length` (tokens) must not exceed what the model can read.
     """
     source = find_model(name)
     try:
         labels = {"num_labels": 1} if source.adapter else {}
-        config: Any = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **labels)
-        folder = (
-            source.adapter if source.adapter and (Path(source.adapter) / "tokenizer_config.json").is_file() else None
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder or source.path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **labels)
+        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unusable(name, error) from error
     if source.adapter is not None:
@@ -86,7 +99,7 @@ def find_judge(name: str, *, max_length: int | None = None) -> JudgeSource:
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and max_length is not None and max_length > limit:
         raise RewardError(f"reward model {name}: max_length is {max_length}, but it has {limit} positions; lower it")
-    return JudgeSource(source, tokenizer, max_length or limit)
+    return ClassifierSource(source, tokenizer, max_length or limit)
 
 
 def _check_adapter(name: str, folder: Path) -> None:
@@ -106,31 +119,38 @@ def _unusable(name: str, error: Exception) -> RewardError:
     )
 
 
-class JudgeReward:
+class ClassifierReward:
     """Scores of a sequence-classification model with one label.
 
-    A chat is rendered by the judge's template, prompt and answer together, as if the answer had ended; strings are
-    joined, with the judge's end-of-sequence token after them. A text longer than `max_length` tokens loses its START,
+    A chat is rendered by the model's own template, prompt and answer together, as if the answer had ended; strings are
+    joined, with the model's end-of-sequence token after them. A text longer than `max_length` tokens loses its START,
     and is counted. The model finds the last token of a padded text in its own way, as when it was trained.
     """
 
     def __init__(
-        self, judge: JudgeSource, policy_tokenizer: Any, *, token_budget: int, device: Any, dtype: torch.dtype
+        self,
+        source: ClassifierSource,
+        policy_tokenizer: PreTrainedTokenizerBase,
+        *,
+        token_budget: int,
+        device: torch.device,
+        dtype: torch.dtype,
     ) -> None:
-        self.judge, self.policy_tokenizer, self.token_budget = judge, policy_tokenizer, token_budget
-        self.model = judge.load(dtype).to(device)
+        self.source, self.policy_tokenizer, self.token_budget = source, policy_tokenizer, token_budget
+        self.model: Any = source.load(dtype)  # transformers declares neither .to nor .config precisely enough
+        self.model.to(device)
         self.device = device
         config = self.model.config.get_text_config()
         # Where the checkpoint does not say, the tokenizer's: every trainer of such models sets it so.
         if config.pad_token_id is None:
-            config.pad_token_id = judge.tokenizer.pad_token_id
+            config.pad_token_id = source.tokenizer.pad_token_id
         self.pad = config.pad_token_id
         self.texts = self.cut = 0
 
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
-        """The judge's scores, in the order of the responses."""
-        rows = [self._ids(row) for row in spoken(requests, self.policy_tokenizer)]
+        """The model's scores, in the order of the responses."""
+        rows = [self._ids(response) for response in as_text(requests, self.policy_tokenizer)]
         values = torch.zeros(len(rows))
         for batch in self._batches(rows):
             width = max(len(rows[i]) for i in batch)
@@ -141,9 +161,9 @@ class JudgeReward:
                 mask[place, : len(rows[i])] = 1
             logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
             values[torch.tensor(batch)] = logits.squeeze(-1).float().cpu()
-        return constants(values, self.judge.name)
+        return finite(values, self.source.name)
 
-    def facts(self) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """Texts scored, and how many lost their start."""
         return {"texts": float(self.texts), "texts_cut": float(self.cut)}
 
@@ -151,51 +171,34 @@ class JudgeReward:
         """Indices, the longest first: at most `token_budget` padded tokens, and one text each if nothing can pad."""
         batches: list[list[int]] = []
         for index in sorted(range(len(rows)), key=lambda i: -len(rows[i])):
-            room = self.token_budget // len(rows[batches[-1][0]]) if batches and self.pad is not None else 0
-            if batches and len(batches[-1]) < room:
+            most = self.token_budget // len(rows[batches[-1][0]]) if batches and self.pad is not None else 0
+            if batches and len(batches[-1]) < most:
                 batches[-1].append(index)
             else:
                 batches.append([index])
         return batches
 
-    def _ids(self, row: Spoken) -> list[int]:
-        encode = _encoder(self.judge, row)
-        ids = encode()
+    def _ids(self, response: TextResponse) -> list[int]:
+        """Prompt and response in the model's tokens, without their start where they are too long."""
+        tokenizer, limit = self.source.tokenizer, self.source.max_length
+        special = isinstance(response.prompt, str)  # a template writes its special tokens itself
+        text = self._text(response)
+        ids = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
         self.texts += 1
-        limit = self.judge.max_length
         if limit is not None and len(ids) > limit:
             self.cut += 1
-            ids = encode(limit)
+            tokenizer.truncation_side = "left"
+            ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"]
         return ids
 
-
-def _encoder(judge: JudgeSource, row: Spoken) -> Callable[..., list[int]]:
-    """A function of the length limit (none: all of it) that gives the ids of prompt and response."""
-    tokenizer = judge.tokenizer
-    if isinstance(row.prompt, str):
-        assert isinstance(row.completion, str)
-        text, special = row.prompt + row.completion, True
-        end = tokenizer.eos_token
-        text += "" if end is None or text.endswith(end) or _ends_by_itself(tokenizer) else end
-    else:
-        if not tokenizer.chat_template:
-            raise RewardError(
-                f"reward model {judge.name}: the rows are chats and its tokenizer has no chat template; add "
-                "chat_template to its folder, or give strings"
-            )
-        settings = {"tools": row.extra.get("tools"), **(row.extra.get("chat_template_kwargs") or {})}
-        text = tokenizer.apply_chat_template([*row.prompt, *row.completion], tokenize=False, **settings)
-        special = False
-
-    def encode(limit: int | None = None) -> list[int]:
-        if limit is None:
-            return tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
-        tokenizer.truncation_side = "left"
-        return tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"]
-
-    return encode
-
-
-def _ends_by_itself(tokenizer: Any) -> bool:
-    """Whether the tokenizer closes every text with its end-of-sequence token, as those of encoders do."""
-    return tokenizer("x")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    def _text(self, response: TextResponse) -> str:
+        tokenizer, prompt, completion = self.source.tokenizer, response.prompt, response.completion
+        if isinstance(prompt, str):
+            assert isinstance(completion, str)
+            text, end = prompt + completion, tokenizer.eos_token
+            # Tokenizers of encoders close every text with it themselves.
+            closes = tokenizer("x")["input_ids"][-1:] == [tokenizer.eos_token_id]
+            return text if end is None or text.endswith(end) or closes else text + end
+        self.source.require_template()
+        settings = {"tools": response.columns.get("tools"), **(response.columns.get("chat_template_kwargs") or {})}
+        return tokenizer.apply_chat_template([*prompt, *completion], tokenize=False, **settings)

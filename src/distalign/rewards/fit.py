@@ -8,54 +8,41 @@ tuning: arXiv 2202.10054).
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches
 from distalign.methods.preference import bradley_terry_nll
-from distalign.models.policy import Lora, make_policy
+from distalign.models.load import Source
+from distalign.models.policy import make_policy
 from distalign.progress import progress
 from distalign.rewards.base import RewardError
-from distalign.rewards.heads import Correction, LastToken
-from distalign.rewards.reward_model import TrainedReward
-from distalign.rewards.saved import Origin, check_export, save_reward
-from distalign.settings import Count, NotNegative, Positive, Section
-from distalign.stats.metrics import Estimate, expected_calibration_error, jackknife, mean_and_se
+from distalign.rewards.reward_model import (
+    Origin,
+    RewardTraining,
+    TrainedReward,
+    as_classifier,
+    new_head,
+    save_reward,
+)
+from distalign.stats.calibration import expected_calibration_error
+from distalign.stats.intervals import Estimate, jackknife, mean_and_se
 
-HEADS = {"policy": Correction, "scratch": LastToken}
 _BLOCKS = 100  # the jackknife of the calibration error leaves out one of so many blocks of pairs
-
-
-class RewardTraining(Section):
-    """A reward model trained on the recipe's pairs (eq. 9). Null settings are chosen by the kind of backbone.
-
-    init: policy is R = γ ln π₀ + a learned correction that starts at zero; scratch an ordinary scalar head. `gamma` is
-    the sharpness of the labels (a known target's own, if not given). backbone: frozen computes its features once.
-    """
-
-    init: Literal["policy", "scratch"] = "policy"
-    backbone: Literal["frozen", "lora", "full"] = "frozen"
-    gamma: Positive | None = None
-    learning_rate: Positive | None = None
-    weight_decay: NotNegative | None = None
-    batch_size: Count = 32
-    epochs: Count | None = None
-    patience: Count = 5
-    lora: Lora = Lora()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast; `ridge` is the prior of `Head`."""
+    """How fast and how long; `ridge` is the strength of the prior on the head."""
 
     learning_rate: float
     epochs: int
@@ -72,7 +59,7 @@ class Trained:
 
     `results`: accuracy, nll (nats) and ece on the held-out pairs, and `start_nll` before any step: γ ln π₀ alone, or
     ln 2 from scratch. The held-out pairs also chose when to stop, which flatters them a little. `history` has one row
-    an evaluation.
+    per evaluation.
     """
 
     reward: TrainedReward
@@ -86,10 +73,10 @@ class Trained:
 
 
 def train_reward(
-    settings: Any,
-    base: Any,
-    tokenizer: Any,
-    source: Any,
+    settings: RewardTraining,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Source,
     train: Sequence[EncodedPair],
     held: Sequence[EncodedPair],
     *,
@@ -100,9 +87,9 @@ def train_reward(
 ) -> Trained:
     """Train a reward on `train`, stop by `held`, and save it if there is a `folder`.
 
-    `settings` are `recipe.RewardTraining`; its own `gamma`, if given, comes before the argument. `base` is frozen and
-    stays as it is. The same seed gives the same reward on one machine. Raises RewardError for fewer than two held-out
-    pairs, no `gamma` where it is needed, or a model without a sequence-classification class (init: scratch).
+    The settings' own `gamma`, if given, comes before the argument. `base` is frozen and stays as it is. The same seed
+    gives the same reward on one machine. Raises RewardError for fewer than two held-out pairs, no `gamma` where it is
+    needed, or a model without a sequence-classification class (init: scratch).
     """
     if not train or len(held) < 2:
         raise RewardError(
@@ -113,220 +100,174 @@ def train_reward(
     if settings.init == "policy" and gamma is None:
         raise RewardError("reward.train: init is policy, which needs gamma; set reward.train.gamma")
     if settings.init == "scratch":
-        check_export(base)
-    with _seeded(base, seed):
-        reward = _start(settings, base, tokenizer, source, gamma, token_budget)
-    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in (*train, *held)]
-    with progress("reward: encode pairs", len(groups)) as advance:
-        offset, features = reward.encode(groups, advance)
-    offset, features = offset.view(-1, 2), features.view(len(groups), 2, -1)
-    reward.head.standardise(features[: len(train)])
-    labels = torch.tensor([1.0 if p.probability is None else p.probability for p in (*train, *held)]).double()
-    history: list[dict[str, Any]] = []
-    start = None
-    for kind, plan in _stages(settings):
-        fit = Fit(kind(reward, groups, offset, features), labels, len(train), plan, settings, history)
-        start = start or fit.held_nll()
-        with _seeded(base, seed):
-            fit.run(seed)
-    reward.head.finish(fit.items.final(range(len(train))))
-    results = {**measure(fit.held_rewards(), labels[len(train) :]), "start_nll": start}
-    made = Trained(reward, results, history, Origin(settings, gamma, source, tokenizer, list(train), list(held)))
-    if folder is not None:
-        made.save(folder)
-    return made
-
-
-def _start(settings: Any, base: Any, tokenizer: Any, source: Any, gamma: float | None, budget: int) -> TrainedReward:
-    """The untrained reward: its trunk is the base itself, the base with an adapter, or a copy."""
+        as_classifier(base)  # refuse now what could not be saved
     trunk = base
     if settings.backbone != "frozen":
         lora = settings.lora if settings.backbone == "lora" else None
-        trunk = make_policy(base, tokenizer, source, lora=lora, reference=False).model
-    hidden = base.get_input_embeddings().weight.shape[1]
-    head = HEADS[settings.init]
-    return TrainedReward(base, trunk, head(head.width(hidden)), gamma=gamma, token_budget=budget)
+        with _seeded(base, seed):
+            trunk = make_policy(base, tokenizer, source, lora=lora, reference=False).model
+    reward = TrainedReward(base, trunk, new_head(settings.init, base), gamma=gamma, token_budget=token_budget)
+    fit = make_fit(reward, train, held, settings)
+    start = fit.held_nll()
+    for stage, plan in enumerate(_plans(settings)):
+        fit.live = stage > 0
+        with _seeded(base, seed):
+            fit.run(plan, seed)
+    reward.head.finish(fit.features(range(fit.n_train)))
+    results = {**measure(fit.held_rewards(), fit.labels[fit.n_train :]), "start_nll": start}
+    origin = Origin(settings, gamma, source, tokenizer, list(train), list(held))
+    trained = Trained(reward, results, fit.history, origin)
+    if folder is not None:
+        trained.save(folder)
+    return trained
 
 
-def _stages(settings: Any) -> list[tuple[type[Items], Plan]]:
+def _plans(settings: RewardTraining) -> list[Plan]:
     """The head on cached features; then, unless the backbone is frozen, both, which is what the settings are for."""
     given = {"learning_rate": settings.learning_rate, "epochs": settings.epochs, "ridge": settings.weight_decay}
     last = replace(PLANS[settings.backbone], **{key: value for key, value in given.items() if value is not None})
-    if settings.backbone == "frozen":
-        return [(Cached, last)]
-    return [(Cached, replace(PLANS["frozen"], ridge=last.ridge)), (Live, last)]
+    return [last] if settings.backbone == "frozen" else [replace(PLANS["frozen"], ridge=last.ridge), last]
 
 
 @contextmanager
-def _seeded(base: Any, seed: int) -> Iterator[None]:
+def _seeded(base: PreTrainedModel, seed: int) -> Iterator[None]:
     """New adapters and dropout follow the seed; the global random state is left alone."""
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
-class Items(ABC):
-    """The pairs, numbered, with what is known of them before training: γ ln π₀ and the features of the start."""
-
-    stage: ClassVar[str]
-
-    def __init__(
-        self,
-        reward: TrainedReward,
-        groups: list[Group],
-        offset: Float[Tensor, "pairs 2"],
-        features: Float[Tensor, "pairs 2 width"],
-    ) -> None:
-        self.reward, self.groups, self.offset, self.start = reward, groups, offset, features
-
-    @abstractmethod
-    def features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
-        """Features of these pairs, with gradient if the trunk has one."""
-
-    @abstractmethod
-    def parts(self, indices: Sequence[int]) -> list[list[int]]:
-        """The same indices, in parts that fit into one pass."""
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {"head.weight": self.reward.head.weight}
-
-    @abstractmethod
-    def train(self, on: bool) -> None:
-        """Switch dropout on or off, where there is some."""
-
-    def rewards(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2"]:
-        """R of both responses, in nats."""
-        return self.offset[list(indices)] + self.reward.head(self.features(indices)).cpu().double()
-
-    @torch.no_grad()
-    def final(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
-        """Features by the trunk as it is now, in order, without gradient."""
-        found = torch.zeros(len(indices), *self.start.shape[1:], device=self.start.device)
-        place = {index: number for number, index in enumerate(indices)}
-        for part in self.parts(indices):
-            found[torch.tensor([place[i] for i in part])] = self.features(part)
-        return found
-
-
-class Cached(Items):
-    """A frozen backbone: the features never change."""
-
-    stage = "head"
-
-    def features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
-        """From the cache."""
-        return self.start[list(indices)]
-
-    def parts(self, indices: Sequence[int]) -> list[list[int]]:
-        """All at once."""
-        return [list(indices)]
-
-    def train(self, on: bool) -> None:
-        """A cache has no dropout."""
-
-
-class Live(Items):
-    """A backbone that is trained along."""
-
-    stage = "all"
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The head and what of the trunk is not frozen."""
-        return super().parameters() | self.reward.trained()
-
-    def train(self, on: bool) -> None:
-        """The trunk's dropout."""
-        self.reward.trunk.train(on)
-
-    def features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
-        """By a pass of the trunk."""
-        return self.reward.features([self.groups[i] for i in indices]).view(len(indices), 2, -1)
-
-    def parts(self, indices: Sequence[int]) -> list[list[int]]:
-        """By the token budget."""
-        chosen = [self.groups[i] for i in indices]
-        return [[indices[i] for i in batch] for batch in micro_batches(chosen, self.reward.token_budget)]
+def make_fit(
+    reward: TrainedReward, train: Sequence[EncodedPair], held: Sequence[EncodedPair], settings: RewardTraining
+) -> Fit:
+    """The training problem, with γ ln π₀ and the features of the untrained trunk computed, the head standardised."""
+    pairs = [*train, *held]
+    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    with progress("reward: encode pairs", len(groups)) as advance:
+        offset, features = reward.encode(groups, advance)
+    features = features.view(len(groups), 2, -1)
+    reward.head.standardise(features[: len(train)])
+    labels = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in pairs]).double()
+    return Fit(reward, groups, offset.view(-1, 2), features, labels, len(train), settings)
 
 
 @dataclass
 class Fit:
-    """Minimise mean NLL + ridge/2n |w|² over the training pairs; keep what predicts the held-out pairs best."""
+    """Minimise mean NLL + ridge/2n |w|² over the training pairs; keep what predicts the held-out pairs best.
 
-    items: Items
+    The first `n_train` pairs are trained on. `offset` is γ ln π₀ and `cached` are the features by the trunk as it
+    started; while `live` the trunk is trained too, and features come from a pass of it.
+    """
+
+    reward: TrainedReward
+    groups: list[Group]
+    offset: Float[Tensor, "pairs 2"]
+    cached: Float[Tensor, "pairs 2 width"]
     labels: Float[Tensor, "pairs"]
-    train: int
-    plan: Plan
-    settings: Any
+    n_train: int
+    settings: RewardTraining
+    live: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, seed: int) -> None:
+    def run(self, plan: Plan, seed: int) -> None:
         """Epochs of minibatches, each followed by an evaluation; the start is a candidate too. Raises RewardError."""
-        parameters, epochs = self.items.parameters(), self.plan.epochs
-        optimizer = torch.optim.AdamW(parameters.values(), lr=self.plan.learning_rate, weight_decay=0.0)
-        steps = epochs * math.ceil(self.train / self.settings.batch_size)
+        parameters = self.parameters()
+        optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=0.0)
+        steps = plan.epochs * math.ceil(self.n_train / self.settings.batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         order = torch.Generator().manual_seed(seed)
-        best = self._evaluate(0, {})
-        kept, waited = _copy(parameters), 0
-        with progress("reward: train", epochs) as advance:
-            for epoch in range(1, epochs + 1):
-                loss = self._epoch(optimizer, schedule, order)
-                found = self._evaluate(epoch, {"train_nll": loss})
-                advance(epoch, note=f"held-out NLL {found:.4f}")
-                if found < best:
-                    best, kept, waited = found, _copy(parameters), 0
-                else:
-                    waited += 1
-                if waited >= self.settings.patience:
+        best, best_epoch, best_values = self._evaluate(0, {}), 0, _copy(parameters)
+        with progress("reward: train", plan.epochs) as advance:
+            for epoch in range(1, plan.epochs + 1):
+                train_nll = self._epoch(optimizer, schedule, order, plan.ridge)
+                nll = self._evaluate(epoch, {"train_nll": train_nll})
+                advance(epoch, note=f"held-out NLL {nll:.4f}")
+                if nll < best:
+                    best, best_epoch, best_values = nll, epoch, _copy(parameters)
+                if epoch - best_epoch >= self.settings.patience:
                     break
         with torch.no_grad():
-            for name, value in kept.items():
+            for name, value in best_values.items():
                 parameters[name].copy_(value)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name: the head and, while `live`, what of the trunk is not frozen."""
+        return {"head.weight": self.reward.head.weight} | (self.reward.trained_parameters() if self.live else {})
+
+    def parts(self, indices: Sequence[int]) -> list[list[int]]:
+        """The same indices, in parts that fit into one pass."""
+        if not self.live:
+            return [list(indices)]
+        batches = micro_batches([self.groups[i] for i in indices], self.reward.token_budget)
+        return [[indices[i] for i in batch] for batch in batches]
+
+    def rewards(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2"]:
+        """R of both responses in nats, with gradient."""
+        return self.offset[list(indices)] + self.reward.head(self._features(indices)).cpu().double()
 
     def loss(self, indices: Sequence[int], of: int) -> Float[Tensor, ""]:
         """The share of these pairs in the mean NLL of `of` pairs (eq. 9), in nats."""
-        nll = bradley_terry_nll(self.items.rewards(indices), self.labels[list(indices)])
-        return nll.sum() / of
+        return bradley_terry_nll(self.rewards(indices), self.labels[list(indices)]).sum() / of
 
-    def ridge(self) -> Float[Tensor, ""]:
-        """The prior on the head: ridge/2n |w|²."""
-        return self.plan.ridge / (2 * self.train) * self.items.reward.head.weight.square().sum()
+    @torch.no_grad()
+    def features(self, indices: range) -> Float[Tensor, "pairs 2 width"]:
+        """Features by the trunk as it is now, in parts, without gradient."""
+        features = torch.zeros_like(self.cached[indices.start : indices.stop])
+        for part in self.parts(indices):
+            features[[i - indices.start for i in part]] = self._features(part)
+        return features
+
+    def _features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
+        """Features in one pass, with gradient where the trunk is trained."""
+        if not self.live:
+            return self.cached[list(indices)]
+        return self.reward.features([self.groups[i] for i in indices]).view(len(indices), 2, -1)
 
     def held_nll(self) -> Estimate:
         """Mean NLL of the held-out pairs, in nats, with its standard error."""
-        return mean_and_se(bradley_terry_nll(self.held_rewards(), self.labels[self.train :]))
+        return mean_and_se(bradley_terry_nll(self.held_rewards(), self.labels[self.n_train :]))
 
     @torch.no_grad()
     def held_rewards(self) -> Float[Tensor, "held 2"]:
         """Rewards of the held-out pairs, in nats."""
-        features = self.items.final(range(self.train, len(self.labels)))
-        return self.items.offset[self.train :] + self.items.reward.head(features).cpu().double()
+        features = self.features(range(self.n_train, len(self.labels)))
+        return self.offset[self.n_train :] + self.reward.head(features).cpu().double()
 
-    def _epoch(self, optimizer: Any, schedule: Any, order: torch.Generator) -> float:
-        total = 0.0
-        self.items.train(True)
-        for batch in torch.randperm(self.train, generator=order).split(self.settings.batch_size):
-            for part in self.items.parts(batch.tolist()):
+    def _epoch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        order: torch.Generator,
+        ridge: float,
+    ) -> float:
+        """One pass over the training pairs: their mean NLL on the way."""
+        head, total = self.reward.head, 0.0
+        self._set_training(True)
+        for batch in torch.randperm(self.n_train, generator=order).split(self.settings.batch_size):
+            for part in self.parts(batch.tolist()):
                 loss = self.loss(part, len(batch))
                 loss.backward()
                 total += float(loss.detach()) * len(batch)
-            self.ridge().backward()
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+            (ridge / (2 * self.n_train) * head.weight.square().sum()).backward()
+            nn.utils.clip_grad_norm_(self.parameters().values(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        self.items.train(False)
-        return total / self.train
+        self._set_training(False)
+        return total / self.n_train
+
+    def _set_training(self, on: bool) -> None:
+        """The trunk's dropout, where it is trained."""
+        if self.live:
+            self.reward.trunk.train(on)
 
     def _evaluate(self, epoch: int, more: dict[str, float]) -> float:
         nll, se, n = self.held_nll()
         if not math.isfinite(nll):
             cause = "lower reward.train.learning_rate" if epoch else "the model itself gives no numbers: take another"
             raise RewardError(f"reward.train: the held-out loss is {nll} after {epoch} epochs; {cause}")
-        self.history.append(
-            {"stage": self.items.stage, "epoch": epoch, **more, "held_nll": nll, "held_nll_se": se, "n": n}
-        )
+        stage = "all" if self.live else "head"
+        self.history.append({"stage": stage, "epoch": epoch, **more, "held_nll": nll, "held_nll_se": se, "n": n})
         return nll
 
 
@@ -348,9 +289,9 @@ def measure(rewards: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs
     def ece(parts: list[Tensor]) -> float:
         return expected_calibration_error(*torch.cat(parts).unbind(1))
 
-    found = jackknife(ece, list(blocks))
+    error = jackknife(ece, list(blocks))
     return {
         "accuracy": mean_and_se(right),
         "nll": mean_and_se(bradley_terry_nll(rewards, probability)),
-        "ece": Estimate(found.mean, found.se, len(logit)),
+        "ece": Estimate(error.mean, error.se, len(logit)),
     }

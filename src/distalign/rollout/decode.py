@@ -24,8 +24,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distalign.engine.attention import CannotShare, attention_configs, attention_set, expected_windows
-from distalign.engine.forward import device_of, evaluating
+from distalign.engine.attention import CannotShare, attention_configs, attention_of, attention_set, expected_windows
+from distalign.engine.forward import device_of, embedding_weight, evaluating, text_config
 from distalign.engine.selfcheck import sample_groups
 from distalign.errors import InputError
 
@@ -57,8 +57,8 @@ class Sampling:
 class Caller:
     """Calls a model with a cache, under the names that its class has for things."""
 
-    def __init__(self, model: Any) -> None:
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    def __init__(self, model: nn.Module) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         known = inspect.signature(inner.forward).parameters
         self.model, self.name = model, type(inner).__name__
         # State-space models call their cache by another name, and read the mask of the new tokens alone.
@@ -255,15 +255,15 @@ _TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.1, tor
 _FOUND: Any = WeakIdKeyDictionary()
 
 
-def shares_prompts(model: Any) -> bool:
+def shares_prompts(model: nn.Module) -> bool:
     """Whether `Shared` serves a model: found out at its first use, by comparing with `Forked`, and remembered.
 
     A change of dtype, device, attention implementation or autocast repeats it; so does another class, as of an adapter.
     Modes and the random state are left as they were.
     """
-    weight, config = model.get_input_embeddings().weight, model.config.get_text_config()
+    weight, config = embedding_weight(model), text_config(model)
     autocast = torch.is_autocast_enabled(weight.device.type)
-    key = type(model), weight.dtype, weight.device, config._attn_implementation, autocast
+    key = type(model), weight.dtype, weight.device, attention_of(config), autocast
     found = _FOUND.setdefault(weight, {})
     if key not in found:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []), evaluating(model):
@@ -274,14 +274,14 @@ def shares_prompts(model: Any) -> bool:
     return found[key]
 
 
-def _why_not(model: Any, tolerance: float) -> str | None:
+def _why_not(model: nn.Module, tolerance: float) -> str | None:
     """Why the prompts' cache cannot be shared (None: it can): two steps of three responses, one of them dropped."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     try:
         windows = expected_windows(config)
     except CannotShare as refusal:
         return str(refusal)
-    groups = sample_groups(config, len(model.get_input_embeddings().weight))
+    groups = sample_groups(config, len(embedding_weight(model)))
     device = device_of(model)
     parents, kept = torch.tensor([0, 0, 1], device=device), torch.tensor([0, 2], device=device)
     tokens = torch.tensor([groups[0].responses[0][0], groups[0].responses[1][0], groups[1].responses[0][0]]).to(device)
@@ -476,7 +476,7 @@ def prefix_attention(
     query: Float[Tensor, "rows heads 1 dim"],
     key: Float[Tensor, "rows kv_heads own dim"],
     value: Float[Tensor, "rows kv_heads own value_dim"],
-    attention_mask: Any,
+    attention_mask: object,
     scaling: float | None = None,
     dropout: float = 0.0,
     **kwargs: Any,

@@ -1,5 +1,6 @@
-"""The γ of a policy: how sharply its log-probabilities speak about preferences that it has not been trained on.
+"""Calibration: what was predicted against what was observed, and the γ of a policy that makes the two agree.
 
+The γ of a policy says how sharply its log-probabilities speak about preferences that it has not been trained on.
 P(a ≻ b) = σ(γ [ln π(a) − ln π(b)]) (arXiv 2506.01523v2, eq. 3) with γ free is a logistic regression with one feature
 and no constant. Its maximum over held-out pairs calibrates the policy's preferences, as a temperature does a
 classifier's.
@@ -10,20 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from distalign.methods.preference import preference_nll
+from distalign.stats.intervals import Estimate, Interval, float64, mean_and_se
 from distalign.stats.logistic import fit_logistic
-from distalign.stats.metrics import Bin, Estimate, Interval, expected_calibration_error, mean_and_se, reliability_table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-__all__ = ["Calibration", "calibrate"]
 
 COIN = math.log(2)  # nats per pair at γ = 0
 FEWEST = 2  # pairs of which there is a standard error
@@ -91,6 +87,44 @@ def check_count(pairs: int) -> None:
             f"γ from {pairs} labelled pair{'' if pairs == 1 else 's'} has no error; give {ENOUGH} or more, of which "
             "there is an interval"
         )
+
+
+class Bin(NamedTuple):
+    """One row of a reliability table: mean predicted probability, observed frequency, number of values."""
+
+    predicted: float
+    observed: float
+    n: int
+
+
+def reliability_table(probability: Float[Tensor, "n"], outcome: Float[Tensor, "n"], *, bins: int = 10) -> list[Bin]:
+    """What was predicted against what was observed, in equally wide bins of predicted probability.
+
+    Empty bins are left out. `outcome` is 1 where the event happened, 0 where it did not, or the frequency with which
+    it did. Raises ValueError if a probability lies outside [0, 1].
+    """
+    probability, outcome = float64(probability), float64(outcome)
+    if bool(((probability < 0) | (probability > 1)).any()):
+        raise ValueError("a predicted probability lies outside [0, 1]; pass probabilities, not log-odds")
+    index = (probability * bins).long().clamp(max=bins - 1)
+    chosen = [index == b for b in range(bins)]
+    return [Bin(float(probability[c].mean()), float(outcome[c].mean()), int(c.sum())) for c in chosen if c.any()]
+
+
+def expected_calibration_error(
+    probability: Float[Tensor, "n"], outcome: Float[Tensor, "n"], *, bins: int = 10
+) -> float:
+    """Gap between predicted probability and observed frequency, averaged over the values; 0 is perfect, 1 the worst.
+
+        Σ_bins (n_bin / n) |predicted_bin − observed_bin|
+
+    Biased upwards by sampling noise, about √(bins / n) / 2 even for a perfect predictor: compare at equal n and bins
+    only.
+
+    Source: arXiv 1706.04599, eq. 3.
+    """
+    table = reliability_table(probability, outcome, bins=bins)
+    return sum(row.n * abs(row.predicted - row.observed) for row in table) / sum(row.n for row in table)
 
 
 @dataclass(frozen=True)
@@ -162,10 +196,10 @@ class Calibration:
             )
         return words
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Plain data for a file: numbers, texts, lists and dictionaries; what is not finite as a text, "inf"."""
 
-        def plain(value: Any) -> Any:
+        def plain(value: object) -> object:
             if isinstance(value, (Interval, Estimate, Bin)):
                 return {name: plain(part) for name, part in value._asdict().items()}
             if isinstance(value, list):
@@ -173,21 +207,6 @@ class Calibration:
             return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
         return {**{name: plain(value) for name, value in vars(self).items()}, "coin": COIN, "meaning": self.meaning}
-
-    def table(self) -> Table:
-        """The numbers for a terminal, with what they mean below."""
-        from rich.table import Table
-
-        table = Table(title=f"Calibration on {self.pairs} held-out pairs", caption="\n".join(self.meaning))
-        table.add_column("quantity", no_wrap=True)
-        table.add_column("value", justify="right", no_wrap=True)
-        table.add_row("γ (95 %)", f"{self.gamma.mean:.3g} [{self.gamma.low:.3g}, {self.gamma.high:.3g}]")
-        table.add_row("NLL at γ, nats per pair", f"{self.nll.mean:.4f} ± {self.nll.se:.4f}")
-        table.add_row("NLL at γ = 0 (a coin)", f"{COIN:.4f}")
-        table.add_row("accuracy", f"{100 * self.accuracy.mean:.1f} ± {100 * self.accuracy.se:.1f} %")
-        table.add_row("calibration error (ECE)", f"{self.ece:.3f}, by chance {self.ece_floor:.3f}")
-        table.add_row("median |γ Δ ln π|, nats", f"{self.median_logit:.3g}")
-        return table
 
 
 def _best_gamma(gap: Float[Tensor, "pairs"], label: Float[Tensor, "pairs"]) -> float:

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from distalign.methods.preference import preference_nll
 
-__all__ = ["LogisticFit", "Separable", "fit_logistic"]
-
 _STEPS = 100
 _NOTHING = 1e-12
 _STILL = 1e-10  # nats of log-odds: a Newton step that moves no row by more has arrived
@@ -30,13 +28,12 @@ class Separable(ValueError):
 class LogisticFit:
     """A fitted regression: `coefficients` θ, and the inverse of the observed information as `covariance`.
 
-    `scores` are the rows' gradients w_i (y_i − p_i) x_i, which sum to zero; `nll` is the minimum, in nats, summed.
+    `scores` are the rows' gradients w_i (y_i − p_i) x_i, which sum to zero.
     """
 
     coefficients: Float[Tensor, "features"]
     covariance: Float[Tensor, "features features"]
     scores: Float[Tensor, "rows features"]
-    nll: float
 
     def clustered_covariance(self, cluster: Int[Tensor, "rows"]) -> Float[Tensor, "features features"]:
         """Covariance of θ where rows of one cluster (a prompt) depend on each other and clusters do not.
@@ -87,7 +84,7 @@ def fit_logistic(
         factor = torch.linalg.cholesky(information)
         step = torch.cholesky_solve(scores.sum(0)[:, None], factor)[:, 0]
         if float((features @ step).abs().max()) < _STILL:
-            return LogisticFit(theta, torch.cholesky_inverse(factor), scores, float(nll(theta)))
+            return LogisticFit(theta, torch.cholesky_inverse(factor), scores)
         before = nll(theta)
         for _ in range(30):  # halved until it does not climb; at the end of the road rounding alone climbs
             if nll(theta + step) <= before * (1 + 1e-14):

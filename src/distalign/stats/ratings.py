@@ -13,23 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distalign.stats.intervals import Estimate, Interval, mean_and_se, student_quantile
 from distalign.stats.logistic import LogisticFit, Separable, fit_logistic
-from distalign.stats.metrics import Estimate, Interval, mean_and_se, student_quantile
-
-__all__ = [
-    "LengthControlled",
-    "Ratings",
-    "bradley_terry",
-    "bradley_terry_over_prompts",
-    "length_controlled_win_rate",
-]
 
 
 @dataclass(frozen=True)
 class Ratings:
     """Ratings r in nats of log-odds, P(i beats j) = σ(r_i − r_j); the anchor's is 0 and has no error of its own.
 
-    `quantile` turns standard errors into 95 % intervals: the normal's, or Student's for the number of prompts.
+    `quantile` turns standard errors into 95 % intervals: Student's for the number of prompts.
     """
 
     values: Float[Tensor, "policies"]
@@ -43,35 +35,24 @@ class Ratings:
         se = math.sqrt(max(0.0, float(c[first, first] + c[second, second] - 2 * c[first, second])))
         return Interval(mean, mean - self.quantile * se, mean + self.quantile * se)
 
-    @property
-    def elo(self) -> Float[Tensor, "policies"]:
-        """The ratings in points of chess: 400 points are odds of ten to one."""
-        return self.values * (400 / math.log(10))
 
+def bradley_terry_over_prompts(wins: Float[Tensor, "prompts policies policies"], *, anchor: int = 0) -> Ratings:
+    """Maximum-likelihood ratings, wins[p, i, j] being how often i beat j on prompt p; ties are half a win for both.
 
-def bradley_terry(wins: Float[Tensor, "policies policies"], *, anchor: int = 0) -> Ratings:
-    """Maximum-likelihood ratings, wins[i, j] being how often i beat j; ties are half a win for both.
-
-    In nats of log-odds. The intervals are those of the observed information, which takes every comparison for an
-    independent coin: with several comparisons per prompt use `bradley_terry_over_prompts`. Raises ValueError where the
-    maximum is infinite, with the policies that never met, or never lost.
+    In nats of log-odds. The covariance is the sandwich over prompts, the intervals Student's with prompts − 1 degrees
+    of freedom: they hold whatever is dependent within a prompt, and for soft wins, but need some 30 prompts. Raises
+    ValueError for a single prompt, and where the maximum is infinite, with the policies that never met, or never lost.
 
     Source: Bradley and Terry 1952; a finite maximum exists under the condition of Ford 1957.
     """
-    _, fit = _fit(wins[None], anchor)
-    return _ratings(fit, fit.covariance, anchor, student_quantile(math.inf))
-
-
-def bradley_terry_over_prompts(wins: Float[Tensor, "prompts policies policies"], *, anchor: int = 0) -> Ratings:
-    """The same ratings, in nats of log-odds, with intervals over prompts: wins[p, i, j] counts prompt p alone.
-
-    The covariance is the sandwich over prompts, the intervals Student's with prompts − 1 degrees of freedom. They hold
-    whatever is dependent within a prompt, and for soft wins, but want some 30 prompts. Raises ValueError as
-    `bradley_terry` does, and for a single prompt.
-    """
     prompt, fit = _fit(wins, anchor)
-    freedom = len(prompt.unique()) - 1
-    return _ratings(fit, fit.clustered_covariance(prompt), anchor, student_quantile(freedom))
+    policies = wins.shape[-1]
+    rest = torch.tensor([i for i in range(policies) if i != anchor])
+    values = torch.zeros(policies, dtype=torch.float64)
+    covariance = torch.zeros(policies, policies, dtype=torch.float64)
+    values[rest] = fit.coefficients
+    covariance[rest[:, None], rest] = fit.clustered_covariance(prompt)
+    return Ratings(values, covariance, student_quantile(len(prompt.unique()) - 1))
 
 
 @dataclass(frozen=True)
@@ -158,15 +139,6 @@ def _fit(wins: Float[Tensor, "prompts policies policies"], anchor: int) -> tuple
     design = (design[first] - design[second])[:, torch.arange(policies) != anchor]
     total = (won + lost)[prompt, pair]
     return prompt, fit_logistic(design[pair], won[prompt, pair] / total, total)
-
-
-def _ratings(fit: LogisticFit, covariance: Tensor, anchor: int, quantile: float) -> Ratings:
-    policies = len(fit.coefficients) + 1
-    rest = [i for i in range(policies) if i != anchor]
-    values, full = torch.zeros(policies, dtype=torch.float64), torch.zeros(policies, policies, dtype=torch.float64)
-    values[rest] = fit.coefficients
-    full[torch.tensor(rest)[:, None], torch.tensor(rest)] = covariance
-    return Ratings(values, full, quantile)
 
 
 def _check_finite(wins: Float[Tensor, "policies policies"]) -> None:

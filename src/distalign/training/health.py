@@ -21,7 +21,8 @@ from rich.text import Text
 from torch import Tensor
 
 from distalign.settings import Count, Positive, Section, Share
-from distalign.stats.metrics import correlation, distinct_n, repeated_ngram_rate
+from distalign.stats.intervals import correlation
+from distalign.stats.text import distinct_n, repeated_ngram_rate
 
 logger = logging.getLogger("distalign.training.health")
 

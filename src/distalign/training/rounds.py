@@ -321,7 +321,7 @@ class RolloutWorker:
             seed=self.seed,
         )
         self.round: Round | None = None
-        self._counted = {} if rollout.reward is None else rollout.reward.facts()
+        self._counted = {} if rollout.reward is None else rollout.reward.counters()
         self._start, self._logged = 0, -1
         self._seen: list[dict[str, Tensor]] = []
 
@@ -480,7 +480,7 @@ class RolloutWorker:
 
     def reward_counters(self) -> dict[str, float]:
         """What the reward counted in this run; it may have served others before."""
-        counters = {} if self.rollout.reward is None else self.rollout.reward.facts()
+        counters = {} if self.rollout.reward is None else self.rollout.reward.counters()
         return {f"reward/{name}": value - self._counted.get(name, 0.0) for name, value in counters.items()}
 
     # Going on ---------------------------------------------------------------------------------------------------------

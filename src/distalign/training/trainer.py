@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -227,7 +227,7 @@ class AlignmentTrainer(Trainer):
             return redirect(wrapper, self.policy.model, under_autocast)
 
     @property
-    def pairing(self) -> Any:
+    def pairing(self) -> Literal["all", "best_worst"]:
         """How pairs are made of more than two samples."""
         return "all" if self.rollout is None else self.rollout.settings.pairing
 
@@ -258,8 +258,10 @@ class AlignmentTrainer(Trainer):
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> int:
-        return sum(len(batch["rows"]) for batch in batch_samples)
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
+        """As the Trainer's: the batches of an optimizer step; with the number of their prompts."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        return batches, sum(len(batch["rows"]) for batch in batches)
 
     def _stop_if_collapsed(self) -> None:
         monitor = self.monitor
