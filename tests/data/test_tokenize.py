@@ -2,12 +2,12 @@ import io
 from dataclasses import replace
 
 import pytest
-from distalign.cli.looking import describe_pairs
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distalign.cli.data import describe_pairs
 from distalign.data import (
     DataError,
     Pair,

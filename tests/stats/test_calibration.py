@@ -10,11 +10,11 @@ import pytest
 import statsmodels.api as sm
 import tiny
 import torch
-from distalign.cli.measuring import calibration_table
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distalign import cli
+from distalign.cli.calibrate import calibration_table
 from distalign.stats.calibration import COIN, calibrate, expected_calibration_error, reliability_table
 
 TRUE = 0.3

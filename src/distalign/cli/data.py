@@ -43,7 +43,7 @@ def check(
         )
 
 
-def describe_pairs(inspection: Inspection) -> Group:
+def describe_pairs(counts: Inspection) -> Group:
     """What an inspection counted, for a terminal."""
     from rich.console import Group
     from rich.table import Table
@@ -51,30 +51,28 @@ def describe_pairs(inspection: Inspection) -> Group:
 
     from distalign.data.inspect import QUANTILES
 
-    table = Table(title=inspection.source, show_header=False, title_justify="left")
-    prompt = "cut from the responses" if inspection.implicit_prompt else "a column of its own"
-    table.add_row("format", f"{inspection.format}, prompt: {prompt}")
-    table.add_row("pairs", f"{inspection.pairs:,} of {inspection.rows:,} rows ({inspection.ties:,} ties)")
-    table.add_row("prompts", f"{inspection.prompts:,} different ({inspection.same_prompts:,} rows repeat one)")
-    table.add_row(
-        "repeated pairs", f"{inspection.same_pairs:,}, and {inspection.swapped_pairs:,} with the opposite label"
-    )
-    if inspection.chosen_longer is not None and inspection.chosen_longer_se is not None:
-        rate = f"{100 * inspection.chosen_longer:.1f} ± {196 * inspection.chosen_longer_se:.1f} % (95 %, in {inspection.length_unit})"
-        table.add_row("chosen is longer", rate)
-    if inspection.soft_labels:
-        table.add_row(
-            "soft labels", f"{inspection.soft_label_count:,}, median p_chosen {inspection.soft_labels[2]:.3f}"
+    table = Table(title=counts.source, show_header=False, title_justify="left")
+    prompt = "cut from the responses" if counts.implicit_prompt else "a column of its own"
+    table.add_row("format", f"{counts.format}, prompt: {prompt}")
+    table.add_row("pairs", f"{counts.pairs:,} of {counts.rows:,} rows ({counts.ties:,} ties)")
+    table.add_row("prompts", f"{counts.prompts:,} different ({counts.same_prompts:,} rows repeat one)")
+    table.add_row("repeated pairs", f"{counts.same_pairs:,}, and {counts.swapped_pairs:,} with the opposite label")
+    if counts.chosen_longer is not None and counts.chosen_longer_se is not None:
+        rate = (
+            f"{100 * counts.chosen_longer:.1f} ± {196 * counts.chosen_longer_se:.1f} % (95 %, in {counts.length_unit})"
         )
-    if inspection.rewards:
-        table.add_row("rewards", f"{inspection.rewards:,} pairs")
-    if inspection.too_long is not None:
-        table.add_row("too long", f"{inspection.too_long:,} pairs exceed max_length")
-    if inspection.extra_columns:
-        table.add_row("other columns", ", ".join(inspection.extra_columns))
+        table.add_row("chosen is longer", rate)
+    if counts.soft_labels:
+        table.add_row("soft labels", f"{counts.soft_label_count:,}, median p_chosen {counts.soft_labels[2]:.3f}")
+    if counts.rewards:
+        table.add_row("rewards", f"{counts.rewards:,} pairs")
+    if counts.too_long is not None:
+        table.add_row("too long", f"{counts.too_long:,} pairs exceed max_length")
+    if counts.extra_columns:
+        table.add_row("other columns", ", ".join(counts.extra_columns))
     lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
-    for unit, columns in inspection.lengths.items():
+    for unit, columns in counts.lengths.items():
         for column, values in columns.items():
             lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
-    examples = [Text(f"\n{name}:\n{text}") for name, text in inspection.example.items()]
+    examples = [Text(f"\n{name}:\n{text}") for name, text in counts.example.items()]
     return Group(table, lengths, *examples)

@@ -140,7 +140,7 @@ def best_of_n(rewards: Float[Tensor, "prompts samples"], ns: Sequence[int]) -> l
     """
     ordered = _checked(rewards, "rewards").sort(-1).values
     samples = ordered.shape[1]
-    found = []
+    best = []
     for n in ns:
         if not 1 <= n <= samples // 2:
             raise ValueError(f"best of {n} from {samples} samples a prompt; take n from 1 to {samples // 2}")
@@ -150,8 +150,8 @@ def best_of_n(rewards: Float[Tensor, "prompts samples"], ns: Sequence[int]) -> l
         zero = ordered.new_zeros(len(ordered), 1)
         left_out = torch.cat([zero, below], -1) + torch.cat([above, zero], -1)
         band = _band((ordered * _order_weights(samples, n)).sum(-1), left_out)
-        found.append(BestOfN(n, band, math.log(n) - (n - 1) / n))
-    return found
+        best.append(BestOfN(n, band, math.log(n) - (n - 1) / n))
+    return best
 
 
 def default_grid(
@@ -315,11 +315,11 @@ class Frontier:
         within = [point for point in self.points if point.trusted and point.kl.high <= kl_budget]
         if not within:
             nearest = min((p for p in self.points if p.trusted), key=lambda p: p.kl.high, default=None)
-            found = (
+            known = (
                 "no point is trusted" if nearest is None else f"the nearest trusted one has {_cell(nearest.kl)} nats"
             )
             raise ValueError(
-                f"no point with a KL within {kl_budget:g} nats: {found}; try larger β, or more samples per prompt"
+                f"no point with a KL within {kl_budget:g} nats: {known}; try larger β, or more samples per prompt"
             )
         floor = keep_entropy * self.reference_entropy.value
         broad = [point for point in within if point.entropy.value >= floor]

@@ -275,16 +275,16 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     the seeds share them; a known target draws new ones for every seed.
     """
     keys = [key for key in runs[0].values if all(key in run.values for run in runs)]
-    found = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
+    summary = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
     by_prompt = [[own for run in runs for own in run.responses[index]] for index in range(len(runs[0].responses))]
-    found["distinct_2"] = jackknife_distinct_n(by_prompt, n=2)
-    found["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
-    found["self_bleu"] = _self_bleu(by_prompt)
+    summary["distinct_2"] = jackknife_distinct_n(by_prompt, n=2)
+    summary["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
+    summary["self_bleu"] = _self_bleu(by_prompt)
     if len(runs[0].confidence):
         rows = torch.stack([torch.stack([run.confidence, run.correct], -1) for run in runs])
         by_pair = rows.transpose(0, 1) if _share_pairs(runs) else rows.flatten(0, 1)[:, None]
-        found["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
-    return found
+        summary["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
+    return summary
 
 
 def _self_bleu(by_prompt: Sequence[Sequence[list[int]]]) -> Estimate:
@@ -332,10 +332,10 @@ def significance(
     if not tests:
         return {}
     adjusted = holm(torch.tensor([p for *_, p in tests], dtype=torch.float64)).tolist()
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    marks: dict[str, dict[str, dict[str, Any]]] = {}
     for (name, key, p), corrected in zip(tests, adjusted, strict=True):
-        found.setdefault(name, {})[key] = {"p": p, "holm": corrected, "stars": significance_mark(corrected)}
-    return found
+        marks.setdefault(name, {})[key] = {"p": p, "holm": corrected, "stars": significance_mark(corrected)}
+    return marks
 
 
 def policy_tables(

@@ -158,7 +158,7 @@ class EvaluationSetup:
 
     settings: Evaluation
     sources: dict[str, Source]
-    tokenizer: Tokenizer
+    tokenizer: Any  # a transformers tokenizer: their classes do not declare what they all have
     prompts: list[EncodedPrompt]
     pairs: list[EncodedPair]
     end_id: int

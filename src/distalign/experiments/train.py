@@ -281,10 +281,10 @@ def _log_kept_step(name: str, trainer: AlignmentTrainer, pairs: int) -> None:
 
 def _last_checkpoint(folder: Path) -> Path:
     """The checkpoint with the largest step. Raises InputError if there is none."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out, or set save_strategy")
-    return Path(found)
+    return Path(checkpoint)
 
 
 def _forget_after(folder: Path, checkpoint: Path | None) -> None:
