@@ -24,8 +24,8 @@ from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, check, micro_batches, score, score_in_batches
 from distalign.engine.forward import encode
 from distalign.engine.lm_head import score_rows
-from distalign.engine.packing import frame
 from distalign.engine.memory import set_recompute
+from distalign.engine.packing import frame
 from distalign.methods import DPO, RKL
 from distalign.models.load import Source
 from distalign.models.policy import Policy

@@ -132,7 +132,7 @@ def find_recipe(name: str | Path, kind: str = "") -> Path:
     Raises RecipeError if there is neither.
     """
     path, folder = Path(name), RECIPES / kind
-    if path.suffix or path.exists() or len(path.parts) > 1:
+    if path.suffix or path.is_file() or len(path.parts) > 1:
         return path
     packaged = sorted(file.stem for file in folder.glob("*.yaml"))
     if path.name in packaged:
