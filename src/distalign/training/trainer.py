@@ -223,8 +223,13 @@ class AlignmentTrainer(Trainer):
                 return function()
 
         with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
-            wrapper: Any = self.model_wrapped
-            return redirect(wrapper, self.policy.model, under_autocast)
+            return redirect(self._wrapper, self.policy.model, under_autocast)
+
+    @property
+    def _wrapper(self) -> nn.Module:
+        """The model as it is trained: in whatever wraps it."""
+        assert isinstance(self.model_wrapped, nn.Module)
+        return self.model_wrapped
 
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
@@ -309,7 +314,7 @@ class AlignmentTrainer(Trainer):
 
     # A run ------------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         if resume_from_checkpoint:
@@ -339,7 +344,7 @@ class AlignmentTrainer(Trainer):
         if self._remembers_reference:
             self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The one private method of transformers that is overridden: a checkpoint must be whole before older ones go.
         super()._save_checkpoint(model, trial)
         folder = self._folder / f"checkpoint-{self.state.global_step}"
@@ -353,7 +358,7 @@ class AlignmentTrainer(Trainer):
         return self.needs.pairs == "labelled" and self.needs.reference
 
     def _save_now(self) -> str:
-        self._save_checkpoint(self.model_wrapped, trial=None)
+        self._save_checkpoint(self._wrapper, trial=None)
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
     @contextmanager
@@ -480,7 +485,7 @@ class AlignmentTrainer(Trainer):
         self.state.best_metric = metrics[best]
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
-        self._save_checkpoint(self.model_wrapped, trial=None)
+        self._save_checkpoint(self._wrapper, trial=None)
 
     @property
     def kept_step(self) -> int:
