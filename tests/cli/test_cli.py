@@ -169,7 +169,7 @@ def test_a_line_that_is_not_json_is_named(distalign, place):
     with (place / "pairs.jsonl").open("a") as file:
         file.write('{"prompt": \n')
     for command in (("train", "own.yaml", "--method", "pmle"), ("data", "check", "pairs.jsonl")):
-        refused(distalign(*command), "pairs.jsonl:41: not JSON", "write one object a line")
+        refused(distalign(*command), "pairs.jsonl:41: not JSON", "write one object per line")
 
 
 @pytest.mark.parametrize(
