@@ -161,17 +161,16 @@ def test_data_is_found_beside_the_recipe(write, tmp_path, monkeypatch):
     assert load_recipe(path).data.train == "pairs.jsonl"
 
 
+ALL = ", ".join(METHODS)
 REFUSALS = {
     "methods: {pmle: {gama: 1}}": 'x.yaml: pmle has no setting "gama"; did you mean "gamma"?',
     "methods: {dpo: {beta: 0.1}}": 'x.yaml: dpo has no setting "beta"; DPO\'s beta is the preference sharpness, '
     "which is called gamma here: write gamma",
-    "methods: {dppo: }": 'x.yaml: distalign has no method "dppo"; it has pmle, pd, rkl, dpo, '
-    'rebel, rlhf; did you mean "dpo"?',
+    "methods: {dppo: }": f'x.yaml: distalign has no method "dppo"; it has {ALL}; did you mean "dpo"?',
     "methods: {pmle: {gamma: abc}}": "x.yaml: pmle.gamma is 'abc'; input should be a valid number, "
     "unable to parse string as a number",
     "methods: {pmle: 3}": "x.yaml: methods.pmle is 3; write its settings below it, setting: value",
-    "methods: {}": "x.yaml: methods is {}; name at least one of pmle, pd, rkl, dpo, rebel, rlhf, "
-    "each with its settings",
+    "methods: {}": f"x.yaml: methods is {{}}; name at least one of {ALL}, each with its settings",
     "methods: {dpo: {training: {lerning_rate: 1}}}": 'x.yaml: dpo.training has no setting "lerning_rate"; '
     'did you mean "learning_rate"?',
     "methods: {dpo: }\ntraining: {max_step: 1}": 'x.yaml: training has no setting "max_step"; '
@@ -235,7 +234,7 @@ def test_all_problems_are_told_at_once(write):
         'x.yaml: data has no "train"; add it',
         "x.yaml: data.held_out is 1.5; input should be less than 1",
         'x.yaml: pmle has no setting "gama"; did you mean "gamma"?',
-        'x.yaml: distalign has no method "dppo"; it has pmle, pd, rkl, dpo, rebel, rlhf; did you mean "dpo"?',
+        f'x.yaml: distalign has no method "dppo"; it has {ALL}; did you mean "dpo"?',
         'x.yaml: recipe has no setting "modle"; did you mean "model"?',
     ]
 

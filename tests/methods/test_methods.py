@@ -204,6 +204,13 @@ def test_missing_data_is_named(method):
         method.loss(Pairs(), Samples())
 
 
+@pytest.mark.parametrize("needs", [{"reward": True}, {"pairs": "labelled", "reward": True}, {"kl": True}])
+def test_needs_that_nothing_could_meet_are_refused(needs):
+    """Rewards and full-vocabulary values are of responses that the policy draws."""
+    with pytest.raises(ValueError, match=r"Needs: \w+ is of drawn responses; declare samples"):
+        Needs(**needs)
+
+
 def test_needs_follow_the_settings():
     """A term that is switched off asks for nothing: offline PMLE does not even want a reference."""
     assert PMLE(beta=0.0).needs == Needs(pairs="labelled")

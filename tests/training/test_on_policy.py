@@ -9,7 +9,7 @@ from acting import METHODS, Warmth, metrics, parameters, prompts, trainer
 from transformers import TrainerCallback
 
 from distalign.engine import Group, score
-from distalign.methods import PD, PMLE, REBEL
+from distalign.methods import PD, PMLE, REBEL, RKL
 from distalign.models.policy import Lora
 from distalign.rewards import FunctionReward, Request, RewardError
 from distalign.training.health import HealthSettings
@@ -119,6 +119,18 @@ def test_more_than_two_samples_make_all_pairs_or_the_extreme_one(tmp_path):
     assert extreme.logps.shape == (2, 2)
     torch.testing.assert_close(extreme.rewards.float(), torch.stack([rewards.amax(1), rewards.amin(1)], 1))
     torch.testing.assert_close(extreme.behavior_logps, extreme.logps.detach())
+
+
+def test_a_loss_is_given_what_is_declared_and_no_more(tmp_path):
+    """The reference is scored for the log at β = 0 too; the method does not see it."""
+    for method, record in ((RKL(0.5, 0.0), 1), (REBEL(1.0, 0.0), 0)):
+        made = trainer(tmp_path / type(method).__name__, method, inner_epochs=2)
+        made.model.eval()
+        drawn = made.collect(made.rows[:2], [0, 1]).prompts
+        assert "reference_token_logps" in drawn[0].constants
+        given = inputs(made, drawn)[record]
+        assert hasattr(given, "rewards")
+        assert not {name for name in vars(given) if name.startswith("reference")}
 
 
 def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):

@@ -133,7 +133,8 @@ def redirect(wrapper: nn.Module, model: nn.Module, function: Callable[[], T]) ->
     """Call `function` inside the forward of `wrapper`, which is `model` or wraps it, and return what it returns.
 
     Whatever the wrapper does around a forward (DDP, FSDP2, hooks) it does around the function. `model.forward` is
-    itself again while the function runs. The result should be tensors, or tuples and dictionaries of them.
+    itself again while the function runs. With gradients, the result must be something in which the wrapper finds the
+    tensors (DDP: tensors, sequences, dictionaries and dataclasses of them).
     """
     before = vars(model).get("forward")
 

@@ -28,7 +28,7 @@ from distalign.engine.selfcheck import check
 # A reference model, or a function whose context gives one (for instance the policy with its adapter off).
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
 
-# Tokens of one call without gradient from which on kernels are worth the half minute that compiling them takes.
+# Tokens of one call without gradient from which on compiling FlexAttention (half a minute) pays off.
 _WORTH_COMPILING = 2**21
 
 

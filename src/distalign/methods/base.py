@@ -1,6 +1,7 @@
 """What a method may ask for (`Needs`), what it is given (`Pairs`, `Samples`), and what it says of itself (`Method`).
 
-A method reads nothing else. The trainer collects exactly what `needs` declares; reading any other field raises.
+A method reads nothing else: reading a field that `needs` does not declare raises NotCollected. `behavior_*` and
+`probability` have defaults, so they are always there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, arange, ones_like
 
 R = TypeVar("R", bound="Record")
-# Makes the default of a field that may be left out. The class itself has no default, so that reading it raises.
+# The default of a field that may be left out: a factory of None, which `Record.__post_init__` then deletes.
 _MISSING: Any = type(None)
 
 
@@ -38,6 +39,18 @@ class Needs:
     kl: bool = False
     entropy: bool = False
     values: bool = False
+
+    def __post_init__(self) -> None:
+        drawn = self.samples or self.pairs == "sampled"
+        for name, possible in (
+            ("reward", drawn),
+            ("kl", self.samples),
+            ("entropy", self.samples),
+            ("values", self.samples),
+            ("reference", drawn or self.pairs == "labelled"),
+        ):
+            if getattr(self, name) and not possible:
+                raise ValueError(f"Needs: {name} is of drawn responses; declare samples (or pairs) to go with it")
 
 
 class NotCollected(AttributeError):

@@ -4,10 +4,10 @@ The sampling distribution moves with the parameters, so the derivative of a samp
 
     ∇ E[f(y)] = E[ ∇f(y) + f(y) ∇ ln π(y|x) ]
 
-and what it misses is the second, the score term (for f = ln π/π₀ the first has expectation zero). Every estimator here
-takes `Samples` and returns one SURROGATE for each response: its value is the unbiased estimate of the quantity, and the
-gradient that autograd finds in it is an unbiased estimate of the gradient of the expectation. Average surrogates; never
-square or clip them.
+and what it misses is the second, the score term (for f = ln π/π₀ the first has expectation zero). Every estimator of an
+expectation takes `Samples` and returns one SURROGATE for each response: its value is the unbiased estimate of the
+quantity, and the gradient that autograd finds in it is an unbiased estimate of the gradient of the expectation. Average
+surrogates; never square or clip them.
 
 Two forms, both unbiased in value and gradient:
 
@@ -36,6 +36,7 @@ __all__ = [
     "kl_full",
     "kl_plain",
     "leave_one_out",
+    "masked",
     "penalised_rewards",
     "sequence_sum",
 ]

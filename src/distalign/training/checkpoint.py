@@ -45,7 +45,7 @@ def save_worker(worker: RolloutWorker, folder: Path, step: int) -> None:
 
 
 def load_worker(worker: RolloutWorker, folder: Path, step: int) -> None:
-    """Go on from what `save_worker` wrote. Raises InputError for a damaged file."""
+    """Go on from what `save_worker` wrote. Raises InputError for a damaged round or JSON file."""
     drawn = load_round(folder) if (folder / ROUND).is_file() else None
     counters = _read(folder / COUNTERS) if (folder / COUNTERS).is_file() else {}
     worker.resume(drawn, counters, step)
@@ -76,7 +76,10 @@ def _write(path: Path, state: dict) -> None:
 
 
 def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from error
 
 
 def save_round(drawn: Round, folder: Path) -> Path:

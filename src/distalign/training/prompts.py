@@ -74,23 +74,27 @@ class MicroBatch:
         each = first.labelled + first.drawn + first.fresh
         rows = torch.arange(len(self.prompts) * each, device=scores.mask.device).view(-1, each)
         drawn = rows[:, first.labelled : first.labelled + first.drawn]
+        if not needs.reference:
+            # It is also computed for the log, and beside a full KL.
+            scores = replace(scores, reference_token_logps=None)
         pairs, samples = Pairs(), Samples()
         if needs.pairs == "labelled":
             pairs = labelled_pairs(scores.logps.view(-1, each)[:, :2], self.prompts)
         elif needs.pairs == "sampled":
-            pairs = _sampled_pairs(scores, drawn, self._constants(scores), pairing)
+            pairs = _sampled_pairs(scores, drawn, self._constants(scores, needs), pairing)
         if needs.samples and first.fresh:
             samples = _samples(scores, rows[:, -first.fresh :], {})
         elif needs.samples:
-            samples = _samples(scores, drawn, self._constants(scores))
+            samples = _samples(scores, drawn, self._constants(scores, needs))
         return pairs, samples
 
-    def _constants(self, scores: Scores) -> dict[str, Tensor]:
-        """The constants of all drawn responses, as long as the responses of this pass where they have a column each."""
+    def _constants(self, scores: Scores, needs: Needs) -> dict[str, Tensor]:
+        """The declared constants of all drawn responses, as long as the responses of this pass."""
         steps, constants = scores.mask.shape[1], {}
         for name in self.prompts[0].constants:
-            rows = torch.cat([prompt.constants[name] for prompt in self.prompts]).to(scores.token_logps)
-            constants[name] = rows if rows.dim() == 1 else _fit(rows, steps)
+            if name != "reference_token_logps" or needs.reference:
+                rows = torch.cat([prompt.constants[name] for prompt in self.prompts]).to(scores.token_logps)
+                constants[name] = rows if rows.dim() == 1 else _fit(rows, steps)
         return constants
 
 
@@ -216,7 +220,7 @@ def warn_about_sharpness(label: str, median: float) -> None:
     if median > high:
         logger.warning(
             "%s: the median held-out pair has |logit| %.3g at the start: labels look certain and gradients vanish; "
-            "lower gamma by about %.2g times",
+            "lower gamma (divide what scales the implicit reward by about %.2g)",
             label,
             median,
             median,

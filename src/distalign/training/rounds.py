@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -41,7 +42,7 @@ RunPass = Callable[[Callable[[], Any]], Any]
 
 
 class TrainingError(InputError):
-    """Training cannot start: says what was found and what to do."""
+    """Training cannot start or go on: says what was found and what to do."""
 
 
 class MissingEnd(Section):
@@ -56,8 +57,8 @@ class RolloutSettings(Section):
 
     A round samples for `minibatches` optimizer steps and goes through them `inner_epochs` times. `stale` says what
     becomes of the KL term once the policy has moved: importance weights, or fresh responses. `pairing` makes pairs of
-    more than two samples. `max_new_tokens` is the evaluation's unless it is given. `show` completions of each
-    round are written to samples.jsonl, one of them to the terminal. `rows` bounds the responses decoded at once.
+    more than two samples. Without `max_new_tokens` a recipe takes the evaluation's. `show` completions of each round
+    are written to samples.jsonl, one of them to the terminal. `rows` bounds the responses decoded at once.
     """
 
     samples: Count = 2
@@ -186,7 +187,7 @@ class Round:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    @property
+    @cached_property
     def starts(self) -> list[int]:
         """Row of the first response to every prompt, and the number of all responses."""
         return [0, *accumulate(len(group) for group in self.responses)]
@@ -197,7 +198,7 @@ class Round:
         return slice(starts[i], starts[i + 1])
 
     def find(self, index: int) -> int:
-        """Place in the round of the prompt that is row `index` of its data set; the first, if it is there twice.
+        """Place in the round of the prompt that is row `index` of its data set.
 
         Raises KeyError if it is not there.
         """
@@ -322,6 +323,7 @@ class RolloutWorker:
         )
         self.round: Round | None = None
         self._counted = {} if rollout.reward is None else rollout.reward.counters()
+        # The optimizer step that the round began with, and the last round that was logged.
         self._start, self._logged = 0, -1
         self._seen: list[dict[str, Tensor]] = []
 

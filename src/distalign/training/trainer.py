@@ -175,10 +175,11 @@ class AlignmentTrainer(Trainer):
         batch = self.collect(inputs["rows"], inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
         for micro in batch.micro_batches(self.token_budget):
-            with self.enough_memory(micro):
+            with self.explain_out_of_memory(micro):
                 scores = self.score(micro.groups)
                 pairs, samples = micro.inputs(scores, self.needs, self.pairing)
                 loss = self.method.loss(pairs, samples) * micro.weight
+                # Its share of the step is in the weight: accelerate divides by nothing more.
                 self.accelerator.backward(loss)
             self.record(micro, scores, pairs, samples)
             total += loss.detach().to(total.dtype)
@@ -193,7 +194,7 @@ class AlignmentTrainer(Trainer):
         if self.needs.pairs == "labelled":
             prompts = self.labelled(rows, reference=self.needs.reference)
         if self.worker is not None:
-            with self.kept_if_it_fails():
+            with self.save_on_failure():
                 self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
             drawn = self.worker.collect(indices, self.state.global_step)
             prompts = [merge(*both) for both in zip(prompts, drawn, strict=True)] if prompts else drawn
@@ -315,14 +316,14 @@ class AlignmentTrainer(Trainer):
     # A run ------------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
+        """Train, showing progress. As `transformers.Trainer.train`; a resumed run skips the checks of the start."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         if resume_from_checkpoint:
             self._resume(Path(str(resume_from_checkpoint)))
         else:
             groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
             self.run(lambda: self.policy.assert_starts_at_reference(groups))
-        with progress(self.label, 1) as self._advance, self._enough_memory_outside():
+        with progress(self.label, 1) as self._advance, self._explain_out_of_memory_outside():
             try:
                 self.memory = self.estimate_memory()
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -362,7 +363,7 @@ class AlignmentTrainer(Trainer):
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
     @contextmanager
-    def kept_if_it_fails(self) -> Iterator[None]:
+    def save_on_failure(self) -> Iterator[None]:
         """If drawing or rewarding a round fails, the run is saved with what there is of it."""
         try:
             yield
@@ -399,7 +400,7 @@ class AlignmentTrainer(Trainer):
         return memory
 
     @contextmanager
-    def enough_memory(self, micro: MicroBatch) -> Iterator[None]:
+    def explain_out_of_memory(self, micro: MicroBatch) -> Iterator[None]:
         """Turn a lack of memory in a micro-batch into a TrainingError that says what to set; the run is saved first."""
         try:
             yield
@@ -414,8 +415,8 @@ class AlignmentTrainer(Trainer):
             ) from error
 
     @contextmanager
-    def _enough_memory_outside(self) -> Iterator[None]:
-        """As `enough_memory`, outside micro-batches. Nothing is saved: weights may be half-way through an update."""
+    def _explain_out_of_memory_outside(self) -> Iterator[None]:
+        """As `explain_out_of_memory`, outside micro-batches. Nothing is saved: an update may be half-way."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:
@@ -431,7 +432,10 @@ class AlignmentTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out pairs: `loss` is the negative log-likelihood of the labels, in nats; and the pair metrics."""
+        """Held-out pairs: `loss` is the logistic NLL of the labels under the implicit reward, in nats.
+
+        So methods compare, and early stopping has one meaning. With it come the pair metrics.
+        """
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         pairs = self.held_out(rows)
         rewards = implicit_rewards(self.method, pairs)
