@@ -24,8 +24,8 @@ from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, check, micro_batches, score, score_in_batches
 from distalign.engine.forward import encode
 from distalign.engine.lm_head import score_rows
-from distalign.engine.packing import frame
 from distalign.engine.memory import set_recompute
+from distalign.engine.packing import frame
 from distalign.methods import DPO, RKL
 from distalign.models.load import Source
 from distalign.models.policy import Policy
@@ -178,8 +178,7 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     )
     turns = Turns(pipe, job, model, {})
     trainer.add_callback(turns)
-    assert trainer.actor is not None
-    timed = ((trainer.rollout, "sample"), (trainer.actor, "_scores"), (trainer, "score"))
+    timed = ((trainer.rollout, "sample"), (trainer.rollout, "scores"), (trainer, "score"))
     for owner, name in (*timed, (trainer.accelerator, "backward")):
         setattr(owner, name, _timed(getattr(owner, name), turns))
     trainer.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import shutil
@@ -158,14 +159,21 @@ def test_a_recipe_runs(recipe, here, monkeypatch, tiny_folder):
     run(monkeypatch, ["compare", path, "--full", *data, *small(path, tiny_folder)])
     results = json.loads((here / "runs" / recipe.stem / "results.json").read_text(encoding="utf-8"))
     assert set(settings.methods) < set(results["methods"])
+    for name in settings.methods:
+        log = here / "runs" / path / name / "metrics.jsonl"
+        losses = [row["loss"] for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
+        assert len(losses) == 2
+        assert all(map(math.isfinite, losses))
     assert (here / "runs" / recipe.stem / "report.html").is_file()
 
 
 @pytest.mark.parametrize("recipe", NAMES, ids=lambda path: path.stem)
 def test_a_recipe_is_accepted_as_it_stands(recipe, here):
-    """Each recipe passes every check that needs no model."""
+    """Each recipe passes every check that needs no model, and reads back equal as resolved."""
     settings = load_recipe(recipe)
     check(settings, list(settings.methods))
+    settings.dump(here / "again.yaml")
+    assert load_recipe(here / "again.yaml") == settings
 
 
 def test_the_target_of_the_docs_can_label_pairs():

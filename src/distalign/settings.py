@@ -30,12 +30,12 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def switch(value: Any) -> Any:
+def switch(value: object) -> object:
     """True and false for a section: its defaults, or none of it."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-def several(value: Any) -> Any:
+def several(value: object) -> object:
     """One section for a list of one."""
     return [value] if isinstance(value, dict) else ([] if value is None else value)
 
@@ -58,7 +58,7 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans; no dates."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -118,7 +118,7 @@ def parse_value(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
-def dump_yaml(value: Any) -> str:
+def dump_yaml(value: object) -> str:
     """YAML that `read_yaml` reads back as it was."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
@@ -132,7 +132,7 @@ def find_recipe(name: str | Path, kind: str = "") -> Path:
     Raises RecipeError if there is neither.
     """
     path, folder = Path(name), RECIPES / kind
-    if path.suffix or path.exists() or len(path.parts) > 1:
+    if path.suffix or path.is_file() or len(path.parts) > 1:
         return path
     packaged = sorted(file.stem for file in folder.glob("*.yaml"))
     if path.name in packaged:
@@ -188,8 +188,10 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: the value is not YAML ({error}); quote it") from None
 
 
-def _find_files(section: Any, keys: Iterable[str], folder: Path) -> None:
-    for key in keys if isinstance(section, dict) else ():
+def _find_files(section: object, keys: Iterable[str], folder: Path) -> None:
+    if not isinstance(section, dict):
+        return
+    for key in keys:
         value = section.get(key)
         if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
             section[key] = str(folder / value)
@@ -207,7 +209,7 @@ def unknown_setting(section: str, key: str, names: Sequence[str], elsewhere: str
     return f'{section} has no setting "{key}"; {hint}'
 
 
-def explain(error: Any, kind: type[BaseModel]) -> list[str]:
+def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
     """One line a problem: what was found, what to do."""
     *sections, key = error["loc"] or ("",)
     section = ".".join(map(str, sections)) or "recipe"

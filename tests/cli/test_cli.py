@@ -107,8 +107,13 @@ def test_train_and_go_on(distalign, place):
     assert found["method"] == "dpo"
     assert found["held_out"]["loss"] > 0
     assert {"recipe.yaml", "metrics.jsonl", "model", "report.html"} <= {p.name for p in Path("runs/own").iterdir()}
-    assert "learning_rate: 0.001" in Path("runs/own/recipe.yaml").read_text()
+    before = Path("runs/own/recipe.yaml").read_text()
+    assert "learning_rate: 0.001" in before
     refused(distalign(*words), "of an earlier run", "--resume", "--overwrite")
+    # The weights of another data set are not taken for those of this one, and the folder's recipe stays.
+    other = (*words, "--resume", "--set", "data.held_out=0.4")
+    refused(distalign(*other), "data", "start over with --overwrite")
+    assert Path("runs/own/recipe.yaml").read_text() == before
     assert distalign(*words, "--resume")[0] == 0
 
 
@@ -164,7 +169,7 @@ def test_a_line_that_is_not_json_is_named(distalign, place):
     with (place / "pairs.jsonl").open("a") as file:
         file.write('{"prompt": \n')
     for command in (("train", "own.yaml", "--method", "pmle"), ("data", "check", "pairs.jsonl")):
-        refused(distalign(*command), "pairs.jsonl:41: not JSON", "write one object a line")
+        refused(distalign(*command), "pairs.jsonl:41: not JSON", "write one object per line")
 
 
 @pytest.mark.parametrize(
@@ -242,8 +247,10 @@ def test_a_tokenizer_of_another_model_is_refused(distalign, place):
 @pytest.mark.parametrize("name", ["pd", "rkl", "rebel", "rlhf"])
 def test_a_method_without_its_reward_is_refused_first(distalign, monkeypatch, name):
     """Before anything of the model is read."""
-    for door in ("experiment", "comparison"):
-        monkeypatch.setattr(f"distalign.{door}.prepare", lambda *_, **__: pytest.fail("the model was read"))
+    for module in ("train", "compare"):
+        monkeypatch.setattr(
+            f"distalign.experiments.{module}.load_setup", lambda *_, **__: pytest.fail("the model was read")
+        )
     for command in (("compare", "tiny.yaml", "--methods", name), ("train", "tiny.yaml", "--method", name)):
         refused(distalign(*command, "--set", f"methods.{name}={{}}"), name, "needs a reward for the responses")
 
@@ -256,14 +263,21 @@ def test_train_wants_one_method(distalign):
 
 def test_going_on_needs_a_checkpoint(distalign, monkeypatch):
     """Said before the model is read."""
-    for door in ("experiment", "comparison"):
-        monkeypatch.setattr(f"distalign.{door}.prepare", lambda *_, **__: pytest.fail("the model was read"))
+    for module in ("train", "compare"):
+        monkeypatch.setattr(
+            f"distalign.experiments.{module}.load_setup", lambda *_, **__: pytest.fail("the model was read")
+        )
     refused(distalign("train", "own.yaml", "--method", "pmle", "--resume"), "holds no checkpoint to continue from")
 
 
-def test_a_recipe_that_is_not_there_is_refused(distalign):
-    """With those that are."""
+def test_a_recipe_that_is_not_there_is_refused(distalign, place):
+    """With those that are: files, or packaged recipes by name, whatever folders are called."""
     refused(distalign("compare", "tny.yaml"), "tny.yaml: no such file", "tiny.yaml")
+    (place / "quikstart").mkdir()
+    packaged = ('there is no recipe "quikstart"', "give a .yaml file or one of", 'did you mean "quickstart"?')
+    for command in ("train", "compare", "reward", "evaluate", "frontier"):
+        refused(distalign(command, "quikstart"), *packaged)
+        assert "packaged" in distalign(command, "--help")[1]
 
 
 @pytest.mark.parametrize("name", ["empty", "missing", "own.yaml"])
@@ -322,15 +336,6 @@ def test_help_answers_in_half_a_second():
         spent.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
     assert "compare" in done.stdout
     assert min(spent) < 0.5
-
-
-def test_a_run_goes_on_only_with_its_own_data(distalign, place):
-    """The weights of another data set are not taken for those of this one, and the folder's recipe stays."""
-    assert distalign("train", "own.yaml", "--method", "pmle")[0] == 0
-    before = Path("runs/own/recipe.yaml").read_text()
-    told = ("data", "start over with --overwrite")
-    refused(distalign("train", "own.yaml", "--method", "pmle", "--resume", "--set", "data.held_out=0.4"), *told)
-    assert Path("runs/own/recipe.yaml").read_text() == before
 
 
 def test_check_refuses_what_training_refuses(distalign, place, tiny_folder):

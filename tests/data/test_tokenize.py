@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distalign.cli.looking import describe_pairs
+from distalign.cli.data import describe_pairs
 from distalign.data import (
     DataError,
     Pair,

@@ -16,9 +16,8 @@ from distalign import cli
 from distalign.engine import Group, score
 from distalign.errors import InputError
 from distalign.evaluation import answers
-from distalign.evaluation.evaluate import evaluate
-from distalign.evaluation.settings import _named, load_evaluation
-from distalign.evaluation.win_rates import all_opponents, standings
+from distalign.evaluation.evaluate import all_opponents, evaluate, win_rates
+from distalign.evaluation.setup import _named, load_evaluation
 from distalign.models.targets import Tilt
 
 WORDS = ["happy", "kind", "warm"]
@@ -155,7 +154,7 @@ def test_a_repeated_evaluation_runs_no_policy(place, results, monkeypatch):
         drawn.append(name)
         return real(name, *args, **more)
 
-    monkeypatch.setattr("distalign.evaluation.evaluate.draw_answers", count)
+    monkeypatch.setattr("distalign.evaluation.answers.draw_answers", count)
     again = evaluate(settings(place))
     assert drawn == []
     for part in ("methods", "ratings", "calibration"):
@@ -219,7 +218,7 @@ def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
         drawn.append(name)
         return real(name, *args, **more)
 
-    monkeypatch.setattr("distalign.evaluation.evaluate.draw_answers", stop)
+    monkeypatch.setattr("distalign.evaluation.answers.draw_answers", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(made)
     assert drawn == ["reference", "moved"]
@@ -316,7 +315,7 @@ def test_what_cannot_be_estimated_is_left_out_with_a_warning(caplog):
     """A policy that always wins has no finite rating; lengths that never differ control nothing."""
     sure = {("reference", "a"): torch.zeros(6, dtype=torch.float64)}
     same = {name: torch.full((6,), 3.0, dtype=torch.float64) for name in ("reference", "a")}
-    found = standings(sure, ["reference", "a"], same)
+    found = win_rates(sure, ["reference", "a"], same)
     assert "ratings" not in found
     assert found["length_controlled"] == {}
     assert found["win_rates"]["matrix"]["a"]["reference"]["mean"] == 1
@@ -353,12 +352,13 @@ def test_calibrate_finds_a_gamma(place, monkeypatch, capsys):
 def test_the_frontier_is_predicted_from_the_references_responses(place, monkeypatch, capsys, results):
     """distalign frontier RECIPE: points with bands, kept responses, and a place in the next evaluation's results."""
     words = [str(place / "all.yaml"), "--samples", "64", "--betas", "0.5,2", "--gammas", "0,0.5", "--kl-budget", "9"]
-    for _ in range(2):
-        monkeypatch.setattr(sys, "argv", ["distalign", "frontier", *words, "--json", str(place / "f.json")])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert not stop.value.code
-        monkeypatch.setattr("distalign.evaluation.forecast.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
+    monkeypatch.setattr(sys, "argv", ["distalign", "frontier", *words, "--json", str(place / "f.json")])
+    with monkeypatch.context() as patch:
+        for _ in range(2):
+            with pytest.raises(SystemExit) as stop:
+                cli.main()
+            assert not stop.value.code
+            patch.setattr("distalign.evaluation.answers.draw_answers", lambda *_, **__: pytest.fail("drawn again"))
     found = json.loads((place / "f.json").read_text(encoding="utf-8"))
     assert {(p["beta"], p["gamma"]) for p in found["points"]} == {(0.5, 0.0), (0.5, 0.5), (2.0, 0.0), (2.0, 0.5)}
     for point in found["points"]:

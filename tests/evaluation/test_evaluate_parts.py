@@ -1,4 +1,4 @@
-"""What an evaluation is made of, part by part: γ from the other half, torn folders, judgements, standings."""
+"""What an evaluation is made of, part by part: γ from the other half, torn folders, judgements, win rates."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, score
 from distalign.evaluation import answers
 from distalign.evaluation.answers import Answers, load_answers
-from distalign.evaluation.evaluate import _cross_fitted
-from distalign.evaluation.settings import Evaluation
-from distalign.evaluation.win_rates import judge_all, standings
+from distalign.evaluation.evaluate import _cross_fitted, judge_all, win_rates
+from distalign.evaluation.setup import Evaluation
 from distalign.judges import Judgement
 from distalign.stats.calibration import calibrate
 
@@ -121,7 +120,7 @@ def test_what_length_gains_is_taken_out_with_its_sign(turned):
     gap = lengths["a"] - lengths["reference"]
     won = (0.3 + 0.9 * torch.tanh(gap / gap.std())).sigmoid()
     wins = {("a", "reference"): won} if turned else {("reference", "a"): 1 - won}
-    found = standings(wins, ["reference", "a"], lengths)
+    found = win_rates(wins, ["reference", "a"], lengths)
     assert found["length_controlled"]["a"]["length_effect"]["mean"] == pytest.approx(0.9, abs=1e-6)
     assert found["length_controlled"]["a"]["mean"] == pytest.approx(
         float(torch.tensor(0.3).double().sigmoid()), abs=1e-6

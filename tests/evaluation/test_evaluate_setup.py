@@ -9,10 +9,9 @@ import shutil
 import pytest
 
 from distalign.errors import InputError
-from distalign.evaluation import evaluate as run
+from distalign.evaluation import metrics
 from distalign.evaluation.evaluate import evaluate
-from distalign.evaluation.settings import load_evaluation
-from distalign.evaluation.setup import prepare
+from distalign.evaluation.setup import load_evaluation, load_setup
 from distalign.models.load import Source
 
 # A prompt, and the column that a function is given.
@@ -48,34 +47,34 @@ def settings(tmp_path, tiny_folder):
     return make
 
 
-def answered(bench):
+def answered(setup):
     """Word and column of every row that is answered."""
-    return [(one.row.prompt.split()[-1], one.row.extra["w"]) for one in bench.prompts]
+    return [(one.row.prompt.split()[-1], one.row.extra["w"]) for one in setup.prompts]
 
 
 @pytest.mark.parametrize("kind", ["prompts", "pairs"])
 def test_rows_are_the_same_only_if_prompt_and_columns_are(settings, caplog, kind):
     """The first of the same ones stays, whatever the order within a column; both counts are told and logged."""
     with caplog.at_level(logging.INFO, "distalign.evaluation"):
-        bench = prepare(settings(ROWS, kind=kind), None)
-    assert answered(bench) == [ROWS[i] for i in (0, 2, 3, 5)]
-    assert bench.texts == [one.row.prompt for one in bench.prompts]
-    assert (bench.facts["held-out prompts"], bench.facts[LEFT_OUT], bench.facts[SHARED]) == (4, 3, 1)
+        setup = load_setup(settings(ROWS, kind=kind))
+    assert answered(setup) == [ROWS[i] for i in (0, 2, 3, 5)]
+    assert setup.texts == [one.row.prompt for one in setup.prompts]
+    assert (setup.statistics["held-out prompts"], setup.statistics[LEFT_OUT], setup.statistics[SHARED]) == (4, 3, 1)
     assert "3 rows repeat another, prompt and columns, and are left out" in caplog.text
     assert "1 of 4 prompts are another's with other columns" in caplog.text
 
 
 def test_the_limit_counts_what_differs(settings):
     """Three prompts from the first four rows, of which one repeats; what comes later is not looked at."""
-    bench = prepare(settings(ROWS, "limit=3"), None)
-    assert answered(bench) == [ROWS[i] for i in (0, 2, 3)]
-    assert (bench.facts["held-out prompts"], bench.facts[LEFT_OUT]) == (3, 1)
+    setup = load_setup(settings(ROWS, "limit=3"))
+    assert answered(setup) == [ROWS[i] for i in (0, 2, 3)]
+    assert (setup.statistics["held-out prompts"], setup.statistics[LEFT_OUT]) == (3, 1)
 
 
 def test_nothing_is_told_where_nothing_repeats(settings, caplog):
     """No counts of 0, no lines."""
-    bench = prepare(settings([ROWS[0], ROWS[3]]), None)
-    assert {LEFT_OUT, SHARED}.isdisjoint(bench.facts)
+    setup = load_setup(settings([ROWS[0], ROWS[3]]))
+    assert {LEFT_OUT, SHARED}.isdisjoint(setup.statistics)
     assert caplog.text == ""
 
 
@@ -91,7 +90,7 @@ def test_a_tokenizer_is_loaded_once_for_equal_files(settings, tiny_folder, tmp_p
     policies = {name: str(tmp_path / name) for name in ("copy", "other", "other-copy")} | {"same": str(tiny_folder)}
     loaded, real = [], Source.tokenizer
     monkeypatch.setattr(Source, "tokenizer", lambda source: loaded.append(source.name) or real(source))
-    prepare(made.model_copy(update={"policies": policies}), None)
+    load_setup(made.model_copy(update={"policies": policies}))
     assert loaded == [str(tiny_folder), policies["other"]]
 
 
@@ -101,8 +100,8 @@ def test_results_are_written_before_a_judge_that_fails(settings, tmp_path, monke
         "def fair(prompts, completions, **columns):\n    return [0.75] * len(prompts)\n"
         "def broken(prompts, completions, **columns):\n    raise RuntimeError('out of order')\n"
     )
-    counted, real = [], run.summarise
-    monkeypatch.setattr(run, "summarise", lambda runs: counted.append(1) or real(runs))
+    counted, real = [], metrics.summarise
+    monkeypatch.setattr(metrics, "summarise", lambda runs: counted.append(1) or real(runs))
 
     def made(judge):
         flags = [f"judge={{function: '{tmp_path}/judges.py:{judge}'}}"] if judge else []

@@ -12,10 +12,8 @@ import pytest
 import torch
 from enumeration import Enumeration
 
-from distalign.evaluation.forecast import forecast
-from distalign.evaluation.frontier import predict_frontier
-from distalign.evaluation.frontier_estimates import best_of_n, default_grid, mean_band, predict
-from distalign.evaluation.settings import Evaluation
+from distalign.evaluation.frontier import best_of_n, default_grid, forecast, mean_band, predict, predict_frontier
+from distalign.evaluation.setup import Evaluation
 from distalign.lab.exact import divergence, entropy, optimum
 from distalign.lab.tables import random_tables
 
@@ -224,22 +222,12 @@ def test_far_points_are_not_trusted():
         result.recommend(100.0)
 
 
-def test_shown_as_data_table_and_figure(shown):
-    """JSON without NaN, a table with a row for every point, and a panel that the report's figures take."""
-    from rich.console import Console
-
-    from distalign.lab.shown import Curve, Panel
-
+def test_shown_as_data_and_table(shown):
+    """JSON without NaN, and a table with a row for every point."""
     data = json.loads(json.dumps(shown.to_json(), allow_nan=False))
     assert len(data["points"]) == len(shown.points) == 24
     assert data["points"][0]["kl"]["value"] == shown.points[0].kl.value
     assert shown.table().row_count == 1 + 24 + len(shown.best_of)
-    console = Console(width=160, record=True, file=None, quiet=True)
-    console.print(shown.table())
-    panel = shown.panel()
-    built = Panel(**{**panel, "curves": [Curve(**curve) for curve in panel["curves"]]})
-    drawn = sum(len(curve.x) for curve in built.curves)
-    assert drawn == len(shown.points) + len(shown.best_of)
 
 
 def test_frontier_refuses_what_it_cannot_use():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -18,13 +17,18 @@ from distalign.experiments.recipe import load_recipe
 from distalign.experiments.results import run_key
 from distalign.training import trainer
 
+REWARDED = (
+    "reward={train: {init: scratch, epochs: 1}}",
+    "methods={rkl: {gamma: 0.5, beta: 0.1}}",
+    "rollout.samples=2",
+)
+
 
 @pytest.fixture
 def recipe(tmp_path, tiny_folder):
     """The tiny recipe with its own folder."""
-    (tmp_path / "model").symlink_to(tiny_folder)
     path = tmp_path / "tiny.yaml"
-    path.write_text(tiny.recipe_text(tmp_path, output_dir=str(tmp_path / "runs")))
+    path.write_text(tiny.recipe_text(tmp_path, model=str(tiny_folder)))
 
     def make(*overrides):
         return load_recipe(path, overrides)
@@ -38,9 +42,9 @@ def trained(monkeypatch):
     seen = []
     real = comparison.train_method
 
-    def note(bench, name, folder, *, resume=False):
-        seen.append((bench.seed, name, resume))
-        return real(bench, name, folder, resume=resume)
+    def note(setup, name, folder, *, resume=False):
+        seen.append((setup.seed, name, resume))
+        return real(setup, name, folder, resume=resume)
 
     monkeypatch.setattr(comparison, "train_method", note)
     return seen
@@ -52,54 +56,74 @@ def numbers(results):
     return json.loads(json.dumps({key: results[key] for key in kept}))
 
 
-def test_a_stopped_comparison_goes_on_and_ends_the_same(recipe, trained, monkeypatch):
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_folder):
+    """The run folders of a comparison of two methods with two seeds, and of one with a reward that was trained."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "tiny.yaml"
+    path.write_text(tiny.recipe_text(folder, model=str(tiny_folder)))
+    results = compare(load_recipe(path, ["name=whole"]), ["pmle", "dpo"], [0, 1])
+    compare(load_recipe(path, ["name=rewarded", *REWARDED]), ["rkl"], [0])
+    return results, folder / "runs"
+
+
+@pytest.fixture
+def begun(finished, recipe):
+    """Copies a finished run, or one seed of it, to the folder of this test's recipe."""
+
+    def copy(name):
+        folder = recipe().run_dir
+        shutil.copytree(finished[1] / name, folder)
+        return folder
+
+    return copy
+
+
+def test_a_stopped_comparison_goes_on_and_ends_the_same(finished, begun, recipe, trained, monkeypatch):
     """Stopped in the middle of the second method of the second seed, which goes on from its checkpoint."""
-    whole = compare(recipe("name=whole"), ["pmle", "dpo"], [0, 1])
-    trained.clear()
+    whole, folder = finished[0], begun("whole")
+    shutil.rmtree(folder / "seed-1" / "dpo")
     real, steps = trainer.AlignmentTrainer.training_step, []
 
     def stop(self, *args, **more):
         steps.append(None)
-        if len(trained) == 4 and self.state.global_step == self.state.max_steps - 1:
+        if self.state.global_step == self.state.max_steps - 1:
             raise KeyboardInterrupt
         return real(self, *args, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.AlignmentTrainer, "training_step", stop)
         with pytest.raises(KeyboardInterrupt):
-            compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1])
-    assert [(seed, name) for seed, name, _ in trained] == [(0, "pmle"), (0, "dpo"), (1, "pmle"), (1, "dpo")]
+            compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True)
+    assert trained == [(1, "dpo", False)]
+    assert steps
     trained.clear()
-    again = compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1], resume=True)
+    assert numbers(compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
     assert trained == [(1, "dpo", True)]
-    assert numbers(again) == numbers(whole)
     trained.clear()
-    assert numbers(compare(recipe("name=cut"), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
+    assert numbers(compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
     assert trained == []
 
 
-def test_what_has_changed_is_done_again(recipe, trained):
+def test_what_has_changed_is_done_again(begun, recipe, trained):
     """Another setting of one method, other pairs, a torn record; and without --resume everything."""
-    compare(recipe(), ["pmle", "dpo"], [0])
-    trained.clear()
-    compare(recipe("methods.dpo.gamma=0.3"), ["pmle", "dpo"], [0], resume=True)
-    assert trained == [(0, "dpo", False)]
-    trained.clear()
-    compare(recipe("target.pairs=20"), ["pmle"], [0], resume=True)
-    assert trained == [(0, "pmle", False)]
-    trained.clear()
-    folder = recipe().run_dir
+    folder = begun("whole/seed-0")
+
+    def again(*overrides, methods=("pmle",), resume=True):
+        trained.clear()
+        compare(recipe(*overrides), list(methods), [0], resume=resume)
+        return trained
+
+    assert again("methods.dpo.gamma=0.3", methods=("pmle", "dpo")) == [(0, "dpo", False)]
     (folder / "pmle" / "finished.safetensors").write_bytes(b"torn")
-    compare(recipe("target.pairs=20"), ["pmle"], [0], resume=True)
-    assert [name for _, name, _ in trained] == ["pmle"]
-    trained.clear()
-    compare(recipe(), ["pmle", "dpo"], [0])
-    assert trained == [(0, "pmle", False), (0, "dpo", False)]
+    assert [name for _, name, _ in again()] == ["pmle"]
+    assert again("target.pairs=20") == [(0, "pmle", False)]
+    assert again("target.pairs=20", resume=False) == [(0, "pmle", False)]
 
 
-def test_the_marks_are_of_all_methods_together(recipe):
+def test_the_marks_are_of_all_methods_together(finished):
     """Holm's p is never below the bootstrap's own, and stars go by it."""
-    marks = compare(recipe(), ["pmle", "dpo"], [0])["significance"]
+    marks = finished[0]["significance"]
     assert set(marks) == {"pmle", "dpo"}
     for row in marks.values():
         assert "forward_kl" in row
@@ -108,10 +132,9 @@ def test_the_marks_are_of_all_methods_together(recipe):
             assert (mark["stars"] != "") == (mark["holm"] < 0.05)
 
 
-def test_the_command_goes_on(recipe, trained, tmp_path, monkeypatch):
+def test_the_command_goes_on(begun, trained, tmp_path, monkeypatch):
     """distalign compare … --resume."""
-    compare(recipe(), ["pmle"], [0])
-    trained.clear()
+    begun("whole/seed-0")
     words = ["compare", str(tmp_path / "tiny.yaml"), "--methods", "pmle", "--resume"]
     monkeypatch.setattr(sys, "argv", ["distalign", *words])
     with pytest.raises(SystemExit) as stop:
@@ -122,10 +145,9 @@ def test_the_command_goes_on(recipe, trained, tmp_path, monkeypatch):
 
 def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained, tmp_path, tiny_folder):
     """The model's folder and the pairs' file keep their names, not their content; a lost model is trained again."""
-    (tmp_path / "model").unlink()
     shutil.copytree(tiny_folder, tmp_path / "model")
     pairs = tiny.write_pairs(tmp_path / "pairs.jsonl")
-    own = ("target=null", f"data.train={pairs}", "data.held_out=0.3")
+    own = (f"model={tmp_path}/model", "target=null", f"data.train={pairs}", "data.held_out=0.3")
 
     def again():
         trained.clear()
@@ -145,41 +167,21 @@ def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained
     assert (recipe().run_dir / "pmle" / "model").is_dir()
 
 
-def test_a_reward_of_other_pairs_is_trained_again(recipe, tmp_path):
+def test_a_reward_of_other_pairs_is_trained_again(begun, recipe):
     """A reward stays with the pairs that it was trained on, and goes with others."""
-    flags = (
-        "reward={train: {init: scratch, epochs: 1}}",
-        "methods={rkl: {gamma: 0.5, beta: 0.1}}",
-        "rollout.samples=2",
-    )
-    path = recipe().run_dir / "reward"
-
-    def weights():
-        return sorted(hashlib.sha256(file.read_bytes()).hexdigest() for file in path.glob("*.safetensors"))
-
-    compare(recipe(*flags), ["rkl"], [0])
-    before, stamp = weights(), [file.stat().st_mtime_ns for file in path.glob("*.safetensors")]
-    assert before
-    compare(recipe(*flags), ["rkl"], [0], resume=True)
-    assert [file.stat().st_mtime_ns for file in path.glob("*.safetensors")] == stamp
-    compare(recipe(*flags, "target.gamma=0.9"), ["rkl"], [0], resume=True)
-    assert weights() != before
-
-
-REWARDED = (
-    "reward={train: {init: scratch, epochs: 1}}",
-    "methods={rkl: {gamma: 0.5, beta: 0.1}}",
-    "rollout.samples=2",
-)
+    (weights,) = (begun("rewarded") / "reward").glob("*.safetensors")
+    before, stamp = weights.read_bytes(), weights.stat().st_mtime_ns
+    compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    assert weights.stat().st_mtime_ns == stamp
+    compare(recipe(*REWARDED, "target.gamma=0.9"), ["rkl"], [0], resume=True)
+    assert weights.read_bytes() != before
 
 
 @pytest.mark.parametrize("torn", ["model.safetensors", "reward.json", "run.json"])
-def test_a_reward_that_was_not_written_to_its_end_is_trained_anew(recipe, trained, caplog, torn):
+def test_a_reward_that_was_not_written_to_its_end_is_trained_anew(begun, recipe, trained, caplog, torn):
     """Weights or settings cut in the middle, or a training that was stopped: the same reward, and a line in the log."""
-    folder = recipe().run_dir / "reward"
-    compare(recipe(*REWARDED), ["rkl"], [0])
+    folder = begun("rewarded") / "reward"
     whole = (folder / "model.safetensors").read_bytes()
-    trained.clear()
     (folder / torn).write_bytes((folder / torn).read_bytes()[:-20])
     with caplog.at_level(logging.INFO, "distalign.experiments.compare"):
         compare(recipe(*REWARDED), ["rkl"], [0], resume=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -18,7 +17,6 @@ from distalign.experiments.train import check, train
 from distalign.settings import RECIPES
 
 ROOT = Path(__file__).parents[2]
-PAPER = ("tldr", "chat")
 SCITLDR = ROOT.parent / "shared" / "data" / "scitldr_pairs.jsonl.gz"
 
 # arXiv 2506.01523v2, the settings of its experiments: batch (responses for PPO, else prompts), learning rate, schedule,
@@ -108,15 +106,6 @@ def test_chat_has_the_papers_setting():
     assert all(length(recipe, name) == -1 for name in CHAT)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_a_recipe_is_accepted_without_network(name, tmp_path):
-    """Every check that needs no model passes, and the recipe as resolved reads back equal."""
-    recipe = stands(name, [f"output_dir={tmp_path}"])
-    check(recipe, list(recipe.methods))
-    recipe.dump(tmp_path / "again.yaml")
-    assert load_recipe(tmp_path / "again.yaml") == recipe
-
-
 def test_the_columns_of_the_hub_sets_fit():
     """Rows shaped like those of the named sets are read as prompt and two responses, nothing converted."""
     tldr = {"prompt": "SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: c\n\nTL;DR:", "chosen": " d", "rejected": " e"}
@@ -136,49 +125,23 @@ def test_the_columns_of_the_hub_sets_fit():
     assert (pair.prompt, pair.chosen) == ([turn], [{"role": "assistant", "content": "b"}])
 
 
-def small(name: str, folder: Path, model: Path, pairs: Path) -> list[str]:
-    """What makes any method of the recipe two steps of four pairs on the tiny model."""
-    recipe = stands(name)
-    tiny_settings = {"max_steps": 2, "per_device_train_batch_size": 4, "eval_steps": 2, "use_cpu": True}
-    flat = {
-        "output_dir": folder,
+@pytest.mark.skipif(not SCITLDR.is_file(), reason="the summarisation pairs are not here")
+def test_tldr_trains_on_summarisation_pairs(tmp_path):
+    """Real abstracts with summaries, in the lengths of the recipe: on-policy and on labelled pairs."""
+    model = tiny.save(tmp_path / "model", max_position_embeddings=1024)
+    changes = {
+        "output_dir": tmp_path,
         "model": model,
         "dtype": "float32",
         "lora": "{r: 4, alpha: 8}",
         "reward": "{train: {init: scratch, backbone: frozen, epochs: 2}}",
         "rollout.max_new_tokens": 5,
-        "evaluation": "{prompts: 4, samples: 1, max_new_tokens: 5}",
-        "token_budget": 512,
-        "data": f"{{train: {pairs}, held_out: 0.3}}",
+        "data": f"{{train: {SCITLDR}, held_out: 0.3, limit: 60, eval_limit: 4, max_length: 565, too_long: drop}}",
     }
-    flat |= {f"training.{key}": value for key, value in tiny_settings.items()}
-    # What a method's own training says comes before training.
-    for method in recipe.methods:
-        own = recipe.methods[method].get("training", {})
-        flat |= {f"methods.{method}.training.{key}": tiny_settings[key] for key in own if key in tiny_settings}
-    return [f"{key}={value}" for key, value in flat.items()]
-
-
-@pytest.mark.parametrize(("recipe", "name"), [row[:2] for row in ROWS], ids=[f"{row[0]}-{row[1]}" for row in ROWS])
-def test_a_method_trains_two_steps(recipe, name, tmp_path, tiny_folder):
-    """Each method of each recipe trains on the tiny model, and what it logs is finite."""
-    pairs = tiny.write_pairs(tmp_path / "pairs.jsonl")
-    found = train(stands(recipe, small(recipe, tmp_path, tiny_folder, pairs)), name)
-    assert math.isfinite(found["loss"])
-    rows = [json.loads(line) for line in (tmp_path / recipe / "metrics.jsonl").read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses) == 2
-    assert all(math.isfinite(loss) for loss in losses)
-    assert (tmp_path / recipe / "model").is_dir()
-
-
-@pytest.mark.skipif(not SCITLDR.is_file(), reason="the summarisation pairs are not here")
-def test_tldr_trains_on_summarisation_pairs(tmp_path):
-    """Real abstracts with summaries, in the lengths of the recipe: on-policy and on labelled pairs."""
-    model = tiny.save(tmp_path / "model", max_position_embeddings=1024)
-    settings = small("tldr", tmp_path, model, SCITLDR)
-    data = f"{{train: {SCITLDR}, held_out: 0.3, limit: 60, eval_limit: 4, max_length: 565, too_long: drop}}"
-    recipe = stands("tldr", [*settings, "training.per_device_train_batch_size=2", f"data={data}"])
+    for section in ("training", "methods.pmle.training"):
+        changes |= {f"{section}.max_steps": 2, f"{section}.per_device_train_batch_size": 2}
+    changes |= {"training.eval_steps": 2, "training.use_cpu": True}
+    recipe = stands("tldr", [f"{key}={value}" for key, value in changes.items()])
     assert math.isfinite(train(recipe, "pmle")["loss"])
 
 

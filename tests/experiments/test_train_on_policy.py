@@ -10,7 +10,7 @@ import tiny
 from distalign.errors import InputError
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import load_recipe
-from distalign.experiments.train import check, labels_judge, train, train_reward_model
+from distalign.experiments.train import check, labels_choose_step, train, train_reward_model
 from distalign.rewards import RewardError
 
 METHODS = {
@@ -77,10 +77,10 @@ def test_labels_choose_the_step_only_where_they_can(made, tmp_path):
     """Not for a function's reward, nor for RLHF at β = 0: those keep their last step."""
     (tmp_path / "r.py").write_text(FUNCTION)
     trained, function = made(), made(reward={"function": f"{tmp_path / 'r.py'}:reward"})
-    assert all(labels_judge(trained, name) for name in METHODS)
-    assert [name for name in METHODS if labels_judge(function, name)] == ["pmle", "dpo"]
+    assert all(labels_choose_step(trained, name) for name in METHODS)
+    assert [name for name in METHODS if labels_choose_step(function, name)] == ["pmle", "dpo"]
     collapsing = made("methods.rlhf={beta: 0.0}")
-    assert not labels_judge(collapsing, "rlhf")
+    assert not labels_choose_step(collapsing, "rlhf")
     train(function, "rkl")
     rows = [json.loads(line) for line in (function.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 1, 2]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distalign import cli
-from distalign.cli.measuring import calibration_table
+from distalign.cli.calibrate import calibration_table
 from distalign.stats.calibration import COIN, calibrate, expected_calibration_error, reliability_table
 
 TRUE = 0.3

@@ -9,10 +9,17 @@ import sys
 
 import typer
 
+from distalign.cli.calibrate import calibrate
+from distalign.cli.compare import compare
+from distalign.cli.data import check
+from distalign.cli.env import env
+from distalign.cli.evaluate import evaluate
+from distalign.cli.frontier import frontier
 from distalign.cli.lab import lab
-from distalign.cli.looking import data_check, env, list_methods, report
-from distalign.cli.measuring import calibrate, evaluate, frontier
-from distalign.cli.training import compare, reward, train
+from distalign.cli.methods import methods
+from distalign.cli.report import report
+from distalign.cli.reward import reward
+from distalign.cli.train import train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,15 +28,14 @@ app = typer.Typer(
     help="Learn the target language model behind pairwise preferences.",
 )
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
-data_app.command("check")(data_check)
+data_app.command()(check)
 app.add_typer(data_app, name="data")
-for command in (train, reward, compare, evaluate, frontier, calibrate, report, lab, env):
+for command in (train, reward, compare, evaluate, frontier, calibrate, report, methods, lab, env):
     app.command()(command)
-app.command("methods")(list_methods)
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is printed as one message, without a traceback."""
+    """Run the command line; what a user can fix is printed as one message, without a traceback."""
     from distalign.errors import InputError
 
     try:

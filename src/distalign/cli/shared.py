@@ -5,11 +5,27 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-RecipeArgument = Annotated[Path, typer.Argument(help="A recipe: the settings of a run, in YAML.", metavar="RECIPE")]
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from distalign.experiments.recipe import Recipe
+
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="The settings of a run: a YAML file, or the name of a packaged recipe (quickstart).", metavar="RECIPE"
+    ),
+]
+EvaluationArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="The settings of an evaluation: a YAML file, or the name of a packaged one (quickstart).", metavar="RECIPE"
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; may be repeated."),
@@ -18,6 +34,12 @@ JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbe
 MarkdownOption = Annotated[
     Path | None, typer.Option("--markdown", help="Write the table and what separates from what to this file.")
 ]
+ReferenceOption = Annotated[
+    str | None, typer.Option("--model", help="Another reference: a folder, a hub id or a .gguf file.")
+]
+PromptsOption = Annotated[
+    str | None, typer.Option("--prompts", help="Prompts to answer: a file, a folder or a hub id.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Another model: a hub id, a folder or a .gguf file.")]
 DataOption = Annotated[
     str | None, typer.Option("--data", help="Your own pairs instead of the recipe's: a file, a folder or a hub id.")
@@ -25,15 +47,18 @@ DataOption = Annotated[
 
 
 def read_recipe(
-    path: Path, overrides: list[str] | None, model: str | None, data: str | None, method: str | None = None
-) -> Any:
+    path: Path, set_: list[str] | None, model: str | None, data: str | None, method: str | None = None
+) -> Recipe:
     """The recipe with the flags' changes. Raises RecipeError naming every problem."""
     from distalign.experiments.recipe import load_recipe
 
-    extra = [f"model={json.dumps(model)}"] if model else []
-    if data:
-        extra += ["target=null", f"data.train={json.dumps(data)}"]
-    return load_recipe(path, [*extra, *(overrides or [])], method)
+    own_data = ["target=null", f"data.train={json.dumps(data)}"] if data else []
+    return load_recipe(path, [*overrides(model=model), *own_data, *(set_ or [])], method)
+
+
+def overrides(**flags: str | None) -> list[str]:
+    """Flags that stand for settings of the same name, as `--set` takes them; those not given are left out."""
+    return [f"{key}={json.dumps(value)}" for key, value in flags.items() if value]
 
 
 def read_seeds(text: str | None, default: int) -> list[int]:
@@ -72,7 +97,7 @@ def quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
-def refuse(message: str) -> Any:
+def refuse(message: str) -> NoReturn:
     """Raise InputError with the message."""
     from distalign.errors import InputError
 
@@ -89,7 +114,7 @@ def print_table(columns: list[str], rows: list[list[Any]]) -> None:
     print_rich(table)
 
 
-def print_rich(renderable: Any) -> None:
+def print_rich(renderable: RenderableType) -> None:
     """Print something of rich, uncut where no terminal reads it."""
     from rich.console import Console
 
@@ -100,7 +125,7 @@ def print_rich(renderable: Any) -> None:
     console.print(renderable)
 
 
-def write_json(path: Path | None, content: Any) -> None:
+def write_json(path: Path | None, content: object) -> None:
     """Write JSON to a file, if one is given."""
     if path is not None:
         write_text(path, json.dumps(content, indent=1, ensure_ascii=False))

@@ -254,8 +254,8 @@ def attention_set(configs: list[PretrainedConfig], name: str) -> Iterator[None]:
 
 
 def _checkpoint_with(checkpoint: Callable, configs: list[PretrainedConfig], layout: Layout) -> Callable:
-    def wrapped(function: Callable, *args: Any, **kwargs: Any) -> Any:
-        def run(*inputs: Any, **named: Any) -> Any:
+    def wrapped(function: Callable, *args: object, **kwargs: object) -> object:
+        def run(*inputs: object, **named: object) -> object:
             with _switched(configs, layout):
                 return function(*inputs, **named)
 

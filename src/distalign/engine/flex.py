@@ -1,7 +1,7 @@
 """FlexAttention for packed rows: one kernel call for a whole row, where a GPU has it.
 
 In a packed row every query sees two spans of places: of its prompt, and of its own piece up to itself. The spans are
-data, a tensor a row, so that one compiled kernel serves rows of every length and layout and layers with any sliding
+data, so that one compiled kernel serves rows of every length and layout and layers with any sliding
 window. Nothing of size [tokens, tokens] is built. Scaling and softcap reach the kernel as tensors too: torch 2.13
 cannot differentiate through a Python number that it has made symbolic.
 
@@ -156,8 +156,8 @@ def attend(
         )
     if sinks is None:
         return out
-    out, found = out
-    share = torch.sigmoid(found.lse - sinks.to(found.lse.dtype)[None, :, None])
+    out, aux = out
+    share = torch.sigmoid(aux.lse - sinks.to(aux.lse.dtype)[None, :, None])
     return out * share[..., None].to(out.dtype)
 
 

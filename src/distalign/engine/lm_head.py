@@ -166,8 +166,10 @@ def score_rows(
         return _score_logits(rows, targets, entropy, reference)
     else:
         logps, reference_logps, _, _, h, kl = _scan_all(ask, Kept(0))
-    asked = reference is not None
-    return RowScores(logps, h if entropy else None, kl if asked else None, reference_logps if asked else None)
+    with_reference = reference is not None
+    return RowScores(
+        logps, h if entropy else None, kl if with_reference else None, reference_logps if with_reference else None
+    )
 
 
 def _score_logits(rows: LogitRows, targets: Tensor, entropy: bool, reference: Rows | None) -> RowScores:
@@ -264,12 +266,12 @@ def _scan_with_gradient(ask: _Ask, block: slice) -> tuple[Tensor, Tensor]:
         weights = weights if constant else weights.mul_(slope)
         mean.mul_(fade[:, None])
         _add_product(mean, weights.to(rows.product), rows.weight(start, stop))
-    own = rows.head.weight[targets].to(rows.dtype)
+    target_rows = rows.head.weight[targets].to(rows.dtype)
     if constant:
         factor = rows.head.scale / rows.temperature
-        gradient = (own - mean.div_(sums.total[:, None])).mul_(factor)
+        gradient = (target_rows - mean.div_(sums.total[:, None])).mul_(factor)
     else:
-        gradient = own * at_hit[:, None] - mean.div_(sums.total[:, None])
+        gradient = target_rows * at_hit[:, None] - mean.div_(sums.total[:, None])
     return hit - sums.log, gradient.to(hidden.dtype)
 
 
@@ -323,8 +325,7 @@ class _TiledHead(torch.autograd.Function):
             return (gradient * d_logps[:, None]).to(gradient.dtype), None, None, None
         hidden, weight, bias, *sums = ctx.saved_tensors
         upstream = (d_logps, d_entropy, d_kl)
-        found = _backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad)
-        return *found, None
+        return *_backward(ctx.ask, ctx.kept, hidden, weight, bias, sums, upstream, ctx.needs_input_grad), None
 
 
 def _backward(
@@ -369,11 +370,11 @@ def _logit_gradient(
     """Gradient with respect to W h + b on one tile."""
     log_z, log_w, entropy, kl = (part[block, None] for part in sums)
     d_logps, d_entropy, d_kl = (part[block, None] for part in upstream)
-    found = kept.take(block, start)
-    z = ask.rows.tile(block, start, stop) if found is None else found[0]
+    tile = kept.take(block, start)
+    z = ask.rows.tile(block, start, stop) if tile is None else tile[0]
     slope = ask.rows.slope(z)
-    if found is not None:
-        d_z = z.mul_((found[1] - log_z).exp_().mul_(-d_logps))
+    if tile is not None:
+        d_z = z.mul_((tile[1] - log_z).exp_().mul_(-d_logps))
     elif ask.only_logps:
         d_z = z.sub_(log_z).exp_().mul_(-d_logps)
     else:
@@ -432,8 +433,8 @@ def gather(
 ) -> Float[Tensor, "block"]:
     """`into`, with the values of the rows whose target lies on the tile."""
     inside = (targets >= start) & (targets < stop)
-    found = z.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None]).squeeze(1)
-    return torch.where(inside, found, into)
+    values = z.gather(1, (targets - start).clamp(0, stop - start - 1)[:, None]).squeeze(1)
+    return torch.where(inside, values, into)
 
 
 class Kept:
@@ -451,5 +452,5 @@ class Kept:
 
     def take(self, block: slice, start: int) -> tuple[Tensor, Tensor] | None:
         """A tile, free to be overwritten, and its maxima [block, 1]; None if it is not (or no longer) here."""
-        found = self.tiles.pop((block.start, start), None)
-        return None if found is None else (found[0], found[1][:, None])
+        tile = self.tiles.pop((block.start, start), None)
+        return None if tile is None else (tile[0], tile[1][:, None])

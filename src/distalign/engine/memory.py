@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -121,7 +122,9 @@ def estimate(
     share = min(1.0, _PROBE / sizes[-1])
     small = (max(1, round(prompt * share)), tuple(max(2, round(length * share)) for length in responses))
     large = (2 * small[0], tuple(2 * length for length in small[1]))
-    (few, kept_few), (many, kept_many) = ((_size(one), _saved_bytes(model, forward, one)) for one in (small, large))
+    (few, kept_few), (many, kept_many) = (
+        (_size(group), _saved_bytes(model, forward, group)) for group in (small, large)
+    )
     per_token = max(0.0, (kept_many - kept_few) / (many - few))
     weight = output_layer(model).weight
     assert isinstance(weight, Tensor)
@@ -190,8 +193,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def asked_for(error: BaseException) -> str:
     """How much more memory was asked for, in brackets, if the error says so."""
-    asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-    return f" ({asked[1]} more were asked for)" if asked else ""
+    match = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+    return f" ({match[1]} more were asked for)" if match else ""
 
 
 # What is free ---------------------------------------------------------------------------------------------------------
@@ -302,9 +305,9 @@ def recomputes(model: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) or "checkpoint_fn" in vars(m) for m in model.modules())
 
 
-def _contexts() -> Any:
+def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     return create_selective_checkpoint_contexts(_policy)
 
 
-def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE

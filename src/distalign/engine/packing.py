@@ -78,7 +78,7 @@ class Frame:
 
 
 def frame(groups: Sequence[Group], device: torch.device) -> Frame:
-    """Response tokens of all groups in order, and the mask that lays them out, a row a response."""
+    """Response tokens of all groups in order, and the mask that lays them out, one row for each response."""
     responses = [response for group in groups for response in group.responses]
     lengths = [len(response) for response in responses]
     owner = [index for index, group in enumerate(groups) for _ in group.responses]

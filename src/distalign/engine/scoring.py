@@ -34,7 +34,7 @@ _WORTH_COMPILING = 2**21
 
 @dataclass(frozen=True)
 class Scores:
-    """Values of every response token, a row a response, in the order of the groups; 0 at padding. All in nats.
+    """Values of every response token, one row for each response, in the order of the groups; 0 at padding. All in nats.
 
     token_logps: ln π(y_t | s_t). mask: True on response tokens. group: index of the group that a row belongs to.
     step_entropy: entropy of π(· | s_t). step_kl: KL(π(· | s_t) ‖ π₀(· | s_t)) over the full vocabulary.
@@ -79,7 +79,7 @@ def score(
 
     `model` runs in the mode it is in (dropout in training mode), the reference without dropout and without gradient.
     With a temperature, everything is that of softmax(logits / temperature), for the model and the reference alike.
-    `value_head` maps hidden states [rows, hidden] to one number a row: values before each token.
+    `value_head` maps hidden states [rows, hidden] to one number for each row: values before each token.
 
     At its first use a model is checked (`check`), and served by a slower path if its prompts cannot be shared. Raises
     ValueError for groups that cannot be scored, a temperature that is not positive, a reference with another

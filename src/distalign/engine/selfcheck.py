@@ -152,11 +152,11 @@ def _try_shared(
     except Exception as problem:
         # Foreign code met an attention it was not written for; whatever it raises means the same: not this path.
         return f"it does not run on packed rows ({type(problem).__name__}: {problem})", float("nan"), []
-    asked = [call.window for call in layout.calls]
-    if len(asked) != len(windows):
-        return f"{len(asked)} of its {len(windows)} layers used the shared-prefix attention", float("nan"), []
-    if asked != windows:
-        return f"its layers ask for windows {asked}, its configuration for {windows}", float("nan"), []
+    used = [call.window for call in layout.calls]
+    if len(used) != len(windows):
+        return f"{len(used)} of its {len(windows)} layers used the shared-prefix attention", float("nan"), []
+    if used != windows:
+        return f"its layers ask for windows {used}, its configuration for {windows}", float("nan"), []
     error, wrong = _compare(score_rows(HiddenRows(hidden, head), targets).logps, expected, limits)
     return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), error, layout.calls
 

@@ -1,4 +1,4 @@
-"""Each policy's responses to the prompts and its log-probabilities of the pairs: drawn once, kept by their content.
+"""Each policy's responses to the prompts and its log-probabilities of the pairs: computed once and saved.
 
 A policy's folder holds what it gave and a key made of its weights, the prompts and the settings. With the same key
 nothing is run again, so a stopped evaluation goes on where it was, and one more policy costs one policy.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +23,19 @@ from transformers import PreTrainedModel
 
 from distalign.engine import Group, score_in_batches
 from distalign.engine.scoring import total
-from distalign.evaluation.settings import Evaluation
+from distalign.evaluation.setup import Evaluation, EvaluationSetup
 from distalign.models.load import Source, weights_digest
 from distalign.progress import progress
 from distalign.rollout.sample import sample
 
-_FORMAT = 4  # of what is kept; another number, and everything is drawn again
+logger = logging.getLogger("distalign.evaluation")
+
+_FORMAT = 4  # of the saved files; with another number everything is drawn again
 
 
 @dataclass
 class Answers:
-    """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, a value a response.
+    """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, one per response.
 
     `pair_logps` are ln π of the held-out pairs, preferred response first.
     """
@@ -49,6 +53,23 @@ class Answers:
         save_file({"pair_logps": self.pair_logps, **self.scores}, folder / "scores.safetensors")
         (folder / "responses.json").write_text(json.dumps(self.responses), encoding="utf-8")
         (folder / "key.json").write_text(json.dumps({"key": self.key}), encoding="utf-8")
+
+
+def policy_answers(setup: EvaluationSetup, name: str, folder: Path, pairs: Sequence[Group]) -> Answers:
+    """A policy's answers to the prompts and pairs: from the folder if it holds them, or drawn, scored and saved now."""
+    settings, reference = setup.settings, setup.sources["reference"]
+    key = content_key(name, setup.sources[name], reference, settings, setup.ids, pairs, setup.end_id)
+    answers = load_answers(folder, name, key)
+    if answers is not None:
+        logger.info("%s: its answers are those of %s", name, folder)
+        return answers
+    started = time.monotonic()
+    answers = draw_answers(
+        name, key, setup.policy(name), settings, setup.ids, pairs, end_id=setup.end_id, reference=setup.base
+    )
+    answers.save(folder)
+    setup.seconds[f"answers of {name}"] = time.monotonic() - started
+    return answers
 
 
 def load_answers(folder: Path, name: str, key: str) -> Answers | None:
@@ -74,15 +95,10 @@ def content_key(
     end_id: int,
 ) -> str:
     """Hash of what decides the answers and their scores: weights, the reference's too, prompts, pairs, sampling."""
-    asked = [settings.seed, settings.samples, settings.max_new_tokens, settings.temperature, settings.dtype]
-    asked += [settings.rows, [list(prompt) for prompt in prompts], [[g.prompt, g.responses] for g in pairs], end_id]
+    decisive = [settings.seed, settings.samples, settings.max_new_tokens, settings.temperature, settings.dtype]
+    decisive += [settings.rows, [list(prompt) for prompt in prompts], [[g.prompt, g.responses] for g in pairs], end_id]
     digests = [weights_digest(source), weights_digest(reference)]
-    return hashlib.sha256(json.dumps([_FORMAT, name, asked, digests]).encode()).hexdigest()
-
-
-def draw_number(name: str) -> int:
-    """A number of its own for every name, so that policies draw with random numbers of their own."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1_000_003
+    return hashlib.sha256(json.dumps([_FORMAT, name, decisive, digests]).encode()).hexdigest()
 
 
 def draw_answers(
@@ -109,7 +125,7 @@ def draw_answers(
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             end_id=end_id,
-            seed=1_000_003 * settings.seed + draw_number(name),
+            seed=1_000_003 * settings.seed + int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1_000_003,
             rows=settings.rows,
             progress=advance,
         )

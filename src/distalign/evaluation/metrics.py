@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -134,7 +133,7 @@ class Task:
 
 @dataclass
 class Measured:
-    """A policy's numbers: a value a prompt (a value a pair for `PAIR_KEYS`), its responses, and its calibration.
+    """A policy's numbers: a value for each prompt (each pair for `PAIR_KEYS`), its responses, and its calibration.
 
     `confidence` is the probability of the response it prefers, `correct` how probable it is that this one is labelled
     as preferred: 0 or 1 for labels, P_{π*} where the target is known.
@@ -169,25 +168,29 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
     scores = _scores(policy, groups, task, reference=task.target, entropy=True)
     if task.target is not None:
         assert scores.step_kl is not None
-        values["reverse_kl"] = _per_prompt(scores.step_kl.sum(-1), task.samples)
+        values["reverse_kl"] = per_prompt(scores.step_kl.sum(-1), task.samples)
         target_logps = scores.reference_logps
         if task.temperature != 1:
             # Preferences are the target's own, whatever the temperature of the samples.
             target_logps = score_in_batches(task.target, groups, token_budget=task.token_budget).logps
         kl_target = _forward_kl(policy, task)
-        values["forward_kl"] = _per_prompt(kl_target, len(kl_target) // len(task.prompts))
+        values["forward_kl"] = per_prompt(kl_target, len(kl_target) // len(task.prompts))
     assert scores.step_entropy is not None
-    values["entropy"] = _per_prompt(scores.step_entropy.sum(-1), task.samples)
+    values["entropy"] = per_prompt(scores.step_entropy.sum(-1), task.samples)
     values["kl_reference"] = torch.zeros_like(values["entropy"])
     if reference is not None:
         step_kl = _scores(policy, groups, task, reference=reference).step_kl
         assert step_kl is not None
-        values["kl_reference"] = _per_prompt(step_kl.sum(-1), task.samples)
-    lengths = torch.tensor([float(len(own)) for all_own in responses for own in all_own])
-    open_end = torch.tensor([float(own[-1] != task.end_id) for all_own in responses for own in all_own])
-    values["length"] = _per_prompt(lengths, task.samples)
-    values["missing_end"] = _per_prompt(open_end, task.samples)
+        values["kl_reference"] = per_prompt(step_kl.sum(-1), task.samples)
+    values |= length_values(responses, task.end_id)
     return Measured(values, responses, target_logps=target_logps)
+
+
+def length_values(responses: Sequence[Sequence[list[int]]], end_id: int) -> dict[str, Float[Tensor, "prompts"]]:
+    """Length in tokens, and the share of responses that were cut before their end, a value for each prompt."""
+    lengths = torch.tensor([[float(len(ids)) for ids in samples] for samples in responses])
+    open_end = torch.tensor([[float(ids[-1] != end_id) for ids in samples] for samples in responses])
+    return {"length": lengths.double().mean(-1), "missing_end": open_end.double().mean(-1)}
 
 
 def measure_pairs(
@@ -218,7 +221,7 @@ def measure_pairs(
 def measure_rewards(measured: Measured, reward: Reward, prompts: Sequence[EncodedPrompt]) -> None:
     """Add the reward of the policy's responses to the held-out prompts, a mean over the samples of each prompt."""
     requests = [Request(one.prompt, own, one.row) for one, own in zip(prompts, measured.responses, strict=True)]
-    measured.values["reward"] = _per_prompt(reward(requests), len(measured.responses[0]))
+    measured.values["reward"] = per_prompt(reward(requests), len(measured.responses[0]))
 
 
 def win_probability(measured: Measured, baseline: Measured, task: Task) -> Float[Tensor, "prompts"]:
@@ -226,13 +229,13 @@ def win_probability(measured: Measured, baseline: Measured, task: Task) -> Float
     assert measured.target_logps is not None
     assert baseline.target_logps is not None
     logit = task.gamma * (measured.target_logps - baseline.target_logps)
-    return _per_prompt(logit.sigmoid(), task.samples)
+    return per_prompt(logit.sigmoid(), task.samples)
 
 
 def forward_kl(policy: nn.Module, task: Task, prompts: int) -> Estimate:
     """KL(π* ‖ π) on the target's responses to the first `prompts` held-out prompts, in nats a response."""
     values = _forward_kl(policy, task, prompts)
-    return mean_and_se(_per_prompt(values, len(values) // min(prompts, len(task.target_groups))))
+    return mean_and_se(per_prompt(values, len(values) // min(prompts, len(task.target_groups))))
 
 
 def _forward_kl(policy: nn.Module, task: Task, prompts: int | None = None) -> Float[Tensor, "responses"]:
@@ -257,7 +260,8 @@ def _scores(
     )
 
 
-def _per_prompt(values: Float[Tensor, "responses"], each: int) -> Float[Tensor, "prompts"]:
+def per_prompt(values: Float[Tensor, "responses"], each: int) -> Float[Tensor, "prompts"]:
+    """Mean over the `each` samples of every prompt."""
     return values.double().cpu().view(-1, each).mean(-1)
 
 
@@ -271,16 +275,16 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     the seeds share them; a known target draws new ones for every seed.
     """
     keys = [key for key in runs[0].values if all(key in run.values for run in runs)]
-    found = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
+    summary = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
     by_prompt = [[own for run in runs for own in run.responses[index]] for index in range(len(runs[0].responses))]
-    found["distinct_2"] = jackknife_distinct_n(by_prompt, n=2)
-    found["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
-    found["self_bleu"] = _self_bleu(by_prompt)
+    summary["distinct_2"] = jackknife_distinct_n(by_prompt, n=2)
+    summary["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
+    summary["self_bleu"] = _self_bleu(by_prompt)
     if len(runs[0].confidence):
         rows = torch.stack([torch.stack([run.confidence, run.correct], -1) for run in runs])
         by_pair = rows.transpose(0, 1) if _share_pairs(runs) else rows.flatten(0, 1)[:, None]
-        found["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
-    return found
+        summary["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
+    return summary
 
 
 def _self_bleu(by_prompt: Sequence[Sequence[list[int]]]) -> Estimate:
@@ -307,20 +311,15 @@ def significance(
     baseline: Sequence[Measured],
     *,
     seed: int,
-    known: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({}),
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Which metrics of which method differ from the baseline's: p by paired bootstrap, and adjusted (Holm) over all.
 
     A win rate is held against one half. `stars` mark the adjusted p: * below 0.05, ** below 0.01, *** below 0.001.
-    `known` is what this gave for the same values before others came: its p are taken, and adjusted anew.
     """
     tests: list[tuple[str, str, float]] = []
     for name, own in runs.items():
         for key in _TESTED:
             if not all(key in run.values for run in own):
-                continue
-            if key in known.get(name, {}):
-                tests.append((name, key, known[name][key]["p"]))
                 continue
             values = _over_seeds(own, key)
             if key == "win_rate":
@@ -333,10 +332,39 @@ def significance(
     if not tests:
         return {}
     adjusted = holm(torch.tensor([p for *_, p in tests], dtype=torch.float64)).tolist()
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    marks: dict[str, dict[str, dict[str, Any]]] = {}
     for (name, key, p), corrected in zip(tests, adjusted, strict=True):
-        found.setdefault(name, {})[key] = {"p": p, "holm": corrected, "stars": significance_mark(corrected)}
-    return found
+        marks.setdefault(name, {})[key] = {"p": p, "holm": corrected, "stars": significance_mark(corrected)}
+    return marks
+
+
+def policy_tables(
+    runs: Mapping[str, Sequence[Measured]], compared: Sequence[str], *, seed: int
+) -> dict[str, dict[str, Any]]:
+    """The tables of results.json: every policy's metrics and calibration, and how those `compared` differ.
+
+    `runs` has the seeds of every policy, and "reference" among them; differences are from it and from each other.
+    """
+    reference = runs["reference"]
+    return {
+        "methods": {name: plain(summarise(seeds)) for name, seeds in runs.items()},
+        "paired": {name: plain(differences(runs[name], reference)) for name in compared},
+        "between": {
+            name: {other: plain(differences(runs[name], runs[other])) for other in compared if other != name}
+            for name in compared
+        },
+        "significance": significance({name: runs[name] for name in compared}, reference, seed=seed),
+        "calibration": {
+            name: [row._asdict() for row in calibration(seeds)]
+            for name, seeds in runs.items()
+            if len(seeds[0].confidence)
+        },
+    }
+
+
+def plain(values: Mapping[str, Estimate | Interval]) -> dict[str, dict[str, float]]:
+    """Estimates and intervals by name, as dictionaries."""
+    return {key: value._asdict() for key, value in values.items()}
 
 
 def calibration(runs: Sequence[Measured]) -> list[Bin]:

@@ -1,21 +1,27 @@
-"""What an evaluation is measured on: everything read and refused before weights are, the reference, the reward."""
+"""What policies are evaluated on: the settings (YAML and `--set` flags), and the models, prompts and pairs they name.
+
+Everything that can be read without weights is read, and refused, before they are loaded.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from transformers import TrainingArguments
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+from transformers import PreTrainedModel, TrainingArguments
 
 from distalign.data import (
     EncodedPair,
     EncodedPrompt,
     Prompt,
     Text,
+    Tokenizer,
     encode_pairs,
     encode_prompt,
     end_token_id,
@@ -24,32 +30,141 @@ from distalign.data import (
 )
 from distalign.engine import Group
 from distalign.errors import InputError
-from distalign.evaluation.settings import Evaluation
-from distalign.judges import check_judge
+from distalign.judges import JudgeSettings, check_judge
 from distalign.models.load import Source, find_model, weights_digest
-from distalign.models.targets import Target, Tilt, target_prompts
-from distalign.rewards import Reward, check_rewards, make_reward
+from distalign.models.targets import Target, TargetSettings, Tilt, target_prompts
+from distalign.rewards import Reward, RewardSettings, check_rewards, make_reward
+from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings, several
 
 logger = logging.getLogger("distalign.evaluation")
 
-# How the names of a tokenizer's files begin; a template of chats is none of its vocabulary.
-_OF_TOKENIZERS = ("tokeniz", "vocab", "merges", "added_tokens", "special_tokens")
+# How the names of a tokenizer's files begin. A chat template is no part of its vocabulary.
+_TOKENIZER_FILES = ("tokeniz", "vocab", "merges", "added_tokens", "special_tokens")
+
+_NAME = re.compile(r"\w[\w.-]{0,79}")
+
+
+class Evaluation(Section):
+    """Policies on the same held-out prompts.
+
+    model: the reference π₀, which every policy shares its tokenizer with. policies: name → folder, adapter or hub id.
+    prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`). pairs: held-out labelled
+    pairs, for what policies prefer. limit: the prompts to answer; rows count as one only if their prompt and all their
+    other columns are the same. target: a known target made of `model`. reward scores responses, judge compares
+    them (null: by the target's own preference, or by the reward where there is one; without either nothing is
+    compared). opponents: every two policies, or each with the reference alone. gamma: sharpness of P_π (null: found on
+    the pairs by each policy, half judging the other half).
+    """
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: str
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    trust_remote_code: bool = False
+    policies: Annotated[dict[str, str], Field(default_factory=dict)]
+    prompts: str | None = None
+    pairs: str | None = None
+    limit: Annotated[int, Field(ge=2)] = 200
+    target: TargetSettings | None = None
+    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
+    judge: JudgeSettings | None = None
+    opponents: Literal["all", "reference"] = "all"
+    gamma: Positive | None = None
+    samples: Count = 1
+    max_new_tokens: Count = 128
+    temperature: Positive = 1.0
+    max_length: Count | None = None
+    token_budget: Count = 4096
+    rows: Count = 64
+
+    @field_validator("policies")
+    @classmethod
+    def _free_names(cls, policies: dict[str, str]) -> dict[str, str]:
+        for name in policies:
+            if name in ("reference", "target") or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f'policies: "{name[:80]}" cannot be a policy\'s name; take at most 80 letters, digits, . _ -, '
+                    "another than reference and target"
+                )
+        return policies
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> Evaluation:
+        if self.prompts is None and self.pairs is None and self.target is None:
+            raise ValueError("evaluation has neither prompts nor pairs; give prompts to answer, or held-out pairs")
+        for one in self.reward:
+            if one.train is not None:
+                raise ValueError("reward.train: an evaluation trains nothing; run distalign reward and name its folder")
+            if one.exact and self.target is None:
+                raise ValueError("reward.exact is the known target's; add target, or take another reward")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder, output_dir/name."""
+        return Path(self.output_dir) / self.name
+
+    def dump(self, path: Path) -> None:
+        """Write the settings as resolved."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(dump_yaml(self.model_dump(mode="json")), encoding="utf-8")
+
+
+def load_evaluation(path: str | Path, overrides: list[str], policies: list[str]) -> Evaluation:
+    """Read and check the settings; `policies` are `name=place`, or places that are named by their last parts.
+
+    They are added to those of the file. Raises RecipeError, every line of which says where, what was found and what to
+    do.
+    """
+
+    def add(raw: dict[str, Any], where: str) -> None:
+        given = raw.get("policies") or {}
+        if isinstance(given, dict):
+            raw["policies"] = given | _named(policies, given)
+
+    files = {"": ("prompts", "pairs"), "target": ("prompts",)}
+    return read_settings(Evaluation, find_recipe(path, "evaluate"), overrides, files=files, change=add)
+
+
+def _named(policies: list[str], taken: dict[str, str]) -> dict[str, str]:
+    """Names of policies: what stands before =, or as much of the end of the path as tells them apart."""
+    named: dict[str, str] = {}
+    for policy in policies:
+        name, equals, place = policy.partition("=")
+        if not equals or "/" in name:
+            place = policy
+            parts = [part for part in Path(policy).parts if part not in ("/", ".", "..", "model")]
+            name = parts[-1] if parts else policy
+            depth = 2
+            while name in named or name in taken or name in ("reference", "target"):
+                name = "-".join(parts[-depth:]) if depth <= len(parts) else f"{name}-{len(named) + 1}"
+                depth += 1
+        name = name.replace("/", "-")
+        if name in named:
+            raise RecipeError(
+                f"policies: two are named {name}, {named[name]} and {place}; give them names of their own"
+            )
+        named[name] = place
+    return named
+
+
+# What the settings name -----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Bench:
-    """What all policies are measured on."""
+class EvaluationSetup:
+    """What all policies are measured on, and the reference's weights. `statistics` count what was read."""
 
     settings: Evaluation
     sources: dict[str, Source]
-    tokenizer: Any
+    tokenizer: Any  # a transformers tokenizer: their classes do not declare what they all have
     prompts: list[EncodedPrompt]
-    texts: list[Text]
     pairs: list[EncodedPair]
     end_id: int
-    facts: dict[str, Any]
-    base: Any = None
-    target: Any = None
+    statistics: dict[str, Any]
+    base: PreTrainedModel
+    target: PreTrainedModel | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -58,61 +173,112 @@ class Bench:
         return [one.prompt for one in self.prompts]
 
     @property
+    def texts(self) -> list[Text]:
+        """The prompts as they were read."""
+        return [one.row.prompt if one.row is not None else "" for one in self.prompts]
+
+    @property
     def groups(self) -> list[Group]:
         """The pairs as the engine takes them, preferred response first."""
         return [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in self.pairs]
 
+    @property
+    def gamma(self) -> float | None:
+        """The known target's sharpness."""
+        return None if self.settings.target is None else self.settings.target.gamma
 
-def prepare(settings: Evaluation, target: Target | None) -> Bench:
-    """Everything that can be read, and refused, before any weights are loaded."""
+    def policy(self, name: str) -> PreTrainedModel:
+        """A policy's weights, frozen; those of the reference are `base`."""
+        return self.base if name == "reference" else _load(self.settings, self.sources[name])
+
+    def reward(self) -> Reward | None:
+        """The settings' reward, None without one. Raises RewardError."""
+        if not self.settings.reward:
+            return None
+        return make_reward(
+            self.settings.reward,
+            base=self.base,
+            tokenizer=self.tokenizer,
+            token_budget=self.settings.token_budget,
+            target=self.target,
+            gamma=self.gamma,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What a frontier is of: the reference's weights, and the reward."""
+        reward = [one.model_dump(mode="json") for one in self.settings.reward]
+        return {"reference": weights_digest(self.sources["reference"]), "reward": reward}
+
+
+def load_setup(settings: Evaluation, target: Target | None = None) -> EvaluationSetup:
+    """Read and check everything, and then load the reference, and make the known target of it if there is one.
+
+    `target` stands in for the settings' tilt of words. Raises InputError.
+    """
     trust = settings.trust_remote_code
     sources = {"reference": find_model(settings.model, trust_remote_code=trust)}
     sources |= {name: find_model(place, trust_remote_code=trust) for name, place in settings.policies.items()}
     tokenizer = sources["reference"].tokenizer()
-    _check_tokenizers(settings, sources, tokenizer)
-    pairs, facts, rows = _read_pairs(settings, tokenizer)
-    if settings.prompts is not None:
-        data = read_prompts(settings.prompts)
-        rows, facts = data.rows, {"prompts": settings.prompts, "format": data.format, **facts}
-    elif settings.pairs is None and settings.target is not None:
-        rows = target_prompts(settings.target, tokenizer)[1]
-        facts["prompts"] = "the target's, held out"
-        facts["format"] = "standard" if isinstance(rows[0].prompt, str) else "conversational"
-    distinct = _distinct(rows, tokenizer, settings.limit, facts)
-    if len(distinct) < 2:
-        raise InputError(f"{settings.name}: {len(distinct)} different prompts; standard errors need two: give more")
-    conversational = bool(tokenizer.chat_template) and facts["format"] == "conversational"
+    _check_tokenizers(settings, sources, tokenizer.get_vocab())
+    pairs, rows, statistics = _read(settings, tokenizer)
+    prompts = _distinct(rows, tokenizer, settings.limit, statistics)
+    if len(prompts) < 2:
+        raise InputError(f"{settings.name}: {len(prompts)} different prompts; standard errors need two: give more")
+    conversational = bool(tokenizer.chat_template) and statistics["format"] == "conversational"
     known = settings.target is not None or target is not None
-    gamma = settings.target.gamma if settings.target is not None else None
+    gamma = None if settings.target is None else settings.target.gamma
     if settings.reward:
         check_rewards(settings.reward, conversational=conversational, target=known, gamma=gamma)
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
-    _check_room(settings, sources, distinct)
-    return Bench(
-        settings=settings,
-        sources=sources,
-        tokenizer=tokenizer,
-        prompts=distinct,
-        texts=[one.row.prompt if one.row is not None else "" for one in distinct],
-        pairs=pairs,
-        end_id=end_token_id(tokenizer, conversational=conversational),
-        facts=facts,
-    )
+    _check_positions(settings, sources, prompts)
+    end_id = end_token_id(tokenizer, conversational=conversational)
+    base = _load(settings, sources["reference"])
+    target_model = None
+    if settings.target is not None:
+        tilt = Tilt(tuple(settings.target.words), settings.target.bonus, settings.target.end_bonus)
+        target_model = (target or tilt).model(base, tokenizer)
+    return EvaluationSetup(settings, sources, tokenizer, prompts, pairs, end_id, statistics, base, target_model)
 
 
-def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], tokenizer: Any) -> None:
+def _load(settings: Evaluation, source: Source) -> PreTrainedModel:
+    """A policy's weights, frozen, on the device that training would take."""
+    return source.model(settings.dtype, TrainingArguments(output_dir="unused").device).requires_grad_(False)
+
+
+def _read(settings: Evaluation, tokenizer: Tokenizer) -> tuple[list[EncodedPair], Sequence[Prompt], dict[str, Any]]:
+    """The held-out pairs, the rows whose prompts may be answered, and what they are."""
+    pairs: list[EncodedPair] = []
+    rows: Sequence[Prompt] = []
+    statistics: dict[str, Any] = {}
+    if settings.pairs is not None:
+        data = read_pairs(settings.pairs)
+        pairs, counts = encode_pairs(tokenizer, data, max_length=settings.max_length)
+        statistics = {"pairs": settings.pairs, "format": data.format}
+        statistics |= {"held-out pairs": len(pairs), "encoding": str(counts)}
+        rows = [Prompt(row.prompt, row.where, row.extra) for row in data]
+    if settings.prompts is not None:
+        prompts = read_prompts(settings.prompts)
+        rows, statistics = prompts.rows, {"prompts": settings.prompts, "format": prompts.format, **statistics}
+    elif settings.pairs is None and settings.target is not None:
+        rows = target_prompts(settings.target, tokenizer)[1]
+        statistics["prompts"] = "the target's, held out"
+        statistics["format"] = "standard" if isinstance(rows[0].prompt, str) else "conversational"
+    return pairs, rows, statistics
+
+
+def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], vocabulary: Mapping[str, int]) -> None:
     """Refuse policies of other tokens than the reference's. A tokenizer is loaded only if its files are new."""
-    vocabulary, alike = tokenizer.get_vocab(), [sources["reference"].tokenizer_path]
+    same = [sources["reference"].tokenizer_path]
     for name, source in sources.items():
-        if any(_same_files(source.tokenizer_path, one) for one in alike):
+        if any(_same_files(source.tokenizer_path, path) for path in same):
             continue
         if source.tokenizer().get_vocab() != vocabulary:
             raise InputError(
                 f"policy {name}: its tokenizer is not that of the reference {settings.model}; policies with other "
                 "tokens have no KL to it: evaluate them by themselves, each beside its own reference"
             )
-        alike.append(source.tokenizer_path)
+        same.append(source.tokenizer_path)
 
 
 def _same_files(one: str, other: str) -> bool:
@@ -123,53 +289,45 @@ def _same_files(one: str, other: str) -> bool:
         {
             file.name: file.read_bytes()
             for file in Path(place).glob("*")
-            if file.name.startswith(_OF_TOKENIZERS) and file.is_file()
+            if file.name.startswith(_TOKENIZER_FILES) and file.is_file()
         }
         for place in (one, other)
     )
     return "tokenizer.json" in first and first == second
 
 
-def _read_pairs(settings: Evaluation, tokenizer: Any) -> tuple[list[EncodedPair], dict[str, Any], list[Any]]:
-    """The held-out pairs, what is to be told of them, and the rows whose prompts may be answered."""
-    if settings.pairs is None:
-        return [], {}, []
-    data = read_pairs(settings.pairs)
-    pairs, counts = encode_pairs(tokenizer, data, max_length=settings.max_length)
-    facts = {"pairs": settings.pairs, "format": data.format, "held-out pairs": len(pairs), "encoding": str(counts)}
-    return pairs, facts, [Prompt(row.prompt, row.where, row.extra) for row in data]
-
-
-def _distinct(rows: Sequence[Prompt], tokenizer: Any, limit: int, facts: dict[str, Any]) -> list[EncodedPrompt]:
-    """The first `limit` rows that differ in their prompt or another column, encoded; what they are is put into facts.
+def _distinct(
+    rows: Sequence[Prompt], tokenizer: Tokenizer, limit: int, statistics: dict[str, Any]
+) -> list[EncodedPrompt]:
+    """The first `limit` rows that differ in their prompt or another column, encoded; counts are added to `statistics`.
 
     Functions that reward or judge are given the columns, so the same prompt with others is another row.
     """
-    found: dict[tuple[tuple[int, ...], str], EncodedPrompt] = {}
-    folded = 0
+    distinct: dict[tuple[tuple[int, ...], str], EncodedPrompt] = {}
+    repeated = 0
     for row in rows:
-        if len(found) == limit:
+        if len(distinct) == limit:
             break
-        one = EncodedPrompt(encode_prompt(tokenizer, row), row.where, row)
-        key = tuple(one.prompt), json.dumps(row.extra, sort_keys=True, default=repr)
-        folded += key in found
-        found.setdefault(key, one)
-    facts["held-out prompts"] = len(found)
-    if folded:
-        facts["repeated rows left out"] = folded
-        logger.info("%d rows repeat another, prompt and columns, and are left out", folded)
-    shared = len(found) - len({prompt for prompt, _ in found})
+        prompt = EncodedPrompt(encode_prompt(tokenizer, row), row.where, row)
+        key = tuple(prompt.prompt), json.dumps(row.extra, sort_keys=True, default=repr)
+        repeated += key in distinct
+        distinct.setdefault(key, prompt)
+    statistics["held-out prompts"] = len(distinct)
+    if repeated:
+        statistics["repeated rows left out"] = repeated
+        logger.info("%d rows repeat another, prompt and columns, and are left out", repeated)
+    shared = len(distinct) - len({ids for ids, _ in distinct})
     if shared:
-        facts["prompts that are another's with other columns"] = shared
+        statistics["prompts that are another's with other columns"] = shared
         logger.warning(
             "%d of %d prompts are another's with other columns; standard errors count each as a prompt of its own",
             shared,
-            len(found),
+            len(distinct),
         )
-    return list(found.values())
+    return list(distinct.values())
 
 
-def _check_room(settings: Evaluation, sources: Mapping[str, Source], prompts: Sequence[EncodedPrompt]) -> None:
+def _check_positions(settings: Evaluation, sources: Mapping[str, Source], prompts: Sequence[EncodedPrompt]) -> None:
     longest = max(len(one.prompt) for one in prompts)
     for name, source in sources.items():
         limit = source.max_length()
@@ -178,39 +336,3 @@ def _check_room(settings: Evaluation, sources: Mapping[str, Source], prompts: Se
                 f"policy {name}: the longest prompt has {longest} tokens and max_new_tokens is "
                 f"{settings.max_new_tokens}, but the model has {limit} positions; lower it or leave out long prompts"
             )
-
-
-def load_base(bench: Bench, target: Target | None) -> None:
-    """Load the reference, and make the known target of it if there is one."""
-    settings = bench.settings
-    bench.base = load(bench, bench.sources["reference"])
-    if settings.target is not None:
-        tilt = Tilt(tuple(settings.target.words), settings.target.bonus, settings.target.end_bonus)
-        bench.target = (target or tilt).model(bench.base, bench.tokenizer)
-
-
-def load(bench: Bench, source: Source) -> Any:
-    """A policy's weights, frozen, on the device that training would take."""
-    model = source.model(bench.settings.dtype, TrainingArguments(output_dir="unused").device)
-    return model.requires_grad_(False)
-
-
-def reward_of(bench: Bench) -> Reward | None:
-    """The settings' reward, None without one. Raises RewardError."""
-    settings = bench.settings
-    if not settings.reward:
-        return None
-    return make_reward(
-        settings.reward,
-        base=bench.base,
-        tokenizer=bench.tokenizer,
-        token_budget=settings.token_budget,
-        target=bench.target,
-        gamma=None if settings.target is None else settings.target.gamma,
-    )
-
-
-def frontier_of(bench: Bench) -> dict[str, Any]:
-    """What a frontier is of: the reference's weights, and the reward."""
-    reward = [one.model_dump(mode="json") for one in bench.settings.reward]
-    return {"reference": weights_digest(bench.sources["reference"]), "reward": reward}

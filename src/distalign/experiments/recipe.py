@@ -109,7 +109,7 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _same_length(cls, raw: Any) -> Any:
+    def _same_length(cls, raw: object) -> object:
         """Responses are as long in rollouts as in evaluations, unless the recipe says otherwise."""
         if not isinstance(raw, dict) or not isinstance(raw.get("rollout", {}), dict):
             return raw
@@ -120,12 +120,12 @@ class Recipe(Section):
 
     @field_validator("training", mode="before")
     @classmethod
-    def _check_training(cls, values: Any) -> Any:
+    def _check_training(cls, values: object) -> object:
         return _training("training", values)
 
     @field_validator("methods", mode="before")
     @classmethod
-    def _check_methods(cls, entries: Any) -> Any:
+    def _check_methods(cls, entries: object) -> object:
         return _methods(entries)
 
     @model_validator(mode="after")
@@ -168,13 +168,18 @@ class Recipe(Section):
         try:
             return RolloutSettings.model_validate({**self.rollout.model_dump(), **own})
         except ValidationError as error:
-            found = [{**one, "loc": ("rollout", *one["loc"])} for one in error.errors()]
-            lines = [f"methods.{name}.{line}" for one in found for line in explain(one, Recipe)]
+            problems = [{**problem, "loc": ("rollout", *problem["loc"])} for problem in error.errors()]
+            lines = [f"methods.{name}.{line}" for problem in problems for line in explain(problem, Recipe)]
             raise ValueError("\n".join(lines)) from None
 
     def training_for(self, name: str) -> dict[str, Any]:
         """The `TrainingArguments` settings of one method: `training`, and what its own `training` changes."""
         return {**self.training, **self._entry(name).get("training", {})}
+
+    @property
+    def target_gamma(self) -> float | None:
+        """The known target's sharpness."""
+        return None if self.target is None else self.target.gamma
 
     @property
     def run_dir(self) -> Path:
@@ -212,7 +217,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | N
     return read_settings(Recipe, find_recipe(path), overrides, files=files, change=keep)
 
 
-def _methods(entries: Any) -> dict[str, Any]:
+def _methods(entries: object) -> dict[str, Any]:
     if not isinstance(entries, dict) or not entries:
         raise ValueError(f"methods is {entries!r}; name at least one of {', '.join(METHODS)}, each with its settings")
     checked, problems = {}, []
@@ -226,7 +231,7 @@ def _methods(entries: Any) -> dict[str, Any]:
     return checked
 
 
-def _method(name: str, settings: Any) -> dict[str, Any]:
+def _method(name: str, settings: object) -> dict[str, Any]:
     """A method's settings, its defaults filled in, and its own `training`."""
     if name not in METHODS:
         raise ValueError(_unknown_method(name, METHODS, "distalign"))
@@ -255,7 +260,7 @@ def _build(name: str, settings: Mapping[str, Any]) -> Method:
         raise ValueError(f"methods.{name}: {reason}") from None
 
 
-def _training(section: str, values: Any) -> dict[str, Any]:
+def _training(section: str, values: object) -> dict[str, Any]:
     if not values:
         return {}
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""What a comparison keeps of every method that is done, so that a stopped one goes on instead of starting over."""
+"""The record of every method that is done, so that a stopped comparison goes on instead of starting over."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
 
 
 @dataclass
-class Finished:
-    """A method after training: what was measured, the rows of its curve, the step that was kept, seconds by part."""
+class ResumeRecord:
+    """A method after training: what was measured, the rows of its curve, the step that was kept, seconds."""
 
     measured: Measured
     curve: list[dict[str, Any]]
@@ -32,24 +32,22 @@ class Finished:
 
     def save(self, folder: Path, key: str) -> None:
         """Write it; the key comes last, so that a torn record is not taken for a whole one."""
-        one = self.measured
-        rest = {"responses": one.responses, "curve": self.curve, "kept_step": self.kept_step, "seconds": self.seconds}
-        tensors = {f"values/{name}": values for name, values in one.values.items()}
-        tensors |= {"confidence": one.confidence, "correct": one.correct}
-        if one.target_logps is not None:
-            tensors["target_logps"] = one.target_logps
+        measured = self.measured
+        rest = {"curve": self.curve, "kept_step": self.kept_step, "seconds": self.seconds}
+        tensors = {f"values/{name}": values for name, values in measured.values.items()}
+        tensors |= {"confidence": measured.confidence, "correct": measured.correct}
+        if measured.target_logps is not None:
+            tensors["target_logps"] = measured.target_logps
         (folder / _REST).unlink(missing_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
-        (folder / _REST).write_text(json.dumps({"key": key, **rest}), encoding="utf-8")
+        (folder / _REST).write_text(json.dumps({"key": key, "responses": measured.responses, **rest}), encoding="utf-8")
 
 
-def load_finished(folder: Path, key: str, pairs: list[EncodedPair]) -> Finished | None:
+def load_resume_record(folder: Path, key: str, pairs: list[EncodedPair]) -> ResumeRecord | None:
     """The record in a method's folder, if it is of that key and whole."""
     try:
         rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
-        if rest["key"] != key:
-            return None
-        if not (folder / "model").is_dir():
+        if rest["key"] != key or not (folder / "model").is_dir():
             return None
         tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
         confidence, correct = tensors["confidence"], tensors["correct"]
@@ -58,14 +56,14 @@ def load_finished(folder: Path, key: str, pairs: list[EncodedPair]) -> Finished 
         return None
     values = {name.removeprefix("values/"): own for name, own in tensors.items() if name.startswith("values/")}
     logps = tensors.get("target_logps")
-    return Finished(Measured(values, responses, confidence, correct, logps, pairs), curve, kept_step, seconds)
+    return ResumeRecord(Measured(values, responses, confidence, correct, logps, pairs), curve, kept_step, seconds)
 
 
 def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> str:
     """Hash of what decides a method's run: its settings, the seed, the model's weights, the pairs and prompts.
 
     The other methods of the recipe, its name and its place do not count, nor does a reward that the method does not
-    take. Another's file counts by its content, a function's too, whether named by path or by module.
+    take. A reward's files count by their content, a function's too, whether named by path or by module.
     """
     rewarded = recipe.method(name).needs.reward
     left_out = {"name", "output_dir", "compare"} if rewarded else {"name", "output_dir", "compare", "reward"}
@@ -100,16 +98,15 @@ def claim(folder: Path, key: str) -> None:
 
 def _rewards(recipe: Recipe) -> list[str]:
     """Digests of the files and folders that rewards are read from."""
-    found = []
-    for one in recipe.reward:
-        for place in (one.model, _source(one.function) if one.function else None):
-            path = Path(place).expanduser() if place else None
-            if path is not None and path.is_file():
-                found.append(hashlib.sha256(path.read_bytes()).hexdigest())
-            elif path is not None and path.is_dir():
-                files = sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-                found += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-    return found
+    files: list[Path] = []
+    for reward in recipe.reward:
+        place = _source(reward.function) if reward.function else reward.model
+        path = Path(place).expanduser() if place else None
+        if path is not None and path.is_file():
+            files.append(path)
+        elif path is not None and path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _source(function: str) -> str | None:
@@ -123,5 +120,5 @@ def _source(function: str) -> str | None:
     return None if spec is None else spec.origin
 
 
-def _hash(value: Any) -> str:
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,9 @@ from distalign.data import (
     Data,
     EncodedPair,
     EncodedPrompt,
+    Pair,
+    Prompt,
+    Tokenizer,
     encode_pairs,
     encode_prompt,
     end_token_id,
@@ -31,9 +34,9 @@ from distalign.data import (
 from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task
-from distalign.experiments.recipe import Recipe
+from distalign.experiments.recipe import DataSettings, Recipe
 from distalign.models.load import Source, find_model
-from distalign.models.targets import Target, TargetPairs, Tilt, make_pairs, target_prompts
+from distalign.models.targets import Target, TargetPairs, TargetSettings, Tilt, make_pairs, target_prompts
 from distalign.progress import progress
 from distalign.rewards import Reward, check_rewards
 from distalign.rollout.sample import sample
@@ -43,27 +46,30 @@ logger = logging.getLogger("distalign.experiments.setup")
 
 
 @dataclass
-class Bench:
-    """What all methods of an experiment share: model, pairs, and what they are measured on."""
+class Setup:
+    """What all methods of an experiment share: model, pairs, and what they are measured on.
+
+    `statistics` count what was read or drawn. `prompt_texts` are the held-out prompts as samples.jsonl shows them.
+    """
 
     recipe: Recipe
     seed: int
     source: Source
-    tokenizer: Any
+    tokenizer: Any  # a transformers tokenizer: their classes do not declare what they all have
     base: PreTrainedModel
     train: list[EncodedPair]
     held: list[EncodedPair]
     task: Task
     prompts: list[EncodedPrompt]
     held_prompts: list[EncodedPrompt]
-    facts: dict[str, Any] = field(default_factory=dict)
-    prompt_texts: list[str] = field(default_factory=list)
+    statistics: dict[str, Any]
+    prompt_texts: list[str]
     reference_cache: dict[tuple, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reward: Reward | None = None
 
 
-def prepare(recipe: Recipe, seed: int, *, measured: bool, target: Target | None = None) -> Bench:
+def load_setup(recipe: Recipe, seed: int, *, measured: bool, target: Target | None = None) -> Setup:
     """Read or draw the pairs and load the model. The user's data are read and encoded before the weights are.
 
     `measured` gets ready for `compare`: it then samples the target on the held-out prompts. `target` stands in for the
@@ -71,50 +77,115 @@ def prepare(recipe: Recipe, seed: int, *, measured: bool, target: Target | None 
     """
     source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     tokenizer = source.tokenizer()
-    if recipe.target is not None:
-        tilt = Tilt(tuple(recipe.target.words), recipe.target.bonus, recipe.target.end_bonus)
-        return _prepare_target(recipe, seed, source, tokenizer, measured, target or tilt)
-    train, held, held_prompts, counts = _read_data(recipe, source, tokenizer, measured)
-    conversational = bool(tokenizer.chat_template) and counts["format"] == "conversational"
+    if recipe.data is not None:
+        return _setup_of_data(recipe, recipe.data, seed, source, tokenizer, measured)
+    assert recipe.target is not None
+    tilt = Tilt(tuple(recipe.target.words), recipe.target.bonus, recipe.target.end_bonus)
+    return _setup_of_target(recipe, recipe.target, target or tilt, seed, source, tokenizer, measured)
+
+
+def _setup_of_data(
+    recipe: Recipe,
+    data: DataSettings,
+    seed: int,
+    source: Source,
+    tokenizer: Tokenizer,
+    measured: bool,
+) -> Setup:
+    """The user's own pairs."""
+    train_rows, held_rows = _read_parts(data, recipe.seed)
+    train, held, statistics = _encode_parts(data, source, tokenizer, train_rows, held_rows)
+    held_prompts = _distinct_prompts(held)[: recipe.evaluation.prompts]
+    if measured:
+        ids = [one.prompt for one in held_prompts]
+        _check_held_out(ids, len(held))
+        _check_positions(source, ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
+    conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
     _check_rewards(recipe, conversational)
-    prompts = _prompts_to_answer(recipe, source, tokenizer, train, counts)
+    prompts: list[EncodedPrompt] = []
+    if _draws_responses(recipe):
+        prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
+        ids = [one.prompt for one in prompts]
+        _check_ids(source, ids)
+        _check_positions(source, ids, _longest_rollout(recipe), "rollout.max_new_tokens")
+        statistics["prompts to answer"] = len(prompts)
     base = _load(source, recipe)
     end_id = end_token_id(tokenizer, conversational=conversational)
-    task = _task(recipe, seed, base, [one.prompt for one in held_prompts], held, end_id)
-    return Bench(recipe, seed, source, tokenizer, base, train, held, task, prompts, held_prompts, counts)
+    return Setup(
+        recipe=recipe,
+        seed=seed,
+        source=source,
+        tokenizer=tokenizer,
+        base=base,
+        train=train,
+        held=held,
+        task=_task(recipe, seed, base, [one.prompt for one in held_prompts], held, end_id),
+        prompts=prompts,
+        held_prompts=held_prompts,
+        statistics=statistics,
+        prompt_texts=[str(tokenizer.decode(one.prompt, skip_special_tokens=True)) for one in held_prompts],
+    )
+
+
+def _setup_of_target(
+    recipe: Recipe,
+    settings: TargetSettings,
+    target: Target,
+    seed: int,
+    source: Source,
+    tokenizer: Tokenizer,
+    measured: bool,
+) -> Setup:
+    """Pairs that a known target labels, and the target to measure the distance to."""
+    _check_rewards(recipe, bool(tokenizer.chat_template))
+    train_rows, held_rows = target_prompts(settings, tokenizer)
+    held_rows = held_rows[: recipe.evaluation.prompts]
+    train_ids, held_ids = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
+    _check_ids(source, [*train_ids, *held_ids])
+    _check_positions(source, [*train_ids, *held_ids], settings.max_new_tokens, "target.max_new_tokens")
+    if _draws_responses(recipe):
+        _check_positions(source, train_ids, _longest_rollout(recipe), "rollout.max_new_tokens")
+    if measured:
+        _check_held_out(held_ids, settings.eval_pairs)
+        _check_positions(source, held_ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
+    base = _load(source, recipe)
+    started = time.monotonic()
+    train = _draw_pairs(recipe, settings, target, base, tokenizer, train_ids, held_out=False, seed=seed)
+    held = _draw_pairs(recipe, settings, target, base, tokenizer, held_ids, held_out=True, seed=seed)
+    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
+    model = target.model(base, tokenizer)
+    task = _task(recipe, seed, base, held_ids, held.pairs, end_id)
+    task = replace(task, gamma=settings.gamma, target=model, target_logit=held.logit)
+    if measured:
+        task = replace(task, target_groups=_target_responses(model, task))
+    cache = {
+        pair.key: logps for part in (train, held) for pair, logps in zip(part.pairs, part.reference_logps, strict=True)
+    }
+    return Setup(
+        recipe=recipe,
+        seed=seed,
+        source=source,
+        tokenizer=tokenizer,
+        base=base,
+        train=train.pairs,
+        held=held.pairs,
+        task=task,
+        prompts=_encoded(train_ids, train_rows),
+        held_prompts=_encoded(held_ids, held_rows),
+        statistics=_target_statistics(train, held, settings.gamma),
+        prompt_texts=[plain_text(row.prompt) for row in held_rows],
+        reference_cache=cache,
+        seconds={"pairs": time.monotonic() - started},
+    )
+
+
+# What is refused before weights are loaded ----------------------------------------------------------------------------
 
 
 def _check_rewards(recipe: Recipe, conversational: bool) -> None:
     if any(recipe.method(name).needs.reward for name in recipe.methods):
-        target = recipe.target
-        gamma = None if target is None else target.gamma
-        check_rewards(recipe.reward, conversational=conversational, target=target is not None, gamma=gamma)
-
-
-def _load(source: Source, recipe: Recipe) -> PreTrainedModel:
-    device = TrainingArguments(output_dir="unused", **_device(recipe)).device
-    model: Any = source.model(recipe.dtype)
-    return model.to(device).requires_grad_(False)
-
-
-def _device(recipe: Recipe) -> dict[str, Any]:
-    return {key: recipe.training[key] for key in ("use_cpu",) if key in recipe.training}
-
-
-def _task(recipe: Recipe, seed: int, base: Any, prompts: Any, held: Any, end_id: int, **target: Any) -> Task:
-    settings = recipe.evaluation
-    return Task(
-        base=base,
-        prompts=prompts,
-        pairs=held,
-        end_id=end_id,
-        seed=seed,
-        samples=settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        token_budget=recipe.token_budget,
-        **target,
-    )
+        known = recipe.target is not None
+        check_rewards(recipe.reward, conversational=conversational, target=known, gamma=recipe.target_gamma)
 
 
 def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
@@ -136,7 +207,7 @@ def _check_ids(source: Source, sequences: Iterable[list[int]]) -> None:
         )
 
 
-def _check_room(source: Source, prompts: list[list[int]], new_tokens: int, setting: str) -> None:
+def _check_positions(source: Source, prompts: list[list[int]], new_tokens: int, setting: str) -> None:
     """Raise InputError if the model has no positions left for responses of that length."""
     limit, longest = source.max_length(), max(map(len, prompts), default=0)
     if limit is not None and longest + new_tokens > limit:
@@ -146,22 +217,77 @@ def _check_room(source: Source, prompts: list[list[int]], new_tokens: int, setti
         )
 
 
-def _read_data(
-    recipe: Recipe, source: Source, tokenizer: Any, measured: bool
-) -> tuple[list[EncodedPair], list[EncodedPair], list[EncodedPrompt], dict[str, Any]]:
-    settings = recipe.data
-    assert settings is not None
-    data = read_pairs(settings.train, split=settings.split, drop_ties=settings.drop_ties, limit=settings.limit)
+def _draws_responses(recipe: Recipe) -> bool:
+    return any(is_on_policy(recipe.method(name)) for name in recipe.methods)
+
+
+def _longest_rollout(recipe: Recipe) -> int:
+    return max(recipe.rollout_for(name).max_new_tokens for name in recipe.methods)
+
+
+# Parts of both --------------------------------------------------------------------------------------------------------
+
+
+def _load(source: Source, recipe: Recipe) -> PreTrainedModel:
+    use_cpu = bool(recipe.training.get("use_cpu", False))
+    device = TrainingArguments(output_dir="unused", use_cpu=use_cpu).device
+    return source.model(recipe.dtype, device).requires_grad_(False)
+
+
+def _task(
+    recipe: Recipe,
+    seed: int,
+    base: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    pairs: Sequence[EncodedPair],
+    end_id: int,
+) -> Task:
+    settings = recipe.evaluation
+    return Task(
+        base=base,
+        prompts=prompts,
+        pairs=pairs,
+        end_id=end_id,
+        seed=seed,
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        token_budget=recipe.token_budget,
+    )
+
+
+def _encoded(ids: Sequence[list[int]], rows: Sequence[Prompt]) -> list[EncodedPrompt]:
+    return [EncodedPrompt(prompt, row.where, row) for prompt, row in zip(ids, rows, strict=True)]
+
+
+def _distinct_prompts(pairs: Iterable[EncodedPair]) -> list[EncodedPrompt]:
+    """The prompts of the pairs, each once, with the last row that has it."""
+    return list({tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in pairs}.values())
+
+
+# The user's data ------------------------------------------------------------------------------------------------------
+
+
+def _read_parts(settings: DataSettings, seed: int) -> tuple[Data[Pair], Data[Pair]]:
+    """The rows to learn from and the held-out ones."""
+    rows = read_pairs(settings.train, split=settings.split, drop_ties=settings.drop_ties, limit=settings.limit)
     if settings.eval is not None:
-        train = data
-        held = read_pairs(
-            settings.eval, split=settings.eval_split, drop_ties=settings.drop_ties, limit=settings.eval_limit
-        )
-    elif settings.held_out:
-        train, held = split_by_prompt(data, settings.held_out, recipe.seed)
-        held = Data(held.rows[: settings.eval_limit], held.source, held.format, held.implicit)
-    else:
-        train, held = data, Data([], data.source, data.format)
+        split, limit = settings.eval_split, settings.eval_limit
+        return rows, read_pairs(settings.eval, split=split, drop_ties=settings.drop_ties, limit=limit)
+    if not settings.held_out:
+        return rows, Data([], rows.source, rows.format)
+    train, held = split_by_prompt(rows, settings.held_out, seed)
+    return train, replace(held, rows=held.rows[: settings.eval_limit])
+
+
+def _encode_parts(
+    settings: DataSettings,
+    source: Source,
+    tokenizer: Tokenizer,
+    train: Data[Pair],
+    held: Data[Pair],
+) -> tuple[list[EncodedPair], list[EncodedPair], dict[str, Any]]:
+    """Both parts as ids, and their statistics."""
     positions = source.max_length()
     if positions is not None and (settings.max_length or 0) > positions:
         raise InputError(f"data.max_length is {settings.max_length}, but the model has {positions} positions; lower it")
@@ -173,61 +299,55 @@ def _read_data(
     pairs, counts = encode_pairs(tokenizer, train, **limits)
     held_pairs, held_counts = encode_pairs(tokenizer, held, **limits) if held.rows else ([], None)
     _check_ids(source, (ids for pair in [*pairs, *held_pairs] for ids in (pair.prompt, pair.chosen, pair.rejected)))
-    distinct = {tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in held_pairs}
-    prompts = list(distinct.values())[: recipe.evaluation.prompts]
-    if measured:
-        ids = [one.prompt for one in prompts]
-        _check_held_out(ids, len(held_pairs))
-        _check_room(source, ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     shared = {prompt_key(row.prompt) for row in train} & {prompt_key(row.prompt) for row in held}
     if shared:
         logger.warning("%d prompts of %s are in %s too: held out they are not", len(shared), held.source, train.source)
-    facts = {
+    statistics = {
         "source": settings.train,
         "prompts in both parts": len(shared),
-        "format": data.format,
+        "format": train.format,
         "train": len(pairs),
         "held_out": len(held_pairs),
-        "ties dropped": data.ties,
+        "ties dropped": train.ties,
         "encoding": str(counts),
-        **({"held-out encoding": str(held_counts)} if held_counts else {}),
     }
-    return pairs, held_pairs, prompts, facts
-
-
-def _longest_rollout(recipe: Recipe) -> int:
-    return max(recipe.rollout_for(name).max_new_tokens for name in recipe.methods)
+    if held_counts is not None:
+        statistics["held-out encoding"] = str(held_counts)
+    return pairs, held_pairs, statistics
 
 
 def _prompts_to_answer(
-    recipe: Recipe, source: Source, tokenizer: Any, train: list[EncodedPair], facts: dict[str, Any]
+    settings: DataSettings, tokenizer: Tokenizer, train: Sequence[EncodedPair], form: str
 ) -> list[EncodedPrompt]:
-    """The prompts of the training pairs, each once, and those of `data.prompts`, if a method answers prompts at all."""
-    settings = recipe.data
-    assert settings is not None
-    if not any(is_on_policy(recipe.method(name)) for name in recipe.methods):
-        return []
-    found = {tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in train}
+    """The prompts of the training pairs, each once, and those of `data.prompts`."""
+    prompts = {tuple(one.prompt): one for one in _distinct_prompts(train)}
     if settings.prompts is not None:
         data = read_prompts(settings.prompts)
-        if data.format != facts["format"]:
+        if data.format != form:
             raise InputError(
-                f"data.prompts {settings.prompts} holds {data.format} prompts and the pairs are {facts['format']}; "
+                f"data.prompts {settings.prompts} holds {data.format} prompts and the pairs are {form}; "
                 "write both as strings or both as messages"
             )
         for row in data:
             ids = encode_prompt(tokenizer, row)
-            found.setdefault(tuple(ids), EncodedPrompt(ids, row.where, row))
-    prompts = list(found.values())
-    _check_ids(source, (one.prompt for one in prompts))
-    _check_room(source, [one.prompt for one in prompts], _longest_rollout(recipe), "rollout.max_new_tokens")
-    facts["prompts to answer"] = len(prompts)
-    return prompts
+            prompts.setdefault(tuple(ids), EncodedPrompt(ids, row.where, row))
+    return list(prompts.values())
 
 
-def _draw(recipe: Recipe, target: Target, base: Any, tokenizer: Any, prompts: Any, *, held_out: bool, seed: int) -> Any:
-    settings = recipe.target
-    assert settings is not None
+# A known target -------------------------------------------------------------------------------------------------------
+
+
+def _draw_pairs(
+    recipe: Recipe,
+    settings: TargetSettings,
+    target: Target,
+    base: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    *,
+    held_out: bool,
+    seed: int,
+) -> TargetPairs:
     n, label = (settings.eval_pairs, "held-out") if held_out else (settings.pairs, "training")
     with progress(f"draw and label {label} pairs", 3 * n) as advance:
         return make_pairs(
@@ -246,62 +366,21 @@ def _draw(recipe: Recipe, target: Target, base: Any, tokenizer: Any, prompts: An
         )
 
 
-def _prepare_target(recipe: Recipe, seed: int, source: Source, tokenizer: Any, measured: bool, target: Target) -> Bench:
-    settings = recipe.target
-    assert settings is not None
-    _check_rewards(recipe, bool(tokenizer.chat_template))
-    train_rows, held_rows = target_prompts(settings, tokenizer)
-    held_rows = held_rows[: recipe.evaluation.prompts]
-    train_prompts, held_prompts = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
-    _check_ids(source, [*train_prompts, *held_prompts])
-    _check_room(source, [*train_prompts, *held_prompts], settings.max_new_tokens, "target.max_new_tokens")
-    if any(is_on_policy(recipe.method(name)) for name in recipe.methods):
-        _check_room(source, train_prompts, _longest_rollout(recipe), "rollout.max_new_tokens")
-    if measured:
-        _check_held_out(held_prompts, settings.eval_pairs)
-        _check_room(source, held_prompts, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
-    base = _load(source, recipe)
-    started = time.monotonic()
-    train = _draw(recipe, target, base, tokenizer, train_prompts, held_out=False, seed=seed)
-    held = _draw(recipe, target, base, tokenizer, held_prompts, held_out=True, seed=seed)
-    model = target.model(base, tokenizer)
-    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
-    task = _task(
-        recipe,
-        seed,
-        base,
-        held_prompts,
-        held.pairs,
-        end_id,
-        gamma=settings.gamma,
-        target=model,
-        target_logit=held.logit,
+def _target_responses(target: PreTrainedModel, task: Task) -> list[Group]:
+    """Responses of the target to the held-out prompts: the same for every seed, so that seeds differ in training."""
+    responses = sample(
+        target,
+        task.prompts,
+        n=task.samples,
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        end_id=task.end_id,
+        seed=10_000,
     )
-    if measured:
-        # The same responses of the target for every seed, so that seeds differ in what was learned alone.
-        responses = sample(
-            model,
-            held_prompts,
-            n=task.samples,
-            max_new_tokens=task.max_new_tokens,
-            temperature=task.temperature,
-            end_id=end_id,
-            seed=10_000,
-        )
-        groups = [Group(prompt, own) for prompt, own in zip(held_prompts, responses, strict=True)]
-        task = replace(task, target_groups=groups)
-    prompts = [EncodedPrompt(ids, row.where, row) for ids, row in zip(train_prompts, train_rows, strict=True)]
-    held_out = [EncodedPrompt(ids, row.where, row) for ids, row in zip(held_prompts, held_rows, strict=True)]
-    bench = Bench(recipe, seed, source, tokenizer, base, train.pairs, held.pairs, task, prompts, held_out)
-    bench.facts = _facts(train, held, settings.gamma)
-    bench.prompt_texts = [plain_text(row.prompt) for row in held_rows]
-    for part in (train, held):
-        bench.reference_cache |= {p.key: own for p, own in zip(part.pairs, part.reference_logps, strict=True)}
-    bench.seconds["pairs"] = time.monotonic() - started
-    return bench
+    return [Group(prompt, own) for prompt, own in zip(task.prompts, responses, strict=True)]
 
 
-def _facts(train: TargetPairs, held: TargetPairs, gamma: float) -> dict[str, Any]:
+def _target_statistics(train: TargetPairs, held: TargetPairs, gamma: float) -> dict[str, Any]:
     information = train.information(gamma)
     return {
         "train": len(train.pairs),

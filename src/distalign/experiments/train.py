@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.engine.memory import set_recompute
 from distalign.errors import InputError
-from distalign.evaluation.metrics import forward_kl
+from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.recipe import Recipe, load_recipe
-from distalign.experiments.setup import Bench, prepare
+from distalign.experiments.setup import Setup, load_setup
 from distalign.models.card import model_card
 from distalign.models.policy import Policy, make_policy
 from distalign.rewards import (
-    Reward,
     RewardError,
     RewardSettings,
     RewardTraining,
@@ -65,11 +64,14 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         **given,
     }
     if held_out and recipe.early_stopping is not None:
-        judged = labels_judge(recipe, name)
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
-        best = {"load_best_model_at_end": follow and judged, "metric_for_best_model": "eval_loss"}
-        settings |= {"eval_on_start": follow, **best, **evaluated}
+        settings |= {
+            "eval_on_start": follow,
+            "load_best_model_at_end": follow and labels_choose_step(recipe, name),
+            "metric_for_best_model": "eval_loss",
+            **evaluated,
+        }
         if settings["load_best_model_at_end"]:
             # A step can be kept only if it was saved.
             saved = {"save_strategy": evaluated["eval_strategy"], "save_steps": evaluated["eval_steps"]}
@@ -95,7 +97,7 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
     return arguments
 
 
-def labels_judge(recipe: Recipe, name: str) -> bool:
+def labels_choose_step(recipe: Recipe, name: str) -> bool:
     """Whether the likelihood of held-out labels says which step of a method is the best.
 
     Not where the reward was not learned from labels of this kind (a function, a judge), nor where the policy stands
@@ -162,20 +164,20 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
             f"{recipe.run_dir}: holds {old[-1].name} of an earlier run; go on with --resume, start over with "
             "--overwrite, or give another name with --set name=…"
         )
-    bench = prepare(recipe, recipe.seed, measured=False)
+    setup = load_setup(recipe, recipe.seed, measured=False)
     if recipe.method(name).needs.reward:
-        reward_of(bench, recipe.run_dir / "reward", keep=resume)
-    _, trainer = train_method(bench, name, recipe.run_dir, resume=resume)
+        make_setup_reward(setup, recipe.run_dir / "reward", reuse=resume)
+    _, trainer = train_method(setup, name, recipe.run_dir, resume=resume)
     return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
 
 
 def _check_same_run(recipe: Recipe, name: str) -> None:
     """Raise InputError if the folder's run had another model, data or method: its weights are not this recipe's.
 
-    A reward may be mended: rewards from here on are the new one's.
+    A reward may be fixed: rewards from here on are the new one's.
     """
     old = load_recipe(recipe.run_dir / "recipe.yaml")
-    before, now = ({**one.model_dump(), **_of_one_run(one, name)} for one in (old, recipe))
+    before, now = ({**one.model_dump(), **_fixed_settings(one, name)} for one in (old, recipe))
     for key in ("model", "dtype", "lora", "data", "target", "methods", "rollout", "batches", "seed"):
         if before[key] != now[key]:
             raise InputError(
@@ -186,178 +188,123 @@ def _check_same_run(recipe: Recipe, name: str) -> None:
         logger.warning("%s: the reward is not the one that the run began with", recipe.run_dir)
 
 
-def _of_one_run(recipe: Recipe, name: str) -> dict[str, Any]:
+def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """What must be the same for a run to go on: the method's settings, and how its data are cut into steps."""
+    if name not in recipe.methods:
+        return {"methods": {name: None}, "rollout": None, "batches": {}}
+    training = recipe.training_for(name)
     batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    training = recipe.training_for(name) if name in recipe.methods else {}
     return {
-        "methods": {name: recipe.method(name) if name in recipe.methods else None},
-        "rollout": recipe.rollout_for(name) if name in recipe.methods else None,
+        "methods": {name: recipe.method(name)},
+        "rollout": recipe.rollout_for(name),
         "batches": {key: training[key] for key in batches if key in training},
     }
 
 
-def reward_of(bench: Bench, folder: Path, *, keep: bool = False) -> Reward:
-    """The recipe's reward, made once for all methods. One that is to be trained is trained, and saved in `folder`.
-
-    `keep` takes one that is there already. Raises RewardError.
-    """
-    if bench.reward is None:
-        recipe, trained = bench.recipe, None
-        if any(one.train is not None for one in recipe.reward):
-            if keep and folder.is_dir():
-                trained = load_reward(
-                    folder, base=bench.base, tokenizer=bench.tokenizer, token_budget=recipe.token_budget
-                )
-            else:
-                trained = reward_model(bench, folder).reward
-        bench.reward = make_reward(
-            recipe.reward,
-            base=bench.base,
-            tokenizer=bench.tokenizer,
-            token_budget=recipe.token_budget,
-            target=bench.task.target,
-            gamma=None if recipe.target is None else recipe.target.gamma,
-            trained=trained,
-        )
-    return bench.reward
-
-
-def train_reward_model(recipe: Recipe) -> Trained:
-    """Train the recipe's reward model alone, into the folder `reward` of its run. Raises InputError."""
-    one = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
-    target = recipe.target
-    gamma = None if target is None else target.gamma
-    check_rewards([one], conversational=False, target=target is not None, gamma=gamma)
-    writable(recipe.run_dir)
-    bench = prepare(recipe.only([]), recipe.seed, measured=False)
-    return reward_model(bench, recipe.run_dir / "reward")
-
-
-def reward_model(bench: Bench, folder: Path) -> Trained:
-    """Train a reward on the recipe's pairs and save it in `folder`. Raises RewardError."""
-    recipe = bench.recipe
-    settings = next((one.train for one in recipe.reward if one.train is not None), RewardTraining())
-    shutil.rmtree(folder, ignore_errors=True)
-    started = time.monotonic()
-    trained = train_reward(
-        settings,
-        bench.base,
-        bench.tokenizer,
-        bench.source,
-        bench.train,
-        bench.held,
-        gamma=None if recipe.target is None else recipe.target.gamma,
-        token_budget=recipe.token_budget,
-        seed=bench.seed,
-        folder=folder,
-    )
-    bench.seconds["reward"] = time.monotonic() - started
-    told = ", ".join(f"{name} {found.mean:.3f} ± {found.se:.3f}" for name, found in trained.results.items())
-    logger.info("reward: %s on %d held-out pairs", told, len(bench.held))
-    bench.facts["reward model, held out"] = told
-    return trained
-
-
-def train_method(bench: Bench, name: str, folder: Path, *, resume: bool = False) -> tuple[Policy, AlignmentTrainer]:
-    """Train a policy of its own for one method and save it under `folder`; the bench stays as it is."""
-    recipe, method = bench.recipe, bench.recipe.method(name)
+def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False) -> tuple[Policy, AlignmentTrainer]:
+    """Train a policy of its own for one method and save it under `folder`; the setup stays as it is."""
+    recipe = setup.recipe
     writable(folder)
     recipe.dump(folder / "recipe.yaml")
     checkpoint = _last_checkpoint(folder) if resume else None
     _forget_after(folder, checkpoint)
-    args = training_arguments(recipe, name, folder, held_out=bool(bench.held), seed=bench.seed)
-    torch.manual_seed(bench.seed)
+    args = training_arguments(recipe, name, folder, held_out=bool(setup.held), seed=setup.seed)
+    torch.manual_seed(setup.seed)
     # The reference costs no memory here, and that the run starts there is checked for every method.
-    policy = make_policy(bench.base, bench.tokenizer, bench.source, lora=recipe.lora, reference=True)
+    policy = make_policy(setup.base, setup.tokenizer, setup.source, lora=recipe.lora, reference=True)
     try:
         set_recompute(policy.model, recipe.recompute)
     except ValueError as error:
         raise RecipeError(f"{recipe.name}: recompute is {recipe.recompute}: {error}; leave it out") from None
-    stopping = recipe.early_stopping
-    labelled = method.needs.pairs == "labelled"
-    trainer = AlignmentTrainer(
-        policy,
-        method,
-        args,
-        bench.train if labelled else bench.prompts,
-        bench.held,
-        rollout=Rollout(recipe.rollout_for(name), bench.task.end_id, bench.reward if method.needs.reward else None),
-        health=recipe.health,
-        token_budget=recipe.token_budget,
-        label=f"train {name}",
-        patience=stopping.patience if stopping and args.load_best_model_at_end else None,
-        min_delta=stopping.min_delta if stopping else 0.0,
-        extra_evaluation=_follow_target(bench),
-        reference_cache=bench.reference_cache,
-    )
+    trainer = _make_trainer(setup, name, policy, args)
     started = time.monotonic()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ImportError as error:
         raise RecipeError(f"{recipe.name}: training of {name} needs a package: {error}") from error
-    bench.seconds[name] = time.monotonic() - started
+    setup.seconds[name] = time.monotonic() - started
     policy.model.eval()
     if args.load_best_model_at_end:
-        stopped = "stopped early" if trainer.state.global_step < trainer.state.max_steps else "ran to the end"
-        logger.info(
-            "%s %s at step %d of %d and kept step %d, the best on %d held-out pairs",
-            name, stopped, trainer.state.global_step, trainer.state.max_steps, trainer.kept_step, len(bench.held),
-        )  # fmt: skip
-        if trainer.kept_step == 0:
-            logger.warning("%s improved nothing on the held-out pairs: the model kept is the one it started from", name)
-    results = _last_evaluation(trainer)
+        _log_kept_step(name, trainer, len(setup.held))
     card = model_card(
-        base_model=bench.source.name,
+        base_model=setup.source.name,
         name=name,
-        method=method,
-        data=bench.facts,
-        training={**recipe.training_for(name), "kept_step": trainer.kept_step, "seed": bench.seed},
-        results=results,
+        method=trainer.method,
+        data=setup.statistics,
+        training={**recipe.training_for(name), "kept_step": trainer.kept_step, "seed": setup.seed},
+        results=_last_evaluation(trainer),
     )
     policy.save(folder / "model", card)
     return policy, trainer
 
 
+def _make_trainer(setup: Setup, name: str, policy: Policy, args: TrainingArguments) -> AlignmentTrainer:
+    recipe, method = setup.recipe, setup.recipe.method(name)
+    stopping = recipe.early_stopping
+    return AlignmentTrainer(
+        policy,
+        method,
+        args,
+        setup.train if method.needs.pairs == "labelled" else setup.prompts,
+        setup.held,
+        rollout=Rollout(recipe.rollout_for(name), setup.task.end_id, setup.reward if method.needs.reward else None),
+        health=recipe.health,
+        token_budget=recipe.token_budget,
+        label=f"train {name}",
+        patience=stopping.patience if stopping and args.load_best_model_at_end else None,
+        min_delta=stopping.min_delta if stopping else 0.0,
+        extra_evaluation=_follow_target(setup.task) if setup.task.target_groups else None,
+        reference_cache=setup.reference_cache,
+    )
+
+
+def _follow_target(task: Task) -> Callable[[nn.Module], dict[str, float]]:
+    """The forward KL to the target, as further numbers of each evaluation."""
+
+    def follow(model: nn.Module) -> dict[str, float]:
+        kl = forward_kl(model, task, CURVE_PROMPTS)
+        return {"target/forward_kl": kl.mean, "target/forward_kl_se": kl.se, "target/prompts": kl.n}
+
+    return follow
+
+
+def _log_kept_step(name: str, trainer: AlignmentTrainer, pairs: int) -> None:
+    state = trainer.state
+    stopped = "stopped early" if state.global_step < state.max_steps else "ran to the end"
+    logger.info(
+        "%s %s at step %d of %d and kept step %d, the best on %d held-out pairs",
+        name, stopped, state.global_step, state.max_steps, trainer.kept_step, pairs,
+    )  # fmt: skip
+    if trainer.kept_step == 0:
+        logger.warning("%s improved nothing on the held-out pairs: the model kept is the one it started from", name)
+
+
 def _last_checkpoint(folder: Path) -> Path:
     """The checkpoint with the largest step. Raises InputError if there is none."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if checkpoint is None:
         raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out, or set save_strategy")
-    return Path(found)
+    return Path(checkpoint)
 
 
 def _forget_after(folder: Path, checkpoint: Path | None) -> None:
-    """Remove what a run told after the checkpoint that it goes on from; without one, all of the run before."""
-    told = [folder / "metrics.jsonl", folder / "samples.jsonl"]
+    """Remove what a run logged after the checkpoint that it goes on from; without one, all of the run before."""
     if checkpoint is None:
         forget_results(folder)
-        told[0].unlink(missing_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
         for old in folder.glob("checkpoint-*"):
             shutil.rmtree(old)
         return
     (folder / "results.json").unlink(missing_ok=True)
     (folder / "report.html").unlink(missing_ok=True)
     step = int(checkpoint.name.removeprefix("checkpoint-"))
-    for path in told:
+    # Metrics of a step are written after it, samples before it.
+    for name, last in (("metrics.jsonl", step), ("samples.jsonl", step - 1)):
+        path = folder / name
         if path.is_file():
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            # Metrics of a step are written after it, samples before it.
-            last = step if path == told[0] else step - 1
-            kept = [row for row in rows if row["step"] <= last and "train_runtime" not in row]
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-
-
-def _follow_target(bench: Bench) -> Any:
-    task = bench.task
-    if not task.target_groups:
-        return None
-
-    def follow(model: nn.Module) -> dict[str, float]:
-        found = forward_kl(model, task, CURVE_PROMPTS)
-        return {"target/forward_kl": found.mean, "target/forward_kl_se": found.se, "target/prompts": found.n}
-
-    return follow
+            rows = [row for row in rows if row["step"] <= last and "train_runtime" not in row]
+            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _last_evaluation(trainer: AlignmentTrainer) -> dict[str, float]:
@@ -365,3 +312,63 @@ def _last_evaluation(trainer: AlignmentTrainer) -> dict[str, float]:
     rows = [row for row in trainer.state.log_history if "eval_loss" in row]
     kept = [row for row in rows if row["step"] == trainer.kept_step] or rows[-1:]
     return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
+
+
+# The reward -----------------------------------------------------------------------------------------------------------
+
+
+def train_reward_model(recipe: Recipe) -> Trained:
+    """Train the recipe's reward model alone, into the folder `reward` of its run. Raises InputError."""
+    settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
+    known = recipe.target is not None
+    check_rewards([settings], conversational=False, target=known, gamma=recipe.target_gamma)
+    writable(recipe.run_dir)
+    setup = load_setup(recipe.only([]), recipe.seed, measured=False)
+    return _fit_reward(setup, recipe.run_dir / "reward")
+
+
+def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> None:
+    """Make the recipe's reward, for all methods. One that is to be trained is trained, and saved in `folder`.
+
+    `reuse` takes one that is there already. Raises RewardError.
+    """
+    recipe, trained = setup.recipe, None
+    if any(one.train is not None for one in recipe.reward):
+        if reuse and folder.is_dir():
+            trained = load_reward(folder, base=setup.base, tokenizer=setup.tokenizer, token_budget=recipe.token_budget)
+        else:
+            trained = _fit_reward(setup, folder).reward
+    setup.reward = make_reward(
+        recipe.reward,
+        base=setup.base,
+        tokenizer=setup.tokenizer,
+        token_budget=recipe.token_budget,
+        target=setup.task.target,
+        gamma=recipe.target_gamma,
+        trained=trained,
+    )
+
+
+def _fit_reward(setup: Setup, folder: Path) -> Trained:
+    """Train a reward on the recipe's pairs and save it in `folder`. Raises RewardError."""
+    recipe = setup.recipe
+    settings = next((one.train for one in recipe.reward if one.train is not None), RewardTraining())
+    shutil.rmtree(folder, ignore_errors=True)
+    started = time.monotonic()
+    trained = train_reward(
+        settings,
+        setup.base,
+        setup.tokenizer,
+        setup.source,
+        setup.train,
+        setup.held,
+        gamma=recipe.target_gamma,
+        token_budget=recipe.token_budget,
+        seed=setup.seed,
+        folder=folder,
+    )
+    setup.seconds["reward"] = time.monotonic() - started
+    summary = ", ".join(f"{name} {value.mean:.3f} ± {value.se:.3f}" for name, value in trained.results.items())
+    logger.info("reward: %s on %d held-out pairs", summary, len(setup.held))
+    setup.statistics["reward model, held out"] = summary
+    return trained

@@ -103,10 +103,10 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     path = Path(name).expanduser()
     if name in PACKAGED:
         package, file, hub_id = PACKAGED[name]
-        found = importlib.util.find_spec(package)
-        if found is None or not found.submodule_search_locations:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
             return Source(name, hub_id, f"hub model {hub_id}", trust_remote_code)
-        gguf = Path(found.submodule_search_locations[0]) / file
+        gguf = Path(spec.submodule_search_locations[0]) / file
         return Source(name, str(_converted(gguf)), f"{file} of the package {package}, dequantised")
     if path.suffix == ".gguf":
         if not path.is_file():

@@ -63,15 +63,15 @@ class Policy:
 
     def disable_dropout(self) -> None:
         """Set every dropout to 0: what is trained is then the very distribution that responses are drawn from."""
-        found = 0.0
+        largest = 0.0
         for module in self.model.modules():
             for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout", "dropout_p"):
                 rate = getattr(module, name, None)
                 if isinstance(rate, float) and rate > 0:
-                    found = max(found, rate)
+                    largest = max(largest, rate)
                     setattr(module, name, 0.0)
-        if found:
-            logger.info("dropout %g is off: responses are drawn without, and so the policy is trained without", found)
+        if largest:
+            logger.info("dropout %g is off: responses are drawn without, and so the policy is trained without", largest)
 
     def add_value_head(self) -> None:
         """Attach a value function on the hidden states, 0 everywhere at first, to be trained with the model."""

@@ -190,7 +190,7 @@ def make_pairs(
             break
     else:
         raise InputError(f"target: {len(todo)} prompts give the same response every time; raise the temperature")
-    groups = [Group(prompt, own) for prompt, own in zip(chosen_prompts, responses, strict=True)]
+    groups = [Group(prompt, two) for prompt, two in zip(chosen_prompts, responses, strict=True)]
     scores = score_in_batches(
         target.model(base, tokenizer),
         groups,

@@ -251,8 +251,8 @@ def _invert(weights: Float[Tensor, "rows choices"], generator: torch.Generator) 
 # Largest difference of a log-probability, in nats, that rounding explains. A wrong mask is off by 0.1 to 3 nats.
 _TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.6}
 
-# What was found, by the weights of the input embeddings: models that share them share their layers.
-_FOUND: Any = WeakIdKeyDictionary()
+# What was measured, by the weights of the input embeddings: models that share them share their layers.
+_RESULTS: Any = WeakIdKeyDictionary()
 
 
 def shares_prompts(model: nn.Module) -> bool:
@@ -264,14 +264,14 @@ def shares_prompts(model: nn.Module) -> bool:
     weight, config = embedding_weight(model), text_config(model)
     autocast = torch.is_autocast_enabled(weight.device.type)
     key = type(model), weight.dtype, weight.device, attention_of(config), autocast
-    found = _FOUND.setdefault(weight, {})
-    if key not in found:
+    results = _RESULTS.setdefault(weight, {})
+    if key not in results:
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []), evaluating(model):
             reason = _why_not(model, _TOLERANCES.get(torch.bfloat16 if autocast else weight.dtype, 0.6))
-        found[key] = reason is None
+        results[key] = reason is None
         if reason is not None:
             logger.warning("%s: a prompt's cache is copied for each of its responses (%s)", config.model_type, reason)
-    return found[key]
+    return results[key]
 
 
 def _why_not(model: nn.Module, tolerance: float) -> str | None:
@@ -290,10 +290,10 @@ def _why_not(model: nn.Module, tolerance: float) -> str | None:
         encoded = encode_prompts(model, prompts, pad_id)
         shared = Shared(encoded, parents, 2)
         with shared.decoding():
-            found = [shared.step(tokens)]
-            asked = list(shared.cache.windows)
+            logits = [shared.step(tokens)]
+            used = list(shared.cache.windows)
             shared.keep(kept)
-            found.append(shared.step(tokens[kept]))
+            logits.append(shared.step(tokens[kept]))
     except torch.OutOfMemoryError:
         raise
     except (CannotShare, InputError) as refusal:
@@ -301,13 +301,13 @@ def _why_not(model: nn.Module, tolerance: float) -> str | None:
     except Exception as problem:
         # Foreign code met a cache it was not written for; whatever it raises means the same: not this way.
         return f"it does not run on a shared cache ({type(problem).__name__}: {problem})"
-    if asked != windows:
-        return f"its layers ask for windows {asked}, its configuration for {windows}"
+    if used != windows:
+        return f"its layers ask for windows {used}, its configuration for {windows}"
     forked = Forked(encoded, parents, 2)
     expected = [forked.step(tokens)]
     forked.keep(kept)
     expected.append(forked.step(tokens[kept]))
-    error = max(_distance(a, b) for a, b in zip(found, expected, strict=True))
+    error = max(_distance(a, b) for a, b in zip(logits, expected, strict=True))
     return None if error <= tolerance else f"a shared cache changes log-probabilities by {error:.2g} nats"
 
 
@@ -349,7 +349,7 @@ class PrefixLayer(DynamicLayer):
         return self.prompt_keys.shape[2] + self.own
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add one token a response. Returns keys and values of the responses' own tokens alone."""
+        """Add one token to each response. Returns keys and values of the responses' own tokens alone."""
         self.own_keys[:, :, self.own : self.own + 1] = key_states
         self.own_values[:, :, self.own : self.own + 1] = value_states
         self.own += 1
@@ -481,7 +481,7 @@ def prefix_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "rows 1 heads value_dim"], None]:
-    """One layer's attention of one new token a response, to its prompt and to its own tokens.
+    """One layer's attention of one new token of each response, to its prompt and to its own tokens.
 
     Honours grouped-query heads, `sliding_window`, `softcap` and attention sinks (`s_aux`). Raises CannotShare on a mask
     or bias of the model's own, and on dropout.

@@ -1,11 +1,14 @@
-"""What a checkpoint holds besides transformers' files: the round, the value head, the health monitor, counters."""
+"""What a checkpoint holds besides transformers' files: the round, the value head, the health monitor, counters.
+
+And the reference's log-probabilities of the pairs seen: scored again beside other pairs they would round differently.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,14 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from distalign.data import EncodedPair
 from distalign.errors import InputError
 from distalign.training.rounds import RolloutWorker, Round
 
-ROUND, MONITOR, VALUES, COUNTERS = (
+ROUND, MONITOR, VALUES, COUNTERS, REFERENCE = (
     "rollout.safetensors",
     "health.json",
     "value_head.safetensors",
     "reward_counts.json",
+    "reference.safetensors",
 )
 
 # Tensors of the round are stored as "tensor.<name>", beside the ids.
@@ -48,6 +53,22 @@ def load_worker(worker: RolloutWorker, folder: Path, step: int) -> None:
         worker.policy.value_head.load_state_dict(load_file(folder / VALUES))
     if worker.monitor is not None and (folder / MONITOR).is_file():
         worker.monitor.load_state_dict(_read(folder / MONITOR))
+
+
+def save_reference(rows: Sequence[EncodedPair], logps: Mapping[tuple, Tensor], folder: Path) -> None:
+    """Write the log-probabilities of those training pairs that have them, by `EncodedPair.key`, in nats."""
+    scored = {number: logps[key] for number, row in enumerate(rows) if (key := row.key) in logps}
+    if scored:
+        tensors = {"rows": torch.tensor(list(scored)), "logps": torch.stack(list(scored.values())).cpu()}
+        save_file(tensors, folder / REFERENCE)
+
+
+def load_reference(rows: Sequence[EncodedPair], folder: Path, device: torch.device) -> dict[tuple, Tensor]:
+    """What `save_reference` wrote; empty if it wrote nothing."""
+    if not (folder / REFERENCE).is_file():
+        return {}
+    tensors = load_file(folder / REFERENCE, device=str(device))
+    return {rows[n].key: logps for n, logps in zip(tensors["rows"].tolist(), tensors["logps"], strict=True)}
 
 
 def _write(path: Path, state: dict) -> None:

@@ -39,7 +39,7 @@ from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
 from distalign.models.policy import Policy
 from distalign.progress import progress
-from distalign.training.checkpoint import load_worker, save_worker
+from distalign.training.checkpoint import load_reference, load_worker, save_reference, save_worker
 from distalign.training.health import HealthSettings, Monitor
 from distalign.training.prompts import (
     Batch,
@@ -114,7 +114,7 @@ class AlignmentTrainer(Trainer):
             policy.disable_dropout()
         if method.needs.values:
             policy.add_value_head()
-        self.rows = list(train_rows)
+        self.rows: list[Any] = list(train_rows)
         # The forward that accelerate wraps in its autocast; it is put back after training.
         self._own_forward = vars(policy.model).get("forward")
         super().__init__(
@@ -196,7 +196,7 @@ class AlignmentTrainer(Trainer):
             with self.kept_if_it_fails():
                 self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
             drawn = self.worker.collect(indices, self.state.global_step)
-            prompts = [merge(pair, own) for pair, own in zip(prompts, drawn, strict=True)] if prompts else drawn
+            prompts = [merge(*both) for both in zip(prompts, drawn, strict=True)] if prompts else drawn
         return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
 
     def score(self, groups: Sequence[Group]) -> Scores:
@@ -223,8 +223,13 @@ class AlignmentTrainer(Trainer):
                 return function()
 
         with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
-            wrapper: Any = self.model_wrapped
-            return redirect(wrapper, self.policy.model, under_autocast)
+            return redirect(self._wrapper, self.policy.model, under_autocast)
+
+    @property
+    def _wrapper(self) -> nn.Module:
+        """The model as it is trained: in whatever wraps it."""
+        assert isinstance(self.model_wrapped, nn.Module)
+        return self.model_wrapped
 
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
@@ -309,7 +314,7 @@ class AlignmentTrainer(Trainer):
 
     # A run ------------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`; the start of a run that goes on is behind it."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         if resume_from_checkpoint:
@@ -336,16 +341,24 @@ class AlignmentTrainer(Trainer):
         if self.worker is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             load_worker(self.worker, checkpoint, state.global_step)
+        if self._remembers_reference:
+            self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The one private method of transformers that is overridden: a checkpoint must be whole before older ones go.
         super()._save_checkpoint(model, trial)
         folder = self._folder / f"checkpoint-{self.state.global_step}"
         if self.worker is not None and folder.is_dir():
             save_worker(self.worker, folder, self.state.global_step)
+        if self._remembers_reference and folder.is_dir():
+            save_reference(self.rows, self.reference_cache, folder)
+
+    @property
+    def _remembers_reference(self) -> bool:
+        return self.needs.pairs == "labelled" and self.needs.reference
 
     def _save_now(self) -> str:
-        self._save_checkpoint(self.model_wrapped, trial=None)
+        self._save_checkpoint(self._wrapper, trial=None)
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
     @contextmanager
@@ -472,7 +485,7 @@ class AlignmentTrainer(Trainer):
         self.state.best_metric = metrics[best]
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
-        self._save_checkpoint(self.model_wrapped, trial=None)
+        self._save_checkpoint(self._wrapper, trial=None)
 
     @property
     def kept_step(self) -> int:

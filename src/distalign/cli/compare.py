@@ -1,4 +1,4 @@
-"""The commands that train: one method, a reward, a comparison of methods."""
+"""`distalign compare`: the methods of a recipe on the same pairs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from distalign.cli.shared import (
     SetOption,
     check_path,
     print_rich,
-    print_table,
     quiet,
     read_recipe,
     read_seeds,
@@ -25,53 +24,6 @@ from distalign.cli.shared import (
     write_json,
     write_markdown,
 )
-
-
-def train(
-    recipe: RecipeArgument,
-    method: Annotated[str | None, typer.Option(help="The method to train; needed if the recipe has several.")] = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the last checkpoint of the run's folder.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Start over in a folder that holds an earlier run.")] = False,
-    json_path: JsonOption = None,
-) -> None:
-    """Train one method of a recipe; writes a run folder with metrics, model, card and report."""
-    settings = read_recipe(recipe, set_, model, data, method)
-    if len(settings.methods) > 1:
-        refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
-    check_path(json_path)
-    quiet()
-    from distalign.experiments.train import train as run
-    from distalign.report import write_report
-
-    (name,) = settings.methods
-    found = run(settings, name, resume=resume, overwrite=overwrite)
-    page = write_report(settings.run_dir)
-    print_table(["held-out pairs", name], [[key, f"{value:.4g}"] for key, value in found.items()])
-    write_json(json_path, {"method": name, "held_out": found})
-    print(f"model: {settings.run_dir / 'model'}\nreport: {page}")
-
-
-def reward(
-    recipe: RecipeArgument,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Train a reward model on a recipe's pairs; writes it to the run's folder, where a recipe can name it."""
-    settings = read_recipe(recipe, set_, model, data)
-    check_path(json_path)
-    quiet()
-    from distalign.experiments.train import train_reward_model
-
-    results = train_reward_model(settings).results
-    rows = [[name, f"{one.mean:.3f} ± {one.se:.3f}", one.n] for name, one in results.items()]
-    print_table(["held-out pairs", "reward", "n"], rows)
-    write_json(json_path, {name: one._asdict() for name, one in results.items()})
-    print(f"reward: {settings.run_dir / 'reward'}")
 
 
 def compare(

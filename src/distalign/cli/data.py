@@ -1,0 +1,78 @@
+"""`distalign data`: look at preference data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distalign.cli.shared import JsonOption, ModelOption, print_rich, quiet, refuse, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from distalign.data import Inspection
+
+
+def check(
+    source: Annotated[str, typer.Argument(help="JSON lines (.gz too), CSV, Parquet, a folder or a hub id.")],
+    model: ModelOption = None,
+    split: Annotated[str | None, typer.Option(help="Split of a dataset.")] = None,
+    drop_ties: Annotated[bool, typer.Option(help="Count pairs whose responses are the same, and go on.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Read this many pairs only.", min=1)] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.", min=1)] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Check preference pairs: format, counts, lengths, duplicates, ties, and one example as the model reads it."""
+    from distalign.data import inspect_pairs
+
+    tokenizer = None
+    if model is not None:
+        quiet()
+        from distalign.models.load import find_model
+
+        policy = find_model(model)
+        tokenizer, max_length = policy.tokenizer(), max_length or policy.max_length()
+    inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
+    print_rich(describe_pairs(inspection))
+    write_json(json_path, inspection.to_json())
+    if inspection.too_long:
+        refuse(
+            f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "
+            "without them: --set data.too_long=drop"
+        )
+
+
+def describe_pairs(counts: Inspection) -> Group:
+    """What an inspection counted, for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from distalign.data.inspect import QUANTILES
+
+    table = Table(title=counts.source, show_header=False, title_justify="left")
+    prompt = "cut from the responses" if counts.implicit_prompt else "a column of its own"
+    table.add_row("format", f"{counts.format}, prompt: {prompt}")
+    table.add_row("pairs", f"{counts.pairs:,} of {counts.rows:,} rows ({counts.ties:,} ties)")
+    table.add_row("prompts", f"{counts.prompts:,} different ({counts.same_prompts:,} rows repeat one)")
+    table.add_row("repeated pairs", f"{counts.same_pairs:,}, and {counts.swapped_pairs:,} with the opposite label")
+    if counts.chosen_longer is not None and counts.chosen_longer_se is not None:
+        rate = (
+            f"{100 * counts.chosen_longer:.1f} ± {196 * counts.chosen_longer_se:.1f} % (95 %, in {counts.length_unit})"
+        )
+        table.add_row("chosen is longer", rate)
+    if counts.soft_labels:
+        table.add_row("soft labels", f"{counts.soft_label_count:,}, median p_chosen {counts.soft_labels[2]:.3f}")
+    if counts.rewards:
+        table.add_row("rewards", f"{counts.rewards:,} pairs")
+    if counts.too_long is not None:
+        table.add_row("too long", f"{counts.too_long:,} pairs exceed max_length")
+    if counts.extra_columns:
+        table.add_row("other columns", ", ".join(counts.extra_columns))
+    lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
+    for unit, columns in counts.lengths.items():
+        for column, values in columns.items():
+            lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
+    examples = [Text(f"\n{name}:\n{text}") for name, text in counts.example.items()]
+    return Group(table, lengths, *examples)
