@@ -75,7 +75,7 @@ def test_entropy_and_kl(path, reference_path):
 
 def test_adapter_off_is_the_base_model():
     """The reference may be the policy with its adapter off; dropout and gradients stay off in it."""
-    base, model = build(), with_lora(build(), dropout=0.3)
+    base, model = build("llama_dropout"), with_lora(build("llama_dropout"), dropout=0.3)
 
     @contextlib.contextmanager
     def adapter_off():
