@@ -184,6 +184,8 @@ def _both_rows(
     model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float, *, kernels: bool
 ) -> tuple[Rows, Rows | None]:
     """Rows of the model and of its reference; a decoder that both share is run once."""
+    # Checked as it is trained: a reference may be the same model with its adapter off.
+    check(model, kernels=kernels)
     if isinstance(reference, nn.Module) and _same_decoder(model, reference):
         rows = _rows(model, groups, temperature, kernels=kernels)
         if isinstance(rows, HiddenRows):
