@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,7 @@ def device_of(model: nn.Module) -> torch.device:
 def encode(
     model: nn.Module,
     groups: Sequence[Group],
-    path: str,
+    path: Literal["shared", "padded", "plain"],
     temperature: float,
     *,
     by_flex: bool = False,

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from distalign.engine.forward import (
     decoder_of,
     device_of,
-    embedding_weight,
     encode,
     evaluating,
     require_causal_lm,
-    text_config,
 )
 from distalign.engine.lm_head import KEPT, HiddenRows, LogitRows, Rows, head_of, score_rows
 from distalign.engine.memory import recomputes
 from distalign.engine.packing import Frame, Group, frame, micro_batches, validate
-from distalign.engine.selfcheck import check
+from distalign.engine.selfcheck import EngineReport, Path, check
 
 # A reference model, or a function whose context gives one (for instance the policy with its adapter off).
 Reference = nn.Module | Callable[[], AbstractContextManager[nn.Module]]
@@ -167,25 +165,25 @@ def worth_compiling(groups: Sequence[Group]) -> bool:
     return sum(group.tokens for group in groups) >= _WORTH_COMPILING
 
 
-def _path(model: nn.Module, groups: Sequence[Group]) -> str:
+def _rows(model: nn.Module, groups: Sequence[Group], temperature: float, *, kernels: bool) -> Rows:
+    """Rows of the model, by the path that serves it; with `kernels`, FlexAttention is tried if it has not been."""
+    report = check(model, kernels=kernels)
+    return encode(model, groups, path_for(report, groups), temperature, by_flex=report.by_flex)
+
+
+def path_for(report: EngineReport, groups: Sequence[Group]) -> Path:
     """The path that serves these groups: the model's, unless they are too long for it."""
-    report = check(model, kernels=False)
     longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
     return "plain" if report.length_limit is not None and longest > report.length_limit else report.path
-
-
-def _rows(model: nn.Module, groups: Sequence[Group], temperature: float, *, kernels: bool) -> Rows:
-    """Rows of the model; with `kernels`, FlexAttention is tried if it has not been."""
-    by_flex = check(model, kernels=kernels).by_flex
-    return encode(model, groups, _path(model, groups), temperature, by_flex=by_flex)
 
 
 def _both_rows(
     model: nn.Module, reference: Reference | None, groups: Sequence[Group], temperature: float, *, kernels: bool
 ) -> tuple[Rows, Rows | None]:
     """Rows of the model and of its reference; a decoder that both share is run once."""
-    # Checked as it is trained: a reference may be the same model with its adapter off.
-    check(model, kernels=kernels)
+    if reference is not None and not isinstance(reference, nn.Module):
+        # Checked as it is trained: such a reference may be the same model with its adapter off.
+        check(model, kernels=kernels)
     if isinstance(reference, nn.Module) and _same_decoder(model, reference):
         rows = _rows(model, groups, temperature, kernels=kernels)
         if isinstance(rows, HiddenRows):
@@ -220,12 +218,12 @@ def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "res
     return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
 
 
-def _validate(model: nn.Module, groups: Sequence[Group], source: str = "groups") -> None:
+def _validate(model: Any, groups: Sequence[Group], source: str = "groups") -> None:
     require_causal_lm(model)
-    config = text_config(model)
+    config = model.config.get_text_config()
     stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     positions = None if stretches else getattr(config, "max_position_embeddings", None)
-    validate(groups, vocabulary=len(embedding_weight(model)), max_positions=positions, source=source)
+    validate(groups, vocabulary=len(model.get_input_embeddings().weight), max_positions=positions, source=source)
 
 
 # Hidden states after every token, for rewards -------------------------------------------------------------------------
@@ -285,9 +283,9 @@ def read(model: nn.Module, groups: Sequence[Group], *, logps: bool = False) -> R
 def _encode(model: nn.Module, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Rows]:
     """Hidden states that predict the tokens of `groups`, and what gives their log-probabilities."""
     report = check(model, kernels=torch.is_grad_enabled())
-    longest = max(len(group.prompt) + len(response) - 1 for group in groups for response in group.responses)
-    if report.path != "plain" and (report.length_limit is None or longest <= report.length_limit):
-        rows = encode(model, groups, report.path, 1.0, by_flex=report.by_flex)
+    path = path_for(report, groups)
+    if path != "plain":
+        rows = encode(model, groups, path, 1.0, by_flex=report.by_flex)
         assert isinstance(rows, HiddenRows)
         return rows.hidden, rows
     hidden, logits = [], []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,7 +35,7 @@ from distalign.engine.forward import (
     shared_hidden,
     text_config,
 )
-from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, output_layer, score_rows
+from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
 
 logger = logging.getLogger("distalign.engine")
@@ -107,12 +107,12 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
     return report
 
 
-def _state(model: nn.Module) -> tuple:
-    head = output_layer(model)
-    weight = embedding_weight(model)
+def _state(model: Any) -> tuple:
+    """What a report depends on; read for every pass."""
+    head, weight = model.get_output_embeddings(), model.get_input_embeddings().weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     bias = getattr(head, "bias", None) is None
-    return type(head), bias, weight.dtype, weight.device, autocast, attention_of(text_config(model))
+    return type(head), bias, weight.dtype, weight.device, autocast, attention_of(model.config.get_text_config())
 
 
 def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:

@@ -351,7 +351,8 @@ class RolloutWorker:
             started = time.perf_counter()
             drawn.add("rewards", self.rollout.rewards(drawn, rows))
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
-            self.metrics.add(self.reward_counters(), 0)
+            if counters := self.reward_counters():
+                self.metrics.add(counters, 0)
         self._score(drawn)
         if self._logged != number:
             self._logged = number
