@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A smoke test of recipes/tldr.yaml: its six methods, two steps each, on SmolLM2-135M with a small adapter, short responses and
+# A smoke test of the recipe tldr: its six methods, two steps each, on SmolLM2-135M with a small adapter, short responses and
 # a frozen reward model. It shows that every part runs; in two steps nothing is learned.
 # Usage: scripts/tldr.sh scitldr_pairs.jsonl.gz
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""What a user can mend: the command line prints it as it is and ends with exit code 2."""
+"""What a user can fix: the command line prints it as it is and ends with exit code 2."""
 
 from __future__ import annotations
 

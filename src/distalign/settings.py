@@ -41,7 +41,7 @@ def several(value: object) -> object:
 
 
 class RecipeError(InputError):
-    """A recipe that cannot be run: where, what was found, what to do; one line a problem."""
+    """A recipe that cannot be run: where, what was found, what to do; one line per problem."""
 
 
 _BOOL = re.compile(r"^(?:true|false)$")
@@ -96,6 +96,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError with the line."""
     try:
         value = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: a folder; give a recipe's file, or the name of a packaged recipe") from None
     except FileNotFoundError:
         near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise RecipeError(
@@ -132,7 +134,7 @@ def find_recipe(name: str | Path, kind: str = "") -> Path:
     Raises RecipeError if there is neither.
     """
     path, folder = Path(name), RECIPES / kind
-    if path.suffix or path.is_file() or len(path.parts) > 1:
+    if path.suffix or path.is_file() or "/" in str(name):
         return path
     packaged = sorted(file.stem for file in folder.glob("*.yaml"))
     if path.name in packaged:

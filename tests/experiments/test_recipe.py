@@ -309,3 +309,13 @@ def test_recompute_is_said_once(write):
     text = "methods: {dpo: }\nrecompute: selective\ntraining: {gradient_checkpointing: true}"
     message = refusal(write(f"{TARGET}{text}"))
     assert "recompute is selective and training.gradient_checkpointing true" in message
+
+
+def test_a_folder_is_no_recipe(tmp_path, monkeypatch):
+    """Not even one that is named like a packaged recipe: a path is a path."""
+    (tmp_path / "pairs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("./pairs", "pairs/", str(tmp_path / "pairs")):
+        with pytest.raises(RecipeError, match="a folder; give a recipe's file"):
+            load_recipe(name)
+    assert load_recipe("pairs").name == "pairs"

@@ -56,7 +56,7 @@ def test_a_trained_model_is_left_without_autocast(tmp_path):
     made = trainer(tmp_path, METHODS_HERE["dpo"], bf16=True)
     made.train()
     model = made.model.eval()
-    assert "forward" not in vars(model)
+    assert not {"forward", "_original_forward"} & set(vars(model))
     assert isinstance(model(torch.tensor([[5, 6]]), return_dict=False), tuple)
     group = Group([5, 6, 7], [[8, 9, 10], [11, 12]])
     with torch.no_grad():

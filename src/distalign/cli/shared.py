@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distalign.experiments.recipe import Recipe
 
 RecipeArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
         help="The settings of a run: a YAML file, or the name of a packaged recipe (quickstart).", metavar="RECIPE"
     ),
@@ -47,7 +47,7 @@ DataOption = Annotated[
 
 
 def read_recipe(
-    path: Path, set_: list[str] | None, model: str | None, data: str | None, method: str | None = None
+    path: str, set_: list[str] | None, model: str | None, data: str | None, method: str | None = None
 ) -> Recipe:
     """The recipe with the flags' changes. Raises RecipeError naming every problem."""
     from distalign.experiments.recipe import load_recipe

@@ -147,9 +147,9 @@ def score_rows(
 ) -> RowScores:
     """Log-probability of each row's target, with its entropy and its KL to a reference if asked for.
 
-    Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Up to `keep`
-    bytes of exp(logits) wait for the backward pass, which is then spared these products, where log-probabilities alone
-    are asked for.
+    Differentiable in the hidden states, the weight and the bias (or the logits), not in the reference. Where
+    log-probabilities alone are asked for, up to `keep` bytes of exp(logits) wait for the backward pass, which then need
+    not compute these products again.
 
     Raises ValueError if the reference has another vocabulary.
     """

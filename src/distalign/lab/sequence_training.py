@@ -182,7 +182,7 @@ class _Group:
         self.behavior = self._along(policy.detach())
 
     def _along(self, table: Float[Tensor, "models prompts nodes *vocabulary"]) -> Float[Tensor, "samples length"]:
-        """Values of a table of next tokens (or of nodes) along the paths of the drawn responses, a row a response."""
+        """Values of a table of next tokens (or of nodes) along the paths of the drawn responses, a row for each."""
         where = (self.tree.paths if table.dim() == 4 else self.tree.nodes)[self.drawn]
         return table.flatten(2).gather(2, where.flatten(2)).view(-1, self.tree.length)
 

@@ -7,7 +7,7 @@ best-scoring answer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float
@@ -71,10 +71,9 @@ class RKL(PolicyGradient):
     @property
     def needs(self) -> Needs:
         """Scored samples; with β > 0 also the reference; a value function with PPO."""
-        needs = Needs(samples=True, reward=True, values=self.estimator == "ppo")
         if self.estimator == "split":
-            return replace(needs, kl=self.beta > 0, entropy=self.gamma > 0)
-        return replace(needs, reference=self.beta > 0)
+            return Needs(samples=True, reward=True, kl=self.beta > 0, entropy=self.gamma > 0)
+        return Needs(samples=True, reward=True, reference=self.beta > 0, values=self.estimator == "ppo")
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean regularised negative reward of the samples, in nats (PPO: its surrogate)."""

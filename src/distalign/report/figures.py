@@ -48,7 +48,7 @@ TRAINING = [
     ),
     Topic(
         "Preference accuracy",
-        "Share of pairs whose chosen response gets the larger implied reward; one half is chance.",
+        "Share of pairs whose chosen response gets the larger implicit reward; one half is chance.",
         {"rewards/accuracies": "train", "eval_rewards/accuracies": _HELD_OUT},
     ),
     Topic(

@@ -5,6 +5,7 @@ And the reference's log-probabilities of the pairs seen: scored again beside oth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -57,18 +58,28 @@ def load_worker(worker: RolloutWorker, folder: Path, step: int) -> None:
 
 def save_reference(rows: Sequence[EncodedPair], logps: Mapping[tuple, Tensor], folder: Path) -> None:
     """Write the log-probabilities of those training pairs that have them, by `EncodedPair.key`, in nats."""
-    scored = {number: logps[key] for number, row in enumerate(rows) if (key := row.key) in logps}
+    scored = {_fingerprint(key): logps[key] for row in rows if (key := row.key) in logps}
     if scored:
-        tensors = {"rows": torch.tensor(list(scored)), "logps": torch.stack(list(scored.values())).cpu()}
+        tensors = {"pairs": torch.tensor(list(scored)), "logps": torch.stack(list(scored.values())).cpu()}
         save_file(tensors, folder / REFERENCE)
 
 
 def load_reference(rows: Sequence[EncodedPair], folder: Path, device: torch.device) -> dict[tuple, Tensor]:
-    """What `save_reference` wrote; empty if it wrote nothing."""
-    if not (folder / REFERENCE).is_file():
+    """What `save_reference` wrote of these pairs, wherever they stand now. Raises InputError for a damaged file."""
+    path = folder / REFERENCE
+    if not path.is_file():
         return {}
-    tensors = load_file(folder / REFERENCE, device=str(device))
-    return {rows[n].key: logps for n, logps in zip(tensors["rows"].tolist(), tensors["logps"], strict=True)}
+    try:
+        tensors = load_file(path, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); remove it to score the reference again") from error
+    saved = dict(zip(tensors["pairs"].tolist(), tensors["logps"], strict=True))
+    return {key: saved[mark] for row in rows if (mark := _fingerprint(key := row.key)) in saved}
+
+
+def _fingerprint(key: tuple[tuple[int, ...], ...]) -> int:
+    """64 bits of the token ids of a pair, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big", signed=True)
 
 
 def _write(path: Path, state: dict) -> None:

@@ -39,6 +39,7 @@ from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
 from distalign.models.policy import Policy
 from distalign.progress import progress
+from distalign.rewards import WeightedSum
 from distalign.training.checkpoint import load_reference, load_worker, save_reference, save_worker
 from distalign.training.health import HealthSettings, Monitor
 from distalign.training.prompts import (
@@ -170,6 +171,8 @@ class AlignmentTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
         """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
+        if self.memory is None:
+            self.memory = self.estimate_memory()
         started = time.perf_counter()
         model.train()
         batch = self.collect(inputs["rows"], inputs["indices"], num_items_in_batch)
@@ -242,7 +245,8 @@ class AlignmentTrainer(Trainer):
         needs = self.needs
         if needs.pairs == "labelled":
             self.metrics.add(pair_metrics(self.method, pairs), len(micro.prompts))
-        if needs.samples and not needs.values and "behavior_token_logps" in micro.prompts[0].constants:
+        stale = "behavior_token_logps" in micro.prompts[0].constants and not micro.prompts[0].fresh
+        if needs.samples and not needs.values and stale:
             self._weights.append(importance_weights(samples)[:, -1])
         if self.worker is not None:
             self.worker.record(scores, micro.prompts, self.state.global_step)
@@ -315,7 +319,7 @@ class AlignmentTrainer(Trainer):
 
     # A run ------------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`; a resumed run skips the checks of the start."""
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         if resume_from_checkpoint:
@@ -325,7 +329,6 @@ class AlignmentTrainer(Trainer):
             self.run(lambda: self.policy.assert_starts_at_reference(groups))
         with progress(self.label, 1) as self._advance, self._explain_out_of_memory_outside():
             try:
-                self.memory = self.estimate_memory()
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self.policy.remove_value_head()
@@ -333,6 +336,7 @@ class AlignmentTrainer(Trainer):
 
     def _put_forward_back(self) -> None:
         """Take off the autocast that accelerate put around the model's forward."""
+        vars(self.policy.model).pop("_original_forward", None)
         if self._own_forward is None:
             vars(self.policy.model).pop("forward", None)
         else:
@@ -346,13 +350,15 @@ class AlignmentTrainer(Trainer):
             self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # The one private method of transformers that is overridden: a checkpoint must be whole before older ones go.
-        super()._save_checkpoint(model, trial)
+        # The one private method of transformers that is overridden: it deletes older checkpoints at its end, so what a
+        # run needs besides is written before.
         folder = self._folder / f"checkpoint-{self.state.global_step}"
-        if self.worker is not None and folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.worker is not None:
             save_worker(self.worker, folder, self.state.global_step)
-        if self._remembers_reference and folder.is_dir():
+        if self._remembers_reference:
             save_reference(self.rows, self.reference_cache, folder)
+        super()._save_checkpoint(model, trial)
 
     @property
     def _remembers_reference(self) -> bool:
@@ -383,7 +389,8 @@ class AlignmentTrainer(Trainer):
     def estimate_memory(self) -> MemoryEstimate:
         """What the run will need, measured on the model as it is trained; logged, with a warning if it does not fit."""
         reward = None if self.rollout is None else self.rollout.reward
-        others = [self.policy.reference, *(vars(reward).values() if hasattr(reward, "__dict__") else ())]
+        parts = [part for _, _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
+        others = [self.policy.reference, *(m for part in parts for m in getattr(part, "__dict__", {}).values())]
         memory = estimate(
             self.policy.model,
             self.score,
@@ -391,7 +398,7 @@ class AlignmentTrainer(Trainer):
             token_budget=self.token_budget,
             batch=self.args.per_device_train_batch_size,
             free=available(self.args.device),
-            state=2.0 if "adamw_torch" in str(self.args.optim).lower() else None,
+            state=2.0 if self.args.optim in ("adamw_torch", "adamw_torch_fused") else None,
             resident=[module for module in others if isinstance(module, nn.Module)],
         )
         logger.info("%s", memory)
