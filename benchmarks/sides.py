@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import DTYPES, MODELS, WORKLOADS, Machine, body_size, useful_operations
 from safetensors.torch import save_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, check, micro_batches, score, score_in_batches
@@ -30,7 +30,7 @@ from distalign.methods import DPO, RKL
 from distalign.models.load import Source
 from distalign.models.policy import Policy
 from distalign.rewards import Request
-from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
 GAMMA = 0.1
@@ -137,9 +137,8 @@ def train_ours(pipe: Connection, job: Job, folder: str) -> None:
     trainer = AlignmentTrainer(
         policy,
         DPO(gamma=GAMMA),
-        TrainingArguments(**arguments),
+        AlignmentConfig(**arguments, token_budget=job.token_budget, end_token_id=0, health=None),
         rows,
-        token_budget=job.token_budget,
         reference_cache=reference,
     )
     turns = Turns(pipe, job, model, {"operations": useful_operations(model.config, groups, body_size(model))})
@@ -166,15 +165,22 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     workload = WORKLOADS["group8"]
     rows = [EncodedPrompt(group.prompt) for group in workload.groups(job.prompts, model.config.vocab_size)]
     tokens = workload.response[1]
-    settings = RolloutSettings(samples=workload.responses, max_new_tokens=tokens, min_new_tokens=tokens, show=0)
+    settings = {
+        "num_generations": workload.responses,
+        "max_completion_length": tokens,
+        "min_new_tokens": tokens,
+        "num_completions_to_print": 0,
+        "end_token_id": 1,
+        "token_budget": job.token_budget,
+        "health": None,
+    }
     policy = Policy(model, _tokenizer(model), Source(job.model, "", ""), reference=lambda: nullcontext(model))
     trainer = AlignmentTrainer(
         policy,
         RKL(gamma=GAMMA, beta=0.0),
-        TrainingArguments(**_arguments(job, folder, per_device_train_batch_size=job.prompts)),
+        AlignmentConfig(**_arguments(job, folder, per_device_train_batch_size=job.prompts), **settings),
         rows,
-        token_budget=job.token_budget,
-        rollout=Rollout(settings, 1, _Lengths()),
+        reward_funcs=_Lengths(),
     )
     turns = Turns(pipe, job, model, {})
     trainer.add_callback(turns)

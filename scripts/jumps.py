@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import distalign
 from distalign.data import EncodedPrompt
 from distalign.methods import RKL
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
-from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
 PACKAGE = Path(distalign.__file__).parent
@@ -118,9 +118,13 @@ def tiny_tokenizer() -> Any:
 def one_step(folder: str) -> Jumps:
     """Two steps of training in `folder`; the counts of the second."""
     policy = make_policy(tiny_model(), tiny_tokenizer(), Source("tiny", "tiny", "made here"), reference=True)
-    settings = RolloutSettings(samples=2, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
-    arguments = TrainingArguments(
+    arguments = AlignmentConfig(
         folder,
+        num_generations=2,
+        max_completion_length=TOKENS,
+        min_new_tokens=TOKENS,
+        token_budget=512,
+        health=None,
         max_steps=2,
         per_device_train_batch_size=1,
         save_strategy="no",
@@ -129,8 +133,7 @@ def one_step(folder: str) -> Jumps:
         use_cpu=True,
     )
     prompts = [EncodedPrompt([5, 6, 7, 8]), EncodedPrompt([9, 10, 11])]
-    rollout = Rollout(settings, END, Even())
-    trainer = CountingTrainer(policy, RKL(gamma=0.01, beta=0.05), arguments, prompts, token_budget=512, rollout=rollout)
+    trainer = CountingTrainer(policy, RKL(gamma=0.01, beta=0.05), arguments, prompts, reward_funcs=Even())
     trainer.train()
     return trainer.found
 

@@ -10,7 +10,7 @@ settings=(
   name=tldr-smoke data.prompts=null data.held_out=0.3 data.limit=60 data.eval_limit=8 data.max_length=320
   'lora={r: 8, alpha: 16, layers: 4}'
   'reward={train: {init: scratch, backbone: frozen}}'
-  rollout.max_new_tokens=16 rollout.missing_end.rule=none
+  rollout.max_completion_length=16 rollout.missing_end.rule=none
   training.max_steps=2 training.per_device_train_batch_size=2 training.eval_steps=2 training.use_cpu=true
   'evaluation={prompts: 4, samples: 1, max_new_tokens: 16, temperature: 0.7}' health.prompts=2 token_budget=1024
 )

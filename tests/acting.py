@@ -6,13 +6,12 @@ import json
 
 import tiny
 import torch
-from transformers import TrainingArguments
 
 from distalign.data import EncodedPrompt, Prompt
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
-from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
 METHODS = {
@@ -49,13 +48,15 @@ def prompts(n=8):
 def trainer(
     folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, kind="llama", **settings
 ):
-    """A trainer on the tiny model. Settings of a rollout are known by their names, the rest are TrainingArguments'."""
+    """A trainer on the tiny model. `settings` are AlignmentConfig's."""
     torch.manual_seed(0)
     policy = make_policy(tiny.model(kind), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
-    token_budget = settings.pop("token_budget", 4096)
-    own = {key: settings.pop(key) for key in RolloutSettings.model_fields if key in settings}
-    rollout = RolloutSettings(**{"samples": 4, "max_new_tokens": 5, "show": 1, **own})
     arguments = {
+        "token_budget": 4096,
+        "num_generations": 4,
+        "max_completion_length": 5,
+        "num_completions_to_print": 1,
+        "health": None if health is None else health.model_dump(),
         "per_device_train_batch_size": 8,
         "max_steps": 1,
         "learning_rate": 1e-2,
@@ -71,11 +72,9 @@ def trainer(
     return AlignmentTrainer(
         policy,
         method,
-        TrainingArguments(output_dir=str(folder), **arguments),
+        AlignmentConfig(output_dir=str(folder), **arguments),
         (tiny.encoded_pairs(8) if labelled else prompts()) if rows is None else rows,
-        token_budget=token_budget,
-        rollout=Rollout(rollout, tiny.END, (reward or Warmth()) if method.needs.reward else None),
-        health=health,
+        reward_funcs=(reward or Warmth()) if method.needs.reward else None,
         callbacks=callbacks,
     )
 

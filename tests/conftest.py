@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from jaxtyping import install_import_hook
 
 # Every shape annotation of the package is checked while the tests run.
-install_import_hook("distalign", "beartype.beartype")
+install_import_hook("distalign", "type_checker.check")
 
 import hypothesis
 import pytest

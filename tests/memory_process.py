@@ -14,13 +14,13 @@ from pathlib import Path
 
 import tiny
 import torch
-from transformers import TrainingArguments
 
 from distalign.data import EncodedPair
 from distalign.engine import check
 from distalign.methods import PMLE
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
+from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
@@ -47,8 +47,8 @@ def main(budget: int, what: str, folder: str) -> dict:
     batch = 2 * budget // 128
     pairs = [EncodedPair(draw(64), draw(32), draw(32), None, "pair") for _ in range(2 * batch)]
     settings = {"per_device_train_batch_size": batch, "max_steps": 2, "save_strategy": "no", "report_to": "none"}
-    args = TrainingArguments(output_dir=folder, use_cpu=True, **settings)
-    trainer = AlignmentTrainer(policy, PMLE(0.5, 0.0), args, pairs, token_budget=budget)
+    args = AlignmentConfig(output_dir=folder, use_cpu=True, token_budget=budget, **settings)
+    trainer = AlignmentTrainer(policy, PMLE(0.5, 0.0), args, pairs)
     check(policy.model)
     gc.collect()
     if what == "limit":

@@ -40,7 +40,7 @@ SMALL = {
     "evaluation.prompts": 4,
     "evaluation.samples": 1,
     "evaluation.max_new_tokens": 4,
-    "rollout.max_new_tokens": 4,
+    "rollout.max_completion_length": 4,
     "rollout.min_new_tokens": 0,
     "health.prompts": 2,
 }

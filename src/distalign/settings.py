@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -25,9 +25,10 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown settings are refused."""
+    """A part of a recipe: unknown settings are refused. `renamed` says what an old name is called now."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    renamed: ClassVar[dict[str, str]] = {}
 
 
 def switch(value: object) -> object:
@@ -216,7 +217,9 @@ def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
     *sections, key = error["loc"] or ("",)
     section = ".".join(map(str, sections)) or "recipe"
     if error["type"] == "extra_forbidden":
-        return [unknown_setting(section, str(key), _names_at(sections, kind))]
+        model = _section_at(sections, kind)
+        new = model.renamed.get(str(key)) if issubclass(model, Section) else None
+        return [unknown_setting(section, str(key), list(model.model_fields), new and f'it is called "{new}" now')]
     if error["type"] == "missing":
         return [f'{section} has no "{key}"; add it']
     if error["type"] == "value_error":
@@ -224,14 +227,14 @@ def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
     return [f"{'.'.join(map(str, error['loc']))} is {error['input']!r}; {lower_first(error['msg'])}"]
 
 
-def _names_at(sections: Iterable[Any], model: type[BaseModel]) -> list[str]:
+def _section_at(sections: Iterable[Any], model: type[BaseModel]) -> type[BaseModel]:
     for section in sections:
         if isinstance(section, int):
             continue
         annotation = model.model_fields[section].annotation
         options = [annotation, *get_args(annotation), *(o for a in get_args(annotation) for o in get_args(a))]
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return list(model.model_fields)
+    return model
 
 
 def lower_first(text: str) -> str:

@@ -20,7 +20,7 @@ from distalign.training import trainer
 REWARDED = (
     "reward={train: {init: scratch, epochs: 1}}",
     "methods={rkl: {gamma: 0.5, beta: 0.1}}",
-    "rollout.samples=2",
+    "rollout.num_generations=2",
 )
 
 

@@ -187,10 +187,10 @@ REFUSALS = {
     "methods: {dpo: }\nqqq: 1": 'x.yaml: recipe has no setting "qqq"; it has name, output_dir, seed, model, dtype, '
     "trust_remote_code, lora, data, target, methods, compare, rollout, reward, health, training, token_budget, "
     "recompute, early_stopping, evaluation",
-    "methods: {rkl: {rollout: {sample: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "sample"; did you mean '
-    '"samples"?',
-    "methods: {rkl: {rollout: {samples: 0}}}": "x.yaml: methods.rkl.rollout.samples is 0; input should be greater "
-    "than 0",
+    "methods: {rkl: {rollout: {samples: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "samples"; it is called '
+    '"num_generations" now',
+    "methods: {rkl: {rollout: {num_generations: 0}}}": "x.yaml: methods.rkl.rollout.num_generations is 0; input "
+    "should be greater than 0",
     "methods: {dpo: }\ncompare: [pmle]": 'x.yaml: compare: recipe has no method "pmle"; it has dpo',
     "methods: {dpo: }\nreward: {weight: 2}": "x.yaml: reward names 0 of model, train, function and exact; give "
     "one each",
@@ -288,15 +288,15 @@ def test_a_method_may_change_the_rollouts(tmp_path):
     """methods.X.rollout changes single settings of rollout, for that method alone, and survives the way to YAML."""
     path = tmp_path / "x.yaml"
     path.write_text(
-        "model: m\ndata: {train: a}\nrollout: {samples: 4, inner_epochs: 4}\n"
-        "methods: {pmle: {rollout: {inner_epochs: 1}}, rkl: }\n"
+        "model: m\ndata: {train: a}\nrollout: {num_generations: 4, num_iterations: 4}\n"
+        "methods: {pmle: {rollout: {num_iterations: 1}}, rkl: }\n"
     )
     recipe = load_recipe(path)
-    assert recipe.rollout_for("pmle").inner_epochs == 1
+    assert recipe.rollout_for("pmle").num_iterations == 1
     assert (
         recipe.rollout_for("pmle").samples
         == recipe.rollout_for("rkl").samples
-        == recipe.rollout_for("rkl").inner_epochs
+        == recipe.rollout_for("rkl").num_iterations
     )
     assert recipe.method("pmle").needs.samples
     recipe.dump(tmp_path / "y.yaml")

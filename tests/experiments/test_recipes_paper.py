@@ -66,12 +66,12 @@ def test_a_method_has_the_papers_numbers(recipe, name, row):
     settings = stands(recipe)
     batch, rate, schedule, inner, own = row
     training, rollout = settings.training_for(name), settings.rollout_for(name)
-    responses = rollout.samples if "estimator" in own else 1
+    responses = rollout.num_generations if "estimator" in own else 1
     assert training["per_device_train_batch_size"] * responses == batch
     assert training.get("gradient_accumulation_steps", 1) == 1
     assert training["learning_rate"] == rate
     assert training["lr_scheduler_type"] == schedule
-    assert inner is None or rollout.inner_epochs == inner
+    assert inner is None or rollout.num_iterations == inner
     method = settings.method(name)
     assert {key: getattr(method, key) for key in own} == own
 
@@ -84,7 +84,7 @@ def test_tldr_has_the_papers_setting():
     assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout, recipe.lora.layers) == (1024, 2048, 0.0, None)
     assert recipe.data.max_length == 512 + 53
     assert recipe.rollout.temperature == 0.7
-    assert recipe.rollout.max_new_tokens == recipe.evaluation.max_new_tokens == 53
+    assert recipe.rollout.max_completion_length == recipe.evaluation.max_new_tokens == 53
     assert recipe.evaluation.prompts == 600
     assert recipe.early_stopping is None
     for name in ("rebel", "pd", "rlhf", "rkl"):
@@ -101,7 +101,7 @@ def test_chat_has_the_papers_setting():
     assert recipe.model == "meta-llama/Meta-Llama-3-8B-Instruct"
     assert "ultrafeedback" in recipe.data.train
     assert (recipe.rollout.temperature, recipe.rollout.top_p) == (0.8, 0.9)
-    assert recipe.rollout.max_new_tokens == recipe.evaluation.max_new_tokens == 1024
+    assert recipe.rollout.max_completion_length == recipe.evaluation.max_new_tokens == 1024
     assert all(recipe.training_for(name)["num_train_epochs"] == 1 for name in CHAT)
     assert all(length(recipe, name) == -1 for name in CHAT)
 
@@ -135,7 +135,7 @@ def test_tldr_trains_on_summarisation_pairs(tmp_path):
         "dtype": "float32",
         "lora": "{r: 4, alpha: 8}",
         "reward": "{train: {init: scratch, backbone: frozen, epochs: 2}}",
-        "rollout.max_new_tokens": 5,
+        "rollout.max_completion_length": 5,
         "data": f"{{train: {SCITLDR}, held_out: 0.3, limit: 60, eval_limit: 4, max_length: 565, too_long: drop}}",
     }
     for section in ("training", "methods.pmle.training"):

@@ -12,7 +12,7 @@ from distalign.training.rounds import Rollout, RolloutSettings
 def test_the_default_backend_is_sample():
     """Token for token, with the rows of the recipe."""
     model, prompts = tiny.model(), [[7, 8]]
-    backend = Rollout(RolloutSettings(rows=4), 3).backend
+    backend = Rollout(RolloutSettings(decode_batch_size=4), 3).backend
     assert isinstance(backend, Backend)
     assert backend == TransformersBackend(rows=4)
     settings = {"n": 3, "max_new_tokens": 5, "min_new_tokens": 1, "temperature": 0.8, "top_p": 0.9, "end_id": 3}

@@ -23,7 +23,6 @@ import tiny
 import torch
 from engine_models import GROUPS, build, direct_logits, direct_token_logps, largest_difference
 from test_trainer import direct_loss, trainer
-from transformers import TrainingArguments
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, check, flex, score, selfcheck
@@ -33,6 +32,7 @@ from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
 from distalign.rollout import decode as decoding
 from distalign.rollout.sample import sample
+from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
 DEVICE = torch.device(os.environ.get("DISTALIGN_TEST_DEVICE", "cuda"))
@@ -346,8 +346,8 @@ def test_memory_is_what_was_estimated(budget, settings, tmp_path):
     batch = 2 * budget // 512
     pairs = [EncodedPair(*(row.prompt, *row.responses), None, "") for row in rows(*[(400, (56, 56))] * 2 * batch)]
     settings = {"per_device_train_batch_size": batch, "max_steps": 2, "save_strategy": "no", **settings}
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **settings)
-    made = AlignmentTrainer(policy, METHODS["pmle"](0.5, 0.0), args, pairs, token_budget=budget)
+    args = AlignmentConfig(output_dir=str(tmp_path), token_budget=budget, **settings)
+    made = AlignmentTrainer(policy, METHODS["pmle"](0.5, 0.0), args, pairs)
     check(policy.model)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -99,7 +99,10 @@ ILL = {
     "distinct": ({"health/distinct_2": 0.1}, "different bigrams fell to 12% of their start"),
     "kl": ({"objective/kl": 60.0}, "KL to the reference rose by 60 nats per response: .* raise beta"),
     "chosen_logps": ({"logps/chosen": -160.0}, "preferred responses fell by 60 nats: .* displacement"),
-    "missing_end": ({"completions/clipped_ratio": 0.9}, "90% of the responses are cut .* rollout.max_new_tokens"),
+    "missing_end": (
+        {"completions/clipped_ratio": 0.9},
+        "90% of the responses are cut .* rollout.max_completion_length",
+    ),
     "length_correlation": ({"health/reward_length_correlation": 0.95}, r"correlation 0\.95, 0\.10 at the start"),
 }
 

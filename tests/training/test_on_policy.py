@@ -52,7 +52,7 @@ SPLITS = [
     ("micro-batches", 1, {"token_budget": 1}),
     ("minibatches", 2, {"per_device_train_batch_size": 4, "minibatches": 2}),
     ("both", 4, {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "minibatches": 4}),
-    ("inner epochs", 2, {"inner_epochs": 2}),
+    ("inner epochs", 2, {"num_iterations": 2}),
 ]
 
 
@@ -72,7 +72,7 @@ def test_a_gradient_does_not_depend_on_the_split(tmp_path, name):
 def test_the_order_of_prompts_does_not_change_the_loss(tmp_path, name):
     """The mean over a batch is the same in any order."""
     method = METHODS[name]
-    made = trainer(tmp_path, method, inner_epochs=2)
+    made = trainer(tmp_path, method, num_iterations=2)
     made.state.global_step = 0
     made.model.eval()
     losses = []
@@ -86,7 +86,7 @@ def test_the_order_of_prompts_does_not_change_the_loss(tmp_path, name):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_what_is_collected_is_what_the_engine_says(tmp_path, temperature):
     """Behavior and reference log-probabilities are those of the drawn responses at the temperature of the draw."""
-    made = trainer(tmp_path, METHODS["rkl"], inner_epochs=2, temperature=temperature)
+    made = trainer(tmp_path, METHODS["rkl"], num_iterations=2, temperature=temperature)
     model = made.model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,7 +124,7 @@ def test_more_than_two_samples_make_all_pairs_or_the_extreme_one(tmp_path):
 def test_a_loss_is_given_what_is_declared_and_no_more(tmp_path):
     """The reference is scored for the log at β = 0 too; the method does not see it."""
     for method, record in ((RKL(0.5, 0.0), 1), (REBEL(1.0, 0.0), 0)):
-        made = trainer(tmp_path / type(method).__name__, method, inner_epochs=2)
+        made = trainer(tmp_path / type(method).__name__, method, num_iterations=2)
         made.model.eval()
         drawn = made.collect(made.rows[:2], [0, 1]).prompts
         assert "reference_token_logps" in drawn[0].constants
@@ -136,7 +136,7 @@ def test_a_loss_is_given_what_is_declared_and_no_more(tmp_path):
 def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):
     """stale: resample draws anew for the KL term once the policy has moved; sampled pairs stay those of the round."""
     for method in (PMLE(0.5, 0.3), PD(0.5, 0.3)):
-        made = trainer(tmp_path / type(method).__name__, method, inner_epochs=2, stale="resample")
+        made = trainer(tmp_path / type(method).__name__, method, num_iterations=2, stale="resample")
         made.model.eval()
         first = made.collect(made.rows[:2], [0, 1]).prompts
         made.state.global_step = 1
@@ -149,15 +149,15 @@ def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):
         if method.needs.pairs == "sampled":
             assert second[0].group.responses[:4] == first[0].group.responses
             assert pairs.rewards is not None
-    with pytest.raises(TrainingError, match=r"rollout\.samples is 1, but pairs"):
-        trainer(tmp_path, METHODS["rebel"], samples=1)
-    with pytest.raises(TrainingError, match=r"rollout\.stale is resample"):
+    with pytest.raises(TrainingError, match=r"num_generations is 1, but pairs"):
+        trainer(tmp_path, METHODS["rebel"], num_generations=1)
+    with pytest.raises(TrainingError, match=r"stale is resample"):
         trainer(tmp_path, METHODS["rkl"], stale="resample")
 
 
 def test_rounds_go_through_all_prompts_and_each_inner_epoch_has_its_own_order():
-    """Every row comes up inner_epochs times an epoch, a batch is of one round, and what is left is a smaller round."""
-    batches = RoundBatches(11, batch_size=2, batches=2, inner_epochs=3, seed=5)
+    """Every row comes up num_iterations times an epoch, a batch is of one round, what is left is a smaller round."""
+    batches = RoundBatches(11, batch_size=2, batches=2, num_iterations=3, seed=5)
     epochs = []
     for epoch in range(2):
         batches.set_epoch(epoch)
@@ -184,7 +184,7 @@ def test_rounds_go_through_all_prompts_and_each_inner_epoch_has_its_own_order():
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_dropout_is_off_for_an_on_policy_run(tmp_path, kind, lora):
     """What is trained is what was sampled: at learning rate 0 every weight is 1 and KL to the reference is 0."""
-    made = trainer(tmp_path, METHODS["pd"], kind=kind, lora=lora, learning_rate=0.0, max_steps=3, inner_epochs=3)
+    made = trainer(tmp_path, METHODS["pd"], kind=kind, lora=lora, learning_rate=0.0, max_steps=3, num_iterations=3)
     made.train()
     rows = metrics(tmp_path)[:3]
     for row in rows:
@@ -199,7 +199,7 @@ def test_the_share_of_effective_samples_does_not_depend_on_the_split(tmp_path):
     for i, settings in enumerate(
         ({}, {"token_budget": 1}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4})
     ):
-        made = trainer(tmp_path / str(i), METHODS["rkl"], inner_epochs=3, max_steps=3, optim="sgd", **settings)
+        made = trainer(tmp_path / str(i), METHODS["rkl"], num_iterations=3, max_steps=3, optim="sgd", **settings)
         made.train()
         found.append([row["rollout/effective_samples"] for row in metrics(tmp_path / str(i))[:3]])
     assert found[0][2] < 0.999
@@ -210,7 +210,9 @@ def test_the_share_of_effective_samples_does_not_depend_on_the_split(tmp_path):
 def test_rounds_and_batches_draw_by_different_random_numbers(tmp_path):
     """Two rounds over one prompt differ, and so do the fresh responses of two batches of one step."""
     rows = [prompts(1)[0]] * 4
-    made = trainer(tmp_path, METHODS["pd"], rows=rows, per_device_train_batch_size=2, inner_epochs=2, stale="resample")
+    made = trainer(
+        tmp_path, METHODS["pd"], rows=rows, per_device_train_batch_size=2, num_iterations=2, stale="resample"
+    )
     made.model.eval()
     drawn = []
     for index in (made.worker.batches.rounds[0][0], made.worker.batches.rounds[1][0]):
@@ -234,7 +236,7 @@ def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora, stale
         "lora": lora,
         "per_device_train_batch_size": 2,
         "minibatches": 2,
-        "inner_epochs": 2,
+        "num_iterations": 2,
         "stale": stale,
         "max_steps": 7,
         "save_strategy": "steps",

@@ -34,7 +34,13 @@ def test_collapse_is_caught(tmp_path, caplog, stop):
     """RLHF at β = 0 on a reward that likes one token: a warning that says so, and with stop_on_collapse it saves."""
     health = HealthSettings(stop_on_collapse=stop)
     made = trainer(
-        tmp_path, RLHF(beta=0.0), reward=LikesOneToken(), health=health, max_steps=60, samples=8, learning_rate=3e-2
+        tmp_path,
+        RLHF(beta=0.0),
+        reward=LikesOneToken(),
+        health=health,
+        max_steps=60,
+        num_generations=8,
+        learning_rate=3e-2,
     )
     with caplog.at_level(logging.WARNING, "distalign"):
         made.train()
@@ -52,7 +58,7 @@ def test_entropy_keeps_its_place_with_its_own_weight(tmp_path, caplog):
     """The same reward with RKL's entropy term does not collapse, and nothing is said."""
     made = trainer(
         tmp_path, RKL(1.0, 0.0), reward=LikesOneToken(), health=HealthSettings(stop_on_collapse=True), max_steps=60,
-        samples=8, learning_rate=3e-2,
+        num_generations=8, learning_rate=3e-2,
     )  # fmt: skip
     with caplog.at_level(logging.WARNING, "distalign"):
         made.train()
@@ -65,7 +71,7 @@ def test_entropy_keeps_its_place_with_its_own_weight(tmp_path, caplog):
 
 def test_metrics_of_a_round_have_their_names(tmp_path):
     """Reward, KL, entropy, lengths and health of every round, and its completions in samples.jsonl."""
-    made = trainer(tmp_path, METHODS["rkl"], max_steps=3, health=HealthSettings(), inner_epochs=3)
+    made = trainer(tmp_path, METHODS["rkl"], max_steps=3, health=HealthSettings(), num_iterations=3)
     made.train()
     first, second = metrics(tmp_path)[:2]
     assert set(first) >= {
@@ -97,7 +103,7 @@ def test_an_offline_method_is_watched_too(tmp_path):
 
 def test_a_missing_end_costs_what_the_recipe_says(tmp_path):
     """replace: responses that were cut are worth −1 in the round, the others what the reward says."""
-    made = trainer(tmp_path, METHODS["rkl"], missing_end={"rule": "replace", "value": -1.0}, max_new_tokens=3)
+    made = trainer(tmp_path, METHODS["rkl"], missing_end={"rule": "replace", "value": -1.0}, max_completion_length=3)
     made.worker.draw_round([0], 0, tmp_path / "samples.jsonl")
     responses = [response for group in made.worker.round.responses for response in group]
     cut = torch.tensor([response[-1] != tiny.END for response in responses])
@@ -108,8 +114,8 @@ def test_a_missing_end_costs_what_the_recipe_says(tmp_path):
 
 
 def test_a_recipe_says_how_long_responses_are(tmp_path):
-    """rollout.max_new_tokens is the evaluation's unless it is given."""
-    for given, wanted in (({}, 5), ({"rollout": {"max_new_tokens": 7}}, 7)):
+    """rollout.max_completion_length is the evaluation's unless it is given."""
+    for given, wanted in (({}, 5), ({"rollout": {"max_completion_length": 7}}, 7)):
         path = tmp_path / "r.yaml"
         path.write_text(tiny.recipe_text(tmp_path, **given))
-        assert load_recipe(path).rollout.max_new_tokens == wanted
+        assert load_recipe(path).rollout.max_completion_length == wanted

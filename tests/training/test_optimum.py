@@ -8,14 +8,13 @@ from itertools import product
 import pytest
 import tiny
 import torch
-from transformers import TrainingArguments
 
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, score
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF, Pairs, Samples
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
-from distalign.training.rounds import Rollout, RolloutSettings
+from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
 VOCABULARY, LENGTH, PROMPT = 5, 2, [1, 2, 4]
@@ -52,9 +51,15 @@ def train(folder, method, *, rows=None, steps=150, samples=32, **rollout):
     """(exact log-probabilities at the start, after training)."""
     base = start()
     policy = make_policy(base, tiny.tokenizer(), Source("tiny", "tiny", "made here"), reference=True)
-    settings = RolloutSettings(samples=samples, max_new_tokens=LENGTH, rows=256, show=0, **rollout)
-    arguments = TrainingArguments(
+    arguments = AlignmentConfig(
         output_dir=str(folder),
+        num_generations=samples,
+        max_completion_length=LENGTH,
+        decode_batch_size=256,
+        num_completions_to_print=0,
+        token_budget=100_000,
+        health=None,
+        **rollout,
         per_device_train_batch_size=1 if rows is None else len(rows),
         max_steps=steps,
         learning_rate=5e-3,
@@ -72,8 +77,7 @@ def train(folder, method, *, rows=None, steps=150, samples=32, **rollout):
         method,
         arguments,
         [EncodedPrompt(PROMPT)] if rows is None else rows,
-        token_budget=100_000,
-        rollout=Rollout(settings, tiny.END, Table() if method.needs.reward else None),
+        reward_funcs=Table() if method.needs.reward else None,
     )
     trainer.train()
     with torch.no_grad():
@@ -92,14 +96,14 @@ def tilted(reference, beta, gamma):
 
 CASES = {
     "rkl": (RKL(0.5, 0.3), {}, lambda p: tilted(p, 0.3, 0.5)),
-    "rkl, two inner epochs": (RKL(0.5, 0.3), {"inner_epochs": 2}, lambda p: tilted(p, 0.3, 0.5)),
+    "rkl, two inner epochs": (RKL(0.5, 0.3), {"num_iterations": 2}, lambda p: tilted(p, 0.3, 0.5)),
     # The noisiest: over four seeds 0.011 to 0.032 after 150 steps, 0.006 to 0.023 after 250.
-    "rkl, ppo": (RKL(0.5, 0.3, estimator="ppo"), {"inner_epochs": 2, "steps": 250}, lambda p: tilted(p, 0.3, 0.5)),
+    "rkl, ppo": (RKL(0.5, 0.3, estimator="ppo"), {"num_iterations": 2, "steps": 250}, lambda p: tilted(p, 0.3, 0.5)),
     "rlhf": (RLHF(0.7), {}, lambda p: tilted(p, 0.7, 0.0)),
     # Its soft labels are those of R, whatever the pairs.
     "pd": (PD(0.5, 0.0), {}, lambda p: tilted(p, 0.0, 0.5)),
     # The fixed point of rounds with the KL penalty in the reward.
-    "rebel": (REBEL(1.0, 0.7), {"inner_epochs": 2}, lambda p: tilted(p, 0.7, 0.0)),
+    "rebel": (REBEL(1.0, 0.7), {"num_iterations": 2}, lambda p: tilted(p, 0.7, 0.0)),
 }
 
 

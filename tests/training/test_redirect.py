@@ -73,7 +73,7 @@ def test_gradients_through_a_data_parallel_wrapper(tmp_path):
 def test_no_pass_goes_around_the_wrapped_forward(tmp_path, name, lora):
     """Sampling, scoring, the adapter-off reference, evaluation and steps: layers run only inside the root's forward."""
     if name in acting.METHODS:
-        made = acting.trainer(tmp_path, acting.METHODS[name], lora=lora, max_steps=2, inner_epochs=2)
+        made = acting.trainer(tmp_path, acting.METHODS[name], lora=lora, max_steps=2, num_iterations=2)
     else:
         settings = {"held": tiny.encoded_pairs(4), "eval_strategy": "steps", "eval_steps": 1}
         made = trainer(tmp_path, METHODS[name](gamma=0.5), lora=lora, max_steps=2, **settings)

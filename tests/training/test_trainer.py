@@ -11,7 +11,7 @@ import acting
 import pytest
 import tiny
 import torch
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback
 
 from distalign.engine import Group, score
 from distalign.errors import InputError
@@ -19,7 +19,8 @@ from distalign.methods import METHODS, Method, Needs, Pairs, Samples
 from distalign.models.load import ModelError, Source
 from distalign.models.policy import Lora, make_policy
 from distalign.training.checkpoint import load_reference, save_reference
-from distalign.training.rounds import TrainingError, is_on_policy
+from distalign.training.config import AlignmentConfig
+from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
 PMLE, DPO = METHODS["pmle"](gamma=0.5, beta=0.0), METHODS["dpo"](gamma=0.5)
@@ -31,8 +32,10 @@ TRAIN_METRICS = {
 
 
 def trainer(folder, method=PMLE, pairs=None, held=None, *, lora=None, token_budget=4096, policy=None, **settings):
-    """A trainer on the tiny model; settings of its own and of TrainingArguments."""
-    own = ("patience", "min_delta", "extra_evaluation", "reference_cache")
+    """A trainer on the tiny model; settings of its own and of AlignmentConfig."""
+    own = ("callbacks", "extra_evaluation", "reference_cache")
+    if patience := settings.pop("patience", None):
+        settings["callbacks"] = [EarlyStoppingCallback(patience, settings.pop("min_delta", 0.0))]
     options = {key: settings.pop(key) for key in own if key in settings}
     if policy is None:
         torch.manual_seed(0)
@@ -50,9 +53,9 @@ def trainer(folder, method=PMLE, pairs=None, held=None, *, lora=None, token_budg
         "max_grad_norm": 0.0,
         **settings,
     }
-    args = TrainingArguments(output_dir=str(folder), **arguments)
+    args = AlignmentConfig(output_dir=str(folder), token_budget=token_budget, health=None, **arguments)
     pairs = tiny.encoded_pairs(8) if pairs is None else pairs
-    return AlignmentTrainer(policy, method, args, pairs, held, token_budget=token_budget, **options)
+    return AlignmentTrainer(policy, method, args, pairs, held, **options)
 
 
 def parameters(made):
@@ -357,16 +360,17 @@ def test_a_new_checkpoint_is_whole_before_the_old_one_goes(tmp_path, method, mon
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_that_acts_wants_to_know_how(tmp_path, name):
-    """Without rollout it is refused, with the way out; the others pass. No method is known by its name."""
+def test_a_method_that_reads_a_reward_wants_one(tmp_path, name):
+    """Without one it is refused, with the way out; the others pass. No method is known by its name."""
     method = METHODS[name]()
     torch.manual_seed(0)
     policy = make_policy(tiny.model(), tiny.tokenizer(), SOURCE, reference=True)
-    if not is_on_policy(method):
-        trainer(tmp_path, method, policy=policy)
+    settings = {"policy": policy, "max_completion_length": 5}
+    if not method.needs.reward:
+        trainer(tmp_path, method, **settings)
         return
-    with pytest.raises(TrainingError, match="learns from responses of the policy; pass rollout"):
-        trainer(tmp_path, method, policy=policy)
+    with pytest.raises(TrainingError, match="needs a reward for the responses; give one as reward_funcs"):
+        trainer(tmp_path, method, **settings)
 
 
 def test_a_method_that_no_one_has_heard_of_is_trained(tmp_path):

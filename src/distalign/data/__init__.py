@@ -11,6 +11,7 @@ from distalign.data.pairs import (
     Prompt,
     PromptData,
     Text,
+    has_pairs,
     plain_text,
     prompt_key,
     read_pairs,
@@ -27,6 +28,7 @@ from distalign.data.tokenize import (
     encode_pairs,
     encode_prompt,
     end_token_id,
+    prompts_of,
 )
 
 __all__ = [
@@ -49,9 +51,11 @@ __all__ = [
     "encode_pairs",
     "encode_prompt",
     "end_token_id",
+    "has_pairs",
     "inspect_pairs",
     "plain_text",
     "prompt_key",
+    "prompts_of",
     "read_pairs",
     "read_prompts",
     "split_by_prompt",

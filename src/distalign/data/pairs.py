@@ -90,6 +90,14 @@ def read_pairs(
     return _read(source, split, limit, lambda row, where: _pair(row, where, drop_ties=drop_ties))
 
 
+def has_pairs(source: Source, *, split: str | None = None) -> bool:
+    """Whether the first row has a `chosen` column: pairs, and not prompts alone. Raises DataError as `read_pairs`."""
+    problems: list[Problem] = []
+    for _, record in read_records(source, problems, split=split):
+        return "chosen" in record
+    raise DataError(problems or [Problem(describe(source, split), "no rows; is it the right file?")])
+
+
 def read_prompts(source: Source, *, split: str | None = None, limit: int | None = None) -> Data[Prompt]:
     """Read the `prompt` column of anything that `read_pairs` reads; the other columns are kept in `extra`."""
     return _read(source, split, limit, _prompt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -53,6 +53,11 @@ class EncodedPrompt:
     prompt: list[int]
     where: str = "prompt"
     row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
+
+
+def prompts_of(pairs: Iterable[EncodedPair]) -> list[EncodedPrompt]:
+    """The prompts of the pairs, each once, with the last row that has it."""
+    return list({tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in pairs}.values())
 
 
 @dataclass

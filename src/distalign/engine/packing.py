@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+# Tokens of a batch that is scored without gradient, where nothing else is set.
+FORWARD_BUDGET = 4096
+
 
 @dataclass(frozen=True)
 class Group:

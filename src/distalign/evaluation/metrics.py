@@ -100,7 +100,7 @@ class EvaluationSettings(Section):
 
     prompts: Count = 48
     samples: Count = 2
-    max_new_tokens: Count = 20
+    max_new_tokens: Count = 128
     temperature: Positive = 1.0
 
 

@@ -215,7 +215,7 @@ def _reference_logps(setup: Setup) -> torch.Tensor:
     """ln π₀ of the held-out pairs, cached for the methods that need them."""
     missing = [pair for pair in setup.held if pair.key not in setup.reference_cache]
     if missing:
-        logps = score_in_batches(setup.base, setup.task.pair_groups(), token_budget=setup.recipe.token_budget).logps
+        logps = score_in_batches(setup.base, setup.task.pair_groups(), token_budget=setup.recipe.forward_budget).logps
         setup.reference_cache.update({p.key: own for p, own in zip(setup.held, logps.view(-1, 2), strict=True)})
     return torch.stack([setup.reference_cache[pair.key] for pair in setup.held])
 

@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from distalign.engine.packing import FORWARD_BUDGET
 from distalign.evaluation.metrics import EvaluationSettings
 from distalign.methods import METHODS, Method
 from distalign.models.policy import Lora
@@ -102,7 +103,7 @@ class Recipe(Section):
     reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
     health: HealthSettings = HealthSettings()
     training: Annotated[dict[str, Any], Field(default_factory=dict)]
-    token_budget: Count = 4096
+    token_budget: Count | None = None
     recompute: Literal["none", "selective", "full"] = "none"
     early_stopping: Annotated[EarlyStopping | None, BeforeValidator(switch)] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -116,7 +117,7 @@ class Recipe(Section):
         evaluation = raw.get("evaluation")
         length = evaluation.get("max_new_tokens") if isinstance(evaluation, dict) else None
         default = EvaluationSettings().max_new_tokens if length is None else length
-        return {**raw, "rollout": {"max_new_tokens": default, **raw.get("rollout", {})}}
+        return {**raw, "rollout": {"max_completion_length": default, **raw.get("rollout", {})}}
 
     @field_validator("training", mode="before")
     @classmethod
@@ -175,6 +176,11 @@ class Recipe(Section):
     def training_for(self, name: str) -> dict[str, Any]:
         """The `TrainingArguments` settings of one method: `training`, and what its own `training` changes."""
         return {**self.training, **self._entry(name).get("training", {})}
+
+    @property
+    def forward_budget(self) -> int:
+        """Tokens of a batch that is scored without gradient."""
+        return self.token_budget or FORWARD_BUDGET
 
     @property
     def target_gamma(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from distalign.data import (
     end_token_id,
     plain_text,
     prompt_key,
+    prompts_of,
     read_pairs,
     read_prompts,
     split_by_prompt,
@@ -35,7 +36,7 @@ from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task
 from distalign.experiments.recipe import DataSettings, Recipe
-from distalign.models.load import Source, find_model
+from distalign.models.load import Source, check_positions, check_token_ids, find_model
 from distalign.models.targets import Target, TargetPairs, TargetSettings, Tilt, make_pairs, target_prompts
 from distalign.progress import progress
 from distalign.rewards import Reward, check_rewards
@@ -95,19 +96,21 @@ def _setup_of_data(
     """The user's own pairs."""
     train_rows, held_rows = _read_parts(data, recipe.seed)
     train, held, statistics = _encode_parts(data, source, tokenizer, train_rows, held_rows)
-    held_prompts = _distinct_prompts(held)[: recipe.evaluation.prompts]
+    held_prompts = prompts_of(held)[: recipe.evaluation.prompts]
     if measured:
         ids = [one.prompt for one in held_prompts]
         _check_held_out(ids, len(held))
-        _check_positions(source, ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
+        check_positions(
+            source.name, source.config(), ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens"
+        )
     conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
     _check_rewards(recipe, conversational)
     prompts: list[EncodedPrompt] = []
     if _draws_responses(recipe):
         prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
         ids = [one.prompt for one in prompts]
-        _check_ids(source, ids)
-        _check_positions(source, ids, _longest_rollout(recipe), "rollout.max_new_tokens")
+        check_token_ids(source.name, source.config(), ids)
+        check_positions(source.name, source.config(), ids, _longest_rollout(recipe), "rollout.max_completion_length")
         statistics["prompts to answer"] = len(prompts)
     base = _load(source, recipe)
     end_id = end_token_id(tokenizer, conversational=conversational)
@@ -141,13 +144,19 @@ def _setup_of_target(
     train_rows, held_rows = target_prompts(settings, tokenizer)
     held_rows = held_rows[: recipe.evaluation.prompts]
     train_ids, held_ids = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
-    _check_ids(source, [*train_ids, *held_ids])
-    _check_positions(source, [*train_ids, *held_ids], settings.max_new_tokens, "target.max_new_tokens")
+    check_token_ids(source.name, source.config(), [*train_ids, *held_ids])
+    check_positions(
+        source.name, source.config(), [*train_ids, *held_ids], settings.max_new_tokens, "target.max_new_tokens"
+    )
     if _draws_responses(recipe):
-        _check_positions(source, train_ids, _longest_rollout(recipe), "rollout.max_new_tokens")
+        check_positions(
+            source.name, source.config(), train_ids, _longest_rollout(recipe), "rollout.max_completion_length"
+        )
     if measured:
         _check_held_out(held_ids, settings.eval_pairs)
-        _check_positions(source, held_ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
+        check_positions(
+            source.name, source.config(), held_ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens"
+        )
     base = _load(source, recipe)
     started = time.monotonic()
     train = _draw_pairs(recipe, settings, target, base, tokenizer, train_ids, held_out=False, seed=seed)
@@ -197,32 +206,12 @@ def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
         )
 
 
-def _check_ids(source: Source, sequences: Iterable[list[int]]) -> None:
-    """Raise InputError if the tokenizer gives ids that the model does not have."""
-    known, largest = source.config().get_text_config().vocab_size, max(map(max, sequences))
-    if largest >= known:
-        raise InputError(
-            f"model {source.name}: its tokenizer gives token {largest}, but the model has {known}; put the "
-            "tokenizer that belongs to the model in its folder"
-        )
-
-
-def _check_positions(source: Source, prompts: list[list[int]], new_tokens: int, setting: str) -> None:
-    """Raise InputError if the model has no positions left for responses of that length."""
-    limit, longest = source.max_length(), max(map(len, prompts), default=0)
-    if limit is not None and longest + new_tokens > limit:
-        raise InputError(
-            f"model {source.name}: the longest prompt has {longest} tokens and {setting} is {new_tokens}, but the "
-            f"model has {limit} positions; lower {setting} or leave out long prompts"
-        )
-
-
 def _draws_responses(recipe: Recipe) -> bool:
     return any(is_on_policy(recipe.method(name)) for name in recipe.methods)
 
 
 def _longest_rollout(recipe: Recipe) -> int:
-    return max(recipe.rollout_for(name).max_new_tokens for name in recipe.methods)
+    return max(recipe.rollout_for(name).max_completion_length for name in recipe.methods)
 
 
 # Parts of both --------------------------------------------------------------------------------------------------------
@@ -252,17 +241,12 @@ def _task(
         samples=settings.samples,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
-        token_budget=recipe.token_budget,
+        token_budget=recipe.forward_budget,
     )
 
 
 def _encoded(ids: Sequence[list[int]], rows: Sequence[Prompt]) -> list[EncodedPrompt]:
     return [EncodedPrompt(prompt, row.where, row) for prompt, row in zip(ids, rows, strict=True)]
-
-
-def _distinct_prompts(pairs: Iterable[EncodedPair]) -> list[EncodedPrompt]:
-    """The prompts of the pairs, each once, with the last row that has it."""
-    return list({tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in pairs}.values())
 
 
 # The user's data ------------------------------------------------------------------------------------------------------
@@ -298,7 +282,11 @@ def _encode_parts(
     }
     pairs, counts = encode_pairs(tokenizer, train, **limits)
     held_pairs, held_counts = encode_pairs(tokenizer, held, **limits) if held.rows else ([], None)
-    _check_ids(source, (ids for pair in [*pairs, *held_pairs] for ids in (pair.prompt, pair.chosen, pair.rejected)))
+    check_token_ids(
+        source.name,
+        source.config(),
+        (ids for pair in [*pairs, *held_pairs] for ids in (pair.prompt, pair.chosen, pair.rejected)),
+    )
     shared = {prompt_key(row.prompt) for row in train} & {prompt_key(row.prompt) for row in held}
     if shared:
         logger.warning("%d prompts of %s are in %s too: held out they are not", len(shared), held.source, train.source)
@@ -320,7 +308,7 @@ def _prompts_to_answer(
     settings: DataSettings, tokenizer: Tokenizer, train: Sequence[EncodedPair], form: str
 ) -> list[EncodedPrompt]:
     """The prompts of the training pairs, each once, and those of `data.prompts`."""
-    prompts = {tuple(one.prompt): one for one in _distinct_prompts(train)}
+    prompts = {tuple(one.prompt): one for one in prompts_of(train)}
     if settings.prompts is not None:
         data = read_prompts(settings.prompts)
         if data.format != form:
@@ -360,7 +348,7 @@ def _draw_pairs(
             strengths=settings.strengths,
             temperature=settings.temperature,
             max_new_tokens=settings.max_new_tokens,
-            token_budget=recipe.token_budget,
+            token_budget=recipe.forward_budget,
             seed=2 * seed + held_out,
             progress=advance,
         )

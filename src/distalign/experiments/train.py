@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
-from distalign.engine.memory import set_recompute
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.recipe import Recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
-from distalign.models.card import model_card
 from distalign.models.policy import Policy, make_policy
 from distalign.rewards import (
     RewardError,
@@ -35,7 +33,8 @@ from distalign.rewards import (
     train_reward,
 )
 from distalign.settings import RecipeError
-from distalign.training.rounds import Rollout, check_rollout, is_on_policy
+from distalign.training.config import AlignmentConfig
+from distalign.training.rounds import check_rollout, is_on_policy
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -44,25 +43,16 @@ logger = logging.getLogger("distalign.experiments.train")
 CURVE_PROMPTS = 16
 
 
-def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: bool, seed: int = 0) -> TrainingArguments:
-    """The recipe's `training` for one method, with defaults that suit preference learning.
+def training_arguments(
+    recipe: Recipe, name: str, folder: Path, *, held_out: bool, seed: int = 0, end_token_id: int | None = None
+) -> AlignmentConfig:
+    """The recipe's `training` and `rollout` for one method, as the trainer takes them.
 
     With held-out pairs and early stopping the run is evaluated ten times and its best step is kept. Raises RecipeError
     for what `transformers.TrainingArguments` refuses.
     """
     given = recipe.training_for(name)
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 16,
-        "num_train_epochs": 1,
-        "lr_scheduler_type": "linear",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "bf16": recipe.dtype == "bfloat16",
-        "restore_callback_states_from_checkpoint": True,
-        **given,
-    }
+    settings: dict[str, Any] = {"bf16": recipe.dtype == "bfloat16", **given}
     if held_out and recipe.early_stopping is not None:
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
@@ -87,8 +77,10 @@ def training_arguments(recipe: Recipe, name: str, folder: Path, *, held_out: boo
         raise RecipeError(
             f"{recipe.name}: training.learning_rate is {settings['learning_rate']}; it must not be below 0"
         )
+    settings |= recipe.rollout_for(name).model_dump()
+    settings |= {"token_budget": recipe.token_budget, "recompute": recipe.recompute, "end_token_id": end_token_id}
     try:
-        arguments = TrainingArguments(output_dir=str(folder), seed=seed, **settings)
+        arguments = AlignmentConfig(output_dir=str(folder), seed=seed, health=recipe.health.model_dump(), **settings)
         # A logger whose package is missing says so here, not after the model is loaded.
         for logger_callback in get_reporting_integration_callbacks(arguments.report_to):
             logger_callback()
@@ -168,7 +160,7 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     if recipe.method(name).needs.reward:
         make_setup_reward(setup, recipe.run_dir / "reward", reuse=resume)
     _, trainer = train_method(setup, name, recipe.run_dir, resume=resume)
-    return {key.removeprefix("eval_"): value for key, value in _last_evaluation(trainer).items()}
+    return {key.removeprefix("eval_"): value for key, value in trainer.last_evaluation().items()}
 
 
 def _check_same_run(recipe: Recipe, name: str) -> None:
@@ -208,14 +200,12 @@ def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False)
     recipe.dump(folder / "recipe.yaml")
     checkpoint = _last_checkpoint(folder) if resume else None
     _forget_after(folder, checkpoint)
-    args = training_arguments(recipe, name, folder, held_out=bool(setup.held), seed=setup.seed)
+    args = training_arguments(
+        recipe, name, folder, held_out=bool(setup.held), seed=setup.seed, end_token_id=setup.task.end_id
+    )
     torch.manual_seed(setup.seed)
     # The reference costs no memory here, and that the run starts there is checked for every method.
     policy = make_policy(setup.base, setup.tokenizer, setup.source, lora=recipe.lora, reference=True)
-    try:
-        set_recompute(policy.model, recipe.recompute)
-    except ValueError as error:
-        raise RecipeError(f"{recipe.name}: recompute is {recipe.recompute}: {error}; leave it out") from None
     trainer = _make_trainer(setup, name, policy, args)
     started = time.monotonic()
     try:
@@ -226,36 +216,30 @@ def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False)
     policy.model.eval()
     if args.load_best_model_at_end:
         _log_kept_step(name, trainer, len(setup.held))
-    card = model_card(
-        base_model=setup.source.name,
-        name=name,
-        method=trainer.method,
-        data=setup.statistics,
-        training={**recipe.training_for(name), "kept_step": trainer.kept_step, "seed": setup.seed},
-        results=_last_evaluation(trainer),
-    )
-    policy.save(folder / "model", card)
+    trainer.save_model(str(folder / "model"))
     return policy, trainer
 
 
-def _make_trainer(setup: Setup, name: str, policy: Policy, args: TrainingArguments) -> AlignmentTrainer:
+def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig) -> AlignmentTrainer:
     recipe, method = setup.recipe, setup.recipe.method(name)
     stopping = recipe.early_stopping
-    return AlignmentTrainer(
+    callbacks: list[TrainerCallback] = []
+    if stopping is not None and args.load_best_model_at_end:
+        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
+    trainer = AlignmentTrainer(
         policy,
         method,
         args,
         setup.train if method.needs.pairs == "labelled" else setup.prompts,
-        setup.held,
-        rollout=Rollout(recipe.rollout_for(name), setup.task.end_id, setup.reward if method.needs.reward else None),
-        health=recipe.health,
-        token_budget=recipe.token_budget,
+        setup.held or None,
+        reward_funcs=setup.reward,
+        callbacks=callbacks,
         label=f"train {name}",
-        patience=stopping.patience if stopping and args.load_best_model_at_end else None,
-        min_delta=stopping.min_delta if stopping else 0.0,
         extra_evaluation=_follow_target(setup.task) if setup.task.target_groups else None,
         reference_cache=setup.reference_cache,
     )
+    trainer.statistics = setup.statistics
+    return trainer
 
 
 def _follow_target(task: Task) -> Callable[[nn.Module], dict[str, float]]:
@@ -307,13 +291,6 @@ def _forget_after(folder: Path, checkpoint: Path | None) -> None:
             path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def _last_evaluation(trainer: AlignmentTrainer) -> dict[str, float]:
-    """Numbers of the evaluation at the step that was kept."""
-    rows = [row for row in trainer.state.log_history if "eval_loss" in row]
-    kept = [row for row in rows if row["step"] == trainer.kept_step] or rows[-1:]
-    return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
-
-
 # The reward -----------------------------------------------------------------------------------------------------------
 
 
@@ -335,14 +312,16 @@ def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> Non
     recipe, trained = setup.recipe, None
     if any(one.train is not None for one in recipe.reward):
         if reuse and folder.is_dir():
-            trained = load_reward(folder, base=setup.base, tokenizer=setup.tokenizer, token_budget=recipe.token_budget)
+            trained = load_reward(
+                folder, base=setup.base, tokenizer=setup.tokenizer, token_budget=recipe.forward_budget
+            )
         else:
             trained = _fit_reward(setup, folder).reward
     setup.reward = make_reward(
         recipe.reward,
         base=setup.base,
         tokenizer=setup.tokenizer,
-        token_budget=recipe.token_budget,
+        token_budget=recipe.forward_budget,
         target=setup.task.target,
         gamma=recipe.target_gamma,
         trained=trained,
@@ -363,7 +342,7 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
         setup.train,
         setup.held,
         gamma=recipe.target_gamma,
-        token_budget=recipe.token_budget,
+        token_budget=recipe.forward_budget,
         seed=setup.seed,
         folder=folder,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,21 @@ def model_card(
     data: Mapping[str, Any],
     training: Mapping[str, Any],
     results: Mapping[str, Any],
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
-    """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs."""
+    """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs.
+
+    `model_name` is the title, `dataset_name` and `tags` go into the metadata.
+    """
     on_hub = base_model.count("/") == 1 and base_model[0] not in "./~" and not Path(base_model).exists()
     hub_id = f"base_model: {base_model}\n" if on_hub else ""
+    datasets = f"datasets:\n- {dataset_name}\n" if dataset_name else ""
+    listed = "\n".join(f"- {tag}" for tag in ("distalign", "preference-learning", name, *tags))
     lines = [
-        f"---\nlibrary_name: transformers\n{hub_id}tags:\n- distalign\n- preference-learning\n- {name}\n---",
-        f"# {base_model}, trained with {name.upper()}",
+        f"---\nlibrary_name: transformers\n{hub_id}{datasets}tags:\n{listed}\n---",
+        f"# {model_name or f'{base_model}, trained with {name.upper()}'}",
         f"Trained on pairwise preferences with distalign. Method: {name} ({method.source}).",
         "## Method settings\n" + _bullets(asdict(method)),
         "## Training settings\n" + _bullets(training),

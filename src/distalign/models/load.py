@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +77,7 @@ class Source:
 
     def max_length(self) -> int | None:
         """Longest sequence that the model can encode, in tokens; None if it names no limit."""
-        return getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        return positions(self.config())
 
     def model(self, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
         """The model's weights on `device`, from safetensors only, in evaluation mode. Raises ModelError."""
@@ -121,6 +121,33 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise ModelError(f"model {name}: there is no such folder; give a folder, a .gguf file or a hub id")
     return Source(name, name, f"hub model {name}", trust_remote_code)
+
+
+def check_token_ids(name: str, config: PretrainedConfig, sequences: Iterable[list[int]]) -> None:
+    """Raise InputError if the tokenizer gives ids that the model of this configuration does not have."""
+    known, largest = config.get_text_config().vocab_size, max(map(max, sequences))
+    if largest >= known:
+        raise InputError(
+            f"model {name}: its tokenizer gives token {largest}, but the model has {known}; put the "
+            "tokenizer that belongs to the model in its folder"
+        )
+
+
+def check_positions(
+    name: str, config: PretrainedConfig, prompts: list[list[int]], new_tokens: int, setting: str
+) -> None:
+    """Raise InputError if the model has no positions left for responses of `new_tokens`, which `setting` sets."""
+    limit, longest = positions(config), max(map(len, prompts), default=0)
+    if limit is not None and longest + new_tokens > limit:
+        raise InputError(
+            f"model {name}: the longest prompt has {longest} tokens and {setting} is {new_tokens}, but the "
+            f"model has {limit} positions; lower {setting} or leave out long prompts"
+        )
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Longest sequence that a model of this configuration can encode, in tokens; None if it names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def weights_digest(source: Source) -> str:

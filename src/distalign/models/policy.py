@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +27,7 @@ from distalign.models.load import ModelError, Source
 from distalign.settings import Count, Positive, Section, Share
 
 logger = logging.getLogger("distalign.models.policy")
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 
 class Lora(Section):
@@ -38,13 +39,41 @@ class Lora(Section):
     layers: Count | None = None
     target_modules: str | list[str] = "all-linear"
 
+    def config(self, model: PreTrainedModel, name: str) -> LoraConfig:
+        """As PEFT takes it, for a model of that name. Raises ModelError if `layers` exceeds the model's."""
+        targets, linear = self.target_modules, (nn.Linear, Conv1D)
+        if self.layers is not None:
+            layers, prefix = _top_layers(model, self.layers, name)
+            modules = {f"{prefix}.{index}.{inner}": m for index, layer in layers for inner, m in layer.named_modules()}
+            if isinstance(targets, str) and targets != "all-linear":
+                chosen = [path for path in modules if re.fullmatch(targets, path)]
+            else:
+                wanted = None if isinstance(targets, str) else set(targets)
+                chosen = [
+                    path
+                    for path, module in modules.items()
+                    if isinstance(module, linear) and (wanted is None or path.split(".")[-1] in wanted)
+                ]
+            targets = chosen or targets
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
+            lora_dropout=self.dropout,
+            bias="none",
+            target_modules=targets,
+            # GPT-2's linear maps keep their weight transposed.
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        )
+
 
 @dataclass
 class Policy:
     """The model being trained (`model`), its tokenizer, and the model that it starts from (`reference`).
 
     `reference` is what `engine.score` takes: a context that turns the adapter off, a frozen copy, or None if the policy
-    was made without one. `value_head` is there while a method that declares `values` trains it.
+    was made without one. `value_head` is there while a method that declares `values` trains it. `new_adapter` is False
+    for an adapter that was given: the policy may start away from its reference then.
     """
 
     model: PreTrainedModel | PeftModel
@@ -52,6 +81,7 @@ class Policy:
     source: Source
     reference: Reference | None = None
     value_head: nn.Linear | None = None
+    new_adapter: bool = True
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -90,7 +120,10 @@ class Policy:
             self.value_head = None
 
     def assert_starts_at_reference(self, groups: Sequence[Group]) -> None:
-        """Check that KL(π ‖ π₀) is 0 on `groups` before training. Raises ModelError if it is not."""
+        """Check that KL(π ‖ π₀) is 0 on `groups` before training. Raises ModelError if it is not.
+
+        An adapter that was given may be trained already: then the distance is only logged.
+        """
         if self.reference is None:
             return
         training = self.model.training
@@ -103,6 +136,10 @@ class Policy:
         gap = float((scores.logps - scores.reference_logps).abs().max())
         kl = float(scores.step_kl.sum(-1).max())
         if not max(gap, kl) < 1e-2:
+            if not self.new_adapter:
+                logger.warning("the adapter is trained already: the policy starts %.3g nats from its reference, which "
+                               "is the model with the adapter off", kl)  # fmt: skip
+                return
             raise ModelError(
                 f"model {self.source.name}: before any step the policy is not its reference (largest KL {kl:.3g} nats, "
                 f"largest log-probability gap {gap:.3g}); an adapter must start at zero: load the model without the "
@@ -128,64 +165,45 @@ def make_policy(
     tokenizer: PreTrainedTokenizerBase,
     source: Source,
     *,
-    lora: Lora | None = None,
+    lora: Lora | PeftConfig | None = None,
     reference: bool,
 ) -> Policy:
     """A policy that starts at `base`, which stays as it is.
 
     With `lora` the policy shares every weight with `base` and adds its own adapter.
-    Without it all weights are copied and trained. Raises ModelError if `lora.layers` exceeds the layers of the model.
+    Without it all weights are copied and trained. Raises ModelError for an adapter that does not fit the model.
     """
     if lora is None:
         model = copy.deepcopy(base)
         model.requires_grad_(True)
         return Policy(model, tokenizer, source, base.requires_grad_(False) if reference else None)
-    model = _adapted(share(base), lora, source.name)
+    model = share(base)
+    config = lora.config(model, source.name) if isinstance(lora, Lora) else copy.copy(lora)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    try:
+        adapted: Any = get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"model {source.name}: target_modules is {getattr(config, 'target_modules', None)!r}; {error}"
+        ) from None
+    return Policy(adapted, tokenizer, source, adapter_off(adapted) if reference else None)
+
+
+def adapter_off(model: PeftModel) -> Callable[[], AbstractContextManager[nn.Module]]:
+    """The reference of a policy with an adapter: the same model, with the adapter off while the context lasts."""
 
     @contextmanager
-    def adapter_off() -> Iterator[nn.Module]:
+    def off() -> Iterator[nn.Module]:
         with model.disable_adapter():
             yield model
 
-    return Policy(model, tokenizer, source, adapter_off if reference else None)
+    return off
 
 
-def share(model: PreTrainedModel) -> PreTrainedModel:
+def share(model: AnyModel) -> AnyModel:
     """A second model of the same weights: modules of its own, no memory of its own."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
-def _adapted(model: PreTrainedModel, lora: Lora, name: str) -> PeftModel:
-    """`model` with a new adapter, which starts at zero."""
-    targets, linear = lora.target_modules, (nn.Linear, Conv1D)
-    if lora.layers is not None:
-        layers, prefix = _top_layers(model, lora.layers, name)
-        modules = {f"{prefix}.{index}.{inner}": m for index, layer in layers for inner, m in layer.named_modules()}
-        if isinstance(targets, str) and targets != "all-linear":
-            chosen = [path for path in modules if re.fullmatch(targets, path)]
-        else:
-            wanted = None if isinstance(targets, str) else set(targets)
-            chosen = [
-                path
-                for path, module in modules.items()
-                if isinstance(module, linear) and (wanted is None or path.split(".")[-1] in wanted)
-            ]
-        targets = chosen or targets
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=lora.dropout,
-        bias="none",
-        target_modules=targets,
-        # GPT-2's linear maps keep their weight transposed.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    try:
-        return get_peft_model(model, config)  # pyright: ignore[reportReturnType]
-    except ValueError as error:
-        raise ModelError(f"model {name}: lora.target_modules is {lora.target_modules!r}; {error}") from None
 
 
 def _top_layers(model: PreTrainedModel, top: int, name: str) -> tuple[list[tuple[int, nn.Module]], str]:

@@ -130,16 +130,14 @@ class ClassifierReward:
     def __init__(
         self,
         source: ClassifierSource,
+        model: PreTrainedModel | PeftModel,
         policy_tokenizer: PreTrainedTokenizerBase,
         *,
         token_budget: int,
-        device: torch.device,
-        dtype: torch.dtype,
     ) -> None:
         self.source, self.policy_tokenizer, self.token_budget = source, policy_tokenizer, token_budget
-        self.model: Any = source.load(dtype)  # transformers declares neither .to nor .config precisely enough
-        self.model.to(device)
-        self.device = device
+        self.model: Any = model.requires_grad_(False).eval()
+        self.device = model.device
         config = self.model.config.get_text_config()
         # Where the checkpoint does not say, the tokenizer's: every trainer of such models sets it so.
         if config.pad_token_id is None:

@@ -29,17 +29,26 @@ _OFFERED = ("prompts", "completions", "completion_ids")
 
 
 class UserFunction:
-    """A function of the user's: given the columns that it names, for at most `timeout` seconds, its answer checked.
+    """A function of the user's, or its place `file.py:name`: called with the columns that it names, its answer checked.
 
-    It runs in a thread of its own, which a timeout leaves behind. `role` is "reward" or "judge": messages name the
-    function by it, and are raised as `error`.
+    It runs for at most `timeout` seconds, in a thread of its own, which a timeout leaves behind. `role` is "reward" or
+    "judge": messages name the function by it, and are raised as `error`.
     """
 
     def __init__(
-        self, name: str, *, timeout: float, role: Literal["reward", "judge"] = "reward", error: type[InputError]
+        self,
+        function: str | Callable[..., object],
+        *,
+        timeout: float,
+        role: Literal["reward", "judge"] = "reward",
+        error: type[InputError],
     ) -> None:
-        self.name, self.timeout, self.role, self.error_class = name, timeout, role, error
-        self.function = find_function(name, role=role, error=error)
+        self.timeout, self.role, self.error_class = timeout, role, error
+        if isinstance(function, str):
+            self.name, self.function = function, find_function(function, role=role, error=error)
+        else:
+            self.name = getattr(function, "__name__", type(function).__name__)
+            self.function = check_function(function, f"{role} function {self.name}", error)
 
     def __call__(self, offered: Mapping[str, list[object]], n: int) -> list[float]:
         """`n` finite numbers. Raises the error if the function raises, takes too long, or gives anything else."""
@@ -149,8 +158,10 @@ class FunctionReward:
     thread of its own, which a timeout (seconds) leaves behind.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, *, timeout: float) -> None:
-        self.function, self.tokenizer = UserFunction(name, timeout=timeout, error=RewardError), tokenizer
+    def __init__(
+        self, function: str | Callable[..., object], tokenizer: PreTrainedTokenizerBase, *, timeout: float
+    ) -> None:
+        self.function, self.tokenizer = UserFunction(function, timeout=timeout, error=RewardError), tokenizer
         self.responses = self.calls = 0
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
@@ -195,6 +206,13 @@ def find_function(name: str, *, role: str = "reward", error: type[InputError] = 
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         near = (get_close_matches(attribute, functions, 1) or functions or ["none"])[0]
         raise error(f'{label}: {place} has no function "{attribute}"; did you mean "{near}"?')
+    return check_function(function, label, error)
+
+
+def check_function(
+    function: Callable[..., object], label: str, error: type[InputError] = RewardError
+) -> Callable[..., object]:
+    """The function, if it can be called as a reward function is. Raises `error`, naming it by its `label`."""
     try:
         parameters = _parameters(function)
     except ValueError as reason:

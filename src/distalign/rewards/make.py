@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
@@ -108,7 +108,8 @@ def make_reward(
         if is_reward_model(part.model):
             return load_reward(part.model, base=base, tokenizer=tokenizer, token_budget=token_budget)
         source = find_classifier(part.model, max_length=part.max_length)
-        return ClassifierReward(source, tokenizer, token_budget=token_budget, device=base.device, dtype=base.dtype)
+        model: Any = source.load(base.dtype)  # transformers declares .to too loosely
+        return ClassifierReward(source, model.to(base.device), tokenizer, token_budget=token_budget)
 
     rewards = [make(part) for part in settings]
     if len(rewards) == 1 and settings[0].weight == 1:

@@ -1,4 +1,5 @@
-"""What a checkpoint holds besides transformers' files: the round, the value head, the health monitor, counters.
+"""What a checkpoint holds besides transformers' files: the round, the value head, the health monitor, counters,
+the size of a micro-batch.
 
 And the reference's log-probabilities of the pairs seen: scored again beside other pairs they would round differently.
 """
@@ -21,12 +22,13 @@ from distalign.data import EncodedPair
 from distalign.errors import InputError
 from distalign.training.rounds import RolloutWorker, Round
 
-ROUND, MONITOR, VALUES, COUNTERS, REFERENCE = (
+ROUND, MONITOR, VALUES, COUNTERS, REFERENCE, BUDGET = (
     "rollout.safetensors",
     "health.json",
     "value_head.safetensors",
     "reward_counts.json",
     "reference.safetensors",
+    "token_budget.json",
 )
 
 # Tensors of the round are stored as "tensor.<name>", beside the ids.
@@ -75,6 +77,17 @@ def load_reference(rows: Sequence[EncodedPair], folder: Path, device: torch.devi
         raise InputError(f"{path}: cannot be read ({error}); remove it to score the reference again") from error
     saved = dict(zip(tensors["pairs"].tolist(), tensors["logps"], strict=True))
     return {key: saved[mark] for row in rows if (mark := _fingerprint(key := row.key)) in saved}
+
+
+def save_token_budget(budget: int, folder: Path) -> None:
+    """Write how many tokens a micro-batch has, which a run that goes on keeps."""
+    _write(folder / BUDGET, {"token_budget": budget})
+
+
+def load_token_budget(folder: Path) -> int | None:
+    """What `save_token_budget` wrote; None if it did not. Raises InputError for a damaged file."""
+    path = folder / BUDGET
+    return _read(path)["token_budget"] if path.is_file() else None
 
 
 def _fingerprint(key: tuple[tuple[int, ...], ...]) -> int:

@@ -237,7 +237,7 @@ def _chosen_logps(now: Readings, start: Readings, settings: HealthSettings) -> F
 def _missing_end(now: Readings, start: Readings, settings: HealthSettings) -> Finding:
     text = (
         f"{now['missing_end']:.0%} of the responses are cut before their end ({start['missing_end']:.0%} at the "
-        "start): rewards are those of fragments; set rollout.missing_end, or raise rollout.max_new_tokens"
+        "start): rewards are those of fragments; set rollout.missing_end, or raise rollout.max_completion_length"
     )
     return Finding(_risen("missing_end", now, start, settings.missing_end), text, {})
 

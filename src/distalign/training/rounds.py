@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -55,31 +55,40 @@ class MissingEnd(Section):
 class RolloutSettings(Section):
     """How a method that learns from its own responses samples them, and how often each is used.
 
-    A round samples for `minibatches` optimizer steps and goes through them `inner_epochs` times. `stale` says what
+    A round samples for `minibatches` optimizer steps and goes through them `num_iterations` times. `stale` says what
     becomes of the KL term once the policy has moved: importance weights, or fresh responses. `pairing` makes pairs of
-    more than two samples. Without `max_new_tokens` a recipe takes the evaluation's. `show` completions of each round
-    are written to samples.jsonl, one of them to the terminal. `rows` bounds the responses decoded at once.
+    more than two samples. A recipe without `max_completion_length` takes the evaluation's
+    max_new_tokens. `num_completions_to_print` prompts of each round are written to samples.jsonl with their responses,
+    one of them to the terminal. `decode_batch_size` bounds the responses decoded at once.
     """
 
-    samples: Count = 2
+    renamed: ClassVar[dict[str, str]] = {
+        "samples": "num_generations",
+        "max_new_tokens": "max_completion_length",
+        "inner_epochs": "num_iterations",
+        "rows": "decode_batch_size",
+        "show": "num_completions_to_print",
+    }
+
+    num_generations: Count = 4
     temperature: Positive = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_new_tokens: Count = 20
+    max_completion_length: Count = 128
     min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    rows: Count = 64
+    decode_batch_size: Count = 64
     missing_end: MissingEnd = MissingEnd()
     minibatches: Count = 1
-    inner_epochs: Count = 1
+    num_iterations: Count = 1
     pairing: Literal["all", "best_worst"] = "all"
     stale: Literal["weights", "resample"] = "weights"
-    show: Annotated[int, Field(ge=0)] = 2
+    num_completions_to_print: Annotated[int, Field(ge=0)] = 2
 
     @model_validator(mode="after")
     def _lengths(self) -> RolloutSettings:
-        if self.min_new_tokens > self.max_new_tokens:
+        if self.min_new_tokens > self.max_completion_length:
             raise ValueError(
-                f"rollout.min_new_tokens is {self.min_new_tokens} and max_new_tokens {self.max_new_tokens}; lower the "
-                "first or raise the second"
+                f"rollout.min_new_tokens is {self.min_new_tokens} and max_completion_length "
+                f"{self.max_completion_length}; lower the first or raise the second"
             )
         return self
 
@@ -92,30 +101,30 @@ def is_on_policy(method: Method) -> bool:
 def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None:
     """Raise TrainingError for `rollout` settings that do not go with the method."""
     needs = method.needs
-    if settings.samples == 1 and not needs.values:
+    if settings.num_generations == 1 and not needs.values:
         raise TrainingError(
-            f"{label}: rollout.samples is 1, but pairs and leave-one-out baselines are made of several responses to "
-            "one prompt; set it to 2 or more"
+            f"{label}: num_generations is 1, but pairs and leave-one-out baselines are made of several "
+            "responses to one prompt; set it to 2 or more"
         )
     if settings.stale == "resample" and needs.samples and needs.reward and needs.pairs != "sampled":
         raise TrainingError(
-            f"{label}: rollout.stale is resample, which draws fresh responses for a KL term, but this method scores "
+            f"{label}: stale is resample, which draws fresh responses for a KL term, but this method scores "
             "the samples that it learns from; leave it at weights"
         )
     if settings.pairing == "best_worst" and needs.pairs == "sampled" and not needs.reward:
-        raise TrainingError(f"{label}: rollout.pairing is best_worst, but the method has no reward; take all")
+        raise TrainingError(f"{label}: pairing is best_worst, but the method has no reward; take all")
 
 
 class RoundBatches(BatchSampler):
-    """Batches of row numbers, round by round: a round's prompts come `inner_epochs` times, in a new order each time.
+    """Batches of row numbers, round by round: a round's prompts come `num_iterations` times, in a new order each time.
 
     A round has `batches` batches of `batch_size` prompts; what is left at the end of an epoch is a smaller round. The
     order depends on the seed and the epoch alone.
     """
 
-    def __init__(self, total: int, *, batch_size: int, batches: int, inner_epochs: int, seed: int) -> None:
+    def __init__(self, total: int, *, batch_size: int, batches: int, num_iterations: int, seed: int) -> None:
         self.total, self.batch_size, self.seed = total, batch_size, seed
-        self.size, self.inner_epochs = batch_size * batches, inner_epochs
+        self.size, self.num_iterations = batch_size * batches, num_iterations
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -132,12 +141,12 @@ class RoundBatches(BatchSampler):
 
     def batches_of(self, rows: Sequence[int]) -> int:
         """Number of batches of a round, all its inner epochs together."""
-        return self.inner_epochs * -(-len(rows) // self.batch_size)
+        return self.num_iterations * -(-len(rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for number, rows in enumerate(self.rounds):
-            for inner in range(self.inner_epochs):
-                order = self._permutation(len(rows), self.epoch, 1 + number * self.inner_epochs + inner)
+            for inner in range(self.num_iterations):
+                order = self._permutation(len(rows), self.epoch, 1 + number * self.num_iterations + inner)
                 shuffled = [rows[i] for i in order.tolist()]
                 for start in range(0, len(shuffled), self.batch_size):
                     yield shuffled[start : start + self.batch_size]
@@ -243,17 +252,17 @@ class Rollout:
     backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
-        self.backend = TransformersBackend(self.settings.rows)
+        self.backend = TransformersBackend(self.settings.decode_batch_size)
 
     def sample(
         self, model: nn.Module, prompts: Sequence[list[int]], *, seed: int, number: int, n: int | None = None
     ) -> list[list[list[int]]]:
-        """Responses of the policy as it is, `n` for each prompt (`settings.samples` if not given)."""
+        """Responses of the policy as it is, `n` for each prompt (`settings.num_generations` if not given)."""
         return self.backend.generate(
             model,
             prompts,
-            n=n or self.settings.samples,
-            max_new_tokens=self.settings.max_new_tokens,
+            n=n or self.settings.num_generations,
+            max_new_tokens=self.settings.max_completion_length,
             min_new_tokens=self.settings.min_new_tokens,
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
@@ -318,7 +327,7 @@ class RolloutWorker:
             len(rows),
             batch_size=args.per_device_train_batch_size,
             batches=rollout.settings.minibatches * self.accumulated,
-            inner_epochs=rollout.settings.inner_epochs,
+            num_iterations=rollout.settings.num_iterations,
             seed=self.seed,
         )
         self.round: Round | None = None
@@ -449,7 +458,7 @@ class RolloutWorker:
                 [self._text(response) for response in drawn.responses[i]],
                 None if rewards is None else rewards[drawn.rows(i)].tolist(),
             )
-            for i in range(min(self.rollout.settings.show, len(drawn)))
+            for i in range(min(self.rollout.settings.num_completions_to_print, len(drawn)))
         ]
         if texts:
             write_completions(samples_file, step, texts)
@@ -510,7 +519,7 @@ def observe(
     The first different ones that leave the model space to answer; empty if there is none.
     """
     positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = positions - rollout.settings.max_new_tokens
+    longest = positions - rollout.settings.max_completion_length
     prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())[:limit]
     if not prompts:
         return {}

@@ -10,38 +10,68 @@ import json
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    EarlyStoppingCallback,
     PrinterCallback,
     ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, score, score_in_batches
 from distalign.engine.forward import evaluating, redirect
-from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory
+from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory, set_recompute
+from distalign.engine.packing import FORWARD_BUDGET
 from distalign.errors import InputError
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
+from distalign.models.card import model_card
+from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.progress import progress
 from distalign.rewards import WeightedSum
-from distalign.training.checkpoint import load_reference, load_worker, save_reference, save_worker
-from distalign.training.health import HealthSettings, Monitor
+from distalign.training.checkpoint import (
+    load_reference,
+    load_token_budget,
+    load_worker,
+    save_reference,
+    save_token_budget,
+    save_worker,
+)
+from distalign.training.config import AlignmentConfig
+from distalign.training.health import Monitor
+from distalign.training.inputs import (
+    Model,
+    RewardFunc,
+    check_reward_funcs,
+    check_rows,
+    find_method,
+    find_source,
+    find_tokenizer,
+    load_policy,
+    load_rewards,
+    needs_base,
+    read_pairs_of,
+    read_rows,
+    response_end,
+    reward_list,
+)
 from distalign.training.prompts import (
     Batch,
     MetricAverager,
@@ -55,6 +85,7 @@ from distalign.training.prompts import (
 )
 from distalign.training.rounds import (
     Rollout,
+    RolloutSettings,
     RolloutWorker,
     Row,
     TrainingError,
@@ -66,12 +97,29 @@ from distalign.training.rounds import (
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
 
+# Settings of training that a model card names.
+CARD_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
+)
+
 
 class AlignmentTrainer(Trainer):
-    """Train a policy by any method, on labelled pairs or on responses that it draws itself, or on both.
+    """Train a language model by any method, on labelled pairs, on responses that it draws itself, or on both.
 
-    `train_rows` are labelled pairs where the method needs them, else prompts. Methods that draw responses need
-    `rollout`, with a reward if they read one; with it, others are watched by a few samples at each evaluation.
+        trainer = AlignmentTrainer(
+            model="HuggingFaceTB/SmolLM2-135M-Instruct",
+            method=PMLE(gamma=0.02, beta=0.0),
+            args=AlignmentConfig(output_dir="out"),
+            train_dataset=rows,
+        )
+
+    model: a hub id, a folder, a `PreTrainedModel` (trained in place) or a `PeftModel` (its reference: the adapter off).
+    method: a `Method`, or its name. train_dataset: a path, a hub id, a `datasets.Dataset` or a list of dicts in TRL's
+    columns: pairs, or for methods without labels prompts. eval_dataset: pairs, or a dict of several sets. reward_funcs,
+    for methods that read a reward: functions in TRL's convention, classifiers (name or model), the folder of a trained
+    reward, `RewardTraining(gamma=…)` to train one on the pairs first, or a list of them (`args.reward_weights`).
+    processing_class: the tokenizer, if not the model's own. peft_config: train a new adapter instead of all weights.
 
     Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
     method's implicit reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats); over the
@@ -79,43 +127,70 @@ class AlignmentTrainer(Trainer):
     nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them;
     `tokens_per_second`, `step_time`, `rollout_time`, `reward_time` (s). Log lines are lines of `metrics.jsonl`.
 
-    `extra_evaluation` is called at each evaluation and adds to its metrics. `reference_cache` keeps the reference's
-    log-probabilities of pairs seen (by their `key`); trainers with the same reference and pairs may share it.
-    Raises TrainingError for what cannot be trained, and ModelError if the policy does not start at its reference.
+    `label` names the run in messages. `extra_evaluation` is called at each evaluation and adds to its metrics.
+    `reference_cache` keeps the reference's log-probabilities of pairs seen (by their `key`); trainers with the same
+    reference and pairs may share it. Raises InputError for what cannot be trained, before a model is loaded where it
+    can be known then, and ModelError if the policy does not start at its reference.
     """
 
     def __init__(
         self,
-        policy: Policy,
-        method: Method,
-        args: TrainingArguments,
-        train_rows: Sequence[Row],
-        eval_pairs: Sequence[EncodedPair] | None = None,
+        model: Model | Policy,
+        method: str | Method,
+        args: AlignmentConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
         *,
-        token_budget: int,
-        label: str = "train",
-        patience: int | None = None,
-        min_delta: float = 0.0,
-        rollout: Rollout | None = None,
-        health: HealthSettings | None = None,
+        peft_config: PeftConfig | None = None,
+        reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        label: str | None = None,
         extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         reference_cache: dict[tuple, Tensor] | None = None,
-        callbacks: list[TrainerCallback] | None = None,
     ):
-        self.policy, self.method, self.token_budget, self.label = policy, method, token_budget, label
-        self.needs = method.needs
-        self.rollout, self.on_policy = rollout, is_on_policy(method)
-        check_arguments(label, args)
-        check_needs(label, method, reference=policy.reference is not None, rollout=rollout)
-        args.remove_unused_columns = False
-        stopping: list[TrainerCallback] = []
-        if patience is not None and eval_pairs:
-            stopping.append(EarlyStoppingCallback(patience, min_delta))
+        self.name, self.method = find_method(method)
+        self.needs, self.on_policy = self.method.needs, is_on_policy(self.method)
+        self.label = label or f"train {self.name}"
+        args = AlignmentConfig(f"out-{self.name}") if args is None else args
+        check_arguments(self.label, args)
+        if self.on_policy:
+            check_rollout(self.label, self.method, args.rollout)
+        rewards = reward_list(reward_funcs) if self.needs.reward else []
+        if self.needs.reward and not rewards:
+            raise TrainingError(f"{self.label} needs a reward for the responses; give one as reward_funcs")
+
+        # What can be read without weights is read, and refused, before they are loaded.
+        source = model.source if isinstance(model, Policy) else find_source(model, args)
+        config: Any = source.config() if isinstance(model, str) else _network(model).config
+        tokenizer = model.tokenizer if isinstance(model, Policy) else find_tokenizer(model, processing_class, source)
+        self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
+        data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
+        check_rows(data, source, config, self.method, args)
+        check_reward_funcs(rewards, data, args)
+        end_id = response_end(data, tokenizer, args)
+
+        if isinstance(model, Policy):
+            policy, base = model, None
+        else:
+            set_seed(args.seed)
+            reference = self.needs.reference or self.needs.kl
+            policy, base = load_policy(
+                model, tokenizer, source, peft_config, args, reference=reference, frozen=needs_base(rewards)
+            )
+        check_reference(self.label, self.method, policy)
+        if args.recompute != "none":
+            try:
+                set_recompute(policy.model, args.recompute)
+            except ValueError as error:
+                raise TrainingError(f"{self.label}: recompute is {args.recompute}: {error}; leave it out") from None
+        self.policy, self.statistics = policy, data.statistics
+        self.rows: list[Any] = data.train
         if self.on_policy:
             policy.disable_dropout()
-        if method.needs.values:
+        if self.needs.values:
             policy.add_value_head()
-        self.rows: list[Any] = list(train_rows)
         # The forward that accelerate wraps in its autocast; it is put back after training.
         self._own_forward = vars(policy.model).get("forward")
         super().__init__(
@@ -123,37 +198,49 @@ class AlignmentTrainer(Trainer):
             args=args,
             data_collator=lambda items: {"indices": [i for i, _ in items], "rows": [row for _, row in items]},
             train_dataset=list(enumerate(self.rows)),  # pyright: ignore[reportArgumentType]
-            eval_dataset=list(eval_pairs) if eval_pairs else None,  # pyright: ignore[reportArgumentType]
-            processing_class=policy.tokenizer,
-            callbacks=[*(callbacks or []), *stopping],
+            eval_dataset=data.held_out,  # pyright: ignore[reportArgumentType]
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
         )
         if isinstance(policy.reference, nn.Module):
             # The Trainer has put the policy where it is trained.
             policy.reference.to(args.device)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        self.token_budget = args.token_budget
+        reward = load_rewards(
+            rewards,
+            data,
+            tokenizer,
+            source,
+            base or policy.model,
+            args,
+            token_budget=self.token_budget or FORWARD_BUDGET,
+        )
+        self.rollout = Rollout(args.rollout, end_id, reward)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
-        self.temperature = rollout.settings.temperature if rollout is not None and self.on_policy else 1.0
+        self.temperature = args.temperature if self.on_policy else 1.0
         # Others' log-probabilities are of full precision.
         shared = reference_cache is not None and self.temperature == 1 and self.accelerator.mixed_precision == "no"
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
-        self.monitor = Monitor(health, label) if health is not None else None
+        health = args.health_settings
+        self.monitor = Monitor(health, self.label) if health is not None else None
         self.metrics = MetricAverager()
         self.worker = self._worker() if self.on_policy else None
-        self.start: dict[str, float] = {}
+        self.start: dict[str, dict[str, float]] = {}
         self.memory: MemoryEstimate | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
 
     def _worker(self) -> RolloutWorker:
-        assert self.rollout is not None
         return RolloutWorker(
             self.policy,
             self.method,
             self.rollout,
             self.rows,
             args=self.args,
-            token_budget=self.token_budget,
+            token_budget=self.token_budget or FORWARD_BUDGET,
             monitor=self.monitor,
             metrics=self.metrics,
             run=self.run,
@@ -177,7 +264,7 @@ class AlignmentTrainer(Trainer):
         model.train()
         batch = self.collect(inputs["rows"], inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
-        for micro in batch.micro_batches(self.token_budget):
+        for micro in batch.micro_batches(self._budget()):
             with self.explain_out_of_memory(micro):
                 scores = self.score(micro.groups)
                 pairs, samples = micro.inputs(scores, self.needs, self.pairing)
@@ -238,7 +325,7 @@ class AlignmentTrainer(Trainer):
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
         """How pairs are made of more than two samples."""
-        return "all" if self.rollout is None else self.rollout.settings.pairing
+        return self.rollout.settings.pairing
 
     def record(self, micro: MicroBatch, scores: Scores, pairs: Pairs, samples: Samples) -> None:
         """Take from a pass what the next log line says."""
@@ -305,7 +392,7 @@ class AlignmentTrainer(Trainer):
 
     def _pair_logps(self, rows: Sequence[EncodedPair], *, of_reference: bool = False) -> Float[Tensor, "pairs 2"]:
         groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in rows]
-        settings: dict[str, Any] = {"token_budget": self.token_budget, "temperature": self.temperature}
+        settings: dict[str, Any] = {"token_budget": self._budget(), "temperature": self.temperature}
         if of_reference:
             with self.policy.as_reference() as reference:
                 return score_in_batches(reference, groups, **settings).logps.view(-1, 2)
@@ -319,8 +406,14 @@ class AlignmentTrainer(Trainer):
 
     # A run ------------------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, showing progress. As `transformers.Trainer.train`; a resumed run skips the checks of the start."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self._folder)) if self._folder.is_dir() else None
+            if resume_from_checkpoint is None:
+                raise TrainingError(
+                    f"{self._folder}: holds no checkpoint to go on from; set save_strategy, or train anew"
+                )
         self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
         if resume_from_checkpoint:
             self._resume(Path(str(resume_from_checkpoint)))
@@ -348,6 +441,8 @@ class AlignmentTrainer(Trainer):
             load_worker(self.worker, checkpoint, state.global_step)
         if self._remembers_reference:
             self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
+        if self.token_budget is None:
+            self._set_token_budget(load_token_budget(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # The one private method of transformers that is overridden: it deletes older checkpoints at its end, so what a
@@ -358,6 +453,7 @@ class AlignmentTrainer(Trainer):
             save_worker(self.worker, folder, self.state.global_step)
         if self._remembers_reference:
             save_reference(self.rows, self.reference_cache, folder)
+        save_token_budget(self._budget(), folder)
         super()._save_checkpoint(model, trial)
 
     @property
@@ -377,8 +473,8 @@ class AlignmentTrainer(Trainer):
             saved = self._save_now()
             if out_of_memory(error):
                 raise TrainingError(
-                    f"{self.label}: out of memory while responses were drawn and scored; lower rollout.rows, "
-                    f"token_budget or max_new_tokens; {saved}; train on with --resume"
+                    f"{self.label}: out of memory while responses were drawn and scored; lower "
+                    f"decode_batch_size, token_budget or max_completion_length; {saved}; train on with --resume"
                 ) from error
             if not isinstance(error, InputError):
                 raise
@@ -386,25 +482,44 @@ class AlignmentTrainer(Trainer):
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
+    def _budget(self) -> int:
+        """Tokens of a micro-batch: the setting, or the largest power of two that takes half of what fits in memory."""
+        if self.token_budget is None:
+            most = 4096 if self.args.device.type == "cpu" else 16_384
+            fits = self._estimate(1).largest_budget()
+            budget = most if fits is None else max(1, min(most, fits // 2))
+            self._set_token_budget(1 << (budget.bit_length() - 1))
+            logger.info("%s: token_budget is %d, chosen from free memory", self.label, self.token_budget)
+        assert self.token_budget is not None
+        return self.token_budget
+
+    def _set_token_budget(self, budget: int | None) -> None:
+        self.token_budget = budget
+        if self.worker is not None and budget is not None:
+            self.worker.token_budget = budget
+
     def estimate_memory(self) -> MemoryEstimate:
         """What the run will need, measured on the model as it is trained; logged, with a warning if it does not fit."""
-        reward = None if self.rollout is None else self.rollout.reward
+        memory = self._estimate(self._budget())
+        logger.info("%s", memory)
+        if not memory.fits():
+            logger.warning("%s is likely to run out of memory: %s", self.label, memory.advice())
+        return memory
+
+    def _estimate(self, token_budget: int) -> MemoryEstimate:
+        reward = self.rollout.reward
         parts = [part for _, _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
         others = [self.policy.reference, *(m for part in parts for m in getattr(part, "__dict__", {}).values())]
-        memory = estimate(
+        return estimate(
             self.policy.model,
             self.score,
-            expected_lengths(self.rows, self.method, self.rollout),
-            token_budget=self.token_budget,
+            expected_lengths(self.rows, self.method, self.rollout.settings),
+            token_budget=token_budget,
             batch=self.args.per_device_train_batch_size,
             free=available(self.args.device),
             state=2.0 if self.args.optim in ("adamw_torch", "adamw_torch_fused") else None,
             resident=[module for module in others if isinstance(module, nn.Module)],
         )
-        logger.info("%s", memory)
-        if not memory.fits():
-            logger.warning("%s is likely to run out of memory: %s", self.label, memory.advice())
-        return memory
 
     @contextmanager
     def explain_out_of_memory(self, micro: MicroBatch) -> Iterator[None]:
@@ -441,9 +556,30 @@ class AlignmentTrainer(Trainer):
     ) -> dict[str, float]:
         """Held-out pairs: `loss` is the logistic NLL of the labels under the implicit reward, in nats.
 
-        So methods compare, and early stopping has one meaning. With it come the pair metrics.
+        So methods compare, and early stopping has one meaning. With it come the pair metrics. Of several sets each has
+        its name in its metrics. Raises TrainingError if there are no held-out pairs.
         """
-        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        sets: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if sets is None:
+            raise TrainingError(f"{self.label}: nothing to evaluate on; pass eval_dataset, held-out pairs")
+        prefixes = (
+            {f"{metric_key_prefix}_{name}": rows for name, rows in sets.items()}
+            if isinstance(sets, Mapping)
+            else {metric_key_prefix: sets}
+        )
+        metrics: dict[str, float] = {}
+        for prefix, rows in prefixes.items():
+            values = self._measure(self._encode(rows, prefix), prefix)
+            metrics |= {f"{prefix}_{name}": value for name, value in values.items()}
+        if self.extra_evaluation is not None:
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.run(self._extra).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.is_in_train and self.state.global_step == 0 and self.args.load_best_model_at_end:
+            self._keep_start(metrics)
+        return metrics
+
+    def _measure(self, rows: list[EncodedPair], prefix: str) -> dict[str, float]:
         pairs = self.held_out(rows)
         rewards = implicit_rewards(self.method, pairs)
         logit = rewards[:, 0] - rewards[:, 1]
@@ -452,36 +588,29 @@ class AlignmentTrainer(Trainer):
             **pair_metrics(self.method, pairs),
             "preference/median_logit": float(logit.abs().median()),
         }
-        if not self.start:
+        if prefix not in self.start:
             # A run that goes on remembers where it started.
-            logged = [row for row in self.state.log_history if f"{metric_key_prefix}_logps/chosen" in row]
-            self.start = {name: logged[0][f"{metric_key_prefix}_{name}"] for name in values} if logged else values
-            warn_about_sharpness(self.label, self.start["preference/median_logit"])
-        values["health/chosen_logps_change"] = values["logps/chosen"] - self.start["logps/chosen"]
-        values |= self._watch(values["logps/chosen"])
-        if self.extra_evaluation is not None:
-            values |= self.run(self._extra)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train and self.state.global_step == 0 and self.args.load_best_model_at_end:
-            self._keep_start(metrics)
-        return metrics
+            logged = [row for row in self.state.log_history if f"{prefix}_logps/chosen" in row]
+            self.start[prefix] = {name: logged[0][f"{prefix}_{name}"] for name in values} if logged else values
+            warn_about_sharpness(self.label, self.start[prefix]["preference/median_logit"])
+        values["health/chosen_logps_change"] = values["logps/chosen"] - self.start[prefix]["logps/chosen"]
+        return values | self._watch(values["logps/chosen"], rows)
 
     def _extra(self) -> dict[str, float]:
         assert self.extra_evaluation is not None
         with evaluating(self.policy.model):
             return self.extra_evaluation(self.policy.model)
 
-    def _watch(self, chosen_logps: float) -> dict[str, float]:
+    def _watch(self, chosen_logps: float, rows: list[EncodedPair]) -> dict[str, float]:
         """Health at an evaluation. A method that draws no responses itself has some drawn, only to be looked at."""
-        if self.rollout is None or self.monitor is None:
+        if self.monitor is None:
             return {}
         if self.on_policy:
             return self.monitor.update({"logps/chosen": chosen_logps}, self.state.global_step)
-        rollout, rows, limit = self.rollout, self.eval_dataset, self.monitor.settings.prompts
-        settings: dict[str, Any] = {"limit": limit, "token_budget": self.token_budget, "seed": self.args.seed}
-        metrics = self.run(lambda: observe(self.policy, rollout, rows, **settings))  # pyright: ignore[reportArgumentType]
+        limit, budget = self.monitor.settings.prompts, self._budget()
+        metrics = self.run(
+            lambda: observe(self.policy, self.rollout, rows, limit=limit, token_budget=budget, seed=self.args.seed)
+        )
         if not metrics:
             return {}
         metrics |= self.monitor.update({**metrics, "logps/chosen": chosen_logps}, self.state.global_step)
@@ -504,6 +633,44 @@ class AlignmentTrainer(Trainer):
         best = self.state.best_global_step if self.args.load_best_model_at_end else None
         return self.state.global_step if best is None else best
 
+    # Saving -----------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as it is (under LoRA the adapter), the tokenizer and the card."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+        else:
+            self.policy.save(Path(output_dir or self._folder), self.card())
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None, **_: Any
+    ) -> None:
+        """Write README.md into the run's folder: method, settings, data, results, citation."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        card = self.card(model_name=model_name, dataset_name=dataset_name, tags=tags or [])
+        (self._folder / "README.md").write_text(card, encoding="utf-8")
+
+    def card(self, **more: Any) -> str:
+        """The model card, as Markdown with the hub's metadata."""
+        args = self.args
+        names = [*CARD_SETTINGS, *(RolloutSettings.model_fields if self.on_policy else ())]
+        training = {name: getattr(args, name) for name in names}
+        return model_card(
+            base_model=self.policy.source.name,
+            name=self.name,
+            method=self.method,
+            data=self.statistics,
+            training={**training, "kept_step": self.kept_step, "seed": args.seed},
+            results=self.last_evaluation(),
+            **more,
+        )
+
+    def last_evaluation(self) -> dict[str, float]:
+        """The numbers of the evaluation at the step that was kept; empty without one."""
+        rows = [row for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
+        kept = [row for row in rows if row["step"] == self.kept_step] or rows[-1:]
+        return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
+
     # Logging ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -521,8 +688,17 @@ class AlignmentTrainer(Trainer):
         return Path(str(self.args.output_dir))
 
 
+def _network(model: Policy | nn.Module) -> nn.Module:
+    return model.model if isinstance(model, Policy) else model
+
+
 def check_arguments(label: str, args: TrainingArguments) -> None:
     """Raise TrainingError for arguments of transformers that cannot be followed here."""
+    if not isinstance(args, AlignmentConfig):
+        raise TrainingError(
+            f"{label}: args is {type(args).__name__}; give distalign.AlignmentConfig, which has the fields of "
+            "transformers.TrainingArguments and distalign's own"
+        )
     if args.world_size > 1 or args.n_gpu > 1:
         raise TrainingError(
             f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
@@ -535,28 +711,22 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         )
 
 
-def check_needs(label: str, method: Method, *, reference: bool, rollout: Rollout | None) -> None:
-    """Raise TrainingError if what the method needs is not there."""
-    needs = method.needs
-    if (needs.reference or needs.kl) and not reference:
+def check_reference(label: str, method: Method, policy: Policy) -> None:
+    """Raise TrainingError if the method needs a reference and there is none."""
+    if (method.needs.reference or method.needs.kl) and policy.reference is None:
         raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
-    if not is_on_policy(method):
-        return
-    if rollout is None:
-        raise TrainingError(f"{label} learns from responses of the policy; pass rollout, which says how to draw them")
-    if needs.reward and rollout.reward is None:
-        raise TrainingError(f"{label} needs a reward for the responses; give one: reward in the recipe")
-    check_rollout(label, method, rollout.settings)
 
 
-def expected_lengths(rows: Sequence[Any], method: Method, rollout: Rollout | None) -> list[tuple[int, tuple[int, ...]]]:
+def expected_lengths(
+    rows: Sequence[Any], method: Method, settings: RolloutSettings
+) -> list[tuple[int, tuple[int, ...]]]:
     """(prompt, responses) of the groups of a run: labelled pairs as they are, drawn responses at their longest."""
     drawn: tuple[int, ...] = ()
-    if rollout is not None and is_on_policy(method):
-        settings, needs = rollout.settings, method.needs
+    if is_on_policy(method):
+        needs = method.needs
         # Pairs are made of what was drawn; the KL term may want fresh responses beside.
         sets = 1 + (needs.samples and needs.pairs == "sampled" and settings.stale == "resample")
-        drawn = (settings.max_new_tokens,) * (settings.samples * sets)
+        drawn = (settings.max_completion_length,) * (settings.num_generations * sets)
     if method.needs.pairs != "labelled":
         return [(len(row.prompt), drawn) for row in rows]
     return [(len(row.prompt), (len(row.chosen), len(row.rejected), *drawn)) for row in rows]

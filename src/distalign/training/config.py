@@ -1,0 +1,130 @@
+"""The settings of `AlignmentTrainer`: `transformers.TrainingArguments`, and what is ours beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from transformers import TrainingArguments
+
+from distalign.engine.memory import Recompute
+from distalign.settings import lower_first
+from distalign.training.health import HealthSettings
+from distalign.training.rounds import MissingEnd, RolloutSettings, TrainingError
+
+
+@dataclass
+class AlignmentConfig(TrainingArguments):
+    """Settings of a run: `transformers.TrainingArguments`, and the fields below, under TRL's names where it has one.
+
+    Lengths are in tokens. The method's own settings (γ, β) are the method's: `PMLE(gamma=0.02, beta=0.0)`.
+
+    Data:
+        max_length: the longest prompt and response together (None: the model's positions). Nothing is cut silently.
+        max_response_tokens: cut longer responses here; they then have no end token (None: never cut).
+        too_long: what to do with a pair that exceeds `max_length`: "error", or "drop" it and log how many.
+        drop_ties: leave out pairs whose responses are the same, instead of refusing them.
+        end_token_id: the token that ends a response (None: the one that the tokenizer or its chat template writes).
+    Responses that the policy draws (methods that learn from them, and a few at each evaluation to watch any run):
+        num_generations: responses to each prompt.
+        max_completion_length: a response is cut there; its end token counts.
+        min_new_tokens: tokens before the end may be drawn.
+        temperature, top_p: of sampling; `temperature` also of every log-probability of the method.
+        num_iterations: how often a round of responses is gone through.
+        minibatches: optimizer steps that one round is drawn for.
+        pairing: how pairs are made of more than two responses: "all", or "best_worst" by reward.
+        stale: the KL term once the policy has moved: importance "weights", or "resample" fresh responses.
+        missing_end: reward of a response without an end, such as {"rule": "penalty", "value": -1.0} (None: as it is).
+        decode_batch_size: responses decoded at once: memory, not results.
+        num_completions_to_print: prompts of each round whose responses go to samples.jsonl.
+        reward_weights: a weight for each of `reward_funcs` (None: 1).
+        reward_timeout: seconds that one call of a reward function may take.
+    Model and memory:
+        model_init_kwargs: for a model given by name: "dtype" ("float32", "bfloat16", "auto") and "trust_remote_code".
+        token_budget: tokens of a micro-batch (None: chosen once from free memory, saved and kept on resume).
+        recompute: what the backward pass computes again to need less memory: "none", "selective" or "full".
+    Health:
+        health: thresholds that warn when the policy degenerates (docs/rollouts.md), such as
+            {"stop_on_collapse": True}; None watches nothing.
+
+    Raises TrainingError for a value that cannot be used.
+    """
+
+    # Defaults that suit preference learning, the same as a recipe's.
+    per_device_train_batch_size: int = 16
+    num_train_epochs: float = 1.0
+    logging_steps: float = 1
+    save_strategy: str = "no"
+    report_to: str | list[str] | None = "none"
+    remove_unused_columns: bool = False
+    restore_callback_states_from_checkpoint: bool = True
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+
+    max_length: int | None = None
+    max_response_tokens: int | None = None
+    too_long: Literal["error", "drop"] = "error"
+    drop_ties: bool = False
+    end_token_id: int | None = None
+
+    num_generations: int = 4
+    max_completion_length: int = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_iterations: int = 1
+    minibatches: int = 1
+    pairing: Literal["all", "best_worst"] = "all"
+    stale: Literal["weights", "resample"] = "weights"
+    missing_end: dict[str, Any] | None = None
+    decode_batch_size: int = 64
+    num_completions_to_print: int = 2
+    reward_weights: list[float] | None = None
+    reward_timeout: float = 60.0
+
+    model_init_kwargs: dict[str, Any] | None = None
+    token_budget: int | None = None
+    recompute: Recompute = "none"
+
+    health: dict[str, Any] | None = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check()
+
+    def _check(self) -> None:
+        """Raise TrainingError for values that cannot be used."""
+        try:
+            _ = self.rollout, self.health_settings
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}; {lower_first(problem['msg'])}"
+                if problem["loc"]
+                else problem["msg"].removeprefix("Value error, ")
+                for problem in error.errors()
+            ]
+            raise TrainingError("\n".join(f"AlignmentConfig: {line}" for line in lines)) from None
+        if self.too_long not in ("error", "drop"):
+            raise TrainingError(f"AlignmentConfig: too_long is {self.too_long!r}; take error or drop")
+        for name in ("token_budget", "max_length", "max_response_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise TrainingError(f"AlignmentConfig: {name} is {value!r}; give a number of tokens, or None")
+        unknown = set(self.model_init_kwargs or {}) - {"dtype", "trust_remote_code"}
+        if unknown:
+            raise TrainingError(
+                f"AlignmentConfig: model_init_kwargs has {', '.join(sorted(unknown))}; by name a model takes dtype and "
+                "trust_remote_code: for anything else load it yourself and pass the model"
+            )
+
+    @property
+    def rollout(self) -> RolloutSettings:
+        """How responses are drawn, as a recipe's `rollout` section holds it."""
+        values = {name: getattr(self, name) for name in RolloutSettings.model_fields}
+        return RolloutSettings(**{**values, "missing_end": MissingEnd.model_validate(self.missing_end or {})})
+
+    @property
+    def health_settings(self) -> HealthSettings | None:
+        """When a run is called unhealthy; None if nobody watches."""
+        return None if self.health is None else HealthSettings.model_validate(self.health)

@@ -1,0 +1,316 @@
+"""What a caller gives to `AlignmentTrainer`, made into what it trains with: a method, a policy, encoded rows, a reward.
+
+Everything that can be read without weights is read, and refused, before they are loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedModel
+
+from distalign.data import (
+    EncodedPair,
+    EncodedPrompt,
+    encode_pairs,
+    encode_prompt,
+    end_token_id,
+    has_pairs,
+    prompts_of,
+    read_pairs,
+    read_prompts,
+)
+from distalign.methods import METHODS, Method
+from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model
+from distalign.models.policy import Policy, adapter_off, make_policy, share
+from distalign.rewards import (
+    ClassifierReward,
+    FunctionReward,
+    Reward,
+    RewardError,
+    RewardSettings,
+    RewardTraining,
+    WeightedSum,
+    check_rewards,
+    make_reward,
+    train_reward,
+)
+from distalign.rewards.classifier import find_classifier
+from distalign.rewards.reward_model import is_reward_model
+from distalign.training.config import AlignmentConfig
+from distalign.training.rounds import Row, TrainingError, is_on_policy
+
+logger = logging.getLogger("distalign.training.trainer")
+
+Model = str | PreTrainedModel | PeftModel
+# A TRL-like reward function, a name (classifier, trained reward's folder), a model, settings to train one, or our own.
+RewardFunc = Callable[..., Any] | str | PreTrainedModel | RewardTraining | Reward
+
+
+def find_method(method: str | Method) -> tuple[str, Method]:
+    """The method and its short name. Raises TrainingError for a name that there is not."""
+    if isinstance(method, Method):
+        return type(method).__name__.lower(), method
+    if method in METHODS:
+        return method, METHODS[method]()
+    near = get_close_matches(str(method).lower(), METHODS, 1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise TrainingError(f"method is {method!r}; give a Method or one of {', '.join(METHODS)}{hint}")
+
+
+# Rows -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rows:
+    """What is learned from, and what is held out, encoded; `statistics` say what was read, for the model card."""
+
+    train: list[Row]
+    pairs: list[EncodedPair]
+    held_out: dict[str, list[EncodedPair]] | list[EncodedPair] | None
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conversational(self) -> bool:
+        """Whether the rows are chats."""
+        row = self.train[0].row
+        return row is not None and not isinstance(row.prompt, str)
+
+    @property
+    def first_held_out(self) -> list[EncodedPair]:
+        """The held-out pairs, or the first set of several."""
+        sets = self.held_out
+        return next(iter(sets.values())) if isinstance(sets, dict) else (sets or [])
+
+
+def read_rows(
+    train: Any, held_out: Any, tokenizer: Any, method: Method, encode: Callable[[Any, str], list[EncodedPair]]
+) -> Rows:
+    """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or rows that are encoded already.
+
+    `encode` is `read_pairs_of` for this run. A method without labelled pairs learns from the prompts, each once. Raises
+    DataError with every problem.
+    """
+    if train is None:
+        raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
+    train = train if isinstance(train, str | Path | Sequence) or hasattr(train, "column_names") else list(train)
+    labelled = method.needs.pairs == "labelled"
+    pairs: list[EncodedPair] = []
+    if _encoded(train):
+        rows: list[Row] = list(train)
+        pairs = [row for row in rows if isinstance(row, EncodedPair)]
+    elif labelled or has_pairs(train):
+        pairs = encode(train, "train_dataset")
+        rows = list(pairs) if labelled else list(prompts_of(pairs))
+    else:
+        prompts = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in read_prompts(train)]
+        rows = list({tuple(row.prompt): row for row in prompts}.values())
+    place = f" of {train}" if isinstance(train, str | Path) else ""
+    statistics = {"train_dataset": f"{len(rows)} {'pairs' if labelled else 'prompts'}{place}"}
+    if isinstance(held_out, Mapping):
+        held: Any = {name: encode(part, f"eval_dataset {name}") for name, part in held_out.items()}
+    else:
+        held = None if held_out is None else encode(held_out, "eval_dataset")
+    data = Rows(rows, pairs, held, statistics)
+    if data.first_held_out:
+        statistics["eval_dataset"] = f"{len(data.first_held_out)} pairs"
+    return data
+
+
+def read_pairs_of(
+    rows: Any, name: str, *, tokenizer: Any, args: AlignmentConfig, limit: int | None
+) -> list[EncodedPair]:
+    """Pairs, checked and encoded; those that are encoded already are taken as they are. Raises DataError.
+
+    `limit` is the number of positions of the model; `name` says in the log which rows these are.
+    """
+    if _encoded(rows):
+        return list(rows)
+    pairs, counts = encode_pairs(
+        tokenizer,
+        read_pairs(rows, drop_ties=args.drop_ties),
+        max_length=args.max_length or limit,
+        max_response_tokens=args.max_response_tokens,
+        too_long=args.too_long,
+    )
+    logger.info("%s: %s", name, counts)
+    return pairs
+
+
+def _encoded(rows: Any) -> bool:
+    """Whether the rows are token ids already."""
+    return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], EncodedPair | EncodedPrompt)
+
+
+def check_rows(rows: Rows, source: Source, config: Any, method: Method, args: AlignmentConfig) -> None:
+    """Raise InputError if the model does not know a token, or has no room for responses."""
+    pairs = [ids for pair in rows.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)]
+    check_token_ids(source.name, config, pairs or (row.prompt for row in rows.train))
+    if is_on_policy(method):
+        longest = args.max_completion_length
+        check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
+
+
+def response_end(rows: Rows, tokenizer: Any, args: AlignmentConfig) -> int:
+    """The token that ends a response. Raises InputError if there is none."""
+    if args.end_token_id is not None:
+        return args.end_token_id
+    return end_token_id(tokenizer, conversational=rows.conversational)
+
+
+# The policy -----------------------------------------------------------------------------------------------------------
+
+
+def find_source(model: Model, args: AlignmentConfig) -> Source:
+    """Where the model comes from: a name is looked up, nothing is loaded. Raises ModelError."""
+    if isinstance(model, str):
+        trust = bool((args.model_init_kwargs or {}).get("trust_remote_code", False))
+        return find_model(model, trust_remote_code=trust)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    name = str(getattr(base, "name_or_path", "") or type(base).__name__)
+    return Source(name, name, "given as an object")
+
+
+def find_tokenizer(model: Model, processing_class: Any, source: Source) -> Any:
+    """The tokenizer that was given, or the model's own. Raises ModelError."""
+    if processing_class is not None:
+        return processing_class
+    if isinstance(model, str):
+        return source.tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(source.path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"model {source.name}: it came as an object; pass its tokenizer as processing_class"
+        ) from error
+
+
+def load_policy(
+    model: Model,
+    tokenizer: Any,
+    source: Source,
+    peft_config: PeftConfig | None,
+    args: AlignmentConfig,
+    *,
+    reference: bool,
+    frozen: bool,
+) -> tuple[Policy, PreTrainedModel | None]:
+    """The policy, and the model that it starts from without an adapter (None unless `frozen` asks for it).
+
+    A `PeftModel` trains its own adapter, and its reference is the model with the adapter off. With `peft_config` a
+    model gets a new adapter. Otherwise all its weights are trained, in place; the reference is then a frozen copy.
+    """
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise TrainingError("model has an adapter and peft_config asks for another; give one of them")
+        policy = Policy(model, tokenizer, source, adapter_off(model), new_adapter=False)
+        shared: Any = share(model)
+        return policy, shared.unload() if frozen else None
+    if not isinstance(model, str):
+        model.to(args.device)  # pyright: ignore[reportArgumentType]
+    else:
+        dtype = str((args.model_init_kwargs or {}).get("dtype", "float32")).removeprefix("torch.")
+        model = source.model(dtype, args.device)
+    if peft_config is not None:
+        return make_policy(model, tokenizer, source, lora=peft_config, reference=True), model
+    copied = copy.deepcopy(model).requires_grad_(False).eval() if reference or frozen else None
+    return Policy(model, tokenizer, source, copied if reference else None), copied
+
+
+# The reward -----------------------------------------------------------------------------------------------------------
+
+
+def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[RewardFunc]:
+    """The rewards as a list."""
+    if reward_funcs is None:
+        return []
+    return list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]  # pyright: ignore[reportReturnType]
+
+
+def check_reward_funcs(rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig) -> None:
+    """Raise RewardError for rewards that cannot work, before a model is loaded."""
+    rewards = list(rewards)
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(rewards):
+        raise RewardError(
+            f"reward_weights has {len(weights)} numbers for {len(rewards)} reward_funcs; give one for each"
+        )
+    settings = [named for reward in rewards if (named := _named(reward)) is not None]
+    if settings:
+        check_rewards(settings, conversational=rows.conversational)
+    if any(isinstance(reward, RewardTraining) for reward in rewards):
+        if not rows.pairs:
+            raise RewardError("reward_funcs: a reward is trained on pairs, and train_dataset has prompts alone")
+        if len(rows.first_held_out) < 2:
+            raise RewardError("reward_funcs: training a reward stops by held-out pairs; pass them as eval_dataset")
+
+
+def needs_base(rewards: Iterable[RewardFunc]) -> bool:
+    """Whether a reward reads the model that the policy starts from."""
+    return any(
+        isinstance(reward, RewardTraining) or (isinstance(reward, str) and is_reward_model(reward))
+        for reward in rewards
+    )
+
+
+def _named(reward: RewardFunc) -> RewardSettings | None:
+    if isinstance(reward, str):
+        return (
+            RewardSettings(function=reward)
+            if ":" in reward and not Path(reward).exists()
+            else RewardSettings(model=reward)
+        )
+    return RewardSettings(train=reward) if isinstance(reward, RewardTraining) else None
+
+
+def load_rewards(
+    rewards: Sequence[RewardFunc],
+    rows: Rows,
+    tokenizer: Any,
+    source: Source,
+    base: Any,
+    args: AlignmentConfig,
+    *,
+    token_budget: int,
+) -> Reward | None:
+    """One reward of all that were given, summed with their weights; None of none. Raises RewardError."""
+
+    def load(reward: RewardFunc) -> Reward:
+        if isinstance(reward, Reward):
+            return reward
+        if isinstance(reward, PreTrainedModel):
+            named = find_classifier(str(reward.name_or_path))
+            return ClassifierReward(named, reward, tokenizer, token_budget=token_budget)
+        settings = _named(reward)
+        if settings is None:
+            assert callable(reward)
+            return FunctionReward(reward, tokenizer, timeout=args.reward_timeout)
+        trained = None
+        if settings.train is not None:
+            folder = Path(str(args.output_dir)) / "reward"
+            trained = train_reward(
+                settings.train, base, tokenizer, source, rows.pairs, rows.first_held_out,
+                gamma=None, token_budget=token_budget, seed=args.seed, folder=folder,
+            ).reward  # fmt: skip
+        return make_reward([settings], base=base, tokenizer=tokenizer, token_budget=token_budget, trained=trained)
+
+    if not rewards:
+        return None
+    loaded = [load(reward) for reward in rewards]
+    weights = args.reward_weights or [1.0] * len(loaded)
+    if len(loaded) == 1 and weights[0] == 1:
+        return loaded[0]
+    names = [getattr(reward, "__name__", type(part).__name__) for reward, part in zip(rewards, loaded, strict=True)]
+    return WeightedSum(
+        [
+            (f"{name}_{i}", weight, part)
+            for i, (name, weight, part) in enumerate(zip(names, weights, loaded, strict=True))
+        ]
+    )
