@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from distalign.models.targets import Tilt as Tilt
     from distalign.rewards import Request as Request
     from distalign.rewards import Reward as Reward
+    from distalign.rewards import RewardTraining as RewardTraining
     from distalign.rewards import load_reward as load_reward
     from distalign.rewards import make_reward as make_reward
     from distalign.rollout.sample import sample as sample
-    from distalign.training.rounds import Rollout as Rollout
+    from distalign.training.config import AlignmentConfig as AlignmentConfig
     from distalign.training.trainer import AlignmentTrainer as AlignmentTrainer
 
 __version__ = "0.1.0.dev0"
@@ -58,9 +59,9 @@ _HOMES = {
     "models.load": ("find_model",),
     "models.policy": ("Policy", "make_policy"),
     "models.targets": ("Tilt",),
-    "rewards": ("Request", "Reward", "load_reward", "make_reward"),
+    "rewards": ("Request", "Reward", "RewardTraining", "load_reward", "make_reward"),
     "rollout.sample": ("sample",),
-    "training.rounds": ("Rollout",),
+    "training.config": ("AlignmentConfig",),
     "training.trainer": ("AlignmentTrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -1,0 +1,283 @@
+"""The Python door: a model, a method, settings and rows as people have them, offline and on-policy."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import TrainerCallback, TrainingArguments
+
+from distalign import DPO, PMLE, RKL, AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
+from distalign.data import DataError
+from distalign.experiments.recipe import Recipe
+from distalign.models.load import ModelError
+from distalign.training.health import HealthSettings
+from distalign.training.rounds import RolloutSettings, TrainingError
+from distalign.training.trainer import check_arguments
+
+METHODS = {"offline": PMLE(gamma=0.5, beta=0.0), "on-policy": RKL(gamma=0.5, beta=0.1)}
+LORA = LoraConfig(r=4, target_modules="all-linear")
+
+
+def warmth(prompts, completions, **columns):
+    """A reward in TRL's convention: warm words in the completion's message."""
+    assert len(prompts) == len(completions) == len(columns["completion_ids"])
+    return [sum(word in ("happy", "kind", "warm") for word in text[0]["content"].split()) for text in completions]
+
+
+def rows(n=12):
+    """Conversational rows in TRL's columns."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": prompt}],
+            "chosen": [{"role": "assistant", "content": f"happy warm {'tea ' * (i % 3)}"}],
+            "rejected": [{"role": "assistant", "content": "cold bad rain"}],
+        }
+        for i, prompt in enumerate(tiny.prompts(n))
+    ]
+
+
+def config(folder, **settings):
+    """Two small steps."""
+    return AlignmentConfig(
+        output_dir=str(folder),
+        **{
+            "max_steps": 2,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-2,
+            "max_completion_length": 5,
+            "token_budget": 512,
+            "use_cpu": True,
+            **settings,
+        },
+    )
+
+
+def trainer(folder, method, model=None, data=None, **options):
+    """A trainer of a method; a method that reads a reward gets `warmth`."""
+    model = tiny.model() if model is None else model
+    options = {"processing_class": tiny.tokenizer(), **options}
+    if method.needs.reward:
+        options = {"reward_funcs": warmth, **options}
+    args = options.pop("args", None) or config(folder)
+    return AlignmentTrainer(model, method, args, rows() if data is None else data, **options)
+
+
+def weights(model):
+    """All weights in one vector."""
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", METHODS)
+@pytest.mark.parametrize("form", ["list", "dataset", "path", "iterable"])
+def test_rows_in_every_form_give_the_same_model(tmp_path, kind, form):
+    """A list of dicts, a Dataset, a file and an iterable are the same rows."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    data = {"list": rows(), "dataset": Dataset.from_list(rows()), "path": file, "iterable": iter(rows())}[form]
+    found = trainer(tmp_path / "a", METHODS[kind], data=data)
+    found.train()
+    expected = trainer(tmp_path / "b", METHODS[kind])
+    expected.train()
+    assert torch.equal(weights(found.model), weights(expected.model))
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_model_by_its_folder(tmp_path, kind, tiny_folder):
+    """Model and tokenizer come from the folder; save_model writes model, tokenizer and card, which load again."""
+    made = trainer(tmp_path, METHODS[kind], model=str(tiny_folder), processing_class=None, peft_config=LORA)
+    made.train()
+    made.save_model()
+    assert {"adapter_model.safetensors", "tokenizer_config.json", "README.md"} <= {f.name for f in tmp_path.iterdir()}
+    card = (tmp_path / "README.md").read_text()
+    assert made.name in card
+    assert "learning_rate" in card
+    again = trainer(tmp_path / "again", PMLE(0.5, 0.0), model=str(tmp_path), processing_class=None, peft_config=LORA)
+    ids = torch.tensor([[2, 4, 7, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(ids).logits, made.model.eval()(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_own_model_is_trained_in_place(tmp_path, kind):
+    """The object that was given has moved; with a peft_config it has not, and the adapter has."""
+    model = tiny.model()
+    before = weights(model)
+    trainer(tmp_path / "full", METHODS[kind], model=model).train()
+    assert not torch.equal(weights(model), before)
+    model = tiny.model()
+    made = trainer(tmp_path / "lora", METHODS[kind], model=model, peft_config=LORA)
+    made.train()
+    assert torch.equal(weights(model), before)
+    assert any(parameter.abs().max() > 0 for name, parameter in made.model.named_parameters() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_own_adapter_is_trained_and_its_reference_is_the_model_without(tmp_path, kind, caplog):
+    """Its own adapter moves, the weights below do not; one that is trained already is warned about."""
+    adapted = get_peft_model(tiny.model(), copy.deepcopy(LORA))
+    base = weights(tiny.model())
+    made = trainer(tmp_path / "a", DPO(gamma=0.5) if kind == "offline" else METHODS[kind], model=adapted)
+    made.train()
+    assert made.model is adapted
+    with made.policy.as_reference() as reference, torch.no_grad():
+        ids = torch.tensor([[2, 4, 7, 3]])
+        torch.testing.assert_close(reference(ids).logits, tiny.model()(ids).logits)
+    assert torch.equal(weights(tiny.model()), base)
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path / "b", METHODS[kind], model=adapted).train()
+    assert "the adapter is trained already" in caplog.text
+    with pytest.raises(TrainingError, match="give one of them"):
+        trainer(tmp_path / "c", METHODS[kind], model=adapted, peft_config=LORA)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_own_callback_and_an_own_optimizer(tmp_path, kind):
+    """Both are used: the callback sees every step, and a rate of zero leaves the weights alone."""
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            """Note the step."""
+            seen.append(state.global_step)
+
+    model = tiny.model()
+    before = weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    made = trainer(tmp_path, METHODS[kind], model=model, callbacks=[Count()], optimizers=(optimizer, None))
+    made.train()
+    assert seen == [1, 2]
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_own_tokenizer(tmp_path, kind):
+    """Its template is what the rows are rendered with."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "<|im_start|>system\nkind<|im_end|>\n" + tiny.TEMPLATE
+    made = trainer(tmp_path, METHODS[kind], processing_class=tokenizer)
+    assert made.rows[0].prompt[1] == tokenizer.convert_tokens_to_ids("system")
+    made.train()
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_several_held_out_sets(tmp_path, kind):
+    """Each has its name in the metrics; evaluate takes another one, raw; without any it says so."""
+    sets = {"first": rows(4), "second": rows(6)}
+    args = config(tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_strategy="steps",
+                  save_steps=1, metric_for_best_model="eval_second_loss", eval_on_start=True)  # fmt: skip
+    made = trainer(tmp_path, METHODS[kind], args=args, eval_dataset=sets)
+    made.train()
+    metrics = made.evaluate()
+    assert {"eval_first_loss", "eval_second_loss", "eval_second_rewards/accuracies"} <= metrics.keys()
+    alone = made.evaluate(rows(6), metric_key_prefix="other")
+    assert alone["other_loss"] == pytest.approx(metrics["eval_second_loss"])
+    with pytest.raises(TrainingError, match="nothing to evaluate on; pass eval_dataset"):
+        trainer(tmp_path / "b", METHODS[kind]).evaluate()
+
+
+def test_prompts_alone_are_enough_for_a_method_without_labels(tmp_path):
+    """Each prompt once, whether it comes with pairs or without."""
+    prompts = [{"prompt": row["prompt"]} for row in [*rows(5), *rows(5)]]
+    assert len(trainer(tmp_path, METHODS["on-policy"], data=prompts).rows) == 5
+    assert len(trainer(tmp_path, METHODS["on-policy"], data=[*rows(5), *rows(5)]).rows) == 5
+    with pytest.raises(DataError, match='no column "chosen"'):
+        trainer(tmp_path, METHODS["offline"], data=prompts)
+
+
+def test_rewards_are_summed_with_their_weights(tmp_path):
+    """Two functions, of whose sum the metrics tell; a number of weights that does not fit is refused."""
+
+    def long(completions, **_):
+        return [len(text[0]["content"].split()) for text in completions]
+
+    args = config(tmp_path, reward_weights=[0.5, 2.0])
+    made = trainer(tmp_path, METHODS["on-policy"], args=args, reward_funcs=[warmth, long])
+    made.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "objective/reward" in lines[0]
+    with pytest.raises(InputError, match="3 numbers for 1 reward_funcs"):
+        trainer(tmp_path, METHODS["on-policy"], args=config(tmp_path, reward_weights=[1.0, 2.0, 3.0]))
+    bad = trainer(tmp_path / "b", METHODS["on-policy"], reward_funcs=lambda prompts, completions: ["?"] * len(prompts))
+    with pytest.raises(InputError, match=r"its reward of completion 0 is '\?'"):
+        bad.train()
+
+
+def test_a_reward_trained_on_the_pairs_first(tmp_path):
+    """One line; it is saved, and its folder is a reward too."""
+    options = {"eval_dataset": rows(4), "peft_config": LORA}
+    made = trainer(tmp_path, METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5), **options)
+    made.train()
+    trainer(tmp_path / "b", METHODS["on-policy"], reward_funcs=str(tmp_path / "reward"), **options).train()
+    with pytest.raises(InputError, match="stops by held-out pairs; pass them as eval_dataset"):
+        trainer(tmp_path / "c", METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5))
+
+
+def test_what_is_refused_says_what_to_do(tmp_path):
+    """Before a model is loaded: none of these names a model that there is."""
+    nowhere = "no/such-model"
+    with pytest.raises(InputError, match=r"method is 'pmel'; give a Method or one of .*; did you mean \"pmle\""):
+        AlignmentTrainer(nowhere, "pmel", config(tmp_path), rows())
+    with pytest.raises(InputError, match=r"args is TrainingArguments; give distalign\.AlignmentConfig"):
+        check_arguments("train pmle", TrainingArguments(str(tmp_path), use_cpu=True))
+    with pytest.raises(InputError, match="rkl needs a reward for the responses; give one as reward_funcs"):
+        AlignmentTrainer(nowhere, "rkl", config(tmp_path), rows())
+    with pytest.raises(InputError, match="train_dataset is None"):
+        AlignmentTrainer(tiny.model(), "pmle", config(tmp_path), processing_class=tiny.tokenizer())
+    model = tiny.model()
+    with pytest.raises(ModelError, match="it came as an object; pass its tokenizer as processing_class"):
+        AlignmentTrainer(model, "pmle", config(tmp_path), rows())
+    with pytest.raises(InputError, match=r"temperature is 0\.0; input should be greater than 0"):
+        config(tmp_path, temperature=0.0)
+    with pytest.raises(InputError, match="min_new_tokens is 9 and max_completion_length 5"):
+        config(tmp_path, min_new_tokens=9)
+    with pytest.raises(InputError, match="model_init_kwargs has device_map"):
+        config(tmp_path, model_init_kwargs={"device_map": "auto"})
+
+
+def test_the_token_budget_is_chosen_once_and_kept_on_resume(tmp_path, monkeypatch):
+    """From free memory; a run that goes on has the same, whatever is free then."""
+    settings = {"token_budget": None, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    made = trainer(tmp_path, METHODS["offline"], args=config(tmp_path, **settings))
+    made.train()
+    assert made.token_budget == 4096
+    monkeypatch.setattr("distalign.training.trainer.available", lambda device: 3_000_000)
+    again = trainer(tmp_path, METHODS["offline"], args=config(tmp_path, **settings | {"max_steps": 2}))
+    again.train(resume_from_checkpoint=True)
+    assert again.token_budget == 4096
+    fresh = trainer(tmp_path / "fresh", METHODS["offline"], args=config(tmp_path / "fresh", **settings))
+    fresh.train()
+    assert fresh.token_budget < 4096
+
+
+def test_defaults_are_the_recipes_defaults(tmp_path):
+    """The same number has one default, wherever it is set."""
+    args = AlignmentConfig(str(tmp_path), use_cpu=True)
+    assert args.rollout == RolloutSettings()
+    assert args.health_settings == HealthSettings()
+    for name in ("token_budget", "recompute"):
+        assert getattr(args, name) == Recipe.model_fields[name].default
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = {field.name for field in dataclasses.fields(AlignmentConfig)} - theirs
+    documented = AlignmentConfig.__doc__
+    assert all(f"{name}:" in documented or f"{name}," in documented for name in own)
+
+
+def test_the_card_is_ours(tmp_path):
+    """Method, settings, data; nothing secret."""
+    made = trainer(tmp_path, METHODS["offline"], args=config(tmp_path, hub_token="hf_secret"))
+    made.train()
+    made.create_model_card(model_name="Kind", dataset_name="people/pairs", tags=["warm"])
+    card = (tmp_path / "README.md").read_text()
+    assert "# Kind" in card
+    assert "people/pairs" in card
+    assert "- warm" in card
+    assert "gamma: 0.5" in card
+    assert "hf_secret" not in card
