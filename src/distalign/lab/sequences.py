@@ -314,12 +314,11 @@ def _markov_claims(results: _Results) -> list[Claim]:
         ),
         Claim(f"RLHF at least 8 times RKL ({at})", f"{_list(rlhf)}: {_list(ratios, 1)} times", min(ratios) >= 8),
     ]
-    for method, promise in (("dpo", "DPO"), ("rebel", "REBEL with η = 1/γ, β = γ")):
+    trained = f"; KL(optimum ‖ policy) {_list(results.values('rebel', n, key='from_optimum'))}"
+    for method, promise, more in (("dpo", "DPO", ""), ("rebel", "REBEL with η = 1/γ, β = γ", trained)):
         values, limit = results.values(method, n), results.limit(method)
         off = [100 * (a / b - 1) for a, b in zip(values, limit, strict=True)]
-        text = f"{_list(off, 1)} % from {_list(limit)}"
-        if method == "rebel":
-            text += f"; KL(optimum ‖ policy) {_list(results.values('rebel', n, key='from_optimum'))}"
+        text = f"{_list(off, 1)} % from {_list(limit)}{more}"
         promise = f"{promise} within 15 % of its enumerated limit, one for both ({at})"
         claims.append(Claim(promise, text, max(map(abs, off)) <= 15))
     return claims
