@@ -102,13 +102,10 @@ def test_intervals_over_prompts_cover():
     [
         ([[0, 1, 0], [2, 0, 0], [0, 0, 0]], r"policies \[0, 1\] were never compared with \[2\]; compare a pair"),
         ([[0, 1, 0], [2, 0, 0], [1, 1, 0]], r"policies \[2\] never lost to \[0, 1\], not even a tie"),
-        ([[0, 1], [-1, 0]], "negative number"),
-        ([[1, 1], [1, 0]], "beat itself"),
-        ([[0]], "at least two policies"),
     ],
 )
 def test_ratings_refuse_what_has_none(wins, message):
-    """Disconnected, separable or impossible wins are refused, with the policies and what to do."""
+    """Disconnected or separable wins are refused, with the policies and what to do."""
     with pytest.raises(ValueError, match=message):
         bradley_terry_over_prompts(torch.tensor([wins], dtype=torch.float64))
 
@@ -133,7 +130,7 @@ def test_a_tie_is_enough_to_keep_a_rating_finite():
 
 
 def lengths_and_wins(prompts, seed, *, effect):
-    """Lengths of both sides, a difficulty, and judgements in {0, 0.5, 1} that like length by `effect`."""
+    """Lengths of both sides, and judgements in {0, 0.5, 1} that like length by `effect`."""
     generator = torch.Generator().manual_seed(seed)
     lengths = 300 + 120 * torch.randn(prompts, generator=generator, dtype=torch.float64)
     baseline = 200 + 80 * torch.randn(prompts, generator=generator, dtype=torch.float64)
@@ -142,18 +139,17 @@ def lengths_and_wins(prompts, seed, *, effect):
     logit = -0.5 + effect * torch.tanh(gap / gap.std()) + 0.8 * difficulty
     wins = (torch.rand(prompts, generator=generator, dtype=torch.float64) < logit.sigmoid()).double()
     wins[torch.rand(prompts, generator=generator) < 0.1] = 0.5
-    return wins, lengths, baseline, difficulty
+    return wins, lengths, baseline
 
 
-@pytest.mark.parametrize("known", [False, True])
-def test_length_control_is_statsmodels(known):
+def test_length_control_is_statsmodels():
     """Win rate at equal lengths, its interval and the length effect, from statsmodels' regression, to 1e-6."""
-    wins, lengths, baseline, difficulty = lengths_and_wins(300, 1, effect=1.5)
-    result = length_controlled_win_rate(wins, lengths, baseline, difficulty if known else None)
+    wins, lengths, baseline = lengths_and_wins(300, 1, effect=1.5)
+    result = length_controlled_win_rate(wins, lengths, baseline)
     gap = (lengths - baseline).numpy()
-    columns = [np.ones(300), np.tanh(gap / gap.std(ddof=1)), *([difficulty.numpy()] if known else [])]
+    columns = [np.ones(300), np.tanh(gap / gap.std(ddof=1))]
     theirs = binomial(wins.numpy(), np.stack(columns, 1), cov_type="HC0")
-    equal = np.stack([np.ones(300), np.zeros(300), *columns[2:]], 1)
+    equal = np.stack([np.ones(300), np.zeros(300)], 1)
     rate = theirs.predict(equal).mean()
     assert result.win_rate.mean == pytest.approx(rate, abs=1e-6)
     assert result.length_effect.mean == pytest.approx(theirs.params[1], abs=1e-6)
@@ -174,8 +170,8 @@ def test_length_control_takes_the_length_out_and_covers():
     """A policy that wins by length has a higher raw rate; the interval holds the rate at equal lengths at 95 %."""
     truth = float(torch.sigmoid(-0.5 + 0.8 * torch.randn(10**6, dtype=torch.float64)).mean())
     truth = 0.9 * truth + 0.05  # ties
-    raw = length_controlled_win_rate(*lengths_and_wins(2000, 5, effect=1.5)).raw
-    assert raw.mean > truth + 0.1
+    wins, _, _ = lengths_and_wins(2000, 5, effect=1.5)
+    assert float(wins.mean()) > truth + 0.1
     hits = 0
     for seed in range(200):
         _, low, high = length_controlled_win_rate(*lengths_and_wins(400, seed, effect=1.5)).win_rate
@@ -196,17 +192,13 @@ def test_length_control_refuses():
 
 
 def test_logistic_fit_is_exact_where_it_can_be():
-    """A single rate has a closed form; a collinear design and a bad outcome are refused."""
+    """A single rate has a closed form; a collinear design is refused."""
     one = torch.ones(1, 1, dtype=torch.float64)
     fit = fit_logistic(one, torch.tensor([0.3]), torch.tensor([50.0]))
     assert float(fit.coefficients[0]) == pytest.approx(math.log(3 / 7), abs=1e-7)
     assert float(fit.covariance[0, 0]) == pytest.approx(1 / (50 * 0.21), rel=1e-6)
     with pytest.raises(ValueError, match="collinear"):
         fit_logistic(torch.ones(3, 2), torch.tensor([0.0, 1.0, 0.5]))
-    with pytest.raises(ValueError, match="outside"):
-        fit_logistic(one, torch.tensor([1.5]))
-    with pytest.raises(ValueError, match="negative"):
-        fit_logistic(one, torch.tensor([0.5]), torch.tensor([-1.0]))
     with pytest.raises(ValueError, match="one cluster"):
         fit.clustered_covariance(torch.zeros(1, dtype=torch.long))
     # Every outcome is predicted; then all but a win and a loss, whose log-odds stay at zero.

@@ -15,22 +15,11 @@ from pydantic import model_validator
 from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, independent, information_weights, table_features
-from distalign.lab.experiment import (
-    Pairs,
-    Row,
-    Scale,
-    TableExperiment,
-    level,
-    mean_text,
-    pick,
-    powers,
-    select,
-    spread,
-)
-from distalign.lab.fit import Features, fit_pd, fit_pd_hard, fit_pmle, fit_reward, fit_rkl
-from distalign.lab.shown import Claim, Panel, Shown, Table, with_errors
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, level, mean_text, pick, powers, select
+from distalign.lab.fit import Features, fit_pd, fit_pmle, fit_reward, fit_rkl
 from distalign.lab.tables import Tables, draw, linear_tables
 from distalign.progress import Advance
+from distalign.report.shown import Claim, Panel, Shown, Table
 from distalign.stats.intervals import mean_and_se, paired_difference
 
 Policies = Float[Tensor, "worlds contexts responses"]
@@ -57,8 +46,7 @@ _LABELS = {
     "pmle": "PMLE",
     "pd": "PD, soft labels, pairs from μ",
     "pd_policy": "PD, soft labels, pairs from π_t",
-    "pd_hard": "PD, hard labels, pairs from μ",
-    "pd_hard_reference": "PD, hard labels, pairs from π₀",
+    "pd_hard": "PD, hard labels, pairs from π₀",
     "rkl": "RKL",
 }
 _ROUNDS = 4  # of PD on pairs of its own policy: the fourth moves nothing that is shown
@@ -116,8 +104,7 @@ class Classes(TableExperiment):
             "pmle": fit_pmle(tables, counts, policy, ridge=self.ridge),
             "pd": fit_pd(tables, rewards, tables.pair_weights(tables.behavior), policy),
             "pd_policy": self._on_policy(tables, rewards, policy),
-            "pd_hard": self._hard(tables, rewards, tables.behavior, n, policy),
-            "pd_hard_reference": self._hard(tables, rewards, tables.reference, n, policy),
+            "pd_hard": self._hard(tables, rewards, n, policy),
             "rkl": fit_rkl(tables, rewards, policy),
         }
 
@@ -128,10 +115,10 @@ class Classes(TableExperiment):
             logps = fit_pd(tables, rewards, tables.pair_weights(logps), policy)
         return logps
 
-    def _hard(self, tables: Tables, rewards: Policies, source: Policies, n: int, policy: Features | None) -> Policies:
-        """PD from n pairs of `source` whose labels were drawn from σ(ΔR̂)."""
-        teacher = replace(tables, target=(rewards / self.gamma).log_softmax(-1), behavior=source)
-        return fit_pd_hard(tables, draw(teacher, n, self.seed, stream=1), policy, ridge=self.ridge)
+    def _hard(self, tables: Tables, rewards: Policies, n: int, policy: Features | None) -> Policies:
+        """PD from n pairs of π₀ whose labels were drawn from σ(ΔR̂): of labels that are certain PD's loss is PMLE's."""
+        teacher = replace(tables, target=(rewards / self.gamma).log_softmax(-1), behavior=tables.reference)
+        return fit_pmle(tables, draw(teacher, n, self.seed, stream=1), policy, ridge=self.ridge)
 
     def _constants(self, tables: Tables, policy: Features | None, reward: Rewards) -> dict[str, Tensor]:
         """lim n·KL of every estimate but those with hard labels."""
@@ -160,8 +147,7 @@ class Classes(TableExperiment):
             about=(
                 f"Log-linear worlds, {self.contexts} contexts, γ {self.gamma:g}; n·KL tends to a constant for every "
                 f"estimate at rate 1/n. Means ± standard errors over {self.seeds} worlds, seed {self.seed}. "
-                "The worlds are made so that one class is the smaller; which one is smaller for real responses is not "
-                "shown here."
+                "Which class is the smaller one for real responses is not shown here."
             ),
             claims=_claims(numbers, sizes[-1]),
             panels=[_panel(numbers, name, case) for name, case in CASES.items()],
@@ -173,8 +159,7 @@ def _rows(tables: Tables, estimates: dict[str, Policies], constants: dict[str, T
     n_kl = {method: n * divergence(tables.target, logps) for method, logps in estimates.items()}
     rows = []
     for method, values in n_kl.items():
-        row: Row = {"method": method, "n": n, "forward_kl": spread(values / n)}
-        row["n_kl"] = mean_and_se(values)._asdict()
+        row: Row = {"method": method, "n": n, "n_kl": mean_and_se(values)._asdict()}
         row["over_pmle"] = paired_difference(values, n_kl["pmle"])._asdict()
         if method in constants:
             row["over_constant"] = mean_and_se(values / constants[method])._asdict()
@@ -199,7 +184,7 @@ def _claims(numbers: Row, n: int) -> list[Claim]:
         mean, low, high = cases["reversed"][method]["over_pmle"].values()
         text = f"n·KL larger by {mean:.1f} [{low:.1f}, {high:.1f}] (paired, 95 %)"
         claims.append(Claim(f"reversed: PMLE is better than {_LABELS[method]}", text, low > 0))
-    means = [cases["skewed"][method]["n_kl"]["mean"] for method in ("rkl", "pd_hard_reference", "pmle")]
+    means = [cases["skewed"][method]["n_kl"]["mean"] for method in ("rkl", "pd_hard", "pmle")]
     promise = "skewed: the order of theorems 7, 14, 4 (RKL; PD with hard labels on pairs from π₀; PMLE)"
     claims.append(Claim(promise, " < ".join(f"{mean:.0f}" for mean in means), means == sorted(means)))
     return claims
@@ -210,7 +195,7 @@ def _panel(numbers: Row, name: str, case: Case) -> Panel:
     for method, label in _LABELS.items():
         rows = select(numbers["rows"], case=name, method=method)
         n = [row["n"] for row in rows]
-        curves.append(with_errors(label, n, [row["n_kl"] for row in rows]))
+        curves.append(curve(label, rows, "n", "n_kl"))
         constants = select(numbers["constants"], case=name, method=method)
         curves += [level(f"{label} limit", n, row["constant"]) for row in constants]
     return Panel(

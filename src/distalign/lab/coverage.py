@@ -12,11 +12,11 @@ import torch
 from pydantic import Field, FiniteFloat, model_validator
 
 from distalign.lab.exact import asymptotic_constant, coverage, divergence
-from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, mean_text, pick, select
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, mean_text, pick, select
 from distalign.lab.fit import fit_pmle, fit_reward, fit_rkl
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_errors
 from distalign.lab.tables import Tables, draw, linear_tables
 from distalign.progress import Advance
+from distalign.report.shown import Claim, Panel, Shown, Table
 from distalign.settings import Count
 from distalign.stats.intervals import mean_and_se
 
@@ -92,7 +92,6 @@ class Coverage(TableExperiment):
                     "over_constant": mean_and_se(n_kl / constant)._asdict(),
                     "constant": float(constant.mean()),
                     "coverage": float(coefficient.mean()),
-                    "coverage_reference": float(coverage(own_class, tables.target, tables.reference).mean()),
                     "bound": float(bound.mean()),
                 }
             )
@@ -119,7 +118,7 @@ class Coverage(TableExperiment):
                 f"Log-linear worlds, {self.contexts} contexts × {self.responses} responses, {self.features} features, "
                 f"reward in the first {self.reward}, γ {self.gamma:g}, n = {self.max_n}; means ± standard errors over "
                 f"{self.seeds} worlds, seed {self.seed}. The coefficients of the theorems are worst cases over the "
-                "class: far from the target n·KL grows with them, and slower."
+                "class."
             ),
             claims=claims,
             panels=[_panel(rows)],
@@ -137,9 +136,8 @@ def _panel(rows: list[Row]) -> Panel:
     curves = []
     for method, label in _LABELS.items():
         points = sorted(select(rows, method=method), key=lambda row: row["coverage"])
-        x = [row["coverage"] for row in points]
-        curves.append(with_errors(label, x, [row["n_kl"] for row in points]))
-        curves.append(Curve(f"{label} limit", x, [row["constant"] for row in points], kind="bound"))
+        curves.append(curve(label, points, "coverage", "n_kl"))
+        curves.append(curve(f"{label} limit", points, "coverage", "constant", "bound"))
     return Panel(
         title="n·KL against coverage",
         about="One point a skew, its class's own coefficient (C_Π for PMLE, C_R for RKL); dashed: the constants.",
@@ -150,14 +148,14 @@ def _panel(rows: list[Row]) -> Panel:
 
 
 def _table(rows: list[Row]) -> Table:
-    keys = ("coverage", "coverage_reference", "n_kl", "constant", "bound")
+    keys = ("coverage", "n_kl", "constant", "bound")
     shown = [row | {"n_kl": mean_text(row["n_kl"])} for row in rows]
     return Table(
         title="Coverage and what it costs",
         about=(
-            "C by μ is C_Π for PMLE and C_R for RKL; C by π₀ the same coefficient with π₀ in the place of μ. The bound "
-            "is d·C/(4 γ² least P(1 − P)), with d the size of the class: above the limit by algebra."
+            "C is C_Π for PMLE and C_R for RKL. The bound is d·C/(4 γ² least P(1 − P)), with d the size of the class: "
+            "above the limit by algebra."
         ),
-        columns=["skew", "estimate", "C by μ", "C by π₀", "n·KL", "limit", "bound"],
+        columns=["skew", "estimate", "C", "n·KL", "limit", "bound"],
         rows=[[row["skew"], _LABELS[row["method"]], *(row[key] for key in keys)] for row in shown],
     )

@@ -17,15 +17,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distalign.lab.exact import divergence, entropy, optimum
-from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, level, pick, select, spread
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, level, pick, select, spread
 from distalign.lab.fit import fit_reward
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tables import Tables, draw, random_tables
-from distalign.methods.base import Samples
 from distalign.methods.dpo import dpo_loss
-from distalign.methods.estimators import kl_full
 from distalign.methods.pmle import pmle_loss
 from distalign.progress import Advance
+from distalign.report.shown import Claim, Panel, Shown
 from distalign.settings import Count, NotNegative
 
 _LABELS = {"pmle": "PMLE, β = 0", "pmle_kl": "PMLE, β > 0", "dpo": "DPO"}
@@ -72,7 +70,6 @@ class Degeneracy(TableExperiment):
         total = 1 + len(_LABELS)
         numbers: Row = {
             "target_entropy": float(entropy(tables.target).median()),
-            "reference_kl": float(divergence(tables.target, tables.reference).median()),
             "by_beta": self._by_beta(tables),
             "by_steps": [],
         }
@@ -116,10 +113,7 @@ class Degeneracy(TableExperiment):
             return mean(pmle_loss(tables.pair_logps(logps).reshape(-1, 2), label.flatten(), gamma=self.gamma))
 
         def kl(logps: Tensor) -> Tensor:
-            # One step a response: KL_t is the same for every response, and nothing comes after it.
-            step_kl = (logps.exp() * (logps - tables.reference)).sum(-1).reshape(-1, 1)
-            mask = torch.ones_like(step_kl, dtype=torch.bool)
-            return kl_full(Samples(token_logps=logps[..., 0].reshape(-1, 1), mask=mask, step_kl=step_kl)).sum()
+            return self.contexts * divergence(logps, tables.reference).sum()
 
         def dpo(logps: Tensor) -> Tensor:
             return mean(dpo_loss(tables.pair_logps(logps).reshape(-1, 2), reference, label.flatten(), gamma=self.gamma))
@@ -147,12 +141,10 @@ class Degeneracy(TableExperiment):
             about=(
                 f"Full tables, {self.contexts} contexts × {self.responses} responses, logit scale {self.scale:g}, γ "
                 f"{self.gamma:g}, {self.seeds} worlds, seed {self.seed}, medians. Fitted rewards are from {self.n} "
-                "pairs. Expected reward is largest where the policy has collapsed, so it does not measure "
-                "quality here; how long real training takes to get there is not shown."
+                "pairs. How long real training takes to get there is not shown."
             ),
             claims=self._claims(numbers),
             panels=self._panels(numbers),
-            tables=[_table(numbers["by_steps"])],
         )
 
     def _claims(self, numbers: Row) -> list[Claim]:
@@ -160,68 +152,39 @@ class Degeneracy(TableExperiment):
         fitted = {method: select(numbers["by_beta"], reward="fitted", method=method) for method in _RL}
         rlhf, rkl = (min(rows, key=lambda row: row["beta"]) for rows in fitted.values())
         best = max(select(numbers["by_beta"], reward="true"), key=lambda row: row["expected_reward"])
-        last = {
-            method: pick(numbers["by_steps"], method=method, step=self.steps)["entropy"]["median"] for method in _LABELS
-        }
+        last = {method: pick(numbers["by_steps"], method=method, step=self.steps) for method in _LABELS}
 
-        def collapse(row: Row) -> str:
-            return f"entropy {row['entropy']:.3f} of the target's {goal:.2f}, forward KL {row['forward_kl']:.3g}"
+        def text(row: Row) -> str:
+            numbers = (row["entropy"], row["forward_kl"])
+            entropy, kl = (number["median"] if isinstance(number, dict) else number for number in numbers)
+            return f"entropy {entropy:.3f} of the target's {goal:.2f}, forward KL {kl:.3g}"
 
-        claims = [
-            Claim(f"RLHF collapses as β → 0 (β = {self.least_beta:g})", collapse(rlhf), rlhf["entropy"] < 0.1 * goal),
-            Claim(
-                "RKL does not: it tends to the target",
-                collapse(rkl),
-                abs(rkl["entropy"] - goal) < 0.1 * goal and rkl["forward_kl"] < 0.1,
-            ),
-            Claim(
-                "expected reward is largest at the collapse",
-                f"entropy {best['entropy']:.3f} where E[R*] is largest",
-                best["entropy"] < 0.1 * goal,
-            ),
+        collapse = "one response in the end on separable pairs"
+        near = abs(rkl["entropy"] - goal) < 0.1 * goal and rkl["forward_kl"] < 0.1
+        after = {method: row["entropy"]["median"] for method, row in last.items()}
+        return [
+            Claim(f"RLHF collapses as β → 0 (β = {self.least_beta:g})", text(rlhf), rlhf["entropy"] < 0.1 * goal),
+            Claim("RKL does not: it tends to the target", text(rkl), near),
+            Claim("expected reward is largest at the collapse", text(best), best["entropy"] < 0.1 * goal),
+            Claim(f"DPO gives {collapse}", text(last["dpo"]), after["dpo"] < 0.1 * goal),
+            Claim(f"PMLE, β = 0, gives {collapse}", text(last["pmle"]), after["pmle"] < 0.1 * goal),
+            Claim(f"PMLE, β = {self.kl_weight:g}, does not", text(last["pmle_kl"]), after["pmle_kl"] > 0.3 * goal),
         ]
-        for method in ("dpo", "pmle"):
-            promise = f"{_LABELS[method]} gives one response in the end on separable pairs"
-            text = f"entropy {last[method]:.3f} after {self.steps} steps"
-            claims.append(Claim(promise, text, last[method] < 0.1 * goal))
-        promise = f"{_LABELS['pmle_kl']} ({self.kl_weight:g}) does not"
-        text = f"entropy {last['pmle_kl']:.3f} after {self.steps} steps"
-        return [*claims, Claim(promise, text, last["pmle_kl"] > 0.3 * goal)]
 
     def _panels(self, numbers: Row) -> list[Panel]:
+        optima = "Optima of appendix B for one fitted reward."
+        descent = "Every pair once, labels in the target's order: nothing contradicts. Gradient descent from π₀."
+        by_beta = select(numbers["by_beta"], reward="fitted")
+        by_steps = [row for row in numbers["by_steps"] if row["step"] > 0]
         panels = []
-        for measure, (name, unit, scale) in _MEASURES.items():
-            curves = []
-            for method, label in _RL.items():
-                rows = select(numbers["by_beta"], reward="fitted", method=method)
-                curves.append(Curve(label, [row["beta"] for row in rows], [row[measure] for row in rows]))
-            if measure == "entropy":
-                curves.append(level("target", [self.least_beta, self.most_beta], numbers["target_entropy"]))
-            about = "Optima of appendix B for one fitted reward."
-            panels.append(Panel(f"{name} as β → 0", about, "β", unit, curves, y_scale=scale))
-        for measure, (name, unit, scale) in _MEASURES.items():
-            curves = []
-            for method, label in _LABELS.items():
-                rows = [row for row in select(numbers["by_steps"], method=method) if row["step"] > 0]
-                curves.append(with_quartiles(label, [row["step"] for row in rows], [row[measure] for row in rows]))
-            if measure == "entropy":
-                curves.append(level("target", [1, self.steps], numbers["target_entropy"]))
-            about = "Every pair once, labels in the target's order: nothing contradicts. Gradient descent from π₀."
-            panels.append(Panel(f"{name} on separable pairs", about, "steps", unit, curves, y_scale=scale))
+        for where, about, x, axis, rows, labels in (
+            ("as β → 0", optima, "beta", "β", by_beta, _RL),
+            ("on separable pairs", descent, "step", "steps", by_steps, _LABELS),
+        ):
+            for measure, (name, unit, scale) in _MEASURES.items():
+                curves = [curve(label, select(rows, method=method), x, measure) for method, label in labels.items()]
+                if measure == "entropy":
+                    ends = sorted({row[x] for row in rows})
+                    curves.append(level("target", ends, numbers["target_entropy"]))
+                panels.append(Panel(f"{name} {where}", about, axis, unit, curves, y_scale=scale))
         return panels
-
-
-def _table(rows: list[Row]) -> Table:
-    last = rows[-1]["step"]
-    steps = [step for step in (0, 10, 100, 1000) if step < last] + [last]
-
-    def cell(method: str, step: int) -> str:
-        row = pick(rows, method=method, step=step)
-        return f"{row['entropy']['median']:.3g} / {row['forward_kl']['median']:.3g}"
-
-    return Table(
-        title="Entropy / forward KL by gradient steps, every pair seen once",
-        about="nats, medians; labels in the target's order.",
-        columns=["method", *(f"{step} steps" for step in steps)],
-        rows=[[label, *(cell(method, step) for step in steps)] for method, label in _LABELS.items()],
-    )

@@ -20,8 +20,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distalign.lab.exact import divergence, entropy, optimum
-from distalign.lab.experiment import Experiment, Row, Scale, level, select, spread
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
+from distalign.lab.experiment import Experiment, Row, Scale, curve, level, select, spread
 from distalign.lab.tree import Tree
 from distalign.methods.base import Samples
 from distalign.methods.estimators import (
@@ -36,11 +35,15 @@ from distalign.methods.estimators import (
 from distalign.methods.ppo import clipped_surrogate
 from distalign.methods.rkl import rkl_loss, rkl_split_loss
 from distalign.progress import Advance
+from distalign.report.shown import Claim, Panel, Shown, Table
 from distalign.settings import Count, NotNegative
 
 _MOST_NUMBERS = 5_000_000  # in the gradients of all groups: 40 MB, of which a few copies are held
 _EXACT = 1e-10  # relative to the gradient
 _SIZES = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 32.0, 64.0)
+
+# What is estimated; the last is −E[R] − γ H(π) + β KL(π ‖ π₀), which RKL minimises (eq. 14).
+QUANTITIES = KL, ENTROPY, REWARD, OBJECTIVE = "KL(π‖π₀)", "H(π)", "E[R]", "RKL objective"
 
 Surrogate = Callable[[Samples], Tensor]
 Logits = Float[Tensor, "nodes vocabulary"]
@@ -87,7 +90,7 @@ class Estimators(Experiment):
         """Every estimator in every world, and both forms of RKL's on the way from a random policy to the optimum."""
         numbers: Row = {"rows": [], "path": [], "group_sizes": []}
         objective = objective_forms(self.gamma, self.beta)
-        terms = term_forms(self.clip) + naive_forms(self.group_size, self.gamma, self.beta)
+        terms = term_forms(self.clip) + naive_forms(self.group_size)
         for index in range(self.seeds):
             far, near, best = self._places(torch.Generator().manual_seed(1000 * self.seed + index))
             found = {
@@ -122,13 +125,13 @@ class Estimators(Experiment):
         return far, replace(best, rewards=far.rewards + rewards(self.reward_error)), best
 
     def _row(self, world: World, form: Form, where: str) -> Row:
-        """Bias in nats, variance of one response in nats², and both relative to the exact gradient, if it is not zero.
+        """Bias in nats, and relative to the exact gradient if that is not zero; variance of one response in nats².
 
-        `many_variance` is that with a baseline from infinitely many responses.
+        `many_variance` is the variance with a baseline from infinitely many responses.
         """
-        exact = world.exact_gradient(partial(EXPECTATIONS[form.quantity], world))
-        gradient = world.gradient(form.surrogate, size=self.group_size if form.grouped else 1, stale=form.stale)
-        bias, length = float((gradient.mean - exact).norm()), float(exact.norm())
+        exact = world.exact_gradient(form.quantity)
+        mean, variance = world.gradient(form.surrogate, size=self.group_size if form.grouped else 1, stale=form.stale)
+        bias = float((mean - exact).norm())
         baseline = form.grouped and not form.stale and not form.biased
         return {
             "quantity": form.quantity,
@@ -138,9 +141,8 @@ class Estimators(Experiment):
             "stale": form.stale,
             "biased_by_design": form.biased,
             "bias": bias,
-            "relative_bias": None if where == "optimum" else bias / length,
-            "variance": gradient.variance,
-            "relative_variance": None if where == "optimum" else gradient.variance / length**2,
+            "relative_bias": None if where == "optimum" else bias / float(exact.norm()),
+            "variance": variance,
             "many_variance": world.variance(form.surrogate, [math.inf])[0] if baseline else None,
         }
 
@@ -160,10 +162,10 @@ class Estimators(Experiment):
             world = replace(far, policy=best + left * (far.policy - best))
             distance = divergence(world.logps(world.policy)[None], world.logps(best)[None])
             row: Row = {"left": left, "kl": float(distance)}
-            row["gradient"] = float(world.exact_gradient(world.objective).square().sum())
+            row["gradient"] = float(world.exact_gradient(OBJECTIVE).square().sum())
             for form in objective_forms(self.gamma, self.beta):
                 if form.grouped:
-                    row[form.name] = world.gradient(form.surrogate, size=self.group_size).variance
+                    _, row[form.name] = world.gradient(form.surrogate, size=self.group_size)
             rows.append(row)
         return rows
 
@@ -176,36 +178,31 @@ class Estimators(Experiment):
                 f"Responses of at most {self.length} tokens over {self.vocabulary}, all groups of {self.group_size} "
                 f"enumerated in float64; γ {self.gamma:g}, β {self.beta:g}, next-token logits and rewards N(0, "
                 f"{self.scale:g}²), {self.seeds} worlds, seed {self.seed}; medians over worlds with quartiles. "
-                "Variance is E|ĝ − E ĝ|² of one response, in nats². How much it matters for training is not shown."
+                "Variance is E|ĝ − E ĝ|² of one response, in nats². What it means for training is not shown."
             ),
-            claims=[*self._bias_claims(rows), *_variance_claims(rows), *_objective_claims(rows)],
+            claims=[*_bias_claims(rows, self.seeds), *_variance_claims(rows), *_objective_claims(rows)],
             panels=[_path_panel(numbers["path"]), _sizes_panel(numbers["group_sizes"], rows)],
             tables=[_table(rows)],
         )
 
-    def _bias_claims(self, rows: list[Row]) -> list[Claim]:
-        right, wrong = (select(rows, biased_by_design=biased) for biased in (False, True))
-        worst = max(row["bias"] if row["relative_bias"] is None else row["relative_bias"] for row in right)
-        estimators = len({tuple(_key(row).values()) for row in select(right, where="far")})
-        least = min(wrong, key=lambda row: row["relative_bias"])
-        own = max(abs(row["relative_bias"] - 1 / self.group_size) for row in wrong if "own value" in row["estimator"])
-        return [
-            Claim(
-                f"the gradient of every estimator of the library is unbiased (below {_EXACT:g} of its length)",
-                f"at most {worst:.0e}: {estimators} estimators, {self.seeds} worlds",
-                worst < _EXACT,
-            ),
-            Claim(
-                "only the naive forms are biased, and the clipped surrogate on stale responses, on purpose",
-                f"least of them: {least['relative_bias']:.1%} ({least['quantity']}, {least['estimator']})",
-                least["relative_bias"] > 1e-3 and worst < _EXACT,
-            ),
-            Claim(
-                f"a baseline with the own value leaves (K − 1)/K of the gradient: {1 / self.group_size:.1%} missing",
-                f"to within {own:.0e}",
-                own < _EXACT,
-            ),
-        ]
+
+def _bias_claims(rows: list[Row], seeds: int) -> list[Claim]:
+    right, wrong = (select(rows, biased_by_design=biased) for biased in (False, True))
+    worst = max(row["bias"] if row["relative_bias"] is None else row["relative_bias"] for row in right)
+    estimators = len({tuple(_key(row).values()) for row in select(right, where="far")})
+    least = min(wrong, key=lambda row: row["relative_bias"])
+    return [
+        Claim(
+            f"the gradient of every estimator of the library is unbiased (below {_EXACT:g} of its length)",
+            f"at most {worst:.0e}: {estimators} estimators, {seeds} worlds",
+            worst < _EXACT,
+        ),
+        Claim(
+            "only the naive forms are biased, and the clipped surrogate on stale responses, on purpose",
+            f"least of them: {least['relative_bias']:.1%} ({least['quantity']}, {least['estimator']})",
+            least["relative_bias"] > 1e-3 and worst < _EXACT,
+        ),
+    ]
 
 
 def _variance_claims(rows: list[Row]) -> list[Claim]:
@@ -263,12 +260,11 @@ def _less(promised: str, ratio: Tensor, more: str = "") -> Claim:
 
 
 def _path_panel(path: list[Row]) -> Panel:
-    places = [select(path, left=left) for left in dict.fromkeys(row["left"] for row in path)]
-    distances = [spread(_column(rows, "kl"))["median"] for rows in places]
-
-    def values(key: str) -> list[dict[str, float]]:
-        return [spread(_column(rows, key)) for rows in places]
-
+    places = []
+    for left in dict.fromkeys(row["left"] for row in path):
+        rows = select(path, left=left)
+        medians = {key: spread(_column(rows, key))["median"] for key in ("kl", "gradient")}
+        places.append(medians | {form: spread(_column(rows, form)) for form in ("joint", "split")})
     return Panel(
         title="Noise of RKL's gradient on the way to the optimum",
         about=(
@@ -278,19 +274,22 @@ def _path_panel(path: list[Row]) -> Panel:
         x="KL(π ‖ optimum), nats",
         y="variance of one response, nats²",
         curves=[
-            with_quartiles("joint", distances, values("joint")),
-            with_quartiles("split", distances, values("split")),
-            Curve("squared gradient", distances, [value["median"] for value in values("gradient")], kind="bound"),
+            curve("joint", places, "kl", "joint"),
+            curve("split", places, "kl", "split"),
+            curve("squared gradient", places, "kl", "gradient", "bound"),
         ],
     )
 
 
 def _sizes_panel(sizes: list[Row], rows: list[Row]) -> Panel:
     curves = []
-    for quantity in dict.fromkeys(row["quantity"] for row in sizes):
+    for quantity in (KL, ENTROPY):
         full = select(rows, quantity=quantity, where="far", estimator="full vocabulary", leave_one_out=False)
-        values = [_column(select(sizes, quantity=quantity, group_size=size)) / _column(full) for size in _SIZES]
-        curves.append(with_quartiles(quantity, _SIZES, [spread(value) for value in values]))
+        ratios = [
+            {"size": size, "ratio": spread(_column(select(sizes, quantity=quantity, group_size=size)) / _column(full))}
+            for size in _SIZES
+        ]
+        curves.append(curve(quantity, ratios, "size", "ratio"))
     return Panel(
         title="What a leave-one-out baseline is worth",
         about=(
@@ -335,13 +334,6 @@ def _column(rows: list[Row], key: str = "variance") -> Tensor:
     return torch.tensor([row[key] for row in rows], dtype=torch.float64)
 
 
-class Gradient(NamedTuple):
-    """What an estimator's gradient is: its expectation, and E|ĝ − E ĝ|² of one response, in nats²."""
-
-    mean: Float[Tensor, "parameters"]
-    variance: float
-
-
 @dataclass(frozen=True)
 class World:
     """One prompt: the policies as next-token logits, the rewards of all responses, the weights of RKL's objective.
@@ -361,21 +353,16 @@ class World:
         """ln π of every response under next-token logits."""
         return self.tree.path_sums(logits.log_softmax(-1))
 
-    def kl(self, logps: LogProbs) -> Float[Tensor, ""]:
-        """KL(π ‖ π₀)."""
-        return divergence(logps[None], self.logps(self.reference)[None])
-
-    def entropy(self, logps: LogProbs) -> Float[Tensor, ""]:
-        """H(π)."""
-        return entropy(logps[None])
-
-    def reward(self, logps: LogProbs) -> Float[Tensor, ""]:
-        """E[R]."""
-        return (logps.exp() * self.rewards).sum()
-
-    def objective(self, logps: LogProbs) -> Float[Tensor, ""]:
-        """−E[R] − γ H(π) + β KL(π ‖ π₀), which RKL minimises (eq. 14)."""
-        return -self.reward(logps) - self.gamma * self.entropy(logps) + self.beta * self.kl(logps)
+    def expectation(self, quantity: str, logps: LogProbs) -> Float[Tensor, ""]:
+        """One of `QUANTITIES`, given ln π of all responses, in nats."""
+        if quantity == KL:
+            return divergence(logps[None], self.logps(self.reference)[None])
+        if quantity == ENTROPY:
+            return entropy(logps[None])
+        if quantity == REWARD:
+            return (logps.exp() * self.rewards).sum()
+        reward, h, kl = (self.expectation(term, logps) for term in (REWARD, ENTROPY, KL))
+        return -reward - self.gamma * h + self.beta * kl
 
     def optimum(self) -> Logits:
         """The policy that minimises the objective (appendix B), as next-token logits."""
@@ -385,13 +372,15 @@ class World:
         through = torch.zeros(self.policy.numel(), dtype=mass.dtype).index_add(0, self.tree.paths[mask], mass)
         return through.log().view_as(self.policy)
 
-    def exact_gradient(self, expectation: Callable[[Tensor], Tensor]) -> Float[Tensor, "parameters"]:
-        """Derivative of an expectation, given ln π of all responses, in the policy's logits."""
+    def exact_gradient(self, quantity: str) -> Float[Tensor, "parameters"]:
+        """Derivative of an expectation in the policy's logits."""
         logits = self.policy.clone().requires_grad_()
-        return torch.autograd.grad(expectation(self.logps(logits)), logits)[0].flatten()
+        return torch.autograd.grad(self.expectation(quantity, self.logps(logits)), logits)[0].flatten()
 
-    def gradient(self, surrogate: Surrogate, *, size: int, stale: bool = False) -> Gradient:
-        """Mean and variance of the gradient of a group's mean surrogate, over all groups of `size` responses.
+    def gradient(
+        self, surrogate: Surrogate, *, size: int, stale: bool = False
+    ) -> tuple[Float[Tensor, "parameters"], float]:
+        """Mean and variance (nats²) of the gradient of a group's mean surrogate, over all groups of `size` responses.
 
         The variance is `size` times that of the mean, so that groups of different sizes compare. Groups of one have no
         baseline. `stale`: `behavior` drew the responses.
@@ -403,7 +392,7 @@ class World:
         gradients = torch.autograd.grad(surrogates.sum(), copies)[0].flatten(1)
         weights = self.logps(self.behavior if stale else self.policy)[rows].sum(1).exp()
         mean = weights @ gradients
-        return Gradient(mean, size * float(weights @ (gradients - mean).square().sum(1)))
+        return mean, size * float(weights @ (gradients - mean).square().sum(1))
 
     def variance(self, surrogate: Surrogate, sizes: Sequence[float]) -> list[float]:
         """Variance of one response with a leave-one-out baseline, for groups of these sizes, ∞ among them if wanted.
@@ -413,7 +402,7 @@ class World:
         exactly, because the group's mean gradient is a U-statistic of degree two; A and B from all groups of two and
         of three. Holds for surrogates that are linear in their baseline, as all of `distalign.methods.estimators` are.
         """
-        two, three = (self.gradient(surrogate, size=size).variance for size in (2, 3))
+        two, three = (self.gradient(surrogate, size=size)[1] for size in (2, 3))
         return [2 * three - two + 2 * (two - three) / (size - 1) for size in sizes]
 
     def _samples(
@@ -441,15 +430,6 @@ class World:
             rewards=self.rewards[rows],
             group=group,
         )
-
-
-KL, ENTROPY, REWARD, OBJECTIVE = "KL(π‖π₀)", "H(π)", "E[R]", "RKL objective"
-EXPECTATIONS: dict[str, Callable[[World, Tensor], Tensor]] = {
-    KL: World.kl,
-    ENTROPY: World.entropy,
-    REWARD: World.reward,
-    OBJECTIVE: World.objective,
-}
 
 
 class Form(NamedTuple):
@@ -498,16 +478,13 @@ def objective_forms(gamma: float, beta: float) -> list[Form]:
     return [Form(OBJECTIVE, name, form, grouped) for name, form in forms.items() for grouped in (False, True)]
 
 
-def naive_forms(group_size: int, gamma: float, beta: float) -> list[Form]:
+def naive_forms(group_size: int) -> list[Form]:
     """No score term, a baseline that has the sample's own value in it, stale responses taken for fresh ones."""
 
     def own_value(samples: Samples) -> Tensor:
         rewards = samples.rewards
         baseline = rewards.view(-1, group_size).mean(1).repeat_interleave(group_size)
         return sequence_sum(samples.token_logps, samples.mask) * (rewards - baseline)
-
-    def sample_mean(samples: Samples) -> Tensor:
-        return gamma * sequence_sum(samples.token_logps, samples.mask) + beta * _log_ratio(samples)
 
     def fresh(surrogate: Surrogate) -> Surrogate:
         return lambda samples: surrogate(samples.replace(behavior_token_logps=samples.token_logps.detach()))
@@ -523,7 +500,6 @@ def naive_forms(group_size: int, gamma: float, beta: float) -> list[Form]:
         Form(ENTROPY, stale, fresh(entropy_full), grouped=True, stale=True, biased=True),
         Form(REWARD, "naive: baseline with the own value", own_value, grouped=True, biased=True),
         Form(REWARD, stale, fresh(_reward), grouped=True, stale=True, biased=True),
-        Form(OBJECTIVE, mean, sample_mean, biased=True),
     ]
 
 

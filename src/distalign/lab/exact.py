@@ -53,10 +53,8 @@ def optimum(
 
 def table_features(contexts: int, responses: int) -> Float[Tensor, "1 contexts responses features"]:
     """The full table as a linear class: a weight for every response but the last of every context."""
-    one = torch.eye(responses, dtype=torch.float64)[:, :-1]
-    return torch.stack(
-        [torch.block_diag(*[one] * contexts)[x * responses : (x + 1) * responses] for x in range(contexts)]
-    )[None]
+    context = torch.eye(responses, dtype=torch.float64)[:, :-1]
+    return torch.block_diag(*[context] * contexts).view(1, contexts, responses, -1)
 
 
 def pair_moment(
@@ -148,23 +146,17 @@ def rlhf_limit(
 ) -> Float[Tensor, "*batch"]:
     """Forward KL of RLHF as n → ∞ with the best β: min over β of KL(π* ‖ π₀ exp(γ ln π*/β)), in nats.
 
-    A grid of 61 values of β, evenly in ln β, then golden sections around the best: exact where there is one minimum.
+    A grid of 61 values of β, evenly in ln β, then finer ones around the best: exact where there is one minimum.
     """
-
-    def distance(beta: Tensor) -> Tensor:
-        beta = beta[..., None, None] if beta.dim() else beta
-        return divergence(target, optimum(gamma * target, reference, gamma=0.0, beta=beta))
-
-    grid = gamma * torch.logspace(-3, 4, 61, dtype=torch.float64)
-    values = torch.stack([distance(beta) for beta in grid])
-    index = values.argmin(0)
-    left, right = (grid[(index + step).clamp(0, len(grid) - 1)].log() for step in (-1, 1))
-    golden = (math.sqrt(5) - 1) / 2
-    for _ in range(40):
-        a, b = right - golden * (right - left), left + golden * (right - left)
-        nearer = distance(a.exp()) < distance(b.exp())
-        left, right = torch.where(nearer, left, a), torch.where(nearer, b, right)
-    return torch.minimum(distance(((left + right) / 2).exp()), values.amin(0))
+    low = target.new_full(target.shape[:-2], math.log(1e-3 * gamma))
+    high = low + math.log(1e7)
+    for _ in range(6):
+        grid = torch.stack([low + (high - low) * share for share in torch.linspace(0, 1, 61).tolist()])
+        optima = optimum(gamma * target, reference, gamma=0.0, beta=grid.exp()[..., None, None])
+        distance = divergence(target, optima)
+        best = distance.argmin(0, keepdim=True)
+        low, high = (grid.gather(0, (best + step).clamp(0, 60))[0] for step in (-1, 1))
+    return distance.amin(0)
 
 
 def dpo_limit(

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from distalign.errors import InputError
-from distalign.lab.shown import Curve, Shown
 from distalign.progress import Advance
+from distalign.report.shown import Curve, Shown
 from distalign.settings import Count, Section, explain, unknown_setting
 
 Row = dict[str, Any]  # one measurement, or all of them: plain data by name, ready for JSON
 
-Seed = Annotated[int, Field(ge=0)]
 Scale = Annotated[float, Field(ge=1e-6, allow_inf_nan=False)]  # of logits, or a sharpness
 Pairs = Annotated[int, Field(ge=1, le=10**12)]  # a number of labelled pairs
 
@@ -36,7 +35,7 @@ class Experiment(Section, ABC):
 
     name: ClassVar[str]
 
-    seed: Seed = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
     @abstractmethod
     def run(self, advance: Advance) -> Row:
@@ -125,6 +124,22 @@ def pick(rows: Sequence[Row], **values: object) -> Row:
     return select(rows, **values)[0]
 
 
+def curve(label: str, rows: Sequence[Row], x: str, y: str, kind: Literal["line", "bound"] = "line") -> Curve:
+    """A number of the rows against another. A `spread` is a median with a band between the quartiles, a mean with its
+    error a band of one standard error either way.
+    """
+    values = [row[y] for row in rows]
+    bands = [_band(value) for value in values if isinstance(value, dict)]
+    middle, low, high = zip(*bands, strict=True) if bands else (values, (), ())
+    return Curve(label, [row[x] for row in rows], middle, low, high, kind)
+
+
 def level(label: str, x: Sequence[float | int], value: float) -> Curve:
     """A computed limit: a dashed line across the figure."""
     return Curve(label, [x[0], x[-1]], [value, value], kind="bound")
+
+
+def _band(value: Mapping[str, float]) -> tuple[float, float, float]:
+    if "se" in value:
+        return value["mean"], value["mean"] - value["se"], value["mean"] + value["se"]
+    return value["median"], value["q25"], value["q75"]

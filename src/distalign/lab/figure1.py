@@ -7,7 +7,6 @@ below some 2¹⁵ pairs; scale 1 shows the separation plainly.
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, ClassVar, NamedTuple
 
 import numpy as np
@@ -17,34 +16,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, optimum, rlhf_limit, table_features
-from distalign.lab.experiment import (
-    Pairs,
-    Row,
-    Scale,
-    TableExperiment,
-    level,
-    pick,
-    powers,
-    select,
-    spread,
-)
+from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, level, pick, powers, select, spread
 from distalign.lab.fit import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward, fit_rkl
-from distalign.lab.shown import Claim, Curve, Panel, Shown, Table, with_quartiles
 from distalign.lab.tables import Counts, Tables, draw, random_tables
-from distalign.methods import METHODS
 from distalign.methods.preference import preference_logit, preference_nll
 from distalign.progress import Advance
+from distalign.report.shown import Claim, Curve, Panel, Shown, Table
 
 _WINDOW = (2**11, 2**16)  # where the paper's figure has its slope
 _JUDGED = 2**11  # pairs; below it the ridge decides, and no promise is judged
-
-# What has a floor, and whose it is.
-_FLOORS = {"rlhf": "rlhf", "rlhf_held_out": "rlhf", "dpo": "dpo", "rebel": "dpo"}
 _ONE_ESTIMATOR = ("pmle", "pd", "rkl")
-
-# RLHF's forward KL over RKL's at 2¹⁶ pairs, each with its best β: what earlier measurements lead one to expect.
-_RATIOS = {"0.1": (1.7, 2.4), "1.0": (40.0, math.inf)}
-
 _CURVES = {
     "reference": "π₀",
     "pmle": "PMLE = PD = RKL",
@@ -82,28 +63,26 @@ class Figure1(TableExperiment):
         return self
 
     def run(self, advance: Advance) -> Row:
-        """Forward KL of every estimate for every n; slopes, constants, floors and verdicts."""
+        """Forward KL of every estimate for every n; slopes, constants and floors."""
         sizes = powers(self.min_n, self.max_n)
-        parts = ("rows", "slopes", "floors", "verdicts", "one_estimator", "constant_ratios", "ratios")
-        numbers: Row = {part: [] for part in parts} | {"constant": {}}
-        done, total = 0, len(self.scales) * len(sizes)
-        for scale in self.scales:
+        numbers: Row = {part: [] for part in ("rows", "slopes", "floors", "one_estimator", "constant_ratios")}
+        numbers["constant"] = {}
+        for index, scale in enumerate(self.scales):
             tables = random_tables(
                 self.seeds, self.contexts, self.responses, scale=scale, gamma=self.gamma, seed=self.seed
             )
-            measured, differences = [], []
-            for n in sizes:
+            distances: dict[str, list[Tensor]] = {}
+            for done, n in enumerate(sizes, index * len(sizes) + 1):
                 policies = self._estimates(tables, n)
-                measured.append({name: divergence(tables.target, logps) for name, logps in policies.items()})
-                others = [policies["pmle"] - policies[name] for name in _ONE_ESTIMATOR[1:]]
-                differences.append(max(float(difference.abs().max()) for difference in others))
-                done += 1
-                advance(done, total)
-            kl = {name: torch.stack([at_n[name] for at_n in measured]) for name in measured[0]}
-            found = self._analyse(tables, sizes, kl, differences)
-            numbers["constant"][str(scale)] = found.pop("constant")
-            for part, rows in found.items():
-                numbers[part] += [{"scale": str(scale), **row} for row in rows]
+                for name, logps in policies.items():
+                    distances.setdefault(name, []).append(divergence(tables.target, logps))
+                difference = max(float((policies["pmle"] - policies[name]).abs().max()) for name in ("pd", "rkl"))
+                numbers["one_estimator"].append({"scale": str(scale), "n": n, "largest_difference": difference})
+                advance(done, len(self.scales) * len(sizes))
+            kl = {name: torch.stack(at) for name, at in distances.items()}
+            for part, found in self._analyse(tables, sizes, kl).items():
+                numbers[part] += [{"scale": str(scale), **row} for row in found]
+            numbers["constant"][str(scale)] = float(self._constant(tables).median())
         return numbers
 
     def _estimates(self, tables: Tables, n: int) -> dict[str, Policies]:
@@ -126,72 +105,37 @@ class Figure1(TableExperiment):
             "rebel": fit_rebel(tables, rewards, eta=1 / self.gamma, beta=self.gamma, rounds=2),
         }
 
-    def _analyse(self, tables: Tables, sizes: list[int], kl: dict[str, Distances], differences: list[float]) -> Row:
-        """What is computed of the distances at one scale."""
+    def _constant(self, tables: Tables) -> Float[Tensor, "worlds"]:
         features = table_features(self.contexts, self.responses)
-        constant = asymptotic_constant(tables.target, tables.behavior, features, gamma=self.gamma)
-        n_kl = {name: torch.tensor(sizes, dtype=torch.float64)[:, None] * distances for name, distances in kl.items()}
-        ratios = {name: (distances / constant).median(1).values.tolist() for name, distances in n_kl.items()}
-        limits = {
-            "rlhf": rlhf_limit(tables.target, tables.reference, gamma=self.gamma),
-            "dpo": dpo_limit(tables.target, tables.reference),
+        return asymptotic_constant(tables.target, tables.behavior, features, gamma=self.gamma)
+
+    def _analyse(self, tables: Tables, sizes: list[int], kl: dict[str, Distances]) -> dict[str, list[Row]]:
+        """What is computed of the distances at one scale."""
+        constant = self._constant(tables)
+        dpo = dpo_limit(tables.target, tables.reference)
+        limits = {"rlhf": rlhf_limit(tables.target, tables.reference, gamma=self.gamma), "dpo": dpo, "rebel": dpo}
+        # The paper's window; all sizes if fewer than two are in it.
+        inside = [i for i, n in enumerate(sizes) if _WINDOW[0] <= n <= _WINDOW[1]]
+        window = inside if len(inside) > 1 else list(range(len(sizes)))
+        ends = {"from": sizes[window[0]], "to": sizes[window[-1]]}
+        slopes = {
+            name: fit_slope([sizes[i] for i in window], distances[window], seed=self.seed)
+            for name, distances in kl.items()
+            if name != "reference"
         }
-        floors = {name: float(limits[owner].median()) for name, owner in _FLOORS.items()}
-        window = _window(sizes)
         return {
-            "constant": float(constant.median()),
             "rows": [
                 {"method": name, "n": n, "forward_kl": spread(distances)}
                 for name in kl
                 for n, distances in zip(sizes, kl[name], strict=True)
             ],
-            "slopes": [
-                {"method": name, "from": window[0], "to": window[-1]}
-                | _slope_over(window, sizes, kl[name], self.seed)._asdict()
-                for name in kl
-                if name != "reference"
-            ],
-            "floors": [{"method": name, "forward_kl": floor} for name, floor in floors.items()],
-            "one_estimator": [
-                {"n": n, "largest_difference": difference} for n, difference in zip(sizes, differences, strict=True)
-            ],
+            "slopes": [{"method": name, **ends, **slope._asdict()} for name, slope in slopes.items()],
+            "floors": [{"method": name, "forward_kl": float(limit.median())} for name, limit in limits.items()],
             "constant_ratios": [
-                {"method": name, "n": n, "ratio": ratio}
+                {"method": name, "n": n, "ratio": float((n * distances / constant).median())}
                 for name in _ONE_ESTIMATOR
-                for n, ratio in zip(sizes, ratios[name], strict=True)
+                for n, distances in zip(sizes, kl[name], strict=True)
             ],
-            "ratios": [
-                {"n": n, "rlhf_over_rkl": float(rlhf.median() / rkl.median())}
-                for n, rlhf, rkl in zip(sizes, kl["rlhf"], kl["rkl_tuned"], strict=True)
-            ],
-            "verdicts": [
-                self._verdict(name, sizes, kl[name], ratios[name], floors.get(name)) for name in kl if name in METHODS
-            ],
-        }
-
-    def _verdict(self, name: str, sizes: list[int], kl: Distances, ratios: list[float], floor: float | None) -> Row:
-        """Whether a method does what its declared rate says: 1/n with the computed constant, or its floor in the end.
-
-        None where there are too few pairs to judge by. Every fit here is at β = 0.
-        """
-        window = _window(sizes)
-        theorem = METHODS[name].theorem
-        inside = [ratio for n, ratio in zip(sizes, ratios, strict=True) if n >= 4 * _JUDGED and n in window]
-        last = float(kl[-1].median())
-        agrees: bool | None = None
-        if floor is not None and sizes[-1] >= 2**20:
-            agrees = abs(last / floor - 1) <= 0.1
-        elif theorem and inside:
-            slope = _slope_over(window, sizes, kl, self.seed)
-            agrees = falls_like_one_over_n(slope, (min(inside), max(inside)))
-        return {
-            "method": name,
-            "rate": f"1/n ({theorem})" if theorem else None,
-            "agrees": agrees,
-            "least_ratio": min(inside, default=None),
-            "largest_ratio": max(inside, default=None),
-            "last": last,
-            "floor": floor,
         }
 
     def show(self, numbers: Row) -> Shown:
@@ -202,9 +146,8 @@ class Figure1(TableExperiment):
             about=(
                 f"{self.contexts} contexts × {self.responses} responses, γ {self.gamma:g}, full tables; medians and "
                 f"quartiles over {self.seeds} worlds, seed {self.seed}. PMLE, PD (soft labels) and RKL (β = 0) are one "
-                "estimator here and lie on one line. β is chosen by the oracle, the true forward KL, which nobody has; "
-                "the table shows beside it what held-out pairs choose. "
-                "The scales share their random draws."
+                "estimator here. β is chosen by the oracle, the true forward KL, which nobody has; the table shows "
+                "beside it what held-out pairs choose. The scales share their random draws."
             ),
             claims=[claim for scale in scales for claim in self._claims(numbers, scale)],
             panels=[_panel(numbers, scale) for scale in scales],
@@ -216,7 +159,9 @@ class Figure1(TableExperiment):
         claims = []
         for row in at["slopes"]:
             if row["method"] in _ONE_ESTIMATOR:
-                promise = f"scale {scale}: {_name(row)} falls like 1/n for n from {row['from']} to {row['to']}"
+                promise = (
+                    f"scale {scale}: {row['method'].upper()} falls like 1/n for n from {row['from']} to {row['to']}"
+                )
                 holds = row["low"] >= -1.10 and row["high"] <= -0.95
                 judged = row["from"] >= _JUDGED and row["to"] >= 8 * row["from"]
                 text = f"slope {row['slope']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
@@ -230,23 +175,12 @@ class Figure1(TableExperiment):
         if same:
             promise = f"scale {scale}: PMLE, PD and RKL are one estimator"
             claims.append(Claim(promise, f"ln π differs by at most {max(same):.1e}", max(same) < 1e-6))
-        # The ratio is known for the paper's worlds alone.
-        if (self.contexts, self.responses, self.gamma) == (10, 10, 0.5) and scale in _RATIOS:
-            low, high = _RATIOS[scale]
-            times = f"{low:g} to {high:g} times" if math.isfinite(high) else f"at least {low:g} times"
-            promise = f"scale {scale}: at 2¹⁶ pairs RLHF is {times} as far as RKL, both with their best β"
-            for row in select(at["ratios"], n=2**16):
-                ratio = row["rlhf_over_rkl"]
-                claims.append(Claim(promise, f"{ratio:.2f} times", low <= ratio <= high))
-        for row in at["verdicts"]:
-            if row["floor"] is not None:
-                promise = f"{_name(row)} levels off, at its computed floor {row['floor']:.3g} to 10 %"
-                text = f"{row['last']:.3g} at n = {at['rows'][-1]['n']}"
-            else:
-                promise = f"{_name(row)} does what its declared rate says, {row['rate']}"
-                ratios = [row["least_ratio"], row["largest_ratio"]]
-                text = "n·KL/C between {:.2f} and {:.2f}".format(*ratios) if None not in ratios else "too few pairs"
-            claims.append(Claim(f"scale {scale}: {promise}", text, row["agrees"]))
+        for floor in at["floors"]:
+            last = select(at["rows"], method=floor["method"])[-1]
+            kl, n, limit = last["forward_kl"]["median"], last["n"], floor["forward_kl"]
+            promise = f"scale {scale}: {floor['method'].upper()} levels off, at its computed floor {limit:.3g} to 10 %"
+            holds = abs(kl / limit - 1) <= 0.1 if n >= 2**20 else None
+            claims.append(Claim(promise, f"{kl:.3g} at n = {n}", holds))
         return claims
 
 
@@ -305,37 +239,14 @@ def fit_slope(n: list[int], values: Distances, *, seed: int, resamples: int = 20
     return Slope(float(x @ np.log(np.median(rows, axis=1)) / (x @ x)), float(low), float(high))
 
 
-def falls_like_one_over_n(slope: Slope, ratio: tuple[float, float]) -> bool:
-    """Whether a slope's interval is within 0.1 of −1, and n·KL/C (`ratio`: least and largest) within 0.1 of 1.
-
-    The slope alone does not tell: in the paper's window DPO's is near −0.9.
-    """
-    return slope.low >= -1.1 and slope.high <= -0.9 and ratio[0] >= 0.9 and ratio[1] <= 1.1
-
-
-def _slope_over(window: list[int], sizes: list[int], kl: Distances, seed: int) -> Slope:
-    return fit_slope(window, kl[[sizes.index(n) for n in window]], seed=seed)
-
-
-def _window(sizes: list[int]) -> list[int]:
-    """The sizes in the paper's window; all of them if fewer than two are."""
-    inside = [n for n in sizes if _WINDOW[0] <= n <= _WINDOW[1]]
-    return inside if len(inside) > 1 else sizes
-
-
-def _name(row: Row) -> str:
-    return row["method"].upper()
-
-
 def _panel(numbers: Row, scale: str) -> Panel:
-    curves = []
+    curves, constant = [], numbers["constant"][scale]
     for method, label in _CURVES.items():
         rows = select(numbers["rows"], scale=scale, method=method)
         n = [row["n"] for row in rows]
-        curves.append(with_quartiles(label, n, [row["forward_kl"] for row in rows]))
+        curves.append(curve(label, rows, "n", "forward_kl"))
         floors = select(numbers["floors"], scale=scale, method=method)
         curves += [level(f"{label} limit", n, row["forward_kl"]) for row in floors]
-    constant = numbers["constant"][scale]
     line = [size for size in n if size >= 2**10]
     curves.append(Curve("C/n", line, [constant / size for size in line], kind="bound"))
     return Panel(

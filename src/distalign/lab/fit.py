@@ -2,7 +2,7 @@
 
 A policy class is linear in its logits, ln π = φ·w + constant: `features` φ are shared by all contexts, and None is the
 full table, whose contexts are separate problems. A pair loss is a convex function of the gap ln π(a) − ln π(b) alone
-(the constant cancels), so its derivatives in the gap, from autograd, give the exact gradient and Hessian in w.
+(the constant cancels), so its second derivative in the gap, from autograd, gives the exact Hessian in w.
 
 `ridge` is always on the reward that the estimate stands for (½ ridge Σ of its squares, centred in each context, against
 the summed loss), so that methods which agree without it agree with it. Policies come back as normalised ln π.
@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from distalign.lab.exact import independent, pair_moment
 from distalign.lab.tables import Counts, Tables
 from distalign.methods.base import Samples
 from distalign.methods.dpo import dpo_loss
@@ -55,23 +56,12 @@ def fit_pmle(tables: Tables, counts: Counts, features: Features | None = None, *
 def fit_pd(tables: Tables, rewards: Table, weights: PairWeights, features: Features | None = None) -> Table:
     """PD at β = 0: ln π distilled from σ(ΔR̂), soft labels, on all pairs with these weights (eq. 11)."""
     gap = tables.pair_logps(rewards)
-    return _distil(tables, (gap[..., 0] - gap[..., 1]).sigmoid(), weights, features, ridge=_CERTAIN)
-
-
-def fit_pd_hard(tables: Tables, labelled: Counts, features: Features | None = None, *, ridge: float) -> Table:
-    """PD at β = 0 from labels that were drawn from σ(ΔR̂) instead of expected: what theorem 14 counts."""
-    return _distil(tables, labelled.frequency, labelled.total, features, ridge=ridge * tables.gamma**2)
-
-
-def _distil(
-    tables: Tables, probability: PairWeights, weights: PairWeights, features: Features | None, *, ridge: float
-) -> Table:
-    probability = probability.flatten()
+    probability = (gap[..., 0] - gap[..., 1]).sigmoid().flatten()
 
     def loss(logps: Tensor) -> Tensor:
         return pd_loss(logps, probability, gamma=tables.gamma)
 
-    return fit_pairs(tables, loss, weights, features, ridge=ridge).log_softmax(-1)
+    return fit_pairs(tables, loss, weights, features, ridge=_CERTAIN).log_softmax(-1)
 
 
 def fit_dpo(tables: Tables, counts: Counts, *, ridge: float) -> Table:
@@ -112,16 +102,18 @@ def fit_rkl(tables: Tables, rewards: Table, features: Features | None = None, *,
 
     Source: arXiv 2506.01523v2, eq. 14.
     """
-    shape, table = rewards.shape, features is None
-    gamma, reference = tables.gamma, tables.reference
+    shape, gamma, reference, table = rewards.shape, tables.gamma, tables.reference, features is None
     if features is None:
         features = torch.eye(shape[-1], dtype=torch.float64)[None, None]
         rewards, reference = rewards.flatten(0, 1)[:, None], reference.flatten(0, 1)[:, None]
     mask = torch.ones(rewards.numel(), 1, dtype=torch.bool)
 
-    def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """(value, ln π) of every problem: responses as one-token samples, weighted by their probability."""
-        logps = (features @ parameters[:, None])[..., 0].log_softmax(-1)
+    def policy(parameters: Tensor) -> Tensor:
+        return (features @ parameters[:, None])[..., 0].log_softmax(-1)
+
+    def objective(parameters: Tensor) -> Tensor:
+        """Responses as one-token samples, weighted by their probability."""
+        logps = policy(parameters)
         samples = Samples(
             token_logps=logps.reshape(-1, 1),
             mask=mask,
@@ -129,27 +121,15 @@ def fit_rkl(tables: Tables, rewards: Table, features: Features | None = None, *,
             rewards=rewards.flatten(),
         )
         losses = rkl_loss(samples, gamma=gamma, beta=beta)
-        return (logps.detach().exp() * losses.view_as(logps)).sum(-1).mean(-1), logps
+        return (logps.detach().exp() * losses.view_as(logps)).sum(-1).mean(-1)
 
-    parameters = torch.zeros(len(rewards), features.shape[-1], 1, dtype=torch.float64, requires_grad=True)
-    for _ in range(200):
-        value, logps = objective(parameters)
-        (gradient,) = torch.autograd.grad(value.sum(), parameters)
-        policy = logps.detach().exp()
+    def step(parameters: Tensor, gradient: Tensor) -> Tensor:
+        logps = policy(parameters)
         if table:  # the Fisher matrix is diag(π) − ππᵀ and the gradient sums to zero
-            natural = gradient / policy[:, 0, :, None]
-        else:
-            mean = policy[..., None, :] @ features
-            fisher = (features.mT @ (policy[..., None] * features) - mean.mT @ mean).mean(-3)
-            natural = torch.linalg.solve(fisher, gradient)
-        step = natural / (gamma + beta)
-        with torch.no_grad():
-            parameters = _descend(lambda w: objective(w)[0], value.detach(), parameters, step, gradient)
-        change = (features @ step[:, None])[..., 0]
-        if float((change - change.mean(-1, keepdim=True)).abs().max()) < _TOLERANCE:
-            return (features @ parameters[:, None])[..., 0].reshape(shape).log_softmax(-1)
-        parameters.requires_grad_()
-    raise RuntimeError("fit_rkl: no minimum after 200 natural-gradient steps; take a larger gamma + beta")
+            return gradient / logps.exp().mT / (gamma + beta)
+        return torch.linalg.solve(pair_moment(features, features, independent(logps) / 2), gradient) / (gamma + beta)
+
+    return policy(_minimum(objective, step, len(rewards), features)).view(shape)
 
 
 def fit_pairs(
@@ -166,74 +146,71 @@ def fit_pairs(
     The ridge keeps the estimate finite where the pairs are separable; `start` (None: zero) is also where the search
     begins, and must lie in the class: give it only with the full table. Raises RuntimeError if the search does not end.
     """
-    shape, pairs, responses = tables.target.shape, tables.pairs, tables.target.shape[-1]
+    shape, (first, second) = tables.target.shape, tables.pairs
     if features is None:
-        features = torch.eye(responses, dtype=torch.float64)[None, None, :, :-1]
+        features = torch.eye(shape[-1], dtype=torch.float64)[None, None, :, :-1]
         weights = weights.flatten(0, 1)[:, None]
         start = None if start is None else start.flatten(0, 1)[:, None]
-    base = torch.zeros(()) if start is None else start
     centred = features - features.mean(-2, keepdim=True)
     prior = ridge * (centred.mT @ centred).sum(-3)
 
-    def objective(parameters: Tensor) -> tuple[Tensor, Tensor]:
-        """(value of every problem, gap of every pair)."""
-        logits = base + (features @ parameters[:, None])[..., 0]
-        gap = logits[..., pairs[0]] - logits[..., pairs[1]]
-        value = (weights * _values(loss, gap)).sum((1, 2))
-        return value + 0.5 * (parameters.mT @ prior @ parameters)[:, 0, 0], gap
+    def logits(parameters: Tensor) -> Tensor:
+        moved = (features @ parameters[:, None])[..., 0]
+        return moved if start is None else start + moved
 
-    parameters = torch.zeros(len(weights), features.shape[-1], 1, dtype=torch.float64)
-    for _ in range(100):
-        value, gap = objective(parameters)
-        slope, curvature = _derivatives(loss, gap)
-        slopes = _matrix(weights * slope, pairs, responses)
-        gradient = (features.mT @ (slopes.sum(-1) - slopes.sum(-2))[..., None]).sum(-3) + prior @ parameters
-        weighted = _matrix(weights * curvature, pairs, responses)
-        weighted = weighted + weighted.mT
-        laplacian = torch.diag_embed(weighted.sum(-1)) - weighted
-        step = torch.linalg.solve((features.mT @ laplacian @ features).sum(-3) + prior, gradient)
-        parameters = _descend(lambda w: objective(w)[0], value, parameters, step, gradient)
+    def gaps(parameters: Tensor) -> Tensor:
+        now = logits(parameters)
+        return now.index_select(-1, first) - now.index_select(-1, second)
+
+    def losses(gap: Tensor) -> Tensor:
+        """Of every pair: ln π(b) may be taken as 0, since only the gap counts."""
+        return loss(torch.stack([gap, torch.zeros_like(gap)], -1).reshape(-1, 2)).view_as(gap)
+
+    def objective(parameters: Tensor) -> Tensor:
+        penalty = 0.5 * (parameters.mT @ prior @ parameters)[:, 0, 0]
+        return (weights * losses(gaps(parameters))).sum((1, 2)) + penalty
+
+    def step(parameters: Tensor, gradient: Tensor) -> Tensor:
+        gap = gaps(parameters).detach().requires_grad_()
+        (slope,) = torch.autograd.grad(losses(gap).sum(), gap, create_graph=True)
+        (curvature,) = torch.autograd.grad(slope.sum(), gap)
+        matrix = gap.new_zeros(*gap.shape[:-1], shape[-1], shape[-1])
+        matrix[..., first, second] = matrix[..., second, first] = weights * curvature
+        hessian = gap.shape[-2] / 2 * pair_moment(features, features, matrix) + prior
+        return torch.linalg.solve(hessian, gradient)
+
+    return logits(_minimum(objective, step, len(weights), features)).view(shape)
+
+
+def _minimum(
+    objective: Callable[[Tensor], Tensor],
+    newton: Callable[[Tensor, Tensor], Tensor],
+    problems: int,
+    features: Features,
+) -> Float[Tensor, "problems features 1"]:
+    """Parameters that minimise the objective of every problem: `newton` steps from zero, given point and gradient.
+
+    A step is halved until the value has fallen as its slope promises (or rounding hides it).
+    """
+    centred = features - features.mean(-2, keepdim=True)
+    parameters = torch.zeros(problems, features.shape[-1], 1, dtype=torch.float64)
+    for _ in range(200):
+        parameters.requires_grad_()
+        value = objective(parameters)
+        (gradient,) = torch.autograd.grad(value.sum(), parameters)
+        step = newton(parameters, gradient).detach()
+        value, parameters = value.detach(), parameters.detach()
+        size = torch.ones(problems, 1, 1, dtype=torch.float64)
+        for _ in range(60):
+            trial = parameters - size * step
+            promised = 1e-4 * (size * gradient * step).sum((1, 2))
+            fell = objective(trial) <= value - promised + 1e-12 * (1 + value.abs())
+            if bool(fell.all()):
+                break
+            size = torch.where(fell[:, None, None], size, size / 2)
+        parameters = trial
         if float((centred @ step[:, None]).abs().max()) < _TOLERANCE:
-            return (base + (features @ parameters[:, None])[..., 0]).reshape(shape)
-    raise RuntimeError("fit_pairs: no minimum after 100 Newton steps; the pairs may be separable, give a ridge")
-
-
-def _values(loss: PairLoss, gap: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """The loss of every pair: ln π(b) may be taken as 0, since only the gap counts."""
-    logps = torch.stack([gap, torch.zeros_like(gap)], -1)
-    return loss(logps.reshape(-1, 2)).view_as(gap)
-
-
-def _derivatives(
-    loss: PairLoss, gap: Float[Tensor, "*shape"]
-) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
-    """First and second derivative of every pair's loss in its gap."""
-    gap = gap.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(_values(loss, gap).sum(), gap, create_graph=True)
-    (curvature,) = torch.autograd.grad(slope.sum(), gap)
-    return slope.detach(), curvature
-
-
-def _matrix(
-    values: Float[Tensor, "*batch pairs"], pairs: Int[Tensor, "2 pairs"], responses: int
-) -> Float[Tensor, "*batch responses responses"]:
-    """The values of pairs (a, b) at row a, column b; zero elsewhere."""
-    matrix = values.new_zeros(*values.shape[:-1], responses, responses)
-    matrix[..., pairs[0], pairs[1]] = values
-    return matrix
-
-
-def _descend(
-    objective: Callable[[Tensor], Tensor], value: Tensor, parameters: Tensor, step: Tensor, gradient: Tensor
-) -> Tensor:
-    """Each problem goes its step, halved until its value has fallen as its slope promises (or rounding hides it)."""
-    size = torch.ones(len(parameters), 1, 1, dtype=torch.float64)
-    decrement = (gradient * step).sum((1, 2))
-    slack = 1e-12 * (1 + value.abs())
-    for _ in range(60):
-        trial = parameters - size * step
-        fell = objective(trial) <= value - 1e-4 * size[:, 0, 0] * decrement + slack
-        if bool(fell.all()):
-            break
-        size = torch.where(fell[:, None, None], size, size / 2)
-    return trial
+            return parameters
+    raise RuntimeError(
+        "no minimum after 200 Newton steps; the pairs may be separable: give a ridge, or a larger gamma + beta"
+    )

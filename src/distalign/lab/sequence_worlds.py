@@ -30,37 +30,27 @@ Weights = dict[str, Tensor]  # by name, [models, ...]
 Key = tuple[int, int, str]  # seed, number of the repetition, "markov" or "tilted"
 
 PROMPTS = 2
+WIDTH = 16
 RARE = -1.0  # added to the score of end-of-sequence: where every token is as likely, short responses hold the mass
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The size of a network: `layers` of one attention head and a hidden layer of 4 · `width`; about 7,000 weights."""
+def random_network(vocabulary: int, places: int, source: torch.Generator) -> Weights:
+    """Random weights of one model (its axis has size 1), normal and scaled by fan-in; about 7,000.
 
-    vocabulary: int
-    prompts: int
-    depth: int
-    width: int = 16
-    layers: int = 2
-
-    def fresh(self, generator: torch.Generator, *, gain: float = 1.0) -> Weights:
-        """Random weights of one model (its axis has size 1): normal, scaled by fan-in, the head by `gain`."""
-        wide, sizes = 4 * self.width, {}
-        for layer in range(self.layers):
-            sizes[f"{layer}.attend"] = (self.width, 3 * self.width)
-            sizes[f"{layer}.attended"] = (self.width, self.width)
-            sizes[f"{layer}.up"] = (self.width, wide)
-            sizes[f"{layer}.down"] = (wide, self.width)
-        sizes["head"] = (self.width, self.vocabulary)
-        weights = {
-            name: torch.randn((1, rows, columns), generator=generator) / math.sqrt(rows)
-            for name, (rows, columns) in sizes.items()
-        }
-        weights["head"] *= gain
-        weights |= {f"{name}.bias": torch.zeros(1, 1, columns) for name, (_, columns) in sizes.items()}
-        for name, rows in (("word", self.vocabulary), ("place", self.depth), ("prompt", self.prompts)):
-            weights[name] = torch.randn((1, rows, self.width), generator=generator)
-        return weights
+    Two layers of one attention head and a hidden layer four times as wide; `places` is how many tokens it reads.
+    """
+    sizes = {}
+    for layer in range(2):
+        sizes[f"{layer}.attend"] = (WIDTH, 3 * WIDTH)
+        sizes[f"{layer}.attended"] = (WIDTH, WIDTH)
+        sizes[f"{layer}.up"] = (WIDTH, 4 * WIDTH)
+        sizes[f"{layer}.down"] = (4 * WIDTH, WIDTH)
+    sizes["head"] = (WIDTH, vocabulary)
+    weights = {name: torch.randn((1, *size), generator=source) / math.sqrt(size[0]) for name, size in sizes.items()}
+    weights |= {f"{name}.bias": torch.zeros(1, 1, columns) for name, (_, columns) in sizes.items()}
+    for name, rows in (("word", vocabulary), ("place", places), ("prompt", PROMPTS)):
+        weights[name] = torch.randn((1, rows, WIDTH), generator=source)
+    return weights
 
 
 def stack(models: Sequence[Weights]) -> Weights:
@@ -81,7 +71,7 @@ def double(weights: Weights) -> Weights:
 def states(weights: Weights, positions: Positions) -> Float[Tensor, "models prompts positions width"]:
     """Final hidden state at every position, after every prompt."""
     word, place, prompt = (weights[name] for name in ("word", "place", "prompt"))
-    prompts, width = prompt.shape[1:]
+    prompts = prompt.shape[1]
     tokens = word[:, positions.tokens] + place[:, positions.depths]
     x = (tokens[:, None] + prompt[:, :, None]).flatten(1, 2)  # [models, prompts · positions, width]
 
@@ -89,9 +79,9 @@ def states(weights: Weights, positions: Positions) -> Float[Tensor, "models prom
         return torch.baddbmm(weights[f"{name}.bias"], inputs, weights[name])
 
     def normal(inputs: Tensor) -> Tensor:
-        return functional.layer_norm(inputs, (width,))
+        return functional.layer_norm(inputs, (WIDTH,))
 
-    for layer in range(sum(name.endswith(".up") for name in weights)):
+    for layer in range(2):
         mixed = linear(f"{layer}.attend", normal(x)).unflatten(1, (prompts, -1))
         x = x + linear(f"{layer}.attended", _attend(mixed, positions).flatten(1, 2))
         x = x + linear(f"{layer}.down", functional.gelu(linear(f"{layer}.up", normal(x))))
@@ -111,8 +101,7 @@ def _attend(
     query, key, value = mixed.chunk(3, -1)
     ancestors, depth = positions.ancestors.flatten(), positions.ancestors.shape[1]
     key, value = (z.index_select(2, ancestors).unflatten(2, (-1, depth)) for z in (key, value))
-    width = query.shape[-1]
-    weight = (query[..., None, :] * key) @ query.new_full((width, 1), 1 / math.sqrt(width))
+    weight = (query[..., None, :] * key) @ query.new_full((WIDTH, 1), 1 / math.sqrt(WIDTH))
     later = torch.arange(depth) > positions.depths[:, None]
     return (weight.masked_fill(later[..., None], -math.inf).softmax(-2) * value).sum(-2)
 
@@ -216,7 +205,6 @@ def draw_pairs(world: World, n: int, tree: Tree, *, gamma: float) -> Data:
     """n labelled pairs: a prompt, two responses of the reference, a label drawn from the target's preference (eq. 3).
 
     Responses are numbered through the prompts, as in a flattened [prompts, responses]; column 0 is the preferred one.
-    Raises ValueError unless more than the held-out pairs are wanted.
     """
     source = generator(*world.key, n)
     probabilities = tree.path_sums(world.reference).exp()
@@ -225,10 +213,7 @@ def draw_pairs(world: World, n: int, tree: Tree, *, gamma: float) -> Data:
     responses = both[prompts, torch.arange(n)] + (prompts * probabilities.shape[1])[:, None]
     logit = preference_logit(world.target.flatten()[responses], gamma=gamma)
     swap = torch.rand(n, generator=source, dtype=logit.dtype) >= logit.sigmoid()
-    data = Data(world, torch.where(swap[:, None], responses.flip(1), responses))
-    if n <= data.held_out:
-        raise ValueError(f"{n} pairs, of which {data.held_out} are held out; draw more")
-    return data
+    return Data(world, torch.where(swap[:, None], responses.flip(1), responses))
 
 
 def bend_to(bent: Callable[[float], float], distance: float) -> float:
@@ -270,15 +255,14 @@ class _Draft:
         """ln of what the network is fitted to, at the distance from the exact side, KL(target ‖ reference)."""
         base = self.tree.path_sums(self.exact)
 
-        def bent(gain: float) -> Tensor:
+        def bent(gain: float) -> tuple[float, Tensor]:
             if self.markov:
-                return self.tree.path_sums((self.exact + gain * self.bend).log_softmax(-1))
-            return (base + gain * self.tree.path_sums(self.bend)).log_softmax(-1)
+                reference = self.tree.path_sums((self.exact + gain * self.bend).log_softmax(-1))
+                return float(divergence(base, reference)), reference
+            target = (base + gain * self.tree.path_sums(self.bend)).log_softmax(-1)
+            return float(divergence(target, base)), target
 
-        def reached(gain: float) -> float:
-            return float(divergence(base, bent(gain)) if self.markov else divergence(bent(gain), base))
-
-        return bent(bend_to(reached, distance))
+        return bent(bend_to(lambda gain: bent(gain)[0], distance))[1]
 
     def world(self, weights: Weights) -> World:
         """The world whose network has been fitted."""
@@ -291,7 +275,7 @@ class _Draft:
 
 def _draft(key: Key, tree: Tree) -> _Draft:
     kind, source = key[-1], generator(*key)
-    net = Shape(tree.vocabulary, PROMPTS, tree.length).fresh(source)
+    net = random_network(tree.vocabulary, tree.length, source)
     first = torch.randn(PROMPTS, tree.vocabulary, generator=source, dtype=torch.float64)
     after = torch.randn(tree.vocabulary, tree.vocabulary, generator=source, dtype=torch.float64)
     chain = bigram(first, after, tree)

@@ -7,6 +7,7 @@ every node, [..., prompts, nodes, vocabulary], scores every response by the sum 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Positions(NamedTuple):
@@ -31,15 +33,11 @@ class Positions(NamedTuple):
 @dataclass(frozen=True)
 class Tree:
     """All responses of at most `length` tokens over `vocabulary` tokens: those that ended, in the order of their
-    prefixes, then those that were cut. Raises ValueError below two tokens, or for no length.
+    prefixes, then those that were cut.
     """
 
     vocabulary: int
     length: int
-
-    def __post_init__(self) -> None:
-        if self.vocabulary < 2 or self.length < 1:
-            raise ValueError(f"vocabulary {self.vocabulary}, length {self.length}; give at least 2 and 1")
 
     @cached_property
     def prefixes(self) -> list[tuple[int, ...]]:
@@ -58,17 +56,17 @@ class Tree:
     def nodes(self) -> Int[Tensor, "responses length"]:
         """The node at which each token of each response is chosen; 0 after its end."""
         number = {prefix: index for index, prefix in enumerate(self.prefixes)}
-        return torch.tensor([self._padded([number[r[:t]] for t in range(len(r))]) for r in self.responses])
+        return _padded([[number[r[:t]] for t in range(len(r))] for r in self.responses])
 
     @cached_property
     def tokens(self) -> Int[Tensor, "responses length"]:
         """The tokens of each response; 0 after its end."""
-        return torch.tensor([self._padded(list(r)) for r in self.responses])
+        return _padded(self.responses)
 
     @cached_property
     def mask(self) -> Bool[Tensor, "responses length"]:
         """True on the tokens of each response, end-of-sequence included."""
-        return torch.tensor([[t < len(r) for t in range(self.length)] for r in self.responses])
+        return _padded([[1] * len(r) for r in self.responses]).bool()
 
     @cached_property
     def paths(self) -> Int[Tensor, "responses length"]:
@@ -120,12 +118,13 @@ class Tree:
         number |= {response: index for index, response in enumerate(self.responses)}
         return torch.tensor([[number[(*p, token)] for token in range(self.vocabulary)] for p in self.prefixes])
 
-    def _padded(self, row: list[int]) -> list[int]:
-        return row + [0] * (self.length - len(row))
-
     def _positions(self, sequences: list[tuple[int, ...]]) -> Positions:
         number = {sequence: index for index, sequence in enumerate(sequences)}
-        depth = max(len(sequence) for sequence in sequences) + 1
-        ancestors = [[number[s[:t]] if t <= len(s) else 0 for t in range(depth)] for s in sequences]
+        ancestors = [[number[s[:t]] for t in range(len(s) + 1)] for s in sequences]
         tokens = torch.tensor([s[-1] if s else 0 for s in sequences])
-        return Positions(tokens, torch.tensor([len(s) for s in sequences]), torch.tensor(ancestors))
+        return Positions(tokens, torch.tensor([len(s) for s in sequences]), _padded(ancestors))
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Int[Tensor, "rows longest"]:
+    """The rows as one tensor, zeros after their ends."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)

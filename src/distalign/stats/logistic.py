@@ -58,15 +58,11 @@ def fit_logistic(
 ) -> LogisticFit:
     """Coefficients of the log-odds (nats per unit of the feature) that make the outcomes, in [0, 1], most probable.
 
-    A constant has to be a feature of its own. Raises ValueError if an outcome lies outside [0, 1], a weight is negative
-    or the features are collinear, and `Separable` if the maximum lies at infinity.
+    A constant has to be a feature of its own. Raises ValueError if the features are collinear, and `Separable` if the
+    maximum lies at infinity.
     """
     features, outcome = features.detach().to("cpu", torch.float64), outcome.detach().to("cpu", torch.float64)
     weights = torch.ones_like(outcome) if weights is None else weights.detach().to("cpu", torch.float64)
-    if not bool(((outcome >= 0) & (outcome <= 1)).all()):
-        raise ValueError("an outcome lies outside [0, 1] or is not a number; pass frequencies or probabilities")
-    if not bool((weights >= 0).all()):
-        raise ValueError("a weight is negative or not a number; pass how often each row was observed")
 
     def nll(theta: Tensor) -> Tensor:
         return (weights * preference_nll(features @ theta, outcome)).sum()

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.stats.intervals import Estimate, Interval, mean_and_se, student_quantile
+from distalign.stats.intervals import Interval, student_quantile
 from distalign.stats.logistic import LogisticFit, Separable, fit_logistic
 
 
@@ -59,31 +59,27 @@ def bradley_terry_over_prompts(wins: Float[Tensor, "prompts policies policies"],
 class LengthControlled:
     """The win rate at equal lengths with its 95 % interval, and what was taken out.
 
-    `raw` is the plain win rate. `length_effect` is φ, the log-odds (nats) that a much longer response gains by its
+    `length_effect` is φ, the log-odds (nats) that a much longer response gains by its
     length alone: positive where the judge likes length.
     """
 
     win_rate: Interval
-    raw: Estimate
     length_effect: Interval
 
 
 def length_controlled_win_rate(
-    wins: Float[Tensor, "prompts"],
-    lengths: Float[Tensor, "prompts"],
-    baseline_lengths: Float[Tensor, "prompts"],
-    difficulty: Float[Tensor, "prompts"] | None = None,
+    wins: Float[Tensor, "prompts"], lengths: Float[Tensor, "prompts"], baseline_lengths: Float[Tensor, "prompts"]
 ) -> LengthControlled:
     """Win rate over a baseline, a fraction, had all responses been as long as the baseline's: AlpacaEval 2's model.
 
-        P(win | x) = σ( θ + φ tanh( Δ / sd Δ ) + ψ d(x) ),   Δ = length − baseline length
-        win rate at equal lengths = mean over x of σ( θ + ψ d(x) )
+        P(win) = σ( θ + φ tanh( Δ / sd Δ ) ),   Δ = length − baseline length
+        win rate at equal lengths = σ(θ)
 
-    wins[p] is 1 for a win, 0.5 for a tie, or the judge's probability; lengths in any one unit (AlpacaEval: characters);
-    d is the prompts' known difficulty, whose term is left out where it is None. Fitted by maximum likelihood, the
-    interval by the delta method on the log-odds, with the sandwich covariance over prompts. What AlpacaEval adds and
-    this leaves out: its estimate of d from all the policies on its board, an L1 penalty set by cross-validation, and a
-    fifth of a weight of made-up comparisons with verbose and terse baselines, which guards against gaming.
+    wins[p] is 1 for a win, 0.5 for a tie, or the judge's probability; lengths in any one unit (AlpacaEval: characters).
+    Fitted by maximum likelihood, the interval on the log-odds, with the sandwich covariance over prompts. What
+    AlpacaEval adds and this leaves out: a term for the difficulty of each prompt, an L1 penalty set by
+    cross-validation, and a fifth of a weight of made-up comparisons with verbose and terse baselines, which guards
+    against gaming.
 
     Raises ValueError where all Δ are the same, or a length and the outcomes cannot be told apart.
 
@@ -95,42 +91,29 @@ def length_controlled_win_rate(
         raise ValueError(
             f"the {len(gap)} differences in length do not vary; nothing can be said about length: report the win rate"
         )
-    columns = [torch.ones_like(gap), torch.tanh(gap / spread)]
-    if difficulty is not None:
-        columns.append(difficulty.to(torch.float64))
-    features = torch.stack(columns, -1)
+    features = torch.stack([torch.ones_like(gap), torch.tanh(gap / spread)], -1)
     try:
         fit = fit_logistic(features, wins)
     except Separable as error:
         raise ValueError(
-            f"{len(wins)} comparisons, {float(wins.mean()):.3f} of them won: length (or difficulty) predicts every "
+            f"{len(wins)} comparisons, {float(wins.mean()):.3f} of them won: length predicts every "
             "outcome, so no win rate at equal lengths exists; compare on more prompts, or report the raw win rate"
         ) from error
     covariance = fit.clustered_covariance(torch.arange(len(wins)))
     quantile = student_quantile(len(wins) - 1)
 
-    equal = features.clone()
-    equal[:, 1] = 0
-    won = (equal @ fit.coefficients).sigmoid()
-    rate = float(won.mean())
-    gradient = ((won * (1 - won))[:, None] * equal).mean(0)
-    se = math.sqrt(float(gradient @ covariance @ gradient)) / (rate * (1 - rate))
-    logit = math.log(rate / (1 - rate))
-    low, high = (1 / (1 + math.exp(-(logit + sign * quantile * se))) for sign in (-1, 1))
-    effect, half_width = float(fit.coefficients[1]), quantile * math.sqrt(float(covariance[1, 1]))
-    return LengthControlled(
-        Interval(rate, low, high), mean_and_se(wins), Interval(effect, effect - half_width, effect + half_width)
-    )
+    def interval(index: int) -> Interval:
+        value, half_width = float(fit.coefficients[index]), quantile * math.sqrt(float(covariance[index, index]))
+        return Interval(value, value - half_width, value + half_width)
+
+    win_rate = Interval(*(1 / (1 + math.exp(-log_odds)) for log_odds in interval(0)))
+    return LengthControlled(win_rate, interval(1))
 
 
 def _fit(wins: Float[Tensor, "prompts policies policies"], anchor: int) -> tuple[Tensor, LogisticFit]:
     """Prompt of every row, and the regression: a row for each pair that met on a prompt, a feature for each policy."""
     wins = wins.detach().to("cpu", torch.float64)
     policies = wins.shape[-1]
-    if not 0 <= anchor < policies or policies < 2:
-        raise ValueError(f"anchor {anchor} of {policies} policies; give at least two policies and the index of one")
-    if not bool((wins >= 0).all()) or bool(wins.diagonal(dim1=-2, dim2=-1).any()):
-        raise ValueError("wins hold a negative number, a NaN, or a policy that beat itself; pass counts, diagonal 0")
     _check_finite(wins.sum(0))
     first, second = torch.triu_indices(policies, policies, 1)
     won, lost = wins[:, first, second], wins[:, second, first]
