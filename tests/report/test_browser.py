@@ -80,9 +80,17 @@ def test_pages_open_in_both_themes(view, kind):
 def test_the_page_never_scrolls_sideways(view, kind):
     """On a phone too; what is wider scrolls within its card."""
     page = view(kind, viewport={"width": 1400, "height": 800})
-    for width in (1400, 700, 380):
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    for width in (1400, 700, 390):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_the_main_table_fits_a_screen(view):
+    """At 1,400 px nothing of it has to be scrolled to."""
+    page = view("evaluation", viewport={"width": 1400, "height": 800})
+    fits = "(table) => table.scrollWidth <= table.parentElement.clientWidth"
+    assert page.locator("#estimates").evaluate(fits)
 
 
 def test_samples_are_searched(view):

@@ -16,7 +16,7 @@ from distalign.report.figures import (
     _thinned,
     health_figures,
     learning_figures,
-    length_figures,
+    length_figure,
     plane_figure,
     training_figures,
 )
@@ -71,14 +71,13 @@ def test_predictions_are_on_the_plane():
     assert {"γ = 0 (RLHF)", "γ = 0.1", "best of n"} <= {text.get_text() for text in axes.texts}
 
 
-def test_length_is_set_against_reward_on_common_axes():
-    """One figure per policy with the reference behind it; the correlation is the figure's sentence."""
-    figures = {figure.title: figure for figure in length_figures(Results.parse(evaluation()))}
-    assert re.match(r"correlation 0\.9\d \(n = 40\)", figures["RKL"].about)
-    (own, names), (other, _) = drawn(figures["PMLE"]), drawn(figures["RKL"])
-    assert [names[color] for *_, color in points(own)] == ["muted", "c1"]
-    assert (own.get_xlim(), own.get_ylim()) == (other.get_xlim(), other.get_ylim())
-    assert all(own.get_xlim()[0] < x < own.get_xlim()[1] for xs, *_ in points(own) for x in xs)
+def test_length_is_set_against_reward():
+    """Every policy's answers with their correlation; what has no reward has no dot."""
+    axes, names = drawn(length_figure(Results.parse(evaluation())))
+    assert [names[color] for *_, color in points(axes)] == ["muted", "c1", "c2", "c3"]
+    (rkl,) = [text.get_text() for text in axes.texts if text.get_text().startswith("RKL")]
+    assert re.fullmatch(r"RKL, r = 0\.9\d", rkl)
+    assert length_figure(Results.parse(COMPARISON)) is None
 
 
 def test_health_is_read_from_the_runs(tmp_path):

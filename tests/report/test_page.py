@@ -27,7 +27,7 @@ from report_data import (
 )
 
 from distalign.report import ReportError, results_markdown, write_report
-from distalign.report.page import _settings_table
+from distalign.report.results import read_samples
 
 
 def comparison(folder, change=None, samples=()):
@@ -150,30 +150,44 @@ def test_figures_follow_the_pages_colours(pages, kind):
     assert all("<text" in figure for figure in figures)
 
 
-def test_the_largest_improvement_comes_first(tmp_path):
-    """The headline is the best method's; the others follow as sentences."""
+def test_the_first_screen_says_what_was_trained_and_what_came_out(tmp_path):
+    """What was trained, the best method's finding, the picture and its caption; then the contents."""
     page = comparison(tmp_path)
-    assert texts(page, r"<h1>.*?</h1>") == ["PMLE lowers the forward KL to the target by 45 % [34 %, 57 %]."]
-    assert "</b> shows no clear change in the forward KL" in page
-    assert "seed 0 · n = 48 · 95 % intervals · per cent of the reference&#39;s mean" in page
+    (header,) = re.findall(r"<header>.*?</header>", page, flags=re.S)
+    finding = "PMLE lowers the distance to the target (forward KL) from 10.9 to 6.0 nats, by 45 % [34 %, 57 %]."
+    assert texts(header, r"<h1>.*?</h1>") == [finding]
+    places = [header.index(part) for part in ("Trained by", "<h1>", 'id="forest"', "Bars: 95 %", "<nav")]
+    assert places == sorted(places)
     assert comparison(tmp_path) == page
 
 
 def test_table_numbers_equal_the_input(tmp_path):
-    """Target and reference first, mean ± se with n in every cell, a dash where there is no number; the best marked."""
+    """Target and reference first; mean ± se with the difference and its verdict, a dash where there is no number."""
     page = comparison(tmp_path)
-    assert table_cells(page, "estimates")[1:] == [
-        ["target", "0 ± 0 n = 48", "0.79 ± 0.04 n = 128", "–"],
-        ["reference", "10.9 ± 0.9 n = 48", "0.66 ± 0.04 n = 128", "–"],
-        ["PMLE", "6.0 ± 0.5 n = 48", "0.758 ± 0.012 n = 128", "40.0 ± 1.0 n = 48"],
-        ["DPO", "10.4 ± 0.8 n = 48", "0.70 ± 0.04 n = 128", "29.0 ± 2.0 n = 48"],
+    assert table_cells(page, "estimates") == [
+        ["", "KL(π*‖π) ↓ nats · n = 48", "accuracy ↑ n = 128"],
+        ["target", "0 ± 0", "0.79 ± 0.04"],
+        ["reference", "10.9 ± 0.9", "0.66 ± 0.04"],
+        ["PMLE", "6.0 ± 0.5 −4.9 [−6.2, −3.7] better", "0.758 ± 0.012 +0.10 [+0.03, +0.17] better"],
+        ["DPO", "10.4 ± 0.8 −0.5 [−1.6, +0.6]", "0.70 ± 0.04 +0.05 [−0.02, +0.12]"],
     ]
-    assert table_cells(page, "differences")[1:] == [
-        ["PMLE", "−4.9 [−6.2, −3.7] better n = 48", "+0.10 [+0.03, +0.17] better n = 128"],
-        ["DPO", "−0.5 [−1.6, +0.6] n = 48", "+0.05 [−0.02, +0.12] n = 128"],
-    ]
-    assert re.findall(r"<td><b>(.*?)</b>", page) == ["6.0 ± 0.5", "0.758 ± 0.012"]
+    assert table_cells(page, "more")[3] == ["PMLE", "40.0 ± 1.0"]
     assert len(re.findall("<svg", page)) == 3  # forward KL, held-out loss, one calibration plot
+
+
+def test_the_main_table_has_the_distance_win_rate_reward_kl_and_length_first(tmp_path):
+    """In this order, whatever that of the file; the others stand in a collapsed table below."""
+    keys = ["entropy", "length", "kl_reference", "reward", "accuracy", "win_rate", "forward_kl"]
+
+    def change(results):
+        results["columns"] = [{"key": key, "label": key} for key in keys]
+        results["methods"] = {"reference": {}, "pmle": {key: number(0.5) for key in keys}}
+
+    page = comparison(tmp_path, change)
+    heads = [cell.split()[0] for cell in table_cells(page, "estimates")[0][1:]]
+    assert heads == ["forward_kl", "win_rate", "reward", "kl_reference", "length", "accuracy"]
+    assert [cell.split()[0] for cell in table_cells(page, "more")[0][1:]] == ["entropy"]
+    assert re.search(r'<details class="card"><summary>1 more metric: entropy</summary>.*?id="more"', page, flags=re.S)
 
 
 def test_missing_parts_leave_their_sections_out(tmp_path):
@@ -187,10 +201,10 @@ def test_missing_parts_leave_their_sections_out(tmp_path):
             row.pop("forward_kl")
 
     page = comparison(tmp_path, strip)
-    assert "PMLE</span> raises the preference accuracy by 0.10 [0.03, 0.17]." in page
+    assert "PMLE</span> raises held-out accuracy from 0.66 to 0.758, by 0.10 [0.03, 0.17]." in page
     assert "KL(π*‖π)" not in page
     assert "<svg" not in page
-    assert not {"Calibration", "Samples", "Settings", "Time", "Citation"} & set(re.findall(r"<h2>(.*?)</h2>", page))
+    assert not {"Calibration", "Samples", "Settings and environment"} & set(re.findall(r"<h2>(.*?)</h2>", page))
 
 
 def test_numbers_that_could_not_be_computed_do_not_break_the_page(tmp_path):
@@ -203,7 +217,8 @@ def test_numbers_that_could_not_be_computed_do_not_break_the_page(tmp_path):
 
     page = comparison(tmp_path, break_numbers)
     assert "<h1>A known target</h1>" in page
-    assert ["PMLE", "∞ n = 48", "n/a", "3.5 ± ?"] in table_cells(page, "estimates")
+    assert ["PMLE", "∞ ∞ [?, ?]", "n/a"] in table_cells(page, "estimates")
+    assert ["PMLE", "3.5 ± ?"] in table_cells(page, "more")
 
 
 def test_win_rates_ratings_and_stars(everything):
@@ -216,14 +231,13 @@ def test_win_rates_ratings_and_stars(everything):
     (controlled,) = re.findall(r'id="length-controlled">.*?\n</div>', everything, flags=re.S)
     assert texts(controlled, r'<span class="text">.*?</span>')[0] == "0.550 [0.520, 0.580]"
     assert '<sup title="p = 0.0012">**</sup>' in everything
-    assert table_cells(everything, "differences")[1][1].endswith("better n = 40 · p = 0.0012")
 
 
 def test_the_contents_lead_to_their_sections(everything):
     """Every entry has its section, in the order of the page."""
     targets = re.findall(r'<a href="#([\w-]+)">', everything)
-    assert targets[:4] == ["results", "changes", "plane", "judged"]
-    assert targets == re.findall(r'<(?:section|div class="two") id="([\w-]+)"', everything)
+    assert targets[:3] == ["results", "plane", "judged"]
+    assert targets == re.findall(r'<section id="([\w-]+)"', everything)
 
 
 def test_training_run(tmp_path):
@@ -251,28 +265,80 @@ def test_several_runs_make_one_page(runs, together):
     rows = table_cells(together, "estimates")[1:]
     names = [row[0].split(": ")[-1] for row in rows]
     assert names == ["reference", "PMLE", "RKL", EVIL, "one/train", "two/train"]
-    assert rows[-1][3:5] == ["60", "0.135"]
-    assert "<b>" not in re.search(r'<table id="estimates".*?</table>', together, flags=re.S)[0]
+    assert table_cells(together, "more")[-1][1:3] == ["60", "0.135"]
 
 
-def test_several_runs_are_compared_in_curves_settings_and_samples(together):
-    """One line per run, what their recipes differ in, the answers to one prompt side by side."""
+def test_several_runs_are_compared_in_curves_and_samples(together):
+    """One line per run, the recipe of each, the answers to one prompt below it."""
     (figure,) = re.findall(r"<h3>Entropy</h3>.*?</svg>", together, flags=re.S)
     assert {"one/train", "two/train"} <= set(texts(figure, r"<text.*?</text>"))
-    assert ["extra", "–", "–", "7"] in table_cells(together, "settings-table")
-    answers = [name.split("/")[-1] for name in texts(together, r'<div class="answer".*?</h3>')]
-    assert answers[:2] == ["everything: reference", "everything: PMLE"]
+    assert {"one/train: Recipe as it was run", "two/train: Recipe as it was run"} <= set(
+        texts(together, "<summary>.*?</summary>")
+    )
+    answers = [name.split("/")[-1] for name in texts(together, r'<div class="turn answer".*?</h3>')]
+    assert answers[0].startswith("everything: reference")
+    assert answers[1].startswith("everything: PMLE")
 
 
-def test_settings_are_set_side_by_side():
-    """By dotted path, in order; only what differs, and how many are the same; what one lacks is empty."""
-    runs = {
-        "a": {"seed": 0, "method": {"gamma": 0.1}, "lora": None},
-        "b": {"seed": 0, "method": {"gamma": 0.2, "k": [1]}},
-    }
-    rows = [("method.gamma", ["0.1", "0.2"]), ("lora", ["none", ""]), ("method.k", ["", "[1]"])]
-    assert _settings_table(runs, only_different=True) == (["A", "B"], rows, 1)
-    assert _settings_table({"a": runs["a"], "c": runs["a"]}, only_different=True) is None
+def test_samples_are_turns_sorted_from_gain_to_loss(tmp_path):
+    """Collapsed; by verdict, with reward and verdict beside each response; a prompt that says who speaks is split."""
+    chat = "system\nBe kind.\nuser\nHello\nassistant\n"
+    samples = [
+        {
+            "prompt": [{"role": "user", "content": f"number {i}"}] if i else chat,
+            "responses": {"reference": "a", "pmle": "b"},
+            "rewards": {"reference": 1.0, "pmle": 2.5},
+            "verdicts": {"pmle": verdict},
+        }
+        for i, verdict in enumerate((0.25, 0.9, 0.5))
+    ]
+    page = comparison(tmp_path, samples=samples)
+    shown = re.findall(r'<details class="card sample">.*?</details>', page, flags=re.S)
+    assert [words(re.search("<summary>.*?</summary>", part, flags=re.S)[0]) for part in shown] == [
+        "+0.4 number 1",
+        "0 number 2",
+        "−0.25 Hello",
+    ]
+    assert texts(shown[2], "<h3>.*?</h3>") == [
+        "system",
+        "user",
+        "reference reward 1",
+        "PMLE 25 % preferred to the reference's reward 2.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns"),
+    [
+        ("plain", [("user", "plain")]),
+        (
+            "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:",
+            [("human", "Hi"), ("assistant", "Yes?"), ("human", "Bye")],
+        ),
+        ("Before\nuser\nHi", [("user", "Before\nuser\nHi")]),
+        ("user\n", [("user", "user\n")]),
+        ([], [("user", "")]),
+    ],
+)
+def test_a_prompt_is_split_where_it_says_who_speaks(tmp_path, prompt, turns):
+    """From its first word on; anything else is one turn of the user's."""
+    write_lines(tmp_path / "samples.jsonl", [{"prompt": prompt, "response": "x"}])
+    (sample,) = read_samples(tmp_path / "samples.jsonl")
+    assert sample.prompt == turns
+
+
+def test_many_samples_keep_both_ends(tmp_path):
+    """The largest gains and the largest losses, and how many there are."""
+    rows = [
+        {"prompt": f"p{i}", "responses": {"reference": "a", "pmle": "b"}, "verdicts": {"pmle": i / 300}}
+        for i in range(300)
+    ]
+    page = comparison(tmp_path, samples=rows)
+    assert page.count('class="card sample"') == 200
+    assert "300 prompts, of which 200 are shown" in page
+    assert ">p299<" in page
+    assert ">p0<" in page
+    assert ">p150<" not in page
 
 
 def test_figures_are_written_as_png(everything, runs):
@@ -334,6 +400,12 @@ def test_claims_of_the_lab_have_words_and_marks(tmp_path):
         "pmle 65,536 0.0123",
     ):
         assert part in page
+
+
+def test_the_labs_figure_comes_before_its_claims(tmp_path):
+    """One sees what happened, then what was claimed."""
+    page = lab_page(tmp_path, measured())
+    assert page.index("<figure") < page.index("card claims") < page.index("<table")
 
 
 def test_one_experiment_or_all(tmp_path):

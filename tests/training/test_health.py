@@ -264,7 +264,9 @@ def test_completions_are_written_for_the_report(tmp_path, caplog):
     assert rows[2] == {"step": 5, "prompt": "z", "responses": ["w"]}
     found = read_samples(path)
     assert [one.note for one in found] == ["step 3", "step 5", "step 5"]
-    assert found[0].responses == [("response 1", "a\ufffd[31mb"), ("response 2", "ü")]  # no control characters shown
+    shown = [(one.name, one.text, one.reward) for one in found[0].responses]
+    assert shown[0] == ("response 1", "a\ufffd[31mb", 0.51234)  # no control characters shown
+    assert shown[1][:2] == ("response 2", "ü")
 
 
 def test_a_completion_is_shown_on_a_terminal(tmp_path, caplog):

@@ -6,25 +6,12 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from distalign.report.drawing import INK, MUTED, Figure, Look, numbered_look, panel_figure
-from distalign.report.numbers import main_column
-from distalign.report.results import (
-    REFERENCE,
-    TARGET,
-    Bin,
-    Column,
-    Difference,
-    Logs,
-    Results,
-    display_name,
-)
+from distalign.report.first import main_column
+from distalign.report.results import REFERENCE, TARGET, Column, Difference, Logs, Results, display_name
 from distalign.report.shown import Curve, Panel
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _BEST_OF_N = "best of n"
 _KL, _REWARD = "kl_reference", "reward"  # the columns that the reward-KL plane has as its axes
@@ -42,6 +29,11 @@ class Topic(NamedTuple):
 
 TRAINING = [
     Topic(
+        "Distance to the target",
+        "Forward KL on some of the held-out prompts, nats per response.",
+        {"eval_target/forward_kl": _HELD_OUT},
+    ),
+    Topic(
         "Loss",
         "Training loss, and the loss on held-out pairs: when only the first still falls, the model memorises.",
         {"loss": "train", "eval_loss": _HELD_OUT},
@@ -55,11 +47,6 @@ TRAINING = [
         "ln π of the responses",
         "Nats per response. Both falling together is likelihood displacement.",
         {"logps/chosen": "chosen", "logps/rejected": "rejected"},
-    ),
-    Topic(
-        "Margin",
-        "Implied reward of the chosen response minus that of the rejected one.",
-        {"rewards/margins": "train", "eval_rewards/margins": _HELD_OUT},
     ),
     Topic("Reward", "Mean reward of the policy's samples.", {"objective/reward": "reward"}),
     Topic("Gradient norm", "Before clipping.", {"grad_norm": "norm"}),
@@ -157,39 +144,37 @@ def plane_figure(results: Results) -> Figure | None:
     return panel_figure(panel, look, width=11.5, height=5.0)
 
 
-def length_figures(results: Results) -> list[Figure]:
-    """Reward against length, one figure per policy on the same axes, the reference behind it in grey."""
-    curves: dict[str, Curve] = {}
+def length_figure(results: Results) -> Figure | None:
+    """Reward against length of every policy's answers, their correlation in its label."""
+    curves, look = [], {}
     for name, row in results.points.items():
-        answers = [answer for answer in row if math.isfinite(answer.reward)]
-        x, y = [answer.length for answer in answers], [answer.reward for answer in answers]
-        if answers:
-            curves[name] = Curve(display_name(name), x, y, kind="points")
-    x_limits = _padded([x for curve in curves.values() for x in curve.x])
-    y_limits = _padded([y for curve in curves.values() for y in curve.y])
-    figures = []
-    for name in [name for name in curves if name != REFERENCE] or list(curves):
-        label, about = display_name(name), _correlation_text(curves[name])
-        drawn = [curves[row] for row in dict.fromkeys((REFERENCE, name)) if row in curves]
-        look = {display_name(row): row_look(results, row) for row in (REFERENCE, name)}
-        panel = Panel(label, about, "tokens", "reward", drawn, "linear", "linear", x_limits, y_limits)
-        figure = panel_figure(panel, look, width=4.2, height=2.9)
-        color, title = row_look(results, name).color, f"Reward against length: {label}"
-        figures += [replace(figure, color=color, file_title=title)] if figure else []
-    return figures
+        known = [(answer.length, answer.reward) for answer in row if math.isfinite(answer.reward)]
+        x, y = [length for length, _ in known], [reward for _, reward in known]
+        varied = len(known) > 2 and len(set(x)) > 1 and len(set(y)) > 1
+        r = f", r = {statistics.correlation(x, y):.2f}".replace("-", "−") if varied else ""
+        curves.append(Curve(f"{display_name(name)}{r}", x, y, kind="points"))
+        look[curves[-1].label] = row_look(results, name)
+    about = "One dot per prompt; r: correlation. Where the two go together, a reward may have been bought with length."
+    panel = Panel("Reward against length", about, "tokens", "reward", curves, "linear", "linear", direct=True)
+    return panel_figure(panel, look, width=11.5, height=5.0)
 
 
 def calibration_figures(results: Results) -> list[Figure]:
     """Each method's calibration plot and its expected calibration error, which is taken over these bins."""
+    from distalign.stats.intervals import wilson_interval
+
     figures = []
     for name, bins in results.calibration.items():
-        if bins:
-            n = sum(b.n for b in bins)
-            gap = sum(b.n * abs(b.predicted - b.observed) for b in bins) / n
-            color = row_look(results, name).color
-            about, draw = f"expected calibration error {gap:.3f} (n = {n})", partial(_draw_calibration, bins, color)
-            title = display_name(name)
-            figures.append(Figure(title, about, draw, 2.9, 2.9, file_title=f"Calibration: {title}", color=color))
+        n, look, title = sum(b.n for b in bins), row_look(results, name), display_name(name)
+        ends = [wilson_interval(b.observed, b.n) for b in bins]
+        x, y = [b.predicted for b in bins], [b.observed for b in bins]
+        points = Curve("", x, y, [end.low for end in ends], [end.high for end in ends], "points")
+        gap = sum(b.n * abs(b.predicted - b.observed) for b in bins) / max(n, 1)
+        about, limits = f"expected calibration error {gap:.3f} (n = {n})", (-0.03, 1.03)
+        curves = [Curve(" ", [0.0, 1.0], [0.0, 1.0], kind="bound"), points]
+        panel = Panel(title, about, "predicted", "observed", curves, "linear", "linear", limits, limits)
+        figure = panel_figure(panel, {"": look, " ": Look(MUTED)}, width=2.9, height=2.9) if bins else None
+        figures += [replace(figure, color=look.color, file_title=f"Calibration: {title}")] if figure else []
     return figures
 
 
@@ -269,36 +254,6 @@ def _predicted_curves(results: Results) -> list[Curve]:
 
 def _bands(values: Sequence[Difference]) -> tuple[list[float], list[float], list[float]]:
     return [v.mean for v in values], [v.low for v in values], [v.high for v in values]
-
-
-def _padded(values: Sequence[float]) -> tuple[float, float]:
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    margin = 0.05 * (high - low) or 1.0
-    return low - margin, high + margin
-
-
-def _correlation_text(curve: Curve) -> str:
-    n = len(curve.x)
-    if n < 3 or len(set(curve.x)) == 1 or len(set(curve.y)) == 1:
-        return f"n = {n}"
-    r = f"{statistics.correlation(curve.x, curve.y):.2f}".replace("-", "−")
-    return f"correlation {r} (n = {n})"
-
-
-def _draw_calibration(bins: Sequence[Bin], color: str, axes: Axes, colors: Mapping[str, str]) -> None:
-    """Predicted against observed preference: area by count, bars the 95 % Wilson interval, dashed the perfect judge."""
-    from distalign.stats.intervals import wilson_interval
-
-    axes.plot([0, 1], [0, 1], color=colors[MUTED], linewidth=1, linestyle=(0, (4, 3)))
-    most = max(b.n for b in bins)
-    for b in bins:
-        interval = wilson_interval(b.observed, b.n)
-        axes.plot([b.predicted] * 2, [interval.low, interval.high], color=colors[color], linewidth=1.2, alpha=0.5)
-        axes.scatter(b.predicted, b.observed, s=14 + 110 * b.n / most, color=colors[color], alpha=0.9, zorder=3)
-    axes.grid()
-    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="equal", xlabel="predicted", ylabel="observed")
-    axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
-    axes.set_yticks([0, 0.5, 1], ["0", "½", "1"])
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

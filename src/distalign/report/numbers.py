@@ -1,35 +1,15 @@
-"""Numbers as people read them, and the sentences that say what a comparison found."""
+"""Numbers as people read them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 import yaml
 
-from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
+from distalign.report.results import TARGET, Column, Results
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
-
-_WORDS = {
-    "forward_kl": "the forward KL to the target",
-    "reverse_kl": "the reverse KL to the target",
-    "accuracy": "the preference accuracy",
-}
-
-
-class Finding(NamedTuple):
-    """What one method did to the main metric: `name` and `rest` are a sentence about it; and whether that is good."""
-
-    method: str
-    rest: str
-    verdict: Literal["better", "worse", "unchanged", "undecided"]
-
-    @property
-    def sentence(self) -> str:
-        """The whole sentence."""
-        return display_name(self.method) + self.rest
 
 
 def format_estimate(mean: float, se: float) -> str:
@@ -42,8 +22,8 @@ def format_estimate(mean: float, se: float) -> str:
     decimals = _decimals(se) if math.isfinite(se) else 0
     if not math.isfinite(se) or se < 1e-12 or decimals > 6:
         error = "?" if not math.isfinite(se) else ("0" if se < 1e-12 else f"{se:.1g}")
-        return f"{_minus(f'{mean:.3g}')} ± {error}"
-    return f"{_minus(f'{mean:.{decimals}f}')} ± {se:.{decimals}f}"
+        return f"{minus(f'{mean:.3g}')} ± {error}"
+    return f"{minus(f'{mean:.{decimals}f}')} ± {se:.{decimals}f}"
 
 
 def format_number(value: int | float) -> str:
@@ -51,14 +31,14 @@ def format_number(value: int | float) -> str:
     if not math.isfinite(value):
         return _not_finite(value)
     if isinstance(value, int) or value == 0:
-        return _minus(f"{value:,.0f}")
+        return minus(f"{value:,.0f}")
     rounded = float(f"{value:.3g}")
     if 1e-3 <= abs(rounded) < 1e5:
-        return _minus(f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}")
+        return minus(f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}")
     digits, exponent = f"{value:.2e}".split("e")
     power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
     digits = digits.rstrip("0").rstrip(".")
-    return _minus({"1": power, "-1": f"-{power}"}.get(digits, f"{digits}·{power}"))
+    return minus({"1": power, "-1": f"-{power}"}.get(digits, f"{digits}·{power}"))
 
 
 def format_interval(mean: float, low: float, high: float, *, sign: str = "+") -> str:
@@ -70,8 +50,8 @@ def format_interval(mean: float, low: float, high: float, *, sign: str = "+") ->
     if mean == low == high == 0:
         return "0"
     if not all(map(math.isfinite, (mean, low, high))):
-        return f"{_minus(f'{mean:{sign}.3g}') if math.isfinite(mean) else _not_finite(mean)} [?, ?]"
-    texts = _to_interval((mean, low, high), sign)
+        return f"{minus(f'{mean:{sign}.3g}') if math.isfinite(mean) else _not_finite(mean)} [?, ?]"
+    texts = interval_texts((mean, low, high), sign)
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
@@ -89,7 +69,7 @@ def format_seconds(seconds: float) -> str:
 def format_setting(value: object) -> str:
     """A setting, or another value of any kind, as text; lists and mappings as a recipe writes them."""
     if isinstance(value, float):
-        return _minus(f"{value:.4g}")
+        return minus(f"{value:.4g}")
     if isinstance(value, dict | list):
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip() if value else ""
     return str(value)
@@ -98,12 +78,6 @@ def format_setting(value: object) -> str:
 def seeds_text(seeds: Sequence[int]) -> str:
     """Which seeds were run: seed 0, seeds 0, 1, 2."""
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
-
-
-def main_column(results: Results) -> Column | None:
-    """The metric that the headline is about: the forward KL, or the first one with a better side and differences."""
-    judged = [column for column in results.paired_columns if column.better]
-    return next((c for c in judged if c.key == "forward_kl"), judged[0] if judged else None)
 
 
 def best_rows(results: Results, column: Column) -> set[str]:
@@ -116,62 +90,10 @@ def best_rows(results: Results, column: Column) -> set[str]:
     return {name for name, mean in rows.items() if mean == best}
 
 
-def share_of_reference(results: Results) -> bool:
-    """Whether the findings are in per cent of the reference's mean: where less of the metric is better."""
-    column = main_column(results)
-    if column is None or column.better != "lower":
-        return False
-    reference = results.methods.get(REFERENCE, {}).get(column.key)
-    return reference is not None and 0 < reference.mean < math.inf
-
-
-def findings(results: Results) -> list[Finding]:
-    """What every method did to the main metric, the largest improvement first; empty without finite differences."""
-    column = main_column(results)
-    if column is None:
-        return []
-    differences = {name: results.paired.get(name, {}).get(column.key) for name in results.trained}
-    known = {name: difference for name, difference in differences.items() if difference and difference.finite}
-    sign = 1 if column.better == "lower" else -1
-    ordered = sorted(known.items(), key=lambda item: sign * item[1].mean)
-    return [_finding(results, name, column, difference) for name, difference in ordered]
-
-
-def _finding(results: Results, name: str, column: Column, difference: Difference) -> Finding:
-    metric = _WORDS.get(column.key, column.label)
-    steps = results.kept_step.get(name, [])
-    if steps and not any(steps):
-        seeds = " in every seed" if len(steps) > 1 else ""
-        return Finding(name, f" is the reference that it started from: step 0 was kept{seeds}", "unchanged")
-    if difference.mean == difference.low == difference.high == 0:
-        return Finding(name, f" does not differ from the reference in {metric}: every difference is 0", "unchanged")
-    amount = _amount(results, column, difference)
-    if verdict := column.verdict(difference):
-        return Finding(name, f" {'raises' if difference.mean > 0 else 'lowers'} {metric} by {amount}", verdict)
-    return Finding(name, f" shows no clear change in {metric}: {amount}, an interval with zero inside", "undecided")
-
-
-def _amount(results: Results, column: Column, difference: Difference) -> str:
-    """Size of a change and its interval; a share of the reference's mean where less of the metric is better.
-
-    A clear change is given without its sign, which the verb has; the interval of an unclear one keeps both signs.
-    """
-    flip = -1 if difference.clear and difference.mean < 0 else 1
-    values = (flip * difference.mean, *sorted((flip * difference.low, flip * difference.high)))
-    sign = "" if difference.clear else "+"
-    unit = f" {column.unit}" if column.unit else ""
-    if share_of_reference(results):
-        reference = results.methods[REFERENCE][column.key].mean
-        texts, unit = [_minus(f"{100 * value / reference:{sign}.0f} %") for value in values], ""
-    else:
-        texts = _to_interval(values, sign)
-    return f"{texts[0]}{unit} [{texts[1]}, {texts[2]}]"
-
-
-def _to_interval(values: Sequence[float], sign: str) -> list[str]:
+def interval_texts(values: Sequence[float], sign: str) -> list[str]:
     """A mean and the ends of its interval, to the digits that the interval leaves."""
     decimals = min(_decimals((values[2] - values[1]) / (2 * 1.96)), 6)
-    return [_minus(f"{value:{sign}.{decimals}f}") for value in values]
+    return [minus(f"{value:{sign}.{decimals}f}") for value in values]
 
 
 def _decimals(se: float) -> int:
@@ -187,7 +109,7 @@ def _not_finite(value: float) -> str:
     return "n/a" if math.isnan(value) else ("∞" if value > 0 else "−∞")
 
 
-def _minus(text: str) -> str:
+def minus(text: str) -> str:
     """With the typographic minus sign; a rounded −0.0 loses its sign."""
     if text.startswith("-") and not any(digit in text for digit in "123456789"):
         text = text[1:]

@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
+from distalign.report import figures as draw
 from distalign.report.drawing import TEMPLATES, Figure, looks, panel_figure, points_left_out
-from distalign.report.figures import (
-    calibration_figures,
-    health_figures,
-    learning_figures,
-    length_figures,
-    plane_figure,
-    row_look,
-    training_figures,
-)
-from distalign.report.numbers import (
-    Finding,
-    best_rows,
-    findings,
-    format_estimate,
-    format_interval,
-    format_number,
-    format_seconds,
-    format_setting,
-    main_column,
-    seeds_text,
-    share_of_reference,
-)
+from distalign.report.first import FirstScreen, change_text, comparison_screen, forest, training_screen
+from distalign.report.numbers import format_estimate, format_interval, format_number, format_seconds, format_setting
 from distalign.report.results import (
     TRAINING,
-    Difference,
     Measure,
     ReportError,
     Results,
     Run,
-    Sample,
     display_name,
     legible,
     merged,
@@ -55,59 +33,13 @@ from distalign.report.tables import STARS, counts_text, write_csv, write_tables
 
 T = TypeVar("T")
 
+_FIGURES = ("plane", "learning", "health", "length", "calibration")  # sections that hold figures alone
 _MOST_SAMPLES = 200  # on a page; more would make it slow to open, and nobody reads them
 
+# The columns of the main table, in this order; the others stand in a table below it.
+_MAIN_TABLE = ("forward_kl", "win_rate", "reward", "kl_reference", "length", "accuracy")
 
-class Forest(NamedTuple):
-    """Numbers as bars with their intervals: (row, text, ends and mean in per cent of the width), and where zero is."""
-
-    title: str
-    rows: list[tuple[str, str, float, float, float]]
-    zero: float
-    zero_text: str
-
-
-class SettingsTable(NamedTuple):
-    """Settings side by side, one column per name: (setting, values) pairs; `same` more are the same for all."""
-
-    columns: list[str]
-    rows: list[tuple[str, list[str]]]
-    same: int
-
-
-@dataclass(frozen=True)
-class Page:
-    """What report.html.j2 shows; a section without content is left out. `runs` are those that were merged."""
-
-    kind: str
-    title: str
-    name: str
-    source: str
-    facts: list[str]
-    samples: list[Sample]
-    recipe: str
-    results: Results | None = None
-    runs: Sequence[Run] = ()
-    findings: list[Finding] = field(default_factory=list)
-    best: dict[str, set[str]] = field(default_factory=dict)
-    difference_forest: Forest | None = None
-    rating_forest: Forest | None = None
-    length_controlled_forest: Forest | None = None
-    plane: Figure | None = None
-    learning: list[Figure] = field(default_factory=list)
-    health: list[Figure] = field(default_factory=list)
-    calibration: list[Figure] = field(default_factory=list)
-    lengths: list[Figure] = field(default_factory=list)
-    settings_table: SettingsTable | None = None
-    last: list[tuple[str, float, float]] = field(default_factory=list)
-    stars: str = STARS
-    most_samples: int = _MOST_SAMPLES
-
-    @property
-    def figures(self) -> list[Figure]:
-        """Every figure of the page."""
-        plane = [self.plane] if self.plane else []
-        return [*self.learning, *self.health, *self.lengths, *self.calibration, *plane]
+Context = dict[str, Any]  # what a template shows
 
 
 def write_report(
@@ -133,130 +65,118 @@ def write_report(
         return _write(_comparison(together, runs), together.results, Path(out), files)
     folder = Path(folder)
     is_run = any((folder / name).exists() for name in ("results.json", "metrics.jsonl"))
-    if not is_run and out is None and (lab_files := _lab_files(folder)):
+    lab_files = [path for path in [folder / "lab.json"] if path.is_file()] or sorted(folder.glob("*/lab.json"))
+    if not is_run and out is None and lab_files:
         return _write_lab_report(folder, lab_files)
     run = read_run(folder)
-    page = _training(run) if run.kind == TRAINING else _comparison(run)
-    return _write(page, run.results, Path(out or folder), files)
+    return _write(_training(run) if run.kind == TRAINING else _comparison(run), run.results, Path(out or folder), files)
 
 
-def _write(page: Page, results: Results, out: Path, files: bool) -> Path:
-    script = (TEMPLATES / "search.js").read_text(encoding="utf-8")
-    text = _render("report.html.j2", {**vars(page), "color": lambda name: row_look(page.results, name).color}, script)
+def _write(page: Context, results: Results, out: Path, files: bool) -> Path:
+    text = _render("report.html.j2", page, (TEMPLATES / "search.js").read_text(encoding="utf-8"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(text, encoding="utf-8")
     if files:
-        if page.last:
-            write_csv(out / "tables" / "last.csv", ["metric", "value", "step"], page.last)
+        if page["last"]:
+            write_csv(out / "tables" / "last.csv", ["metric", "value", "step"], page["last"])
         else:
             write_tables(results, out / "tables")
-        for name, figure in _file_names([(figure.file_title or figure.title, figure) for figure in page.figures]):
+        figures = [figure for part in ("picture", *_FIGURES) for figure in page[part]]
+        for name, figure in _file_names([(figure.file_title or figure.title, figure) for figure in figures]):
             (out / "figures").mkdir(exist_ok=True)
             (out / "figures" / f"{name}.png").write_bytes(figure.png)
     return out / "report.html"
 
 
-def _comparison(run: Run, runs: Sequence[Run] = ()) -> Page:
+def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
     """The page of a comparison or an evaluation, or of several runs that were merged into one.
 
     No policy of several runs is called the best or the headline, as the runs need not have the same prompts.
     """
-    results, main = run.results, main_column(run.results)
-    headline = [] if runs else findings(results)
-    n = results.paired[headline[0].method][main.key].n if headline and main else None
-    facts = [seeds_text(results.seeds), counts_text(results) if n is None else f"n = {n}"]
-    facts += ["95 % intervals"] if headline else []
-    facts += ["per cent of the reference's mean"] if not runs and share_of_reference(results) else []
-    settings = run.settings if runs else results.settings.get("methods")
-    differences = {f.method: results.paired[f.method][main.key] for f in headline} if main else {}
-    unit = f", {main.unit}" if main and main.unit else ""
-    controlled = "Win rate against the reference at equal length"
-    return Page(
-        kind=run.kind,
-        title=f"{len(runs)} run{'s' if len(runs) != 1 else ''} side by side"
-        if runs
-        else results.title or results.name or run.label,
-        name=results.name or run.label,
+    results, columns = run.results, run.results.filled_columns
+    order = {key: number for number, key in enumerate(_MAIN_TABLE)}
+    main = sorted((column for column in columns if column.key in order), key=lambda column: order[column.key])
+    main = main or columns[: len(order)]
+    ratings = [(name, format_interval(d.mean, d.low, d.high), d) for name, d in results.ratings.items()]
+    equal = [(n, format_interval(d.mean, d.low, d.high, sign=""), d) for n, d in results.length_controlled.items()]
+    count = f"{len(runs)} run{'s' if len(runs) != 1 else ''} side by side"
+    kinds = [(f"{one.kind} {one.results.name}".strip(), one.label) for one in runs]
+    return _page(
+        run,
+        FirstScreen(kinds, "", count, "") if runs else comparison_screen(run),
+        runs,
         source="results.json and metrics.jsonl" if runs else "results.json",
-        facts=facts,
-        samples=run.samples,
-        recipe="" if runs else format_setting(results.settings),
         results=results,
-        runs=runs,
-        findings=headline,
-        best={} if runs else {column.key: best_rows(results, column) for column in results.filled_columns},
-        difference_forest=_forest(f"{main.label if main else ''}{unit}", differences, 0.0, "as the reference"),
-        rating_forest=_forest("Bradley–Terry rating, nats", results.ratings, 0.0, "the reference"),
-        length_controlled_forest=_forest(controlled, results.length_controlled, 0.5, "as often as the reference", ""),
-        plane=plane_figure(results),
-        learning=learning_figures(results) or (training_figures(results, run.logs) if len(run.logs) > 1 else []),
-        health=health_figures(results, run.logs),
-        calibration=calibration_figures(results),
-        lengths=length_figures(results),
-        settings_table=_settings_table(settings, only_different=bool(runs)),
+        tables=[main, [column for column in columns if column not in main]],
+        counts={column.key: counts_text(results, column.key) for column in columns},
+        forests=[
+            forest("Bradley–Terry rating, nats", ratings, {0.0: "the reference"}),
+            forest("Win rate against the reference at equal length", equal, {0.5: "as often as the reference"}),
+        ],
+        plane=[figure for figure in [draw.plane_figure(results)] if figure],
+        learning=draw.learning_figures(results)
+        or (draw.training_figures(results, run.logs) if len(run.logs) > 1 else []),
+        health=draw.health_figures(results, run.logs),
+        calibration=draw.calibration_figures(results),
+        length=[figure for figure in [draw.length_figure(results)] if figure],
     )
 
 
-def _training(run: Run) -> Page:
+def _training(run: Run) -> Context:
     ((rows,),) = run.logs.values()
     last = {key: (row[key], row["step"]) for row in rows for key in row if key != "step"}
-    return Page(
-        kind=run.kind,
-        title=run.label,
-        name=run.label,
+    first, figures = training_screen(run), draw.training_figures(None, run.logs)
+    changes = []
+    for column in run.results.columns:
+        values = [row[column.key] for row in rows if column.key in row]
+        ends = values[:: max(1, len(values) - 1)][:2] if column.key != "step" else []
+        unit = f" {column.unit}" if column.unit else ""
+        changes += [(column.label.removeprefix("last "), " → ".join(map(format_number, ends)) + unit)] if ends else []
+    return _page(
+        run,
+        first,
         source="metrics.jsonl",
-        facts=[f"{rows[-1]['step']:.0f} steps", f"{len(rows)} lines of metrics"],
-        samples=run.samples,
-        recipe=run.recipe,
-        learning=training_figures(None, run.logs),
-        health=health_figures(None, run.logs),
+        picture=[replace(figure, width=11.5, height=3.0) for figure in figures if figure.title == first.figure],
+        changes=changes,
+        learning=[figure for figure in figures if figure.title != first.figure],
+        health=draw.health_figures(None, run.logs),
         last=[(key, *last[key]) for key in sorted(last)],
     )
 
 
-def _forest(
-    title: str, differences: Mapping[str, Difference], zero: float, zero_text: str, sign: str = "+"
-) -> Forest | None:
-    """Intervals as bars, placed in per cent of the width that holds them all; None without any."""
-    ends = [zero, *(v for d in differences.values() for v in (d.low, d.mean, d.high) if math.isfinite(v))]
-    low, high = min(ends), max(ends)
-
-    def place(value: float, unknown: float) -> float:
-        return round(2 + 96 * ((value if math.isfinite(value) else unknown) - low) / ((high - low) or 1.0), 2)
-
-    rows = []
-    for name, d in differences.items():
-        text = format_interval(d.mean, d.low, d.high, sign=sign)
-        rows.append((name, text, place(d.low, d.mean), place(d.high, d.mean), place(d.mean, zero)))
-    return Forest(title, rows, place(zero, zero), zero_text) if rows else None
-
-
-def _settings_table(settings: object, *, only_different: bool) -> SettingsTable | None:
-    """Settings by name side by side; None where there are no two to compare. A setting that one lacks is ""."""
-    if not isinstance(settings, Mapping) or not all(isinstance(values, Mapping) for values in settings.values()):
-        return None
-    flat = {name: dict(_flattened(values)) for name, values in settings.items()}
-    keys = list(dict.fromkeys(key for values in flat.values() for key in values))
-    rows = [(key, [values.get(key, "") for values in flat.values()]) for key in keys]
-    shown = [(key, values) for key, values in rows if not only_different or len(set(values)) > 1]
-    if len(flat) < 2 or not shown:
-        return None
-    return SettingsTable([display_name(name) for name in flat], shown, len(rows) - len(shown))
+def _page(run: Run, first: FirstScreen, runs: Sequence[Run] = (), **parts: object) -> Context:
+    """What the template shows; a section without content is left out."""
+    ranked = sorted((one for one in run.samples if math.isfinite(one.gain)), key=lambda one: -one.gain)
+    samples, half = ranked or (run.samples[::-1] if run.kind == TRAINING else run.samples), _MOST_SAMPLES // 2
+    if len(samples) > _MOST_SAMPLES:
+        samples = [*samples[:half], *samples[-half:]] if ranked else samples[:_MOST_SAMPLES]
+    answers = run.settings.get("samples")
+    return {
+        **dict.fromkeys(("picture", "changes", "last", "forests", *_FIGURES), ()),
+        "runs": runs,
+        "results": None,
+        "kind": run.kind,
+        "title": run.results.title or run.results.name or run.label,
+        "name": run.results.name or run.label,
+        "first": first,
+        "change": lambda name, column: change_text(run.results, name, column),
+        "color": lambda name: draw.row_look(None if run.kind == TRAINING else run.results, name).color,
+        "samples": samples,
+        "sample_count": len(run.samples),
+        "ranked": bool(ranked),
+        "answers": answers if isinstance(answers, int) else 1,
+        "stars": STARS,
+        "texts": [(heading, text) for one in runs or [run] for heading, text in _texts(one, many=bool(runs)) if text],
+        **parts,
+    }
 
 
-def _flattened(value: object, path: str = "") -> Iterable[tuple[str, str]]:
-    """Every setting by its dotted path, as text."""
-    if isinstance(value, Mapping) and value:
-        for key, part in value.items():
-            yield from _flattened(part, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, json.dumps(value, ensure_ascii=False, default=str).strip('"') if value is not None else "none"
-
-
-def _lab_files(folder: Path) -> list[Path]:
-    """lab.json of the folder itself (one experiment), or those of its sub-folders (all of them)."""
-    path = folder / "lab.json"
-    return [path] if path.is_file() else sorted(folder.glob("*/lab.json"))
+def _texts(run: Run, *, many: bool) -> list[tuple[str, str]]:
+    """The recipe of a run, what it counted, and where it was made, under headings that name the run among several."""
+    seconds = {name: format_seconds(value) for name, value in run.results.seconds.items()}
+    parts = {"Recipe as it was run": run.recipe or run.settings, "Data": run.results.pairs, "Time": seconds}
+    parts |= {"Environment": run.results.environment, "Citation": run.results.citation}
+    return [(f"{run.label}: {heading}" if many else heading, format_setting(part)) for heading, part in parts.items()]
 
 
 def _write_lab_report(folder: Path, files: Sequence[Path]) -> Path:
@@ -324,7 +244,8 @@ def _render(template: str, context: dict[str, Any], script: str = "") -> str:
     environment.filters |= {
         "name": display_name,
         "estimate": _estimate,
-        "interval": lambda d: format_interval(d.mean, d.low, d.high),
+        "number": format_number,
+        "signed": lambda value: ("+" if value > 0 else "") + format_number(value),
         "p_value": lambda p: f"p = {p:.2g}" if p >= 0.001 else ("p < 0.001" if math.isfinite(p) else ""),
         "seconds": format_seconds,
         "setting": format_setting,

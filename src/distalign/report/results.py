@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, TypeVar
 
@@ -22,6 +23,9 @@ Logs = Mapping[str, Sequence[list[dict[str, float]]]]
 REMEDY = "run the comparison again"
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
 TRAINING = "Training run"
+
+# Where a new turn begins in a prompt that is one text: ChatML without its marks, or Human: and Assistant:.
+_TURN = re.compile(r"(?:^|\n)\s*(?:(system|user|assistant)(?:\n|$)|(Human|Assistant):(?:\s|$))")
 
 # What HTML admits nowhere in a text: controls but white space, halves of surrogate pairs, noncharacters.
 _NONCHARACTERS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
@@ -223,11 +227,6 @@ class Results(BaseModel):
         return [column for column in self.columns if any(column.key in row for row in self.methods.values())]
 
     @property
-    def paired_columns(self) -> list[Column]:
-        """The columns that a method has a difference in."""
-        return [c for c in self.columns if any(c.key in self.paired.get(name, {}) for name in self.trained)]
-
-    @property
     def starred(self) -> bool:
         """Whether a difference from the reference has a star."""
         return any(test.stars for row in self.significance.values() for test in row.values())
@@ -238,12 +237,33 @@ def display_name(name: str) -> str:
     return name.upper() if name.isalpha() and name.islower() and len(name) <= 5 else name
 
 
-class Sample(NamedTuple):
-    """One prompt and what each policy answered: (name, text) pairs. `note` says when, for samples of a training run."""
+Turns = list[tuple[str, str]]  # (role, text)
 
-    prompt: str
-    responses: list[tuple[str, str]]
+
+class Response(NamedTuple):
+    """What a policy answered; its reward, and P(it is preferred to the reference's) as judged, where they are known."""
+
+    name: str
+    text: str
+    reward: float = math.nan
+    verdict: float = math.nan
+
+
+class Sample(NamedTuple):
+    """A conversation and how each policy goes on with it. `note` says when, for samples of a training run."""
+
+    prompt: Turns
+    responses: list[Response]
     note: str = ""
+
+    @property
+    def gain(self) -> float:
+        """How far the policies' verdicts are from one half, or their rewards from the reference's; their mean."""
+        policies = [one for one in self.responses if one.name not in (TARGET, REFERENCE)]
+        base = next((one.reward for one in self.responses if one.name == REFERENCE), math.nan)
+        verdicts = [one.verdict - 0.5 for one in policies if math.isfinite(one.verdict)]
+        gains = verdicts or [one.reward - base for one in policies if math.isfinite(one.reward - base)]
+        return math.fsum(gains) / len(gains) if gains else math.nan
 
 
 def legible(value: object) -> Any:
@@ -283,7 +303,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Read samples.jsonl: prompts with `responses` by name, or a list, or one `response`; [] without a file."""
+    """Read samples.jsonl: prompts with `responses` by name, or a list, or one `response`; [] without a file.
+
+    `rewards` and `verdicts`, where a line has them, are numbers in the same shape as its responses.
+    """
     return [_sample(row) for row in _read_rows(path)] if path.exists() else []
 
 
@@ -314,12 +337,34 @@ def _sample(row: dict[str, Any]) -> Sample:
     responses = row.get("responses", row.get("response"))
     if prompt is None or responses is None:
         raise ReportError(f"{row['_where']}: found {sorted(row.keys() - {'_where'})}; give a prompt and its responses")
-    if isinstance(responses, dict):
-        named = [(str(name), _plain(text)) for name, text in responses.items()]
-    else:
+    if not isinstance(responses, dict):
         listed = responses if isinstance(responses, list) else [responses]
-        named = [(f"response {i}" if len(listed) > 1 else "response", _plain(t)) for i, t in enumerate(listed, 1)]
-    return Sample(_plain(prompt), named, f"step {row['step']}" if "step" in row else "")
+        responses = {f"response {i}" if len(listed) > 1 else "response": text for i, text in enumerate(listed, 1)}
+    numbers = [_by_name(row.get(key), list(responses)) for key in ("rewards", "verdicts")]
+    answers = [
+        Response(str(name), _plain(text), *(n.get(name, math.nan) for n in numbers)) for name, text in responses.items()
+    ]
+    return Sample(_turns(prompt), answers, f"step {row['step']}" if "step" in row else "")
+
+
+def _by_name(numbers: object, names: Sequence[str]) -> dict[str, float]:
+    """The numbers of responses by their names, of a mapping or a list; what is none is left out."""
+    named = zip(names, numbers if isinstance(numbers, list) else (), strict=False)
+    pairs = numbers if isinstance(numbers, dict) else dict(named)
+    return {name: float(value) for name, value in pairs.items() if _is_number(value)}
+
+
+def _turns(prompt: object) -> Turns:
+    """A prompt as turns: messages by their roles; a text is the user's, unless it says itself who speaks."""
+    if isinstance(prompt, list) and prompt and all(isinstance(part, dict) and "content" in part for part in prompt):
+        return [(str(part.get("role", "user")), _plain(part["content"])) for part in prompt]
+    text = _plain(prompt)
+    starts = [*_TURN.finditer(text)]
+    if not starts or text[: starts[0].start()].strip():
+        return [("user", text)]
+    ends = [start.start() for start in starts[1:]] + [len(text)]
+    turns = [((m[1] or m[2]).lower(), text[m.end() : end].strip()) for m, end in zip(starts, ends, strict=True)]
+    return [turn for turn in turns if turn[1]] or [("user", text)]
 
 
 def _plain(value: object) -> str:
@@ -348,7 +393,10 @@ def _short(value: object) -> str:
 
 
 class Run(NamedTuple):
-    """A run folder, or several merged: label, kind, results, logs, samples, settings (`recipe` as it was written)."""
+    """A run folder, or several merged: label, kind, results, logs, samples, settings (`recipe` as it was written).
+
+    `date` is the day that the results were written, `card` what the card of a trained model says of its data and steps.
+    """
 
     label: str
     kind: str
@@ -357,6 +405,8 @@ class Run(NamedTuple):
     samples: list[Sample]
     settings: Mapping[str, Any]
     recipe: str = ""
+    date: str = ""
+    card: Mapping[str, str] = {}
 
 
 def read_run(folder: Path, label: str = "") -> Run:
@@ -369,7 +419,9 @@ def read_run(folder: Path, label: str = "") -> Run:
         results = read_json(folder / "results.json", Results, REMEDY)
         logs = _read_logs(folder, results.trained)
         kind = "Comparison" if results.curves else "Evaluation"
-        return Run(label, kind, results, logs, read_samples(folder / "samples.jsonl"), results.settings)
+        samples = _with_points(read_samples(folder / "samples.jsonl"), results)
+        day = _day(folder / "results.json")
+        return Run(label, kind, results, logs, samples, results.settings, date=day)
     if (folder / "metrics.jsonl").exists():
         rows = _read_metrics(folder / "metrics.jsonl")
         last = {key: value for row in rows for key, value in row.items()}
@@ -381,7 +433,11 @@ def read_run(folder: Path, label: str = "") -> Run:
         values = {column["key"]: last[column["key"]] for column in columns}
         results = Results.parse({"columns": columns, "methods": {label: values}}, str(folder))
         recipe, settings = _read_recipe(folder / "recipe.yaml")
-        return Run(label, TRAINING, results, {label: [rows]}, read_samples(folder / "samples.jsonl"), settings, recipe)
+        samples, card = read_samples(folder / "samples.jsonl"), folder / "model" / "README.md"
+        lines = legible(_text(card)).split("\n") if card.exists() else []
+        facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
+        day = _day(folder / "metrics.jsonl")
+        return Run(label, TRAINING, results, {label: [rows]}, samples, settings, recipe, day, facts)
     files = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
     raise ReportError(
         f"{folder}: no results.json and no metrics.jsonl (found: {files or 'nothing'}); "
@@ -405,7 +461,7 @@ def merged(runs: Sequence[Run]) -> Run:
     """All policies of several runs as the rows of one comparison; what is relative to a reference stays with its own.
 
     Win rates, ratings and predictions are left out: they compare within one run. Samples of one prompt (and step) stand
-    side by side. The settings are those of every run, with its environment, by its label.
+    side by side.
     """
 
     def row(run: Run, name: str) -> str:
@@ -419,19 +475,37 @@ def merged(runs: Sequence[Run]) -> Run:
     parts["columns"] = list(columns.values())
     parts["seeds"] = sorted({seed for run in runs for seed in run.results.seeds})
     parts["citation"] = "\n\n".join(dict.fromkeys(run.results.citation for run in runs if run.results.citation))
-    responses: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    samples: dict[tuple[str, str], Sample] = {}
     for run in runs:
         for sample in run.samples:
-            named = [(row(run, name), text) for name, text in sample.responses]
-            responses.setdefault((sample.prompt, sample.note), []).extend(named)
+            named = [answer._replace(name=row(run, answer.name)) for answer in sample.responses]
+            together = samples.setdefault((str(sample.prompt), sample.note), sample._replace(responses=[]))
+            together.responses.extend(named)
     return Run(
         label=", ".join(run.label for run in runs),
         kind="Runs",
         results=Results.model_validate(parts),
         logs={row(run, name): rows for run in runs for name, rows in run.logs.items()},
-        samples=[Sample(prompt, texts, note) for (prompt, note), texts in responses.items()],
-        settings={run.label: {**run.settings, "environment": run.results.environment} for run in runs},
+        samples=list(samples.values()),
+        settings={},
     )
+
+
+def _with_points(samples: list[Sample], results: Results) -> list[Sample]:
+    """The samples with the rewards of an evaluation's prompts, for responses without one of their own."""
+    points = {name: row for name, row in results.points.items() if len(row) == len(samples)}
+
+    for name, answers in points.items():
+        for sample, answer in zip(samples, answers, strict=True):
+            sample.responses[:] = [
+                one._replace(reward=answer.reward) if one.name == name and math.isnan(one.reward) else one
+                for one in sample.responses
+            ]
+    return samples
+
+
+def _day(path: Path) -> str:
+    return f"{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d}"
 
 
 def _read_logs(folder: Path, names: Iterable[str]) -> Logs:

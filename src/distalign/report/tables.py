@@ -35,9 +35,9 @@ def heading(column: Column) -> str:
     return f"{column.label}{f', {column.unit}' if column.unit else ''}{arrow}"
 
 
-def counts_text(results: Results) -> str:
-    """How many values the means are over: n = 48, or n = 48–128 when the metrics differ."""
-    counts = sorted({m.n for row in results.methods.values() for m in row.values() if m.n is not None})
+def counts_text(results: Results, key: str = "") -> str:
+    """How many values the means are over, of one metric or of all: n = 48, or n = 48–128 where they differ."""
+    counts = sorted({m.n for row in results.methods.values() for name, m in row.items() if m.n and key in ("", name)})
     if not counts:
         return ""
     return f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]}–{counts[-1]}"
