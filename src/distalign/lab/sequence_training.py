@@ -28,6 +28,8 @@ from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import sequence_sum
 from distalign.methods.preference import bradley_terry_nll, induced_reward
 
+_GRADIENT = 1e-4  # nats: the largest entry of the gradient of the summed loss where the search for a minimum ends
+
 
 @dataclass(frozen=True)
 class Job:
@@ -225,7 +227,7 @@ def fit_bigram(data: Sequence[Data], tree: Tree, *, ridge: float) -> Float[Tenso
         Σ −ln σ(R(chosen) − R(rejected)) + ridge/2 · |weights|²
 
     The ridge is a normal prior of standard deviation 1/√ridge nats: a transition that is hardly seen has no maximum of
-    the likelihood otherwise.
+    the likelihood otherwise. Raises RuntimeError if the search does not end.
     """
     return torch.stack([_minimum(each.pairs[each.held_out :], tree, ridge) for each in data])
 
@@ -235,7 +237,7 @@ def _minimum(pairs: Int[Tensor, "pairs 2"], tree: Tree, ridge: float) -> Float[T
     search = torch.optim.LBFGS(
         [weights],
         max_iter=1000,
-        tolerance_grad=1e-4,  # nats, of the summed loss
+        tolerance_grad=_GRADIENT,
         tolerance_change=1e-12,
         history_size=50,
         line_search_fn="strong_wolfe",
@@ -251,6 +253,9 @@ def _minimum(pairs: Int[Tensor, "pairs 2"], tree: Tree, ridge: float) -> Float[T
         return total
 
     search.step(loss)
+    loss()
+    if weights.grad is None or float(weights.grad.abs().max()) > _GRADIENT:
+        raise RuntimeError("fit_bigram: no minimum after 1,000 steps; give a larger ridge")
     return rewards().detach()
 
 
