@@ -93,7 +93,9 @@ def small(path: str, tiny_folder: Path) -> list[str]:
     """Flags that make a recipe's run small, on the tiny model, with rewards that need no network."""
     recipe = load_recipe(path)
     settings = SMALL | {f"training.{key}": value for key, value in TRAINING.items()}
-    settings |= own(recipe, "training", TRAINING) | own(recipe, "rollout", {"max_new_tokens": 4, "min_new_tokens": 0})
+    settings |= own(recipe, "training", TRAINING) | own(
+        recipe, "rollout", {"max_completion_length": 4, "min_new_tokens": 0}
+    )
     settings |= SMALL_DATA if recipe.target is None else SMALL_TARGET
     if any(one.model or (one.train and one.train.backbone != "frozen") for one in recipe.reward):
         settings["reward"] = "{train: {init: scratch, backbone: frozen, epochs: 2}}"

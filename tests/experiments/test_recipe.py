@@ -40,7 +40,8 @@ def test_defaults_are_those_documented(write):
     assert (recipe.name, recipe.output_dir, recipe.seed, recipe.dtype) == ("x", "runs", 0, "float32")
     assert recipe.lora is None
     assert recipe.early_stopping == EarlyStopping(patience=3, min_delta=0.0)
-    assert recipe.token_budget == 4096
+    assert recipe.token_budget is None
+    assert recipe.forward_budget == 4096
     assert str(recipe.run_dir) == "runs/x"
     assert recipe.method("pmle") == METHODS["pmle"]()
 
@@ -294,8 +295,8 @@ def test_a_method_may_change_the_rollouts(tmp_path):
     recipe = load_recipe(path)
     assert recipe.rollout_for("pmle").num_iterations == 1
     assert (
-        recipe.rollout_for("pmle").samples
-        == recipe.rollout_for("rkl").samples
+        recipe.rollout_for("pmle").num_generations
+        == recipe.rollout_for("rkl").num_generations
         == recipe.rollout_for("rkl").num_iterations
     )
     assert recipe.method("pmle").needs.samples
