@@ -41,7 +41,13 @@ def test_compare_prints_a_table_and_writes_its_numbers(distalign, place):
     """The row of every policy, the change of the forward KL, and the same numbers in --json and results.json."""
     code, out, err = distalign("compare", "tiny.yaml", "--methods", "pmle", "--json", "numbers.json")
     assert code == 0, err
-    for word in ("KL(π*‖π)", "reference", "pmle", "pmle: forward KL to the target", "paired, 95 %, 6 prompts"):
+    for word in (
+        "KL(π*‖π)",
+        "reference",
+        "pmle",
+        "pmle: forward KL to the target",
+        "paired, 95\u00a0%, 6\u00a0prompts",
+    ):
         assert word in out
     numbers = json.loads((place / "numbers.json").read_text())
     assert numbers == json.loads((place / "runs" / "tiny" / "results.json").read_text())

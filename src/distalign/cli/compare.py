@@ -68,10 +68,12 @@ def compare(
     for name, differences in results["paired"].items():
         if "forward_kl" in differences:
             change, start = differences["forward_kl"], results["methods"]["reference"]["forward_kl"]["mean"]
-            low, high = (100 * change[end] / start for end in ("low", "high"))
+            mean, low, high = (100 * change[end] / start for end in ("mean", "low", "high"))
+            # Spaces that no line ends at: a number stays with its unit and its interval.
+            amount = f"{mean:+.0f}\u00a0% [{low:+.0f},\u00a0{high:+.0f}]".replace("-", "−")
             print_rich(
-                f"{name}: forward KL to the target {100 * change['mean'] / start:+.0f} % [{low:+.0f}, {high:+.0f}] "
-                f"against the reference (paired, 95 %, {results['methods'][name]['forward_kl']['n']} prompts)"
+                f"{name}: forward KL to the target {amount} against the reference "
+                f"(paired, 95\u00a0%, {results['methods'][name]['forward_kl']['n']}\u00a0prompts)"
             )
     write_json(json_path, results)
     write_markdown(markdown, results, command_line())

@@ -129,7 +129,9 @@ def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"stopped; {advice if isinstance(advice, str) else advice()}", file=sys.stderr)
+        # A terminal has shown ^C where the line was.
+        start = "\n" if sys.stderr.isatty() else ""
+        print(f"{start}stopped; {advice if isinstance(advice, str) else advice()}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
