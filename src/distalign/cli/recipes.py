@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,11 +53,14 @@ def init(
     print(f"recipe: {path}\nEdit it, then: {command}")
 
 
-def _schema(evaluation: bool) -> dict[str, object]:
+def _schema(evaluation: bool) -> dict[str, Any]:
     if evaluation:
         from distalign.evaluation.setup import Evaluation
 
-        return Evaluation.model_json_schema()
+        schema = Evaluation.model_json_schema()
+        # The file's name is the evaluation's by default.
+        schema["required"].remove("name")
+        return schema
     from distalign.experiments.recipe import recipe_schema
 
     return recipe_schema()
