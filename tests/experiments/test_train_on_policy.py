@@ -109,6 +109,10 @@ def test_a_reward_can_be_trained_alone_and_named(made):
     fresh = made("name=fresh")
     for recipe in (named, fresh):
         compare(recipe, ["rkl"], [0])
+    with pytest.raises(InputError, match=r"reward: holds a reward of distalign reward; take it"):
+        compare(alone, ["rkl"], [0])
+    with pytest.raises(InputError, match=r"reward: holds a reward of distalign compare"):
+        train_reward_model(fresh)
     # Which step is kept may differ: only labels that the reward was learned from choose it.
     first, second = (
         [json.loads(line) for line in (r.run_dir / "rkl" / "metrics.jsonl").read_text().splitlines()]
