@@ -66,6 +66,8 @@ def here(tmp_path, monkeypatch, tiny_folder):
     """A folder with the data and the model that the commands name."""
     tiny.write_pairs(tmp_path / "pairs.jsonl")
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    method = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
+    (tmp_path / "my_method.py").write_text(re.findall(r"^```python\n(.*?)^```", method, re.MULTILINE | re.DOTALL)[0])
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -114,13 +116,14 @@ def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
     arguments = shlex.split(command)[1:]
     if arguments[0] in ("train", "compare", "reward"):
         given = dict(pairwise(arguments))
+        recipe = "pairs" if arguments[1].startswith("--") else arguments[1]
         for option in ("--model", "--data", "--seeds"):
             if option in given:
                 at = arguments.index(option)
                 del arguments[at : at + 2]
-        if load_recipe(arguments[1]).target is None or "--data" in given:
+        if load_recipe(recipe).target is None or "--data" in given:
             arguments += ["--data", "pairs.jsonl"]
-        arguments += small(arguments[1], tiny_folder)
+        arguments += small(recipe, tiny_folder)
     elif arguments[0] == "report":
         arguments[1] = make_report(monkeypatch, tiny_folder)
     elif arguments[0] in ("evaluate", "frontier"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
@@ -137,7 +138,7 @@ def find_recipe(name: str | Path, kind: str = "") -> Path:
     path, folder = Path(name), RECIPES / kind
     if path.suffix or path.is_file() or "/" in str(name):
         return path
-    packaged = sorted(file.stem for file in folder.glob("*.yaml"))
+    packaged = list(packaged_recipes(kind))
     if path.name in packaged:
         return folder / f"{path.name}.yaml"
     near = get_close_matches(path.name, packaged, 1)
@@ -145,28 +146,37 @@ def find_recipe(name: str | Path, kind: str = "") -> Path:
     raise RecipeError(f'there is no recipe "{name}"; give a .yaml file or one of {", ".join(packaged)}{hint}')
 
 
+def packaged_recipes(kind: str = "") -> dict[str, str]:
+    """The packaged recipes of a kind, by name, each with what its first line says of it."""
+    files = sorted((RECIPES / kind).glob("*.yaml"))
+    return {file.stem: file.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ") for file in files}
+
+
 def read_settings(
     kind: type[Settings],
-    path: str | Path,
+    source: Path | Mapping[str, Any],
     overrides: Sequence[str],
     *,
     files: Mapping[str, Sequence[str]],
-    change: Callable[[dict[str, Any], str], None],
+    change: Callable[[dict[str, Any], str, Path], None],
 ) -> Settings:
-    """Settings of some kind from a YAML file and overrides; its name is the file's unless it has one.
+    """Settings of some kind from a YAML file, or as a mapping, and overrides; a file's name is theirs by default.
 
-    `files` are the keys that name files, by section ("": the top). `change(raw, where)` may alter what was read. Raises
-    RecipeError, every line of which says where, what was found and what to do.
+    `files` are the keys that name files, by section ("": the top); they count from the working directory, or else from
+    the file's folder. `change(raw, where, folder)` may alter what was read. Raises RecipeError, every line of which
+    says where, what was found and what to do.
     """
-    path = Path(path)
-    raw = read_yaml(path)
-    raw.setdefault("name", path.stem)
+    if isinstance(source, Path):
+        raw, place, folder = read_yaml(source), str(source), source.parent
+        raw.setdefault("name", source.stem)
+    else:
+        raw, place, folder = deepcopy(dict(source)), "recipe", Path()
     for override in overrides:
         _override(raw, override)
-    where = " ".join([str(path), *(f"--set {override}" for override in overrides)])
-    change(raw, where)
+    where = " ".join([place, *(f"--set {override}" for override in overrides)])
+    change(raw, where, folder)
     for section, keys in files.items():
-        _find_files(raw.get(section) if section else raw, keys, path.parent)
+        _find_files(raw.get(section) if section else raw, keys, folder)
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -196,8 +206,13 @@ def _find_files(section: object, keys: Iterable[str], folder: Path) -> None:
         return
     for key in keys:
         value = section.get(key)
-        if isinstance(value, str) and not Path(value).exists() and (folder / value).exists():
-            section[key] = str(folder / value)
+        if isinstance(value, str):
+            section[key] = find_file(value, folder)
+
+
+def find_file(name: str, folder: Path) -> str:
+    """The name of a file, from its recipe's folder where only that has it."""
+    return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
 
 
 def unknown_setting(section: str, key: str, names: Sequence[str], elsewhere: str | None = None) -> str:

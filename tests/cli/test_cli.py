@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import resource
 import subprocess
@@ -14,44 +13,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from refusal import refused
 from report_data import write_training
 
-from distalign import cli
 from distalign.methods import METHODS
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def place(tmp_path, tiny_folder, monkeypatch):
-    """The working directory: a recipe with a known target, a recipe for the user's pairs, and 40 pairs."""
-    (tmp_path / "model").symlink_to(tiny_folder)
-    tiny.write_pairs(tmp_path / "pairs.jsonl")
-    (tmp_path / "tiny.yaml").write_text(tiny.recipe_text(tmp_path))
-    own = tiny.recipe_text(tmp_path, name="own", target=None, data={"train": "pairs.jsonl", "held_out": 0.3})
-    (tmp_path / "own.yaml").write_text(own)
-    monkeypatch.chdir(tmp_path)
-    ours = logging.getLogger("distalign")
-    handlers, level = ours.handlers[:], ours.level
-    yield tmp_path
-    ours.handlers[:], ours.level = handlers, level
-
-
-@pytest.fixture
-def distalign(place, monkeypatch, capsys):
-    """Run the command line in this process: (exit code, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["distalign", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def edit(place, **columns):
@@ -74,7 +41,13 @@ def test_compare_prints_a_table_and_writes_its_numbers(distalign, place):
     """The row of every policy, the change of the forward KL, and the same numbers in --json and results.json."""
     code, out, err = distalign("compare", "tiny.yaml", "--methods", "pmle", "--json", "numbers.json")
     assert code == 0, err
-    for word in ("KL(π*‖π)", "reference", "pmle", "pmle: forward KL to the target", "paired, 95 %, 6 prompts"):
+    for word in (
+        "KL(π*‖π)",
+        "reference",
+        "pmle",
+        "pmle: forward KL to the target",
+        "paired, 95\u00a0%, 6\u00a0prompts",
+    ):
         assert word in out
     numbers = json.loads((place / "numbers.json").read_text())
     assert numbers == json.loads((place / "runs" / "tiny" / "results.json").read_text())
@@ -106,14 +79,15 @@ def test_train_and_go_on(distalign, place):
     found = json.loads((place / "numbers.json").read_text())
     assert found["method"] == "dpo"
     assert found["held_out"]["loss"] > 0
-    assert {"recipe.yaml", "metrics.jsonl", "model", "report.html"} <= {p.name for p in Path("runs/own").iterdir()}
-    before = Path("runs/own/recipe.yaml").read_text()
+    folder = Path("runs/own/dpo")
+    assert {"recipe.yaml", "metrics.jsonl", "model", "report.html"} <= {path.name for path in folder.iterdir()}
+    before = (folder / "recipe.yaml").read_text()
     assert "learning_rate: 0.001" in before
     refused(distalign(*words), "of an earlier run", "--resume", "--overwrite")
     # The weights of another data set are not taken for those of this one, and the folder's recipe stays.
     other = (*words, "--resume", "--set", "data.held_out=0.4")
-    refused(distalign(*other), "data", "start over with --overwrite")
-    assert Path("runs/own/recipe.yaml").read_text() == before
+    refused(distalign(*other), "data.held_out 0.3, the recipe has 0.4", "start over with --overwrite")
+    assert (folder / "recipe.yaml").read_text() == before
     assert distalign(*words, "--resume")[0] == 0
 
 
@@ -123,26 +97,19 @@ def test_methods_data_and_env_write_what_they_print(distalign, place):
     assert code == 0
     rows = json.loads(Path("methods.json").read_text())["methods"]
     assert [row["method"] for row in rows] == list(METHODS)
-    assert all(row["method"] in out and row["rate"] in out for row in rows)
+    assert all(row["method"] in out and row["rate at β = 0"] in out for row in rows)
     code, out, _ = distalign("data", "check", "pairs.jsonl", "--model", place / "model", "--json", "data.json")
     assert code == 0
     assert "40 of 40 rows" in out
     assert json.loads(Path("data.json").read_text())["pairs"] == 40
-    code, out, _ = distalign("env", "--json", "env.json")
+    code, out, _ = distalign("env", "--device", "--json", "env.json")
     assert code == 0
-    assert json.loads(Path("env.json").read_text())["torch"] == torch.__version__ in out
+    found = json.loads(Path("env.json").read_text())
+    assert found["torch"] == torch.__version__ in out
+    assert found["device"] in out
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
-
-
-def refused(result, *words):
-    """Exit code 2, one message that holds these words, no traceback, and nothing about where Python was."""
-    code, _, err = result
-    assert code == 2, err
-    assert "Traceback" not in err
-    for word in words:
-        assert word in err, err
 
 
 @pytest.mark.parametrize(
@@ -299,7 +266,7 @@ def test_a_word_that_typer_does_not_know_is_refused(distalign):
 def program(*words, cwd=None):
     """The installed program in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "distalign.cli", *words], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-m", "distalign", *words], capture_output=True, text=True, cwd=cwd, check=False
     )
 
 
@@ -315,7 +282,7 @@ def test_the_program_ends_with_code_2_and_no_traceback(tmp_path):
 
 def test_a_pipe_may_be_closed_early():
     """`distalign methods | head -1` prints no traceback."""
-    command = f"{sys.executable} -m distalign.cli methods | head -n 1"
+    command = f"{sys.executable} -m distalign methods | head -n 1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
     assert "Traceback" not in done.stderr
     assert "Error" not in done.stderr
@@ -327,7 +294,7 @@ def test_help_answers_in_half_a_second():
     for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
         done = subprocess.run(
-            [sys.executable, "-m", "distalign.cli", "--help"],
+            [sys.executable, "-m", "distalign", "--help"],
             capture_output=True,
             text=True,
             check=True,

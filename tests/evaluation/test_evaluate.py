@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
+from judge_server import Server
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -18,6 +19,7 @@ from distalign.errors import InputError
 from distalign.evaluation import answers
 from distalign.evaluation.evaluate import all_opponents, evaluate, win_rates
 from distalign.evaluation.setup import _named, load_evaluation
+from distalign.judges import EndpointError
 from distalign.models.targets import Tilt
 
 WORDS = ["happy", "kind", "warm"]
@@ -231,7 +233,8 @@ def test_what_is_in_the_folder_is_not_overwritten(place, tmp_path):
     """A comparison's results stay; a frontier of another reward is left out."""
     made = settings(place, f"output_dir={tmp_path}", "target=null", "reward=[]", policies=("moved",))
     made.run_dir.mkdir(parents=True)
-    (made.run_dir / "frontier.json").write_text("{}")
+    made.frontier_dir.mkdir()
+    (made.frontier_dir / "frontier.json").write_text("{}")
     assert "frontier" not in evaluate(made)
     (made.run_dir / "results.json").write_text('{"methods": {}}')
     with pytest.raises(InputError, match="holds another run"):
@@ -255,7 +258,7 @@ def test_without_pairs_target_or_reward_there_is_what_there_is(place, tmp_path):
     assert {"accuracy", "reward", "win_rate"}.isdisjoint(row)
     assert row["kl_reference"]["mean"] == pytest.approx(0, abs=1e-5)
     assert "ratings" not in found
-    lines = (tmp_path / "plain" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "plain" / "evaluation" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
     assert set(json.loads(lines[0])["responses"]) == {"reference", "same"}
 
 
@@ -332,9 +335,9 @@ def test_the_command_prints_a_table_and_writes_a_page(place, monkeypatch, capsys
     assert not stop.value.code
     shown = capsys.readouterr().out
     assert "KL(π‖π₀)" in shown
-    assert "wins against (by exact)" in shown
+    assert "judged by exact" in shown
     assert set(json.loads((place / "e.json").read_text(encoding="utf-8"))["methods"]) == {"reference", "own"}
-    assert (place / "runs" / "shown" / "report.html").is_file()
+    assert (place / "runs" / "shown" / "evaluation" / "report.html").is_file()
 
 
 def test_calibrate_finds_a_gamma(place, monkeypatch, capsys):
@@ -364,7 +367,26 @@ def test_the_frontier_is_predicted_from_the_references_responses(place, monkeypa
     for point in found["points"]:
         assert point["kl"]["low"] <= point["kl"]["value"] <= point["kl"]["high"]
     assert "Predicted from 64 samples" in capsys.readouterr().out
+    assert (place / "runs" / "all" / "frontier" / "frontier.json").is_file()
     assert evaluate(settings(place))["frontier"]["samples"] == 64
+
+
+def test_a_frontier_answers_the_prompts_of_pairs(place, monkeypatch, capsys):
+    """--data FILE, as the commands of training have it; evaluate takes it too."""
+    lines = (place / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:3]
+    (place / "few.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    words = [str(place / "all.yaml"), "--data", str(place / "few.jsonl"), "--set", "name=few"]
+    monkeypatch.setattr(sys, "argv", ["distalign", "frontier", *words, "--samples", "16", "--set", "prompts=null"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    assert "on each of 3 prompts" in capsys.readouterr().out.replace("\n", " ")
+    monkeypatch.setattr(sys, "argv", ["distalign", "evaluate", *words, f"moved={place}/moved"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    results = json.loads((place / "runs" / "few" / "evaluation" / "results.json").read_text(encoding="utf-8"))
+    assert results["pairs"]["held-out pairs"] == 3
 
 
 @pytest.mark.parametrize(
@@ -383,3 +405,23 @@ def test_a_frontier_that_cannot_be_is_refused(words, message, place, monkeypatch
         cli.main()
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_endpoint_that_does_not_answer_is_found_before_anything_is_sampled(place, tmp_path, monkeypatch):
+    """One question at the start; without it where every answer of the policies is kept."""
+    endpoint = {"model": "m", "api_key_env": None, "backoff": 0.01, "max_tokens": None, "cache": str(tmp_path / "j")}
+
+    def made(url):
+        flags = (f"output_dir={tmp_path}", "target=null", "reward=[]", "samples=1")
+        judge = json.dumps({"endpoint": {**endpoint, "url": url}})
+        return settings(place, *flags, f"judge={judge}", policies=("moved",))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distalign.evaluation.answers.draw_answers", lambda *_, **__: pytest.fail("it samples"))
+        with pytest.raises(EndpointError, match=r"a first question: failed 3 times.*nothing was sampled"):
+            evaluate(made("http://127.0.0.1:9/v1"))
+    with Server(answer=lambda question: "A") as server:
+        evaluate(made(server.url))
+        assert sum("Answer with the letter A." in body for body in server.asked) == 1
+        evaluate(made(server.url))
+        assert sum(n for body, n in server.asked.items() if "Answer with the letter A." in body) == 1

@@ -12,6 +12,7 @@ import pytest
 import torch
 from enumeration import Enumeration
 
+from distalign.cli.frontier import frontier_table
 from distalign.evaluation.frontier import best_of_n, default_grid, forecast, mean_band, predict, predict_frontier
 from distalign.evaluation.setup import Evaluation
 from distalign.lab.exact import divergence, entropy, optimum
@@ -227,7 +228,7 @@ def test_shown_as_data_and_table(shown):
     data = json.loads(json.dumps(shown.to_json(), allow_nan=False))
     assert len(data["points"]) == len(shown.points) == 24
     assert data["points"][0]["kl"]["value"] == shown.points[0].kl.value
-    assert shown.table().row_count == 1 + 24 + len(shown.best_of)
+    assert len(frontier_table(shown).names.cells) == 1 + 24 + len(shown.best_of)
 
 
 def test_frontier_refuses_what_it_cannot_use():

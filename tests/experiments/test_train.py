@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
+from types import ModuleType
 
 import pytest
 import tiny
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distalign.errors import InputError
 from distalign.evaluation.results import finite
 from distalign.experiments import train as experiment
 from distalign.experiments.compare import compare
+from distalign.experiments.loggers import one_run
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.train import train, training_arguments
 from distalign.report import write_report
@@ -148,7 +152,7 @@ def test_training_writes_the_documented_folder(place, tmp_path):
     """recipe.yaml, metrics.jsonl, model/ with its card; the held-out numbers are those of the step that was kept."""
     settings = recipe(place, tmp_path, *own_data(place), method="dpo")
     found = train(settings, "dpo")
-    folder = settings.run_dir
+    folder = settings.run_dir / "dpo"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert found["loss"] == min(row["eval_loss"] for row in rows if "eval_loss" in row)
     assert found["rewards/accuracies"] > 0.8
@@ -180,10 +184,11 @@ def test_training_without_held_out_pairs_says_so(place, tmp_path):
     """All pairs are learned from, nothing is measured, and the last step is kept."""
     settings = recipe(place, tmp_path, *own_data(place), "data.held_out=0.0", method="pmle")
     assert train(settings, "pmle") == {}
-    rows = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+    folder = settings.run_dir / "pmle"
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "eval_loss" in row]
     assert rows[-1]["step"] == 10
-    assert "Not measured" in (settings.run_dir / "model" / "README.md").read_text()
+    assert "Not measured" in (folder / "model" / "README.md").read_text()
     with pytest.raises(InputError, match="holds a run of distalign train"):
         compare(settings, ["pmle"], [0])
     with pytest.raises(InputError, match=r"0 held-out prompts.*data.held_out"):
@@ -214,19 +219,35 @@ def test_a_run_goes_on_from_its_folder(place, tmp_path, monkeypatch):
     train(cut, "dpo", resume=True)
     lines = []
     for settings in (whole, cut):
-        rows = [json.loads(line) for line in (settings.run_dir / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (settings.run_dir / "dpo" / "metrics.jsonl").read_text().splitlines()]
         lines.append([(row["step"], row.get("loss"), row.get("eval_loss")) for row in rows])
     assert lines[0] == lines[1]
     weights = [
-        AutoModelForCausalLM.from_pretrained(settings.run_dir / "model").state_dict() for settings in (whole, cut)
+        AutoModelForCausalLM.from_pretrained(settings.run_dir / "dpo" / "model").state_dict()
+        for settings in (whole, cut)
     ]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_a_run_and_a_comparison_of_one_name_do_not_overwrite_each_other(place, tmp_path):
+    """Each refuses the other's folder; --overwrite starts over, and then the comparison refuses it."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", "early_stopping=null")
+    compare(settings, ["pmle"], [0])
+    with pytest.raises(InputError, match=r"pmle: holds a run of distalign compare, start over with --overwrite"):
+        train(settings, "pmle")
+    train(settings, "dpo")
+    with pytest.raises(InputError, match=r"dpo: holds a run of distalign train; give the comparison another name"):
+        compare(settings, ["pmle", "dpo"], [0])
+    compare(settings, ["pmle"], [0], resume=True)
+    train(settings, "pmle", overwrite=True)
+    with pytest.raises(InputError, match=r"pmle: holds a run of distalign train"):
+        compare(settings, ["pmle"], [0], resume=True)
 
 
 def test_a_new_run_in_an_old_folder_forgets_the_old_one(place, tmp_path):
     """Only when told to; then the checkpoints of the run before are not taken for its own."""
     settings = recipe(place, tmp_path, *own_data(place), method="dpo")
-    old = settings.run_dir / "checkpoint-999"
+    old = settings.run_dir / "dpo" / "checkpoint-999"
     old.mkdir(parents=True)
     with pytest.raises(InputError, match=r"holds checkpoint-999 of an earlier run.*--resume.*--overwrite"):
         train(settings, "dpo")
@@ -268,7 +289,7 @@ def test_a_run_without_evaluation_trains(place, tmp_path):
     """Early stopping is on by default, and has nothing to go by where evaluation is off."""
     settings = recipe(place, tmp_path, *own_data(place), "training.eval_strategy=no", method="pmle")
     assert train(settings, "pmle") == {}
-    assert (settings.run_dir / "model" / "adapter_model.safetensors").is_file()
+    assert (settings.run_dir / "pmle" / "model" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
@@ -310,3 +331,46 @@ def test_numbers_that_could_not_be_computed_are_null():
     """JSON has no NaN."""
     found = finite({"a": [math.nan, 1.0], "b": (math.inf, "x"), "c": {"d": 2}})
     assert json.loads(json.dumps(found, allow_nan=False)) == {"a": [None, 1.0], "b": [None, "x"], "c": {"d": 2}}
+
+
+def test_loggers_are_told_the_run_and_its_group(place, tmp_path):
+    """A name for each method and seed, and one project; what the recipe says itself stays."""
+
+    def arguments(*overrides, seed=0):
+        settings = recipe(place, tmp_path, *own_data(place), *overrides)
+        return experiment.training_arguments(settings, "dpo", tmp_path, held_out=True, seed=seed)
+
+    made = arguments(seed=3)
+    assert (made.run_name, made.project) == ("tiny-dpo-seed-3", "tiny")
+    assert arguments("training.run_name=mine").run_name == "mine"
+
+
+def test_wandb_has_one_run_for_each_method_in_the_recipes_group(monkeypatch, tmp_path):
+    """Its group is in the environment while a run is logged, which is closed after it; the user's own run stays."""
+    calls = []
+
+    class Wandb(ModuleType):
+        run = None
+
+        def finish(self):
+            calls.append("finish")
+            self.run = None
+
+    wandb = Wandb("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_RUN_GROUP", raising=False)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    args.report_to = ["wandb"]
+    for _ in range(2):
+        with one_run(args, "mine"):
+            assert wandb.run is None
+            assert os.environ["WANDB_RUN_GROUP"] == "mine"
+            wandb.run = object()
+        assert "WANDB_RUN_GROUP" not in os.environ
+    assert calls == ["finish", "finish"]
+    wandb.run = object()
+    monkeypatch.setenv("WANDB_RUN_GROUP", "theirs")
+    with one_run(args, "mine"):
+        assert os.environ["WANDB_RUN_GROUP"] == "theirs"
+    assert os.environ["WANDB_RUN_GROUP"] == "theirs"
+    assert wandb.run is not None

@@ -16,6 +16,7 @@ from rich.console import Console
 from distalign.report import ReportError, results_markdown, results_table, write_report
 from distalign.report.results import Results
 from distalign.report.tables import write_tables
+from distalign.report.terminal import Fitting, Texts
 
 
 def three_seeds(gaps):
@@ -37,10 +38,10 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def printed(content, width):
+def printed(content, width, *, wide=False):
     """The terminal's table as text."""
     console = Console(width=width, file=io.StringIO())
-    console.print(results_table(content))
+    console.print(results_table(content).at(width, wide=wide))
     return console.file.getvalue()
 
 
@@ -49,20 +50,42 @@ def test_terminal_table():
     content = copy.deepcopy(COMPARISON)
     content["methods"]["[red]mine"] = {"forward_kl": number(7.0, 0.5)}
     text = printed(content, 120)
-    for part in ("A known target (seed 0, n = 40–128)", "KL(π*‖π), nats ↓", "10.9 ± 0.9", "0.758 ± 0.012", "[red]mine"):
+    for part in (
+        "A known target (seed 0, n = 40–128)",
+        "KL(π*‖π) ↓",
+        "nats",
+        "10.9 ± 0.9",
+        "0.758 ± 0.012",
+        "[red]mine",
+    ):
         assert part in text
 
 
-@pytest.mark.parametrize("width", [60, 100, 300])
-def test_rows_keep_their_names_at_any_width(width):
-    """A table with many columns cuts numbers in a narrow terminal, never the names; a pipe is wide enough for all."""
+@pytest.mark.parametrize("width", [60, 80, 120, 160, 300])
+def test_every_number_is_whole_at_any_width(width):
+    """Fewer columns in a narrow terminal, the important first, the others named; all of them with --wide."""
     content = copy.deepcopy(COMPARISON)
     content["columns"] += [{"key": f"more_{i}", "label": f"one more {i}"} for i in range(10)]
     for row in content["methods"].values():
-        row.update({f"more_{i}": number(1.234, 0.05) for i in range(10)})
-    text = printed(content, width)
-    assert all(name in text for name in ("target", "reference", "PMLE", "DPO"))
-    assert width < 300 or "…" not in text
+        row.update({f"more_{i}": number(1.234 + i, 0.05) for i in range(10)})
+    text, wide = printed(content, width), printed(content, width, wide=True)
+    for shown in (text, wide):
+        assert all(name in shown for name in ("target", "reference", "PMLE", "DPO"))
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= width
+        assert "10.9 ± 0.9" in shown
+    assert all(f"{1.234 + i:.2f} ± 0.05" in wide for i in range(10))
+    assert ("10.23 ± 0.05" in text) == (width == 300)
+    assert ("with --wide: " in text) == (width < 300)
+
+
+def test_a_column_wider_than_the_terminal_is_broken_between_words():
+    """No word of it is lost."""
+    table = Fitting(Texts("name", ["first"]), [Texts("about", ["some words " * 9], right=False)])
+    console = Console(width=40, file=io.StringIO())
+    console.print(table.at(40))
+    assert console.file.getvalue().split().count("words") == 9
+    assert "first" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("table", [results_table, results_markdown])

@@ -1,11 +1,14 @@
 """The command line. Each command imports its own part when it is called, so that `distalign --help` is quick.
 
-Exit codes: 0 fine, 2 bad input (the message says where, what was found and what to do).
+Exit codes: 0 fine, 2 bad input (the message says where, what was found and what to do), 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
@@ -17,21 +20,49 @@ from distalign.cli.evaluate import evaluate
 from distalign.cli.frontier import frontier
 from distalign.cli.lab import lab
 from distalign.cli.methods import methods
+from distalign.cli.recipes import init, recipes
 from distalign.cli.report import report
 from distalign.cli.reward import reward
+from distalign.cli.shared import stoppable
 from distalign.cli.train import train
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Learn the target language model behind pairwise preferences.",
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
-data_app.command()(check)
 app.add_typer(data_app, name="data")
-for command in (train, reward, compare, evaluate, frontier, calibrate, report, methods, lab, env):
-    app.command()(command)
+
+
+def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, which ends with a line where it is interrupted; a long one has its own line."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with stoppable("run it again"):
+            return command(*args, **kwargs)
+
+    return run
+
+
+data_app.command()(_stoppable(check))
+for command in (train, reward, compare, evaluate, frontier, calibrate, report, recipes, init, methods, lab, env):
+    app.command()(_stoppable(command))
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        from distalign import __version__
+
+        print(f"distalign {__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Learn the target language model behind pairwise preferences."""
 
 
 def main() -> None:
@@ -39,7 +70,7 @@ def main() -> None:
     from distalign.errors import InputError
 
     try:
-        app()
+        app(prog_name="distalign")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

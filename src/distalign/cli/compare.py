@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from typing import Annotated
 
 import typer
@@ -13,14 +11,19 @@ from distalign.cli.shared import (
     JsonOption,
     MarkdownOption,
     ModelOption,
+    OutputOption,
     RecipeArgument,
     SetOption,
+    WideOption,
     check_path,
+    command_line,
+    print_numbers,
     print_rich,
     quiet,
     read_recipe,
     read_seeds,
     refuse,
+    stoppable,
     write_json,
     write_markdown,
 )
@@ -34,12 +37,14 @@ def compare(
     set_: SetOption = None,
     model: ModelOption = None,
     data: DataOption = None,
-    resume: Annotated[bool, typer.Option(help="Go on with a comparison that was stopped.")] = False,
+    output_dir: OutputOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was stopped.")] = False,
+    wide: WideOption = False,
     json_path: JsonOption = None,
     markdown: MarkdownOption = None,
 ) -> None:
     """Train a recipe's methods on the same pairs and measure them on held-out prompts."""
-    settings = read_recipe(recipe, set_, model, data)
+    settings = read_recipe(recipe, set_, model=model, data=data, output_dir=output_dir)
     if methods and full:
         refuse("--methods and --full: give one of them")
     default = list(settings.methods) if full else (settings.compare or list(settings.methods))
@@ -52,21 +57,24 @@ def compare(
     chosen_seeds = read_seeds(seeds, settings.seed)
     check_path(json_path)
     check_path(markdown, "--markdown")
-    quiet()
-    from distalign.experiments.compare import compare as run
-    from distalign.report import results_table, write_report
+    with stoppable(lambda: f"go on with: {command_line('--resume')}"):
+        quiet()
+        from distalign.experiments.compare import compare as run
+        from distalign.report import results_table, write_report
 
-    results = run(settings, chosen, chosen_seeds, resume=resume)
-    page = write_report(settings.run_dir)
-    print_rich(results_table(results))
+        results = run(settings, chosen, chosen_seeds, resume=resume)
+        page = write_report(settings.run_dir)
+    print_numbers(results_table(results), wide)
     for name, differences in results["paired"].items():
         if "forward_kl" in differences:
             change, start = differences["forward_kl"], results["methods"]["reference"]["forward_kl"]["mean"]
-            low, high = (100 * change[end] / start for end in ("low", "high"))
-            print(
-                f"{name}: forward KL to the target {100 * change['mean'] / start:+.0f} % [{low:+.0f}, {high:+.0f}] "
-                f"against the reference (paired, 95 %, {results['methods'][name]['forward_kl']['n']} prompts)"
+            mean, low, high = (100 * change[end] / start for end in ("mean", "low", "high"))
+            # Spaces that no line ends at: a number stays with its unit and its interval.
+            amount = f"{mean:+.0f}\u00a0% [{low:+.0f},\u00a0{high:+.0f}]".replace("-", "−")
+            print_rich(
+                f"{name}: forward KL to the target {amount} against the reference "
+                f"(paired, 95\u00a0%, {results['methods'][name]['forward_kl']['n']}\u00a0prompts)"
             )
     write_json(json_path, results)
-    write_markdown(markdown, results, shlex.join(["distalign", *sys.argv[1:]]))
+    write_markdown(markdown, results, command_line())
     print(f"results: {settings.run_dir / 'results.json'}\nreport: {page}")

@@ -44,35 +44,57 @@ def check(
 
 
 def describe_pairs(counts: Inspection) -> Group:
-    """What an inspection counted, for a terminal."""
+    """What an inspection counted, for a terminal: one pair, the lengths, and the summary last."""
+    from rich import box
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     from distalign.data.inspect import QUANTILES
 
-    table = Table(title=counts.source, show_header=False, title_justify="left")
+    pair = Table(title="the first pair, shortened", show_header=False, title_justify="left", box=box.HORIZONTALS)
+    for name, text in _first_pair(counts).items():
+        pair.add_row(Text(name), Text(text))
+    heads = ("length", *(f"{100 * q:g} %" for q in QUANTILES))
+    lengths = Table(*heads, title="quantiles", title_justify="left", box=box.HORIZONTALS)
+    for unit, columns in counts.lengths.items():
+        for column, values in columns.items():
+            lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
+    summary = Table(title=Text(counts.source), show_header=False, title_justify="left", box=box.HORIZONTALS)
     prompt = "cut from the responses" if counts.implicit_prompt else "a column of its own"
-    table.add_row("format", f"{counts.format}, prompt: {prompt}")
-    table.add_row("pairs", f"{counts.pairs:,} of {counts.rows:,} rows ({counts.ties:,} ties)")
-    table.add_row("prompts", f"{counts.prompts:,} different ({counts.same_prompts:,} rows repeat one)")
-    table.add_row("repeated pairs", f"{counts.same_pairs:,}, and {counts.swapped_pairs:,} with the opposite label")
+    summary.add_row("format", f"{counts.format}, prompt: {prompt}")
+    summary.add_row("pairs", f"{counts.pairs:,} of {counts.rows:,} rows ({counts.ties:,} ties)")
+    summary.add_row("prompts", f"{counts.prompts:,} different ({counts.same_prompts:,} rows repeat one)")
+    summary.add_row("repeated pairs", f"{counts.same_pairs:,}, and {counts.swapped_pairs:,} with the opposite label")
     if counts.chosen_longer is not None and counts.chosen_longer_se is not None:
         rate = (
             f"{100 * counts.chosen_longer:.1f} ± {196 * counts.chosen_longer_se:.1f} % (95 %, in {counts.length_unit})"
         )
-        table.add_row("chosen is longer", rate)
+        summary.add_row("chosen is longer", rate)
     if counts.soft_labels:
-        table.add_row("soft labels", f"{counts.soft_label_count:,}, median p_chosen {counts.soft_labels[2]:.3f}")
+        summary.add_row("soft labels", f"{counts.soft_label_count:,}, median p_chosen {counts.soft_labels[2]:.3f}")
     if counts.rewards:
-        table.add_row("rewards", f"{counts.rewards:,} pairs")
+        summary.add_row("rewards", f"{counts.rewards:,} pairs")
     if counts.too_long is not None:
-        table.add_row("too long", f"{counts.too_long:,} pairs exceed max_length")
+        summary.add_row("too long", f"{counts.too_long:,} pairs exceed max_length")
     if counts.extra_columns:
-        table.add_row("other columns", ", ".join(counts.extra_columns))
-    lengths = Table("length", *(f"{100 * q:g} %" for q in QUANTILES), title="quantiles", title_justify="left")
-    for unit, columns in counts.lengths.items():
-        for column, values in columns.items():
-            lengths.add_row(f"{column}, {unit}", *(f"{value:,.0f}" for value in values))
-    examples = [Text(f"\n{name}:\n{text}") for name, text in counts.example.items()]
-    return Group(table, lengths, *examples)
+        summary.add_row("other columns", Text(", ".join(counts.extra_columns)))
+    return Group(pair, lengths, summary)
+
+
+def _first_pair(counts: Inspection) -> dict[str, str]:
+    """Prompt and responses of the example, the end of the prompt and the beginnings of the responses."""
+    from distalign.data.inspect import BOUNDARY
+
+    prompt = counts.example["chosen"].partition(BOUNDARY)[0]
+    responses = {name: text.rpartition(BOUNDARY)[2] for name, text in counts.example.items()}
+    return {"prompt": _short(prompt, last=True) + BOUNDARY, **{name: _short(text) for name, text in responses.items()}}
+
+
+def _short(text: str, size: int = 240, *, last: bool = False) -> str:
+    """At most `size` characters in one line, line breaks as ⏎, and nothing that could steer a terminal."""
+    lines = text.replace("\r\n", "\n").replace("\n", "⏎")
+    line = "".join(letter if letter.isprintable() else " " for letter in lines)
+    if len(line) <= size:
+        return line
+    return "…" + line[1 - size :] if last else line[: size - 1] + "…"

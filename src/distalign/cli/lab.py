@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distalign.cli.shared import JsonOption, check_path, print_table, quiet, refuse, write_json
+from distalign.cli.shared import JsonOption, check_path, print_words, quiet, refuse, write_json
 
 if TYPE_CHECKING:
     from distalign.lab.experiment import Experiment, Row
@@ -60,13 +60,14 @@ def lab(
         for name, numbers in results.items()
         for claim in numbers["shown"]["claims"]
     ]
-    print_table(["experiment", "promised", "found", "holds"], rows)
+    print_words(["experiment", "promised", "found", "holds"], rows)
     write_json(json_path, {"experiments": results} if experiment == _ALL else results[chosen[0].name])
 
 
 def _measure(experiment: Experiment, advance: Advance) -> Row:
     """Its numbers. Settings at which a search does not end, or a matrix cannot be inverted, are refused by name."""
     from distalign.lab import measure
+    from distalign.progress import in_words
 
     try:
         return measure(experiment, advance)
@@ -75,7 +76,7 @@ def _measure(experiment: Experiment, advance: Advance) -> Row:
         if not changed:
             raise
         return refuse(
-            f"lab {experiment.name}: cannot be measured at {changed} ({type(error).__name__}: {error}); "
+            f"lab {experiment.name}: cannot be measured at {in_words(changed)} ({type(error).__name__}: {error}); "
             "go back towards its defaults"
         )
 

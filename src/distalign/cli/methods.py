@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from distalign.cli.shared import JsonOption, print_table, write_json
+from distalign.cli.shared import JsonOption, WideOption, print_numbers, write_json
 
 
-def methods(json_path: JsonOption = None) -> None:
+def methods(wide: WideOption = False, json_path: JsonOption = None) -> None:
     """The methods: their equation, what they need, and the rate at which they reach the target."""
     from distalign.methods import METHODS
+    from distalign.report.terminal import Fitting, Texts
 
     rows = []
     for name, method in METHODS.items():
@@ -22,12 +23,13 @@ def methods(json_path: JsonOption = None) -> None:
             {
                 "method": name,
                 "minimises": default.equation,
-                "defaults": settings,
-                "source": default.source,
+                "rate at β = 0": f"1/n ({default.theorem})" if default.theorem else "none",
                 "needs": ", ".join(word for word in words if word),
                 "optimum": default.optimum,
-                "rate": default.rate or "–",
+                "defaults": settings,
+                "source": default.source,
             }
         )
-    print_table(list(rows[0]), [list(row.values()) for row in rows])
+    names, *columns = (Texts(key, [row[key] for row in rows], right=False) for key in rows[0])
+    print_numbers(Fitting(names, columns), wide)
     write_json(json_path, {"methods": rows})

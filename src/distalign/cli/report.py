@@ -8,13 +8,22 @@ from typing import Annotated
 
 import typer
 
-from distalign.cli.shared import JsonOption, MarkdownOption, print_rich, refuse, write_json, write_markdown
+from distalign.cli.shared import (
+    JsonOption,
+    MarkdownOption,
+    WideOption,
+    print_numbers,
+    refuse,
+    write_json,
+    write_markdown,
+)
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="A run folder, or several for one page of them.", metavar="RUN…")],
     out: Annotated[Path | None, typer.Option(help="Folder of the page; needed for several runs.")] = None,
     files: Annotated[bool, typer.Option(help="Write tables as CSV and figures as PNG beside the page.")] = True,
+    wide: WideOption = False,
     json_path: JsonOption = None,
     markdown: MarkdownOption = None,
 ) -> None:
@@ -33,7 +42,7 @@ def report(
     results = run / "results.json"
     if results.is_file():
         content = json.loads(results.read_text(encoding="utf-8"))
-        print_rich(results_table(content))
+        print_numbers(results_table(content), wide)
         write_json(json_path, content)
         write_markdown(markdown, content, "")
     elif markdown is not None or json_path is not None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -13,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from distalign.experiments.recipe import Recipe
+    from distalign.report.terminal import Fitting
 
 RecipeArgument = Annotated[
     str,
@@ -21,7 +26,7 @@ RecipeArgument = Annotated[
     ),
 ]
 EvaluationArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
         help="The settings of an evaluation: a YAML file, or the name of a packaged one (quickstart).", metavar="RECIPE"
     ),
@@ -29,6 +34,12 @@ EvaluationArgument = Annotated[
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a setting of the recipe; may be repeated."),
+]
+OutputOption = Annotated[
+    str | None, typer.Option("--output-dir", help="Folder of the runs, runs by default; each run has its name in it.")
+]
+WideOption = Annotated[
+    bool, typer.Option("--wide", help="All columns of the table, in as many parts as the terminal's width wants.")
 ]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbers of the table to this file, too.")]
 MarkdownOption = Annotated[
@@ -40,6 +51,9 @@ ReferenceOption = Annotated[
 PromptsOption = Annotated[
     str | None, typer.Option("--prompts", help="Prompts to answer: a file, a folder or a hub id.")
 ]
+HeldOutOption = Annotated[
+    str | None, typer.Option("--pairs", "--data", help="Held-out pairs: a file, a folder or a hub id.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Another model: a hub id, a folder or a .gguf file.")]
 DataOption = Annotated[
     str | None, typer.Option("--data", help="Your own pairs instead of the recipe's: a file, a folder or a hub id.")
@@ -47,13 +61,20 @@ DataOption = Annotated[
 
 
 def read_recipe(
-    path: str, set_: list[str] | None, model: str | None, data: str | None, method: str | None = None
+    source: str | dict[str, Any],
+    set_: list[str] | None,
+    *,
+    model: str | None,
+    data: str | None,
+    output_dir: str | None,
+    method: str | None = None,
 ) -> Recipe:
     """The recipe with the flags' changes. Raises RecipeError naming every problem."""
     from distalign.experiments.recipe import load_recipe
 
     own_data = ["target=null", f"data.train={json.dumps(data)}"] if data else []
-    return load_recipe(path, [*overrides(model=model), *own_data, *(set_ or [])], method)
+    flags = [*overrides(model=model, output_dir=output_dir), *own_data]
+    return load_recipe(source, [*flags, *(set_ or [])], method)
 
 
 def overrides(**flags: str | None) -> list[str]:
@@ -79,16 +100,14 @@ def quiet() -> None:
     import logging
     import warnings
 
+    from distalign.progress import show_logs
+
     # Read by OpenMP when torch is loaded: two spinning threads on a busy machine are ten times slower than none.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT 0.21 reads a name that transformers 5.23 renamed; neither has a release that agrees with the other.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("distalign")
-    ours.setLevel(logging.INFO)
-    ours.handlers[:] = [handler]
+    show_logs("distalign")
     # How the engine serves a model is worth a line only where it had to fall back.
     logging.getLogger("distalign.engine").setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging
@@ -104,14 +123,40 @@ def refuse(message: str) -> NoReturn:
     raise InputError(message)
 
 
-def print_table(columns: list[str], rows: list[list[Any]]) -> None:
-    """A table of texts."""
-    from rich.table import Table
+@contextmanager
+def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
+    """End a command that is interrupted (Ctrl-C) with one line, which says how to go on, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        # A terminal has shown ^C where the line was.
+        start = "\n" if sys.stderr.isatty() else ""
+        print(f"{start}stopped; {advice if isinstance(advice, str) else advice()}", file=sys.stderr)
+        raise typer.Exit(130) from None
 
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(value) for value in row))
-    print_rich(table)
+
+def command_line(*more: str, without: str = "") -> str:
+    """The command that runs, as a shell takes it, with further flags and without one of its own."""
+    words = [word for word in sys.argv[1:] if word != without]
+    return shlex.join(["distalign", *words, *(word for word in more if word not in words)])
+
+
+def print_words(columns: list[str], rows: list[list[Any]]) -> None:
+    """A table of words, broken between words where the terminal is narrow."""
+    from distalign.report.terminal import text_table
+
+    print_rich(text_table(columns, [[str(value) for value in row] for row in rows]))
+
+
+def print_numbers(table: Fitting, wide: bool = False) -> None:
+    """A table with as many columns as fit, or with all."""
+    from rich.console import Console
+
+    console = Console()
+    # A pipe has no width: what is read by a program must not be left out.
+    if not console.is_terminal:
+        console = Console(width=10_000)
+    console.print(table.at(console.width, wide=wide))
 
 
 def print_rich(renderable: RenderableType) -> None:
@@ -119,10 +164,9 @@ def print_rich(renderable: RenderableType) -> None:
     from rich.console import Console
 
     console = Console()
-    # A pipe has no width: what is read by a program must not be cut.
     if not console.is_terminal:
         console = Console(width=300)
-    console.print(renderable)
+    console.print(renderable, highlight=False)
 
 
 def write_json(path: Path | None, content: object) -> None:

@@ -57,19 +57,28 @@ class Answers:
 
 def policy_answers(setup: EvaluationSetup, name: str, folder: Path, pairs: Sequence[Group]) -> Answers:
     """A policy's answers to the prompts and pairs: from the folder if it holds them, or drawn, scored and saved now."""
-    settings, reference = setup.settings, setup.sources["reference"]
-    key = content_key(name, setup.sources[name], reference, settings, setup.ids, pairs, setup.end_id)
+    key = _key(setup, name, pairs)
     answers = load_answers(folder, name, key)
     if answers is not None:
         logger.info("%s: its answers are those of %s", name, folder)
         return answers
     started = time.monotonic()
     answers = draw_answers(
-        name, key, setup.policy(name), settings, setup.ids, pairs, end_id=setup.end_id, reference=setup.base
+        name, key, setup.policy(name), setup.settings, setup.ids, pairs, end_id=setup.end_id, reference=setup.base
     )
     answers.save(folder)
     setup.seconds[f"answers of {name}"] = time.monotonic() - started
     return answers
+
+
+def is_answered(setup: EvaluationSetup, name: str, folder: Path, pairs: Sequence[Group]) -> bool:
+    """Whether the folder holds what `policy_answers` would draw."""
+    return load_answers(folder, name, _key(setup, name, pairs)) is not None
+
+
+def _key(setup: EvaluationSetup, name: str, pairs: Sequence[Group]) -> str:
+    reference = setup.sources["reference"]
+    return content_key(name, setup.sources[name], reference, setup.settings, setup.ids, pairs, setup.end_id)
 
 
 def load_answers(folder: Path, name: str, key: str) -> Answers | None:

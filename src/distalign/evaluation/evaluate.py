@@ -18,7 +18,7 @@ from torch import Tensor
 from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, plain_text
 from distalign.engine import score_in_batches
 from distalign.errors import InputError
-from distalign.evaluation.answers import Answers, policy_answers
+from distalign.evaluation.answers import Answers, is_answered, policy_answers
 from distalign.evaluation.frontier import FRONTIER
 from distalign.evaluation.metrics import (
     COLUMNS,
@@ -31,7 +31,7 @@ from distalign.evaluation.metrics import (
 )
 from distalign.evaluation.results import environment, forget_results, write_results, write_samples
 from distalign.evaluation.setup import Evaluation, EvaluationSetup, load_setup
-from distalign.judges import Comparison, Ids, Judge, JudgeSettings, make_judge
+from distalign.judges import Comparison, EndpointJudge, Ids, Judge, JudgeSettings, make_judge
 from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.progress import progress
@@ -46,14 +46,19 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     """Measure every policy and the reference; returns what `results.json` holds.
 
     What a policy gave is saved in its folder: evaluated again with the same weights, prompts and settings it is not
-    run. `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can.
+    run. `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can,
+    and for a judge's endpoint that does not answer before anything is sampled.
     """
     folder = settings.run_dir
     _check_folder(settings)
     setup = load_setup(settings, target)
+    groups, folders = setup.groups, {name: folder / "policies" / name for name in setup.sources}
+    endpoint = settings.judge.endpoint if settings.judge is not None else None
+    if endpoint is not None and not all(is_answered(setup, name, place, groups) for name, place in folders.items()):
+        EndpointJudge(endpoint).reach()
     forget_results(folder)
     settings.dump(folder / "recipe.yaml")
-    answers = {name: policy_answers(setup, name, folder / "policies" / name, setup.groups) for name in setup.sources}
+    answers = {name: policy_answers(setup, name, place, groups) for name, place in folders.items()}
     measured = {name: _measure_answers(setup, own, answers["reference"]) for name, own in answers.items()}
     reward = setup.reward()
     if reward is not None:
@@ -114,8 +119,8 @@ def _results(setup: EvaluationSetup, measured: Mapping[str, Measured], judged: M
 
 
 def _forecast(setup: EvaluationSetup) -> dict[str, Any]:
-    """The frontier that was predicted in the same folder, if it is of this reference and this reward."""
-    path = setup.settings.run_dir / FRONTIER
+    """The frontier that was predicted under the same name, if it is of this reference and this reward."""
+    path = setup.settings.frontier_dir / FRONTIER
     if not path.is_file():
         return {}
     try:

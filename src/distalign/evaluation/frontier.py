@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +30,7 @@ from distalign.models.targets import Target
 from distalign.rewards import Request
 from distalign.stats.intervals import student_quantile
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-# The file beside an evaluation's results: its report draws the policies on the frontier.
+# In a folder of its own: an evaluation of the same name draws its policies on the frontier.
 FRONTIER = "frontier.json"
 
 # Below these the samples miss what the optimum is made of, and no band on them can say by how much.
@@ -353,27 +350,6 @@ class Frontier:
             "best_of": [{"n": b.n, "reward": _plain(b.reward), "kl_bound": b.kl_bound} for b in self.best_of],
         }
 
-    def table(self) -> Table:
-        """The points and best-of-n for a terminal; those not to be trusted are dim."""
-        from rich.table import Table
-
-        table = Table(title=f"Predicted from {self.samples} samples of the reference on each of {self.prompts} prompts")
-        for column in ("β", "γ", "reward", "KL(π‖π₀), nats", "entropy, nats", "ESS", "per prompt"):
-            table.add_column(column, justify="right", no_wrap=True)
-        table.add_row("reference", "", _cell(self.reference_reward), "0", _cell(self.reference_entropy), "", "")
-        for point in self.points:
-            cells = [_cell(band) for band in (point.reward, point.kl, point.entropy)]
-            sizes = [f"{point.ess:.0f}", f"{point.ess_per_prompt:.1f}"]
-            style = None if point.trusted else "dim"
-            table.add_row(
-                f"{point.beta:g}", f"{point.gamma:g}" if point.gamma else "0 (RLHF)", *cells, *sizes, style=style
-            )
-        for best in self.best_of:
-            table.add_row(f"best of {best.n}", "", _cell(best.reward), f"≤ {best.kl_bound:.3g}", "", "", "")
-        if self.warnings:
-            table.caption = f"dim: {len(self.warnings)} points with too few effective samples (ESS) to trust"
-        return table
-
 
 def predict_frontier(
     rewards: Float[Tensor, "prompts samples"],
@@ -430,8 +406,9 @@ def forecast(
     if settings.samples < 2:
         raise InputError(f"{settings.name}: samples is {settings.samples}; a frontier takes two and wants 64 a prompt")
     setup = load_setup(settings.model_copy(update={"policies": {}, "judge": None}), target)
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
-    answers = policy_answers(setup, "reference", settings.run_dir / "frontier", [])
+    folder = settings.frontier_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = policy_answers(setup, "reference", folder / "reference", [])
     reward = setup.reward()
     assert reward is not None
     requests = [Request(one.prompt, own, one.row) for one, own in zip(setup.prompts, answers.responses, strict=True)]
@@ -439,5 +416,5 @@ def forecast(
     logps = answers.scores["logps"].view(len(requests), settings.samples)
     frontier = predict_frontier(rewards, logps, betas=betas, gammas=gammas)
     text = json.dumps(finite({**frontier.to_json(), "of": setup.identity()}), indent=1, ensure_ascii=False)
-    (settings.run_dir / FRONTIER).write_text(text, encoding="utf-8")
+    (folder / FRONTIER).write_text(text, encoding="utf-8")
     return frontier

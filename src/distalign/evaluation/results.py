@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distalign.data import Tokenizer
 
 
@@ -44,11 +42,18 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def versions() -> dict[str, str]:
+    """Versions of Python and of what results depend on."""
+    packages = ("distalign", "torch", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
 def environment() -> dict[str, str]:
     """Versions and device, for a result to be repeated."""
-    packages = ("distalign", "torch", "transformers", "peft", "accelerate")
+    import torch
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}, "device": device}
+    return {**versions(), "device": device}
 
 
 def forget_results(folder: Path) -> None:

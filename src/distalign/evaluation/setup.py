@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from transformers import PreTrainedModel, TrainingArguments
 
 from distalign.data import (
@@ -33,8 +33,8 @@ from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
 from distalign.models.load import Source, find_model, weights_digest
 from distalign.models.targets import Target, TargetSettings, Tilt, target_prompts
-from distalign.rewards import Reward, RewardSettings, check_rewards, make_reward
-from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings, several
+from distalign.rewards import Reward, Rewards, check_rewards, make_reward
+from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -67,7 +67,7 @@ class Evaluation(Section):
     pairs: str | None = None
     limit: Annotated[int, Field(ge=2)] = 200
     target: TargetSettings | None = None
-    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
+    reward: Rewards = ()
     judge: JudgeSettings | None = None
     opponents: Literal["all", "reference"] = "all"
     gamma: Positive | None = None
@@ -102,8 +102,13 @@ class Evaluation(Section):
 
     @property
     def run_dir(self) -> Path:
-        """The folder, output_dir/name."""
-        return Path(self.output_dir) / self.name
+        """The folder of an evaluation, output_dir/name/evaluation."""
+        return Path(self.output_dir) / self.name / "evaluation"
+
+    @property
+    def frontier_dir(self) -> Path:
+        """The folder of a predicted frontier, output_dir/name/frontier; an evaluation of the same name shows it."""
+        return Path(self.output_dir) / self.name / "frontier"
 
     def dump(self, path: Path) -> None:
         """Write the settings as resolved."""
@@ -111,23 +116,26 @@ class Evaluation(Section):
         path.write_text(dump_yaml(self.model_dump(mode="json")), encoding="utf-8")
 
 
-def load_evaluation(path: str | Path, overrides: list[str], policies: list[str]) -> Evaluation:
-    """Read and check the settings; `policies` are `name=place`, or places that are named by their last parts.
+def load_evaluation(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), policies: Sequence[str] = ()
+) -> Evaluation:
+    """Read and check the settings: of a file, a packaged recipe by its name, or a mapping.
 
-    They are added to those of the file. Raises RecipeError, every line of which says where, what was found and what to
-    do.
+    `policies` are `name=place`, or places that are named by their last parts; they are added to those of the settings.
+    Raises RecipeError, every line of which says where, what was found and what to do.
     """
 
-    def add(raw: dict[str, Any], where: str) -> None:
+    def add(raw: dict[str, Any], *_: object) -> None:
         given = raw.get("policies") or {}
         if isinstance(given, dict):
             raw["policies"] = given | _named(policies, given)
 
     files = {"": ("prompts", "pairs"), "target": ("prompts",)}
-    return read_settings(Evaluation, find_recipe(path, "evaluate"), overrides, files=files, change=add)
+    place = source if isinstance(source, Mapping) else find_recipe(source, "evaluate")
+    return read_settings(Evaluation, place, overrides, files=files, change=add)
 
 
-def _named(policies: list[str], taken: dict[str, str]) -> dict[str, str]:
+def _named(policies: Sequence[str], taken: dict[str, str]) -> dict[str, str]:
     """Names of policies: what stands before =, or as much of the end of the path as tells them apart."""
     named: dict[str, str] = {}
     for policy in policies:

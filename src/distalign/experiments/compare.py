@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from distalign.engine import score_in_batches
-from distalign.errors import InputError
 from distalign.evaluation.metrics import (
     COLUMNS,
     Measured,
@@ -26,13 +25,22 @@ from distalign.evaluation.metrics import (
 )
 from distalign.evaluation.results import environment, forget_results, write_results, write_samples
 from distalign.experiments.recipe import Recipe
-from distalign.experiments.results import ResumeRecord, claim, data_key, is_of, load_resume_record, reward_key, run_key
+from distalign.experiments.results import (
+    ResumeRecord,
+    check_free_for_comparison,
+    claim,
+    data_key,
+    is_of,
+    load_resume_record,
+    reward_key,
+    run_key,
+)
 from distalign.experiments.setup import Setup, load_setup
 from distalign.experiments.train import check, make_setup_reward, train_method
 from distalign.models.card import CITATION
 from distalign.models.load import weights_digest
 from distalign.models.targets import Target
-from distalign.progress import progress
+from distalign.progress import in_words, progress
 from distalign.rewards import RewardError, UnreadableReward
 from distalign.training.prompts import implicit_rewards
 from distalign.training.trainer import AlignmentTrainer
@@ -57,11 +65,9 @@ def compare(
     """
     recipe = recipe.only(methods)
     check(recipe, methods)
-    if (recipe.run_dir / "metrics.jsonl").is_file():
-        raise InputError(
-            f"{recipe.run_dir}: holds a run of distalign train; give the comparison another name with --set name=…"
-        )
     root = recipe.run_dir
+    trains_reward = any(one.train is not None for one in recipe.reward) and len(seeds) == 1
+    check_free_for_comparison(root, methods if len(seeds) == 1 else [], trains_reward=trains_reward)
     forget_results(root)
     recipe.dump(root / "recipe.yaml")
     runs: dict[str, list[Measured]] = {}
@@ -69,7 +75,7 @@ def compare(
     results: dict[str, Any] = {}
     for number, seed in enumerate(seeds, 1):
         setup = load_setup(recipe, seed, measured=True, target=target)
-        logger.info("pairs: %s", setup.statistics)
+        logger.info("pairs: %s", in_words(setup.statistics))
         _compare_seed(setup, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, training, resume)
         if number == 1:
             responses = {name: own[0].responses for name, own in runs.items()}

@@ -6,15 +6,17 @@ The methods' own dataclasses are the schema of `methods`, `transformers.Training
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_type_hints
 
 from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PydanticUserError,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -26,7 +28,7 @@ from distalign.evaluation.metrics import EvaluationSettings
 from distalign.methods import METHODS, Method
 from distalign.models.policy import Lora
 from distalign.models.targets import TargetSettings
-from distalign.rewards import RewardSettings
+from distalign.rewards import Rewards
 from distalign.settings import (
     Count,
     NotNegative,
@@ -35,15 +37,16 @@ from distalign.settings import (
     Share,
     dump_yaml,
     explain,
+    find_file,
     find_recipe,
     lower_first,
     read_settings,
-    several,
     switch,
     unknown_setting,
 )
 from distalign.training.health import HealthSettings
 from distalign.training.rounds import RolloutSettings
+from distalign.user_code import load_named
 
 # What people call a setting elsewhere, and what it is here.
 _ELSEWHERE = {
@@ -54,8 +57,12 @@ _ELSEWHERE = {
     ("training", "neftune_noise_alpha"): "the engine adds no noise to embeddings",
 }
 
-# What stands beside a method's own settings: its changes to these sections.
-_BESIDE = ("training", "rollout")
+# What stands beside a method's own settings: the user's class that it is, and its changes to these sections.
+_CLASS = "class"
+_BESIDE = (_CLASS, "training", "rollout")
+
+# A method is a folder of its run and a row of its results, and these are others'.
+_TAKEN = ("reference", "target", "reward", "evaluation", "frontier", "policies", "tables", "figures")
 
 
 class DataSettings(Section):
@@ -94,18 +101,20 @@ class Recipe(Section):
     model: str
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False
-    lora: Annotated[Lora | None, BeforeValidator(switch)] = None
+    lora: Annotated[Lora | None, BeforeValidator(switch, json_schema_input_type=Lora | bool | None)] = None
     data: DataSettings | None = None
     target: TargetSettings | None = None
     methods: dict[str, Any]
     compare: list[str] | None = None
     rollout: RolloutSettings = RolloutSettings()
-    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
+    reward: Rewards = ()
     health: HealthSettings = HealthSettings()
     training: Annotated[dict[str, Any], Field(default_factory=dict)]
     token_budget: Count | None = None
     recompute: Literal["none", "selective", "full"] = "none"
-    early_stopping: Annotated[EarlyStopping | None, BeforeValidator(switch)] = EarlyStopping()
+    early_stopping: Annotated[
+        EarlyStopping | None, BeforeValidator(switch, json_schema_input_type=EarlyStopping | bool | None)
+    ] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="before")
@@ -156,7 +165,7 @@ class Recipe(Section):
 
     def method(self, name: str) -> Method:
         """The method with this recipe's settings."""
-        return _build(name, {key: value for key, value in self._entry(name).items() if key not in _BESIDE})
+        return _build(name, self._entry(name))
 
     def only(self, names: Sequence[str]) -> Recipe:
         """This recipe with some of its methods. Raises RecipeError for one that it does not have."""
@@ -189,7 +198,7 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
-        """The run's folder, output_dir/name."""
+        """The folder of the recipe's runs, output_dir/name; each method has a folder in it."""
         return Path(self.output_dir) / self.name
 
     def dump(self, path: str | Path) -> None:
@@ -203,24 +212,116 @@ class Recipe(Section):
         return self.methods[name]
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), method: str | None = None) -> Recipe:
-    """Read and check a recipe.
+def load_recipe(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), method: str | None = None
+) -> Recipe:
+    """Read and check a recipe: a file, a packaged recipe by its name, or the settings as a mapping.
 
-    `overrides` are `section.key=value` with a YAML value, as `--set` takes them; `method` keeps one of the methods.
-    Data paths count from the working directory, or else from the recipe's folder. Raises RecipeError, every line of
-    which says where, what was found and what to do.
+    `overrides` are `section.key=value` with a YAML value, as `--set` takes them; `method` keeps one of the methods, or
+    is a class of the user's, `file.py:Class`. Paths of data and of such files count from the working directory, or else
+    from the recipe's folder. Raises RecipeError, every line of which says where, what was found and what to do.
     """
 
-    def keep(raw: dict[str, Any], where: str) -> None:
-        if method is None or not isinstance(raw.get("methods"), dict):
+    def keep(raw: dict[str, Any], where: str, folder: Path) -> None:
+        methods = raw.get("methods")
+        if not isinstance(methods, dict):
             return
-        if method not in raw["methods"]:
-            raise RecipeError(f"{where}: {_unknown_method(method, raw['methods'], 'recipe')}; add it under methods")
-        raw["methods"] = {method: raw["methods"][method]}
+        methods = raw["methods"] = _by_name(methods, folder)
+        if method is None:
+            return
+        given = _by_name({method: None}, Path())
+        (name,) = given
+        if name not in methods and given[name] is None:
+            raise RecipeError(f"{where}: {_unknown_method(method, methods, 'recipe')}; add it under methods")
+        raw["methods"] = {name: _merged(methods.get(name), given[name])}
         raw.pop("compare", None)
 
     files = {"data": ("train", "eval", "prompts"), "target": ("prompts",)}
-    return read_settings(Recipe, find_recipe(path), overrides, files=files, change=keep)
+    place = source if isinstance(source, Mapping) else find_recipe(source)
+    return read_settings(Recipe, place, overrides, files=files, change=keep)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, with the methods' own settings and those of `transformers.TrainingArguments`."""
+    from transformers import TrainingArguments
+
+    schema = Recipe.model_json_schema()
+    properties = schema["properties"]
+    definitions = schema["$defs"]
+    definitions["TrainingArguments"] = _fields_schema(TrainingArguments, definitions)
+    properties["training"] = {"$ref": "#/$defs/TrainingArguments"}
+    changes = {key: properties[key] for key in ("training", "rollout")}
+    known = {name: _fields_schema(method, definitions, changes) for name, method in METHODS.items()}
+    own = {"type": ["object", "null"], "properties": {_CLASS: {"type": "string"}, **changes}}
+    properties["methods"] = {"type": "object", "properties": known, "additionalProperties": own}
+    # The file's name is the recipe's by default.
+    schema["required"].remove("name")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _fields_schema(
+    kind: type[Any], definitions: dict[str, Any], more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The schema of a dataclass by its fields; a field whose type has no schema may be anything.
+
+    What the fields' schemas refer to is added to `definitions`.
+    """
+    hints, properties = get_type_hints(kind), dict[str, Any]()
+    for field in dataclasses.fields(kind):
+        if not field.init:
+            continue
+        try:
+            properties[field.name] = TypeAdapter(hints[field.name]).json_schema()
+        except PydanticUserError:
+            properties[field.name] = {}
+        definitions |= properties[field.name].pop("$defs", {})
+        if isinstance(field.default, bool | int | float | str):
+            properties[field.name]["default"] = field.default
+        if "help" in field.metadata:
+            properties[field.name]["description"] = " ".join(field.metadata["help"].split())
+    return {"type": ["object", "null"], "properties": {**properties, **(more or {})}, "additionalProperties": False}
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+def _by_name(methods: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
+    """The entries of `methods`; one that is named `file.py:Class` is called by its class, in small letters."""
+    named: dict[Any, Any] = {}
+    for name, settings in methods.items():
+        if isinstance(name, str) and ":" in name:
+            file, _, class_name = name.rpartition(":")
+            source = f"{find_file(file, folder)}:{class_name}"
+            name, settings = class_name.lower(), _merged(settings, {_CLASS: source})
+        elif isinstance(settings, dict) and isinstance(settings.get(_CLASS), str):
+            file, colon, class_name = settings[_CLASS].rpartition(":")
+            settings = {**settings, _CLASS: find_file(file, folder) + colon + class_name}
+        named[name] = _merged(named.get(name), settings)
+    return named
+
+
+def _merged(settings: Any, more: Any) -> Any:
+    """Both, if both are settings; else the one that is there."""
+    if isinstance(settings, dict) and isinstance(more, dict):
+        return {**settings, **more}
+    return settings if more is None else more
+
+
+def find_method(name: str) -> type[Method]:
+    """The user's class that `file.py:Class` or `module:Class` names. Raises RecipeError."""
+
+    def is_method(value: object) -> bool:
+        return isinstance(value, type) and issubclass(value, Method) and value is not Method
+
+    label = f"method {name}"
+    found: Any = load_named(name, "Class", is_method, label=label, error=RecipeError)
+    if not (is_method(found) and dataclasses.is_dataclass(found)):
+        raise RecipeError(f"{label}: it is no dataclass that derives from distalign.methods.Method; make it one")
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
+    missing += [each for each in ("equation", "source", "optimum") if not hasattr(found, each)]
+    if missing:
+        raise RecipeError(f"{label}: it lacks {', '.join(missing)}; add it as docs/adding-a-method.md shows")
+    return cast("type[Method]", found)
 
 
 def _methods(entries: object) -> dict[str, Any]:
@@ -238,14 +339,12 @@ def _methods(entries: object) -> dict[str, Any]:
 
 
 def _method(name: str, settings: object) -> dict[str, Any]:
-    """A method's settings, its defaults filled in, and its own `training`."""
-    if name not in METHODS:
-        raise ValueError(_unknown_method(name, METHODS, "distalign"))
+    """A method's settings, its defaults filled in, and what stands beside them."""
     if not isinstance(settings, dict):
         raise ValueError(f"methods.{name} is {settings!r}; write its settings below it, setting: value")
-    own = {key: value for key, value in settings.items() if key not in _BESIDE}
-    built: Any = _build(name, own)
-    checked = {field.name: getattr(built, field.name) for field in dataclasses.fields(built) if field.init}
+    built: Any = _build(name, settings)
+    checked = {_CLASS: settings[_CLASS]} if _CLASS in settings else {}
+    checked |= {field.name: getattr(built, field.name) for field in dataclasses.fields(built) if field.init}
     if settings.get("training"):
         checked["training"] = _training(f"{name}.training", settings["training"])
     if settings.get("rollout"):
@@ -256,14 +355,29 @@ def _method(name: str, settings: object) -> dict[str, Any]:
 
 
 def _build(name: str, settings: Mapping[str, Any]) -> Method:
-    factory: type[Any] = METHODS[name]
+    """The method of an entry. Raises ValueError."""
+    factory = _class_of(name, settings.get(_CLASS))
+    settings = {key: value for key, value in settings.items() if key not in _BESIDE}
     names = [field.name for field in dataclasses.fields(factory) if field.init]  # pyright: ignore[reportArgumentType]
-    values = _checked(name, settings, names, get_type_hints(factory).__getitem__, _BESIDE)
+    values = _checked(name, settings, names, get_type_hints(factory).__getitem__, _BESIDE[1:])
     try:
         return factory(**values)
     except (TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"{getattr(factory, '__name__', name)}: ")
         raise ValueError(f"methods.{name}: {reason}") from None
+
+
+def _class_of(name: str, source: object) -> type[Any]:
+    if source is None:
+        if name not in METHODS:
+            raise ValueError(_unknown_method(name, METHODS, "distalign"))
+        return METHODS[name]
+    if not isinstance(source, str):
+        raise ValueError(f"methods.{name}.{_CLASS} is {source!r}; write file.py:Class")
+    method = find_method(source)
+    if name in METHODS or name in _TAKEN or not re.fullmatch(r"[^\W_][\w.-]*", name):
+        raise ValueError(f"methods.{name}: {source} cannot be called {name}; give the class another name")
+    return method
 
 
 def _training(section: str, values: object) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""The record of every method that is done, so that a stopped comparison goes on instead of starting over."""
+"""Whose a folder is, and the record of every method that is done, so that a stopped comparison goes on."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.data import EncodedPair
+from distalign.errors import InputError
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
+from distalign.user_code import source_file
 
 _TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
+
+# The key of a reward that is no part of a comparison.
+REWARD_ALONE = "distalign reward"
 
 
 @dataclass
@@ -63,12 +67,13 @@ def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> st
     """Hash of what decides a method's run: its settings, the seed, the model's weights, the pairs and prompts.
 
     The other methods of the recipe, its name and its place do not count, nor does a reward that the method does not
-    take. A reward's files count by their content, a function's too, whether named by path or by module.
+    take. A reward's files count by their content, a function's and a method's too, whether named by path or by module.
     """
     rewarded = recipe.method(name).needs.reward
     left_out = {"name", "output_dir", "compare"} if rewarded else {"name", "output_dir", "compare", "reward"}
     settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
-    return _hash([settings, _rewards(recipe) if rewarded else [], seed, weights, data])
+    files = [*_method(recipe, name), *(_rewards(recipe) if rewarded else [])]
+    return _hash([settings, _digests(files), seed, weights, data])
 
 
 def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
@@ -96,28 +101,64 @@ def claim(folder: Path, key: str) -> None:
     (folder / _KEY).write_text(json.dumps({"key": key}), encoding="utf-8")
 
 
-def _rewards(recipe: Recipe) -> list[str]:
-    """Digests of the files and folders that rewards are read from."""
+def disclaim(folder: Path) -> None:
+    """What is made in a folder from now on belongs to no comparison."""
+    for name in (_KEY, _REST, _TENSORS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def check_free_for_training(folder: Path) -> None:
+    """Raise InputError if a method's folder holds a run of it that was begun, or one of a comparison."""
+    if old := sorted(folder.glob("checkpoint-*")):
+        what = f"{old[-1].name} of an earlier run; go on with --resume"
+    elif (folder / _KEY).is_file():
+        what = "a run of distalign compare"
+    else:
+        return
+    raise InputError(f"{folder}: holds {what}, start over with --overwrite, or give another name with --set name=…")
+
+
+def check_free_for_comparison(folder: Path, methods: Sequence[str], *, trains_reward: bool) -> None:
+    """Raise InputError if a comparison would overwrite what distalign train or distalign reward left in its folder."""
+    advice = "give the comparison another name with --set name=…"
+    for place in (folder, *(folder / name for name in methods)):
+        if (place / "metrics.jsonl").is_file() and not (place / _KEY).is_file():
+            raise InputError(f"{place}: holds a run of distalign train; {advice}")
+    reward = folder / "reward"
+    if trains_reward and is_of(reward, REWARD_ALONE):
+        raise InputError(
+            f"{reward}: holds a reward of distalign reward; take it (--set 'reward={{model: {reward}}}'), or {advice}"
+        )
+
+
+def check_free_for_reward(folder: Path) -> None:
+    """Raise InputError if a folder holds the reward of a comparison."""
+    if (folder / _KEY).is_file() and not is_of(folder, REWARD_ALONE):
+        raise InputError(f"{folder}: holds a reward of distalign compare; give another name with --set name=…")
+
+
+def _method(recipe: Recipe, name: str) -> list[Path]:
+    """The file of a method that is the user's own."""
+    place = recipe.methods[name].get("class")
+    file = source_file(place) if place else None
+    return [Path(file).expanduser()] if file else []
+
+
+def _rewards(recipe: Recipe) -> list[Path]:
+    """The files that rewards are read from."""
     files: list[Path] = []
     for reward in recipe.reward:
-        place = _source(reward.function) if reward.function else reward.model
+        place = source_file(reward.function) if reward.function else reward.model
         path = Path(place).expanduser() if place else None
         if path is not None and path.is_file():
             files.append(path)
         elif path is not None and path.is_dir():
             files += sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+    return files
+
+
+def _digests(files: list[Path]) -> list[str]:
     return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
-
-
-def _source(function: str) -> str | None:
-    """The file that `file.py:name` or `module:name` is in; a module is found, not run. None for one without a file."""
-    place = function.rpartition(":")[0]
-    if place.endswith(".py"):
-        return place
-    if place in sys.modules:
-        return getattr(sys.modules[place], "__file__", None)
-    spec = importlib.util.find_spec(place)
-    return None if spec is None else spec.origin
 
 
 def _hash(value: object) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -19,8 +20,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
+from distalign.experiments.loggers import one_run, run_names
 from distalign.experiments.recipe import Recipe, load_recipe
+from distalign.experiments.results import (
+    REWARD_ALONE,
+    check_free_for_reward,
+    check_free_for_training,
+    claim,
+    disclaim,
+)
 from distalign.experiments.setup import Setup, load_setup
+from distalign.methods import Method
 from distalign.models.policy import Policy, make_policy
 from distalign.rewards import (
     RewardError,
@@ -52,7 +62,7 @@ def training_arguments(
     for what `transformers.TrainingArguments` refuses.
     """
     given = recipe.training_for(name)
-    settings: dict[str, Any] = {"bf16": recipe.dtype == "bfloat16", **given}
+    settings: dict[str, Any] = {"bf16": recipe.dtype == "bfloat16", **run_names(recipe.name, name, seed), **given}
     if held_out and recipe.early_stopping is not None:
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
@@ -143,41 +153,52 @@ def writable(folder: Path) -> Path:
 def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = False) -> dict[str, float]:
     """Train one method of a recipe in its run folder; returns the last numbers on held-out pairs (empty without).
 
-    `resume` continues from the last checkpoint of the folder, `overwrite` removes what an earlier run left there.
-    Raises InputError before a model is loaded for settings and data that cannot be used.
+    The folder is output_dir/name/METHOD, a reward that is trained first its subfolder `reward`. `resume` continues from
+    the last checkpoint of the folder, `overwrite` removes what an earlier run left there. Raises InputError before a
+    model is loaded for settings and data that cannot be used.
     """
     recipe = recipe.only([name])
     check(recipe, [name])
+    folder = recipe.run_dir / name
     if resume:
-        _last_checkpoint(recipe.run_dir)
-        _check_same_run(recipe, name)
-    elif not overwrite and (old := sorted(recipe.run_dir.glob("checkpoint-*"))):
-        raise InputError(
-            f"{recipe.run_dir}: holds {old[-1].name} of an earlier run; go on with --resume, start over with "
-            "--overwrite, or give another name with --set name=…"
-        )
+        _last_checkpoint(folder)
+        _check_same_run(recipe, name, folder)
+    elif not overwrite:
+        check_free_for_training(folder)
     setup = load_setup(recipe, recipe.seed, measured=False)
+    if not resume:
+        disclaim(folder)
     if recipe.method(name).needs.reward:
-        make_setup_reward(setup, recipe.run_dir / "reward", reuse=resume)
-    _, trainer = train_method(setup, name, recipe.run_dir, resume=resume)
+        make_setup_reward(setup, folder / "reward", reuse=resume)
+    _, trainer = train_method(setup, name, folder, resume=resume)
     return {key.removeprefix("eval_"): value for key, value in trainer.last_evaluation().items()}
 
 
-def _check_same_run(recipe: Recipe, name: str) -> None:
+def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
     """Raise InputError if the folder's run had another model, data or method: its weights are not this recipe's.
 
     A reward may be fixed: rewards from here on are the new one's.
     """
-    old = load_recipe(recipe.run_dir / "recipe.yaml")
+    old = load_recipe(folder / "recipe.yaml")
     before, now = ({**one.model_dump(), **_fixed_settings(one, name)} for one in (old, recipe))
     for key in ("model", "dtype", "lora", "data", "target", "methods", "rollout", "batches", "seed"):
         if before[key] != now[key]:
             raise InputError(
-                f"{recipe.run_dir}: the run to go on with had {key} {before[key]}, the recipe has {now[key]}; "
-                "give the same, or start over with --overwrite"
+                f"{folder}: the run to go on with had {_difference(key, before[key], now[key])}; give the same, or "
+                "start over with --overwrite"
             )
     if before["reward"] != now["reward"]:
-        logger.warning("%s: the reward is not the one that the run began with", recipe.run_dir)
+        logger.warning("%s: the reward is not the one that the run began with", folder)
+
+
+def _difference(key: str, before: Any, now: Any) -> str:
+    """The first setting in which two values of a recipe differ: "data.held_out 0.3, the recipe has 0.4"."""
+    if type(before) is type(now) and isinstance(now, BaseModel | Method):
+        before, now = dict(vars(before)), dict(vars(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
+        return _difference(f"{key}.{name}", before.get(name), now.get(name))
+    return f"{key} {before}, the recipe has {now}"
 
 
 def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
@@ -209,7 +230,8 @@ def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False)
     trainer = _make_trainer(setup, name, policy, args)
     started = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with one_run(args, recipe.name):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except ImportError as error:
         raise RecipeError(f"{recipe.name}: training of {name} needs a package: {error}") from error
     setup.seconds[name] = time.monotonic() - started
@@ -299,9 +321,13 @@ def train_reward_model(recipe: Recipe) -> Trained:
     settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
     known = recipe.target is not None
     check_rewards([settings], conversational=False, target=known, gamma=recipe.target_gamma)
+    folder = recipe.run_dir / "reward"
+    check_free_for_reward(folder)
     writable(recipe.run_dir)
     setup = load_setup(recipe.only([]), recipe.seed, measured=False)
-    return _fit_reward(setup, recipe.run_dir / "reward")
+    trained = _fit_reward(setup, folder)
+    claim(folder, REWARD_ALONE)
+    return trained
 
 
 def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> None:

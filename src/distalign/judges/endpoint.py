@@ -369,8 +369,26 @@ class EndpointJudge:
             replies = _run(self._ask_all(questions, cache, progress))
         judgements = [self._judgement(keys, replies) for keys in questions.keys]
         if self._counts["first_shown"] + self._counts["second_shown"]:
-            logger.info("judge %s: %s", self.settings.model, self.counters())
+            counts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in self.counters().items())
+            logger.info("judge %s: %s", self.settings.model, counts)
         return judgements
+
+    def reach(self) -> None:
+        """Ask one short question, which is neither kept nor counted. Raises EndpointError if no answer comes.
+
+        So a wrong address, model or key is found before work is done for the judge.
+        """
+        settings = self.settings.model_copy(update={"attempts": min(self.settings.attempts, 3)})
+
+        async def ask() -> None:
+            async with Client(settings, Counter()) as client:
+                await client.ask([{"role": "user", "content": "Answer with the letter A."}], "a first question")
+
+        with headers_unlogged():
+            try:
+                _run(ask())
+            except EndpointError as error:
+                raise EndpointError(f"{error} (nothing was sampled for it)") from None
 
     def counters(self) -> dict[str, float]:
         """Counts since the start, and the position bias.

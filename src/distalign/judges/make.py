@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.judges.base import Judge, JudgeError
 from distalign.judges.endpoint import EndpointJudge, EndpointSettings
 from distalign.judges.local import FunctionJudge, RewardJudge
-from distalign.rewards import Reward, RewardSettings, check_rewards, make_reward
-from distalign.settings import Positive, Section, several
+from distalign.rewards import Reward, Rewards, RewardSettings, check_rewards, make_reward
+from distalign.settings import Positive, Section
 
 
 class JudgeSettings(Section):
@@ -23,7 +23,7 @@ class JudgeSettings(Section):
     P_{π*} of the known target. verdict: what a reward or the target says, the probability σ(ΔR), or its sign.
     """
 
-    reward: Annotated[tuple[RewardSettings, ...], BeforeValidator(several)] = ()
+    reward: Rewards = ()
     function: str | None = None
     exact: bool = False
     endpoint: EndpointSettings | None = None

@@ -22,7 +22,8 @@ def format_estimate(mean: float, se: float) -> str:
     decimals = _decimals(se) if math.isfinite(se) else 0
     if not math.isfinite(se) or se < 1e-12 or decimals > 6:
         error = "?" if not math.isfinite(se) else ("0" if se < 1e-12 else f"{se:.1g}")
-        return f"{minus(f'{mean:.3g}')} ± {error}"
+        # What is left of a zero after rounding is zero.
+        return f"{minus(f'{mean:.3g}') if abs(mean) > 1e-12 else 0} ± {error}"
     return f"{minus(f'{mean:.{decimals}f}')} ± {se:.{decimals}f}"
 
 

@@ -14,7 +14,7 @@ from distalign.report.numbers import best_rows, format_estimate, format_interval
 from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from distalign.report.terminal import Fitting
 
 STARS = (
     "one, two, three where p is below 0.05, 0.01, 0.001 for no difference from the reference: a paired bootstrap, "
@@ -22,6 +22,9 @@ STARS = (
 )
 
 _MAIN = "forward_kl"  # the metric whose separations the Markdown states
+
+# What is seen first: how good a policy is, how far it went for it, and how long it talks.
+_FIRST = (_MAIN, "win_rate", "reward", "kl_reference", "length", "accuracy", "nll", "entropy", "reverse_kl")
 
 # What may begin markup: a bracket where it ends a link's text, a low line where it is not within a word.
 _MARKUP = re.compile(r"[\\`*<>&|~#$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
@@ -31,8 +34,11 @@ _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # the wide ones are
 
 def heading(column: Column) -> str:
     """A column's label with its unit and an arrow towards better."""
-    arrow = {"lower": " ↓", "higher": " ↑", None: ""}[column.better]
-    return f"{column.label}{f', {column.unit}' if column.unit else ''}{arrow}"
+    return f"{column.label}{f', {column.unit}' if column.unit else ''}{_arrow(column)}"
+
+
+def _arrow(column: Column) -> str:
+    return {"lower": " ↓", "higher": " ↑", None: ""}[column.better]
 
 
 def counts_text(results: Results, key: str = "") -> str:
@@ -52,30 +58,36 @@ def _interval(difference: Difference) -> str:
     return format_interval(difference.mean, difference.low, difference.high)
 
 
-def results_table(content: dict[str, Any]) -> Table:
+def results_table(content: dict[str, Any]) -> Fitting:
     """Mean ± standard error of every method and metric, from the content of results.json; the best means are bold.
 
     The title has the seeds and the counts. Raises ReportError if the content is not a comparison.
     """
-    from rich.table import Table
     from rich.text import Text
+
+    from distalign.report.terminal import Fitting, Texts
 
     results = Results.parse(content)
     details = ", ".join(part for part in (seeds_text(results.seeds), counts_text(results)) if part)
     title = results.title or results.name or "comparison"
-    title = Text(f"{title} ({details})" if details else title)
-    table = Table(title=title, title_justify="left", caption="mean ± standard error; bold: best mean")
-    # However narrow the terminal, a row keeps its name.
-    table.add_column("", no_wrap=True, min_width=max(len(display_name(name)) for name in results.methods))
-    columns = [(column, best_rows(results, column)) for column in results.filled_columns]
-    for column, _ in columns:
-        table.add_column(Text(heading(column)), justify="right", no_wrap=True)
+    columns = []
+    for column in sorted(results.filled_columns, key=_importance):
+        best = best_rows(results, column)
+        cells = [Text(_cell(results, name, column), "bold" if name in best else "") for name in results.rows]
+        columns.append(Texts(f"{column.label}{_arrow(column)}\n{column.unit or ''}", cells))
     last_apart = [name for name in results.rows if name in (TARGET, REFERENCE)][-1:]
-    for name in results.rows:
-        styles = ["bold" if name in best else "" for _, best in columns]
-        cells = [Text(_cell(results, name, column), style) for (column, _), style in zip(columns, styles, strict=True)]
-        table.add_row(Text(display_name(name)), *cells, end_section=[name] == last_apart)
-    return table
+    return Fitting(
+        Texts("", [display_name(name) for name in results.rows]),
+        columns,
+        title=f"{title} ({details})" if details else title,
+        note="mean ± standard error; bold: best mean",
+        sections=frozenset(results.rows.index(name) for name in last_apart),
+    )
+
+
+def _importance(column: Column) -> int:
+    """Where a column stands in the terminal, which has room for a few; those that nobody ranked come last."""
+    return _FIRST.index(column.key) if column.key in _FIRST else len(_FIRST)
 
 
 def results_markdown(content: dict[str, Any], command: str = "") -> str:

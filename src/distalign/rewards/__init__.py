@@ -6,7 +6,7 @@ from distalign.rewards.base import ExactReward, Request, Reward, RewardError, We
 from distalign.rewards.classifier import ClassifierReward
 from distalign.rewards.fit import Trained, train_reward
 from distalign.rewards.function import FunctionReward
-from distalign.rewards.make import RewardSettings, check_rewards, make_reward
+from distalign.rewards.make import Rewards, RewardSettings, check_rewards, make_reward
 from distalign.rewards.reward_model import RewardTraining, TrainedReward, UnreadableReward, load_reward
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "RewardError",
     "RewardSettings",
     "RewardTraining",
+    "Rewards",
     "Trained",
     "TrainedReward",
     "UnreadableReward",

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from difflib import get_close_matches
-from pathlib import Path
 from threading import Thread
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -22,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distalign.errors import InputError
 from distalign.rewards.base import Request, RewardError, as_text
+from distalign.user_code import load_named
 
 SIGNATURE = "(prompts, completions, **columns) -> list of floats"
 # What a function is offered beside the columns of the rows.
@@ -190,22 +186,7 @@ def find_function(name: str, *, role: str = "reward", error: type[InputError] = 
     A module must be importable as it stands; a path is relative to the working directory.
     """
     label = f"{role} function {name}"
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise error(f"{label}: write file.py:function or module:function")
-    if place.endswith(".py") and not Path(place).expanduser().is_file():
-        raise error(f"{label}: there is no file {place}; paths start at the working directory")
-    try:
-        module = _module(place)
-    except Exception as reason:
-        raise error(
-            f"{label}: importing {place} raised {type(reason).__name__}: {reason}; fix it, or install what it needs"
-        ) from reason
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        near = (get_close_matches(attribute, functions, 1) or functions or ["none"])[0]
-        raise error(f'{label}: {place} has no function "{attribute}"; did you mean "{near}"?')
+    function = load_named(name, "function", inspect.isfunction, label=label, error=error)
     return check_function(function, label, error)
 
 
@@ -227,18 +208,3 @@ def check_function(
 
 def _parameters(function: Callable[..., object]) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_POSITIONAL]
-
-
-def _module(place: str) -> ModuleType:
-    """The module at a path or of a name."""
-    if not place.endswith(".py"):
-        return importlib.import_module(place)
-    path = Path(place).expanduser()
-    key = f"distalign_reward_{path.stem}"
-    spec = importlib.util.spec_from_file_location(key, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[key] = module
-    spec.loader.exec_module(module)
-    return module

@@ -13,7 +13,7 @@ from distalign.rewards.base import ExactReward, Reward, RewardError, WeightedSum
 from distalign.rewards.classifier import ClassifierReward, find_classifier
 from distalign.rewards.function import FunctionReward, find_function
 from distalign.rewards.reward_model import RewardTraining, is_reward_model, load_reward
-from distalign.settings import Count, Positive, Section, switch
+from distalign.settings import Count, Positive, Section, several, switch
 
 _NO_TARGET = "reward.exact: only a known target has an exact reward; add target, or train a reward"
 
@@ -27,7 +27,9 @@ class RewardSettings(Section):
     """
 
     model: str | None = None
-    train: Annotated[RewardTraining | None, BeforeValidator(switch)] = None
+    train: Annotated[
+        RewardTraining | None, BeforeValidator(switch, json_schema_input_type=RewardTraining | bool | None)
+    ] = None
     function: str | None = None
     exact: bool = False
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
@@ -48,6 +50,13 @@ class RewardSettings(Section):
     def kinds(self) -> list[str]:
         """Which of model, train, function and exact are given."""
         return [name for name in ("model", "train", "function", "exact") if getattr(self, name) not in (None, False)]
+
+
+# As settings have them: one of them, or a list.
+Rewards = Annotated[
+    tuple[RewardSettings, ...],
+    BeforeValidator(several, json_schema_input_type=RewardSettings | list[RewardSettings] | None),
+]
 
 
 def check_rewards(

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
+from distalign.progress import CONSOLE
 from distalign.settings import Count, Positive, Section, Share
 from distalign.stats.intervals import correlation
 from distalign.stats.text import distinct_n, repeated_ngram_rate
@@ -303,16 +304,14 @@ def write_completions(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     shown = next(((p, r[0], None if w is None else float(w[0])) for p, r, w in texts if r), None)
     if shown is not None:
-        _show(step, *shown, console or Console(stderr=True))
+        _show(step, *shown, console or CONSOLE)
 
 
 def _show(step: int, prompt: str, response: str, reward: float | None, console: Console) -> None:
     worth = "" if reward is None else f" (reward {reward:.3g})"
     if console.is_terminal:
-        console.print(
-            Text(f"step {step}{worth}  ", "dim") + Text(_short(prompt, 120, last=True) + " → ", "dim"), end=""
-        )
-        console.print(Text(_short(response, 300)))
+        start = f"step {step}{worth}  {_short(prompt, 120, last=True)} → "
+        console.print(Text.assemble((start, "dim"), _short(response, 300)))
     else:
         logger.info("step %d%s: %s → %s", step, worth, _short(prompt, 120, last=True), _short(response, 300))
 

@@ -1,4 +1,4 @@
-"""`python -m distalign.cli` is the command `distalign`."""
+"""`python -m distalign` is the command `distalign`."""
 
 from __future__ import annotations
 
