@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from distalign.engine import Group as Group
     from distalign.engine import score as score
     from distalign.errors import InputError as InputError
+    from distalign.evaluation.evaluate import evaluate as evaluate
     from distalign.evaluation.frontier import predict_frontier as predict_frontier
     from distalign.experiments.compare import compare as compare
+    from distalign.experiments.recipe import Recipe as Recipe
     from distalign.experiments.recipe import load_recipe as load_recipe
     from distalign.experiments.train import train as train
     from distalign.judges import Comparison as Comparison
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from distalign.methods import REBEL as REBEL
     from distalign.methods import RKL as RKL
     from distalign.methods import RLHF as RLHF
+    from distalign.methods import Method as Method
     from distalign.methods import Needs as Needs
     from distalign.methods import Pairs as Pairs
     from distalign.methods import Samples as Samples
@@ -50,12 +53,13 @@ _HOMES = {
     "data": ("encode_pairs", "read_pairs"),
     "engine": ("Group", "score"),
     "errors": ("InputError",),
+    "evaluation.evaluate": ("evaluate",),
     "evaluation.frontier": ("predict_frontier",),
     "experiments.compare": ("compare",),
-    "experiments.recipe": ("load_recipe",),
+    "experiments.recipe": ("Recipe", "load_recipe"),
     "experiments.train": ("train",),
     "judges": ("Comparison", "make_judge"),
-    "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Needs", "Pairs", "Samples"),
+    "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Method", "Needs", "Pairs", "Samples"),
     "models.load": ("find_model",),
     "models.policy": ("Policy", "make_policy"),
     "models.targets": ("Tilt",),

@@ -85,7 +85,14 @@ def test_the_schema_knows_every_setting_of_the_packaged_recipes(distalign):
 
 
 SMALL = ("--set", "training.max_steps=2", "--set", "data.held_out=0.2", "--set", "health.prompts=2")
-LENGTHS = ("--set", "data.max_length=null", "--set", "rollout.max_completion_length=4", "--set", "lora={r: 4, layers: 1}")
+LENGTHS = (
+    "--set",
+    "data.max_length=null",
+    "--set",
+    "rollout.max_completion_length=4",
+    "--set",
+    "lora={r: 4, layers: 1}",
+)
 
 
 def test_train_without_a_recipe(distalign, place):

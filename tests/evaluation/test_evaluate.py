@@ -60,7 +60,7 @@ def settings(place, *overrides, policies=("moved", "adapted"), name="all"):
 @pytest.fixture(scope="module")
 def results(place):
     """An evaluation of both policies."""
-    return evaluate(settings(place))
+    return evaluate(settings(place)).content
 
 
 def test_every_policy_has_every_number(results):
@@ -82,7 +82,7 @@ def test_every_policy_has_every_number(results):
 def test_the_numbers_are_those_of_scoring_each_policy_again(place, temperature):
     """KL, entropy and displacement from the kept responses, by the engine's ordinary pass at the same temperature."""
     made = settings(place, f"temperature={temperature}", name=f"at-{temperature}")
-    results = evaluate(made)
+    results = evaluate(made).content
     reference, moved = tiny.model(), tiny.model()
     moved.load_state_dict(type(moved).from_pretrained(place / "moved").state_dict())
     with (place / "pairs.jsonl").open() as file:
@@ -157,7 +157,7 @@ def test_a_repeated_evaluation_runs_no_policy(place, results, monkeypatch):
         return real(name, *args, **more)
 
     monkeypatch.setattr("distalign.evaluation.answers.draw_answers", count)
-    again = evaluate(settings(place))
+    again = evaluate(settings(place)).content
     assert drawn == []
     for part in ("methods", "ratings", "calibration"):
         assert flat(again[part]) == pytest.approx(flat(results[part]), rel=1e-5), part
@@ -166,7 +166,7 @@ def test_a_repeated_evaluation_runs_no_policy(place, results, monkeypatch):
     evaluate(settings(place))
     assert drawn == ["moved"]
     (folder / "adapted" / "responses.json").write_text("[[")
-    methods = evaluate(settings(place))["methods"]
+    methods = evaluate(settings(place)).methods
     assert flat(methods) == pytest.approx(flat(results["methods"]), rel=1e-5)
     assert drawn == ["moved", "adapted"]
     evaluate(settings(place, "seed=1"))
@@ -201,9 +201,9 @@ def test_changed_weights_are_another_policy(place, tmp_path):
 
 def test_another_reference_is_another_distance(place, tmp_path):
     """The same name and policy beside another reference: nothing kept is believed."""
-    one = evaluate(settings(place, f"output_dir={tmp_path}", "target=null", "reward=[]", policies=("moved",)))
+    one = evaluate(settings(place, f"output_dir={tmp_path}", "target=null", "reward=[]", policies=("moved",))).content
     changed = (f"output_dir={tmp_path}", "target=null", "reward=[]", f"model={place}/moved")
-    other = evaluate(settings(place, *changed, policies=("moved",)))
+    other = evaluate(settings(place, *changed, policies=("moved",))).content
     assert one["methods"]["moved"]["kl_reference"]["mean"] > 0.1
     assert other["methods"]["moved"]["kl_reference"]["mean"] == pytest.approx(0, abs=1e-4)
 
@@ -211,7 +211,7 @@ def test_another_reference_is_another_distance(place, tmp_path):
 def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
     """What was drawn before is kept with its scores, and the rest comes out as if nothing had stopped."""
     made = settings(place, f"output_dir={tmp_path}")
-    whole = evaluate(settings(place, f"output_dir={tmp_path}", "name=whole"))
+    whole = evaluate(settings(place, f"output_dir={tmp_path}", "name=whole")).content
     drawn, real, stops = [], answers.draw_answers, ["adapted"]
 
     def stop(name, *args, **more):
@@ -225,7 +225,7 @@ def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
         evaluate(made)
     assert drawn == ["reference", "moved"]
     stops.clear()
-    assert flat(evaluate(made)["methods"]) == pytest.approx(flat(whole["methods"]), rel=1e-5)
+    assert flat(evaluate(made).methods) == pytest.approx(flat(whole["methods"]), rel=1e-5)
     assert drawn == ["reference", "moved", "adapted"]
 
 
@@ -235,7 +235,7 @@ def test_what_is_in_the_folder_is_not_overwritten(place, tmp_path):
     made.run_dir.mkdir(parents=True)
     made.frontier_dir.mkdir()
     (made.frontier_dir / "frontier.json").write_text("{}")
-    assert "frontier" not in evaluate(made)
+    assert "frontier" not in evaluate(made).content
     (made.run_dir / "results.json").write_text('{"methods": {}}')
     with pytest.raises(InputError, match="holds another run"):
         evaluate(made)
@@ -253,7 +253,7 @@ def test_without_pairs_target_or_reward_there_is_what_there_is(place, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "tell me about tea"}\n{"prompt": "tell me about rain"}\n')
     text = f"model: {place}/model\nprompts: {tmp_path}/prompts.jsonl\nmax_new_tokens: 4\noutput_dir: {tmp_path}\n"
     (tmp_path / "plain.yaml").write_text(text)
-    found = evaluate(load_evaluation(tmp_path / "plain.yaml", [], [f"same={place}/model"]))
+    found = evaluate(load_evaluation(tmp_path / "plain.yaml", [], [f"same={place}/model"])).content
     row = found["methods"]["same"]
     assert {"accuracy", "reward", "win_rate"}.isdisjoint(row)
     assert row["kl_reference"]["mean"] == pytest.approx(0, abs=1e-5)
@@ -368,7 +368,7 @@ def test_the_frontier_is_predicted_from_the_references_responses(place, monkeypa
         assert point["kl"]["low"] <= point["kl"]["value"] <= point["kl"]["high"]
     assert "Predicted from 64 samples" in capsys.readouterr().out
     assert (place / "runs" / "all" / "frontier" / "frontier.json").is_file()
-    assert evaluate(settings(place))["frontier"]["samples"] == 64
+    assert evaluate(settings(place)).content["frontier"]["samples"] == 64
 
 
 def test_a_frontier_answers_the_prompts_of_pairs(place, monkeypatch, capsys):

@@ -130,7 +130,7 @@ def test_a_function_is_given_the_columns_of_every_row_that_stays(settings, tmp_p
     made = settings(
         [("tea", 1), ("tea", 1), ("tea", 4), ("rain", 10)], f"reward={{function: '{tmp_path}/column.py:column'}}"
     )
-    found = evaluate(made)
+    found = evaluate(made).content
     assert found["methods"]["reference"]["reward"]["mean"] == pytest.approx(5)
     assert found["methods"]["reference"]["reward"]["n"] == 3
     told = json.loads((made.run_dir / "results.json").read_text(encoding="utf-8"))["pairs"]

@@ -52,7 +52,7 @@ def recipe(place, tmp_path, *overrides, method=None, **more):
 def compared(place, tmp_path_factory):
     """One comparison with a known target: results and run folder."""
     settings = recipe(place, tmp_path_factory.mktemp("compared"))
-    return compare(settings, ["pmle", "dpo"], [0]), settings.run_dir
+    return compare(settings, ["pmle", "dpo"], [0]).content, settings.run_dir
 
 
 def test_results_are_what_the_report_reads(compared):
@@ -109,14 +109,14 @@ def test_the_run_folder_is_enough_to_look_again(compared, place):
 def test_the_same_recipe_gives_the_same_numbers(compared, place, tmp_path):
     """On one machine, whatever ran before."""
     torch.rand(5)
-    again = compare(recipe(place, tmp_path), ["pmle", "dpo"], [0])
+    again = compare(recipe(place, tmp_path), ["pmle", "dpo"], [0]).content
     assert json.dumps(again["methods"]) == json.dumps(compared[0]["methods"])
 
 
 def test_several_seeds_have_a_folder_each_and_are_told_apart(place, tmp_path):
     """Averages over seeds on the same prompts; each seed's own numbers too."""
     settings = recipe(place, tmp_path, "training.num_train_epochs=1")
-    results = compare(settings, ["pmle"], [0, 3])
+    results = compare(settings, ["pmle"], [0, 3]).content
     Results.parse(json.loads((settings.run_dir / "results.json").read_text()))
     assert results["seeds"] == [0, 3]
     assert {p.name for p in settings.run_dir.glob("seed-*")} == {"seed-0", "seed-3"}
@@ -138,7 +138,7 @@ def own_data(place):
 def test_own_pairs_are_compared_without_a_target(place, tmp_path):
     """No rows and no numbers that need one; also over seeds, which then share their held-out pairs."""
     settings = recipe(place, tmp_path, *own_data(place))
-    results = compare(settings, ["dpo"], [0, 1])
+    results = compare(settings, ["dpo"], [0, 1]).content
     Results.parse(json.loads((settings.run_dir / "results.json").read_text()))
     assert results["methods"].keys() == {"reference", "dpo"}
     for row in results["methods"].values():
@@ -151,7 +151,7 @@ def test_own_pairs_are_compared_without_a_target(place, tmp_path):
 def test_training_writes_the_documented_folder(place, tmp_path):
     """recipe.yaml, metrics.jsonl, model/ with its card; the held-out numbers are those of the step that was kept."""
     settings = recipe(place, tmp_path, *own_data(place), method="dpo")
-    found = train(settings, "dpo")
+    found = train(settings, "dpo").held_out
     folder = settings.run_dir / "dpo"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert found["loss"] == min(row["eval_loss"] for row in rows if "eval_loss" in row)
@@ -169,7 +169,7 @@ def test_recompute_changes_no_number(place, tmp_path):
     for setting in ("none", "selective", "full"):
         flags = (f"recompute={setting}", f"name={setting}", "training.max_steps=2")
         settings = recipe(place, tmp_path, *own_data(place), *flags, method="dpo")
-        losses.append(train(settings, "dpo")["loss"])
+        losses.append(train(settings, "dpo").held_out["loss"])
     assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
 
 
@@ -183,7 +183,7 @@ def test_a_setting_without_effect_is_refused(place, tmp_path):
 def test_training_without_held_out_pairs_says_so(place, tmp_path):
     """All pairs are learned from, nothing is measured, and the last step is kept."""
     settings = recipe(place, tmp_path, *own_data(place), "data.held_out=0.0", method="pmle")
-    assert train(settings, "pmle") == {}
+    assert train(settings, "pmle").held_out == {}
     folder = settings.run_dir / "pmle"
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert not [row for row in rows if "eval_loss" in row]
@@ -288,7 +288,7 @@ def test_the_best_step_is_kept_unless_the_recipe_says_otherwise(place, tmp_path)
 def test_a_run_without_evaluation_trains(place, tmp_path):
     """Early stopping is on by default, and has nothing to go by where evaluation is off."""
     settings = recipe(place, tmp_path, *own_data(place), "training.eval_strategy=no", method="pmle")
-    assert train(settings, "pmle") == {}
+    assert train(settings, "pmle").held_out == {}
     assert (settings.run_dir / "pmle" / "model" / "adapter_model.safetensors").is_file()
 
 

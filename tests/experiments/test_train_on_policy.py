@@ -41,7 +41,7 @@ def made(tmp_path, tiny_folder):
 def test_all_six_train_without_an_adapter_and_at_a_temperature(made):
     """Full training, every kind of need: each kept a step that it evaluated, and has a reward for every prompt."""
     recipe = made("rollout.temperature=0.7", "rollout.num_iterations=2", "evaluation.prompts=4")
-    results = compare(recipe, list(METHODS), [0])
+    results = compare(recipe, list(METHODS), [0]).content
     assert set(results["methods"]) == {"target", "reference", *METHODS}
     for name in METHODS:
         (kept,) = results["kept_step"][name]

@@ -62,7 +62,7 @@ def compare(
         from distalign.experiments.compare import compare as run
         from distalign.report import results_table, write_report
 
-        results = run(settings, chosen, chosen_seeds, resume=resume)
+        results = run(settings, chosen, chosen_seeds, resume=resume).content
         page = write_report(settings.run_dir)
     print_numbers(results_table(results), wide)
     for name, differences in results["paired"].items():

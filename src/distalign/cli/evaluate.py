@@ -52,7 +52,7 @@ def evaluate(
 
         flags = overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
         settings = load_evaluation(recipe, [*flags, *(set_ or [])], policies or [])
-        results = run(settings)
+        results = run(settings).content
         page = write_report(settings.run_dir)
     print_numbers(results_table(results), wide)
     if matrix := results.get("win_rates", {}).get("matrix", {}):

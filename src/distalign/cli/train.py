@@ -69,7 +69,7 @@ def train(
         from distalign.experiments.train import train as run
         from distalign.report import write_report
 
-        held_out = run(settings, name, resume=resume, overwrite=overwrite)
+        held_out = run(settings, name, resume=resume, overwrite=overwrite).held_out
         page = write_report(folder)
     if held_out:
         print_words(["on held-out pairs", name], [[key, f"{value:.3g}"] for key, value in held_out.items()])

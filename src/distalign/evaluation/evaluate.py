@@ -29,8 +29,8 @@ from distalign.evaluation.metrics import (
     per_prompt,
     policy_tables,
 )
-from distalign.evaluation.results import environment, forget_results, write_results, write_samples
-from distalign.evaluation.setup import Evaluation, EvaluationSetup, load_setup
+from distalign.evaluation.results import Results, environment, forget_results, write_results, write_samples
+from distalign.evaluation.setup import Evaluation, EvaluationSetup, load_evaluation, load_setup
 from distalign.judges import Comparison, EndpointJudge, Ids, Judge, JudgeSettings, make_judge
 from distalign.models.card import CITATION
 from distalign.models.targets import Target
@@ -42,13 +42,20 @@ from distalign.stats.ratings import bradley_terry_over_prompts, length_controlle
 logger = logging.getLogger("distalign.evaluation")
 
 
-def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, Any]:
-    """Measure every policy and the reference; returns what `results.json` holds.
+def evaluate(
+    settings: Evaluation | str | Path | Mapping[str, Any],
+    policies: Mapping[str, str] | None = None,
+    target: Target | None = None,
+) -> Results:
+    """Measure every policy and the reference on the same prompts and pairs, and write the run folder.
 
+    `settings` are settings, or a packaged one's name, a file or a mapping; `policies` are added to theirs, by name.
     What a policy gave is saved in its folder: evaluated again with the same weights, prompts and settings it is not
     run. `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can,
     and for a judge's endpoint that does not answer before anything is sampled.
     """
+    if not isinstance(settings, Evaluation):
+        settings = load_evaluation(settings, [], [f"{name}={place}" for name, place in (policies or {}).items()])
     folder = settings.run_dir
     _check_folder(settings)
     setup = load_setup(settings, target)
@@ -64,8 +71,8 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
     if reward is not None:
         for policy in measured.values():
             measure_rewards(policy, reward, setup.prompts)
-    responses = {name: policy.responses for name, policy in measured.items()}
-    write_samples(folder, setup.tokenizer, [plain_text(text) for text in setup.texts], responses)
+    texts = [plain_text(text) for text in setup.texts]
+    write_samples(folder, setup.tokenizer, texts, measured)
     try:
         judged = _judge(setup, measured)
     except BaseException:
@@ -73,8 +80,9 @@ def evaluate(settings: Evaluation, target: Target | None = None) -> dict[str, An
         write_results(folder, _results(setup, measured, {}))
         raise
     results = _results(setup, measured, judged)
+    write_samples(folder, setup.tokenizer, texts, measured)
     write_results(folder, results)
-    return results
+    return Results(folder, results)
 
 
 def _check_folder(settings: Evaluation) -> None:

@@ -7,11 +7,15 @@ import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distalign.data import Tokenizer
+
+if TYPE_CHECKING:
+    from distalign.evaluation.metrics import Measured
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
@@ -20,17 +24,45 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     (folder / "results.json").write_text(text, encoding="utf-8")
 
 
-def write_samples(
-    folder: Path, tokenizer: Tokenizer, prompts: Sequence[str], responses: Mapping[str, Sequence[Sequence[list[int]]]]
-) -> None:
-    """Write samples.jsonl: for every prompt the first response of each policy, as text."""
+@dataclass(frozen=True)
+class Results:
+    """What a comparison or an evaluation measured: `content` is what `folder`/results.json holds.
+
+    methods: policy → measure → {"mean", "se", "n"}. paired: policy → measure → its difference from the reference on the
+    same prompts, {"mean", "low", "high", …} at 95 %.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+
+    @property
+    def methods(self) -> dict[str, dict[str, Any]]:
+        """The numbers of every policy."""
+        return self.content["methods"]
+
+    @property
+    def paired(self) -> dict[str, dict[str, Any]]:
+        """The differences from the reference."""
+        return self.content["paired"]
+
+
+def write_samples(folder: Path, tokenizer: Tokenizer, prompts: Sequence[str], measured: Mapping[str, Measured]) -> None:
+    """Write samples.jsonl: for every prompt the first response of each policy, as text.
+
+    Where there is one response to a prompt its reward and the share of judges that prefer it to the reference's are
+    written too.
+    """
+    numbers = {"rewards": "reward", "verdicts": "win_rate"}
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for index, prompt in enumerate(prompts):
-            texts = {
-                name: tokenizer.decode(by_prompt[index][0], skip_special_tokens=True)
-                for name, by_prompt in responses.items()
-            }
-            file.write(json.dumps({"prompt": prompt, "responses": texts}, ensure_ascii=False) + "\n")
+            line: dict[str, Any] = {"prompt": prompt, "responses": {}}
+            for name, policy in measured.items():
+                responses = policy.responses[index]
+                line["responses"][name] = tokenizer.decode(responses[0], skip_special_tokens=True)
+                for key, value in numbers.items():
+                    if len(responses) == 1 and value in policy.values:
+                        line.setdefault(key, {})[name] = float(policy.values[value][index])
+            file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
 
 
 def finite(value: object) -> object:

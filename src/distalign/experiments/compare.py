@@ -23,8 +23,8 @@ from distalign.evaluation.metrics import (
     summarise,
     win_probability,
 )
-from distalign.evaluation.results import environment, forget_results, write_results, write_samples
-from distalign.experiments.recipe import Recipe
+from distalign.evaluation.results import Results, environment, forget_results, write_results, write_samples
+from distalign.experiments.recipe import RecipeSource, as_recipe
 from distalign.experiments.results import (
     ResumeRecord,
     check_free_for_comparison,
@@ -49,20 +49,24 @@ logger = logging.getLogger("distalign.experiments.compare")
 
 
 def compare(
-    recipe: Recipe,
-    methods: Sequence[str],
-    seeds: Sequence[int],
+    recipe: RecipeSource,
+    methods: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
     target: Target | None = None,
     *,
     resume: bool = False,
-) -> dict[str, Any]:
+) -> Results:
     """Train several methods on the same pairs, measure them on held-out prompts, and write the run folder.
 
-    Every seed draws its own pairs (where a known target makes them) and trains anew, in a subfolder if there are
-    several. `target` stands in for the recipe's tilt of words, whose other settings (gamma, pairs, strengths) hold.
-    `resume` goes on with a comparison that was stopped: what is done is not done again, a method in the middle goes on
-    from its last checkpoint, and what has other settings or data now starts over. Returns what `results.json` holds.
+    `recipe` is one, or a packaged one's name, a file or a mapping. Without `methods` those that the recipe compares are
+    trained, without `seeds` its own is used. Every seed draws its own pairs (where a known target makes them) and trains
+    anew, in a subfolder if there are several. `target` stands in for the recipe's tilt of words, whose other settings
+    (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not done again,
+    a method in the middle goes on from its last checkpoint, and what has other settings or data now starts over.
     """
+    recipe = as_recipe(recipe)
+    methods = list(methods or recipe.compare or recipe.methods)
+    seeds = [recipe.seed] if seeds is None else list(seeds)
     recipe = recipe.only(methods)
     check(recipe, methods)
     root = recipe.run_dir
@@ -78,12 +82,11 @@ def compare(
         logger.info("pairs: %s", in_words(setup.statistics))
         _compare_seed(setup, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, training, resume)
         if number == 1:
-            responses = {name: own[0].responses for name, own in runs.items()}
-            write_samples(root, setup.tokenizer, setup.prompt_texts, responses)
+            write_samples(root, setup.tokenizer, setup.prompt_texts, {name: own[0] for name, own in runs.items()})
         # After every seed: a run that is stopped keeps those that it has.
         results = _results(setup, methods, seeds[:number], runs, training)
         write_results(root, results)
-    return results
+    return Results(root, results)
 
 
 def _results(

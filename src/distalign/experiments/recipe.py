@@ -241,6 +241,14 @@ def load_recipe(
     return read_settings(Recipe, place, overrides, files=files, change=keep)
 
 
+RecipeSource = Recipe | str | Path | Mapping[str, Any]
+
+
+def as_recipe(source: RecipeSource, method: str | None = None) -> Recipe:
+    """A recipe as it is; a name, a file or a mapping as `load_recipe` reads it. Raises RecipeError."""
+    return source if isinstance(source, Recipe) else load_recipe(source, method=method)
+
+
 def recipe_schema() -> dict[str, Any]:
     """The JSON schema of a recipe, with the methods' own settings and those of `transformers.TrainingArguments`."""
     from transformers import TrainingArguments

@@ -7,6 +7,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.loggers import one_run, run_names
-from distalign.experiments.recipe import Recipe, load_recipe
+from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.results import (
     REWARD_ALONE,
     check_free_for_reward,
@@ -150,13 +151,29 @@ def writable(folder: Path) -> Path:
 # One method -----------------------------------------------------------------------------------------------------------
 
 
-def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = False) -> dict[str, float]:
-    """Train one method of a recipe in its run folder; returns the last numbers on held-out pairs (empty without).
+@dataclass(frozen=True)
+class TrainResult:
+    """One trained method: its run's folder, the model's, the step that was kept, the last numbers on held-out pairs."""
 
-    The folder is output_dir/name/METHOD, a reward that is trained first its subfolder `reward`. `resume` continues from
+    method: str
+    folder: Path
+    model: Path
+    kept_step: int
+    held_out: dict[str, float]
+
+
+def train(
+    recipe: RecipeSource, method: str | None = None, *, resume: bool = False, overwrite: bool = False
+) -> TrainResult:
+    """Train one method in a folder of its run.
+
+    `recipe` is one, or a packaged one's name, a file or a mapping; `method` is needed if it has several, and may be a
+    class of the user's, `file.py:Class`. The folder is output_dir/name/METHOD, a reward that is trained first its subfolder `reward`. `resume` continues from
     the last checkpoint of the folder, `overwrite` removes what an earlier run left there. Raises InputError before a
     model is loaded for settings and data that cannot be used.
     """
+    recipe = as_recipe(recipe, method)
+    name = _one_method(recipe, method)
     recipe = recipe.only([name])
     check(recipe, [name])
     folder = recipe.run_dir / name
@@ -171,7 +188,17 @@ def train(recipe: Recipe, name: str, *, resume: bool = False, overwrite: bool = 
     if recipe.method(name).needs.reward:
         make_setup_reward(setup, folder / "reward", reuse=resume)
     _, trainer = train_method(setup, name, folder, resume=resume)
-    return {key.removeprefix("eval_"): value for key, value in trainer.last_evaluation().items()}
+    held_out = {key.removeprefix("eval_"): value for key, value in trainer.last_evaluation().items()}
+    return TrainResult(name, folder, folder / "model", trainer.kept_step, held_out)
+
+
+def _one_method(recipe: Recipe, method: str | None) -> str:
+    """The name of the method to train; a class of the user's is called by its name in small letters."""
+    if method is not None:
+        return method.rpartition(":")[2].lower() if ":" in method else method
+    if len(recipe.methods) > 1:
+        raise RecipeError(f"{recipe.name}: has the methods {', '.join(recipe.methods)}; choose one")
+    return next(iter(recipe.methods))
 
 
 def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
