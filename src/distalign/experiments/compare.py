@@ -59,10 +59,11 @@ def compare(
     """Train several methods on the same pairs, measure them on held-out prompts, and write the run folder.
 
     `recipe` is one, or a packaged one's name, a file or a mapping. Without `methods` those that the recipe compares are
-    trained, without `seeds` its own is used. Every seed draws its own pairs (where a known target makes them) and trains
-    anew, in a subfolder if there are several. `target` stands in for the recipe's tilt of words, whose other settings
-    (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not done again,
-    a method in the middle goes on from its last checkpoint, and what has other settings or data now starts over.
+    trained, without `seeds` its own is used. Every seed draws its own pairs (where a known target makes them) and
+    trains anew, in a subfolder if there are several. `target` stands in for the recipe's tilt of words, whose other
+    settings (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
+    done again, a method in the middle goes on from its last checkpoint, and what has other settings or data now starts
+    over.
     """
     recipe = as_recipe(recipe)
     methods = list(methods or recipe.compare or recipe.methods)

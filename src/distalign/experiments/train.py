@@ -168,9 +168,9 @@ def train(
     """Train one method in a folder of its run.
 
     `recipe` is one, or a packaged one's name, a file or a mapping; `method` is needed if it has several, and may be a
-    class of the user's, `file.py:Class`. The folder is output_dir/name/METHOD, a reward that is trained first its subfolder `reward`. `resume` continues from
-    the last checkpoint of the folder, `overwrite` removes what an earlier run left there. Raises InputError before a
-    model is loaded for settings and data that cannot be used.
+    class of the user's, `file.py:Class`. The folder is output_dir/name/METHOD, a reward that is trained first its
+    subfolder `reward`. `resume` continues from the last checkpoint of the folder, `overwrite` removes what an earlier
+    run left there. Raises InputError before a model is loaded for settings and data that cannot be used.
     """
     recipe = as_recipe(recipe, method)
     name = _one_method(recipe, method)

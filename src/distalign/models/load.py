@@ -102,8 +102,8 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     """Find a model by hub id, folder, `.gguf` file or short name (`PACKAGED`), without loading its weights.
 
     The hub id of a short name is the package's model where the hub cannot be reached, with a warning. A GGUF file is
-    converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`). Raises ModelError
-    if there is no such folder or file, or it holds no model.
+    converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`). Raises
+    ModelError if there is no such folder or file, or it holds no model.
     """
     path = Path(name).expanduser()
     if name in PACKAGED:
