@@ -54,7 +54,7 @@ Model = str | PreTrainedModel | PeftModel
 RewardFunc = Callable[..., Any] | str | PreTrainedModel | RewardTraining | Reward
 
 
-def find_method(method: str | Method) -> tuple[str, Method]:
+def as_method(method: str | Method) -> tuple[str, Method]:
     """The method and its short name. Raises TrainingError for a name that there is not."""
     if isinstance(method, Method):
         return type(method).__name__.lower(), method
@@ -133,6 +133,8 @@ def read_pairs_of(
     """
     if _encoded(rows):
         return list(rows)
+    if limit is not None and (args.max_length or 0) > limit:
+        raise TrainingError(f"max_length is {args.max_length}, but the model has {limit} positions; lower it")
     pairs, counts = encode_pairs(
         tokenizer,
         read_pairs(rows, drop_ties=args.drop_ties),

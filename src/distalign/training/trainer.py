@@ -59,9 +59,9 @@ from distalign.training.health import Monitor
 from distalign.training.inputs import (
     Model,
     RewardFunc,
+    as_method,
     check_reward_funcs,
     check_rows,
-    find_method,
     find_source,
     find_tokenizer,
     load_policy,
@@ -150,7 +150,7 @@ class AlignmentTrainer(Trainer):
         extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         reference_cache: dict[tuple, Tensor] | None = None,
     ):
-        self.name, self.method = find_method(method)
+        self.name, self.method = as_method(method)
         self.needs, self.on_policy = self.method.needs, is_on_policy(self.method)
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
