@@ -1,7 +1,10 @@
-"""Everything shown is run: the commands of the README and the docs, and every recipe, two steps on a tiny model."""
+"""Everything shown is run: the commands and Python blocks of README and docs, and every recipe, on a tiny model."""
 
 from __future__ import annotations
 
+import difflib
+import doctest
+import inspect
 import json
 import math
 import re
@@ -11,11 +14,14 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
 import torch
+from judge_server import Server
 
-from distalign import cli
+import distalign
+from distalign import DPO, METHODS, AlignmentConfig, AlignmentTrainer, RewardTraining, cli
 from distalign.experiments.recipe import Recipe, load_recipe
 from distalign.experiments.train import check
 from distalign.lab import EXPERIMENTS
@@ -26,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = sorted(RECIPES.glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMANDS = [
     line.split("#")[0].strip()
     for page in PAGES
@@ -181,11 +188,176 @@ def test_a_recipe_is_accepted_as_it_stands(recipe, here):
     assert load_recipe(here / "again.yaml") == settings
 
 
+# Python blocks --------------------------------------------------------------------------------------------------------
+
+# What the blocks name, and what stands in its place here.
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+JUDGE_URL = "http://127.0.0.1:8123/v1"
+
+
+def python_blocks(page: Path) -> list[str]:
+    """The Python blocks of a page, in order."""
+    return PYTHON_BLOCK.findall(page.read_text(encoding="utf-8"))
+
+
+def make_small(monkeypatch, folder: Path) -> None:
+    """Every `AlignmentConfig` has two steps and short responses, and `datasets` keeps its cache in the folder."""
+    original = AlignmentConfig.__post_init__
+
+    def shrink(self) -> None:
+        self.max_steps = 2
+        self.use_cpu = True
+        self.max_completion_length = min(self.max_completion_length, 4)
+        for name in ("eval_steps", "save_steps"):
+            if getattr(self, name) is not None:
+                setattr(self, name, 1)
+        original(self)
+
+    monkeypatch.setattr(AlignmentConfig, "__post_init__", shrink)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
+
+
+def run_blocks(page: Path, replace: dict[str, str]) -> dict:
+    """Run the blocks of a page in order, in one namespace; those with prompts (>>>) must give what they show."""
+    names: dict = {"__name__": page.stem}
+    for number, block in enumerate(python_blocks(page), 1):
+        for shown, here in replace.items():
+            block = block.replace(shown, here)
+        place = f"{page.name}, block {number}"
+        if block.startswith(">>> "):
+            examples = doctest.DocTestParser().get_doctest(block, names, place, str(page), 0)
+            result = doctest.DocTestRunner(verbose=False).run(examples, clear_globs=False)
+            assert result.attempted > 0
+            assert result.failed == 0
+            names |= examples.globs
+        else:
+            # The blocks do not have this file's `from __future__`.
+            exec(compile(block, place, "exec", dont_inherit=True), names)
+    return names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_the_python_blocks_of_a_page_run(page, here, monkeypatch, tiny_folder):
+    """As they stand, but for the model's name, the judge's address and the length of training."""
+    make_small(monkeypatch, here)
+    with Server(answer=lambda question: "A") as server:
+        run_blocks(page, {HUB_MODEL: str(tiny_folder), JUDGE_URL: server.url})
+
+
+def test_no_python_block_is_passed_over():
+    """Every fence of Python is one that the test above finds, and the pages that must have blocks have them."""
+    for page in PAGES:
+        fences = re.findall(
+            r"^\s*```\s*(?:py|python|pycon)\b.*$", page.read_text(encoding="utf-8"), re.MULTILINE | re.I
+        )
+        assert len(fences) == len(python_blocks(page)), page.name
+    assert {"python", "choosing", "faq"} <= {page.stem for page in PAGES if python_blocks(page)}
+
+
+def test_the_index_has_every_page():
+    """One line for each page, and no line for a page that there is not."""
+    listed = re.findall(r"^\d+\. \[[^]]+\]\(([^)]+)\)", (ROOT / "docs/index.md").read_text(), re.MULTILINE)
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert sorted(listed) == sorted(pages | {"../README.md"})
+
+
+# From TRL -------------------------------------------------------------------------------------------------------------
+
+TRL_SCRIPT = """\
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+model_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+model = AutoModelForCausalLM.from_pretrained(model_id)
+tokenizer = AutoTokenizer.from_pretrained(model_id)
+dataset = load_dataset("json", data_files="pairs.jsonl", split="train").train_test_split(test_size=0.1)
+
+config = DPOConfig(
+    output_dir="dpo",
+    beta=0.1,
+    learning_rate=5e-6,
+    lr_scheduler_type="cosine",
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    num_train_epochs=1,
+    max_length=1024,
+    logging_steps=10,
+    eval_strategy="epoch",
+    save_strategy="epoch",
+    report_to="none",
+)
+trainer = DPOTrainer(
+    model=model,
+    args=config,
+    train_dataset=dataset["train"],
+    eval_dataset=dataset["test"],
+    processing_class=tokenizer,
+    peft_config=LoraConfig(r=16, lora_alpha=32, task_type="CAUSAL_LM"),
+)
+trainer.train()
+trainer.save_model("dpo-final")
+"""
+
+
+def trl_table() -> list[tuple[str, str]]:
+    """The first two cells of each row of the tables from TRL in docs/python.md."""
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", page[page.index("## From TRL") :], re.MULTILINE)
+    assert len(rows) > 30
+    return rows
+
+
+def switch(script: str) -> str:
+    """A TRL script with the names of the table: classes and β; nothing else is touched."""
+    ours = dict(trl_table())
+    for theirs in ("`DPOTrainer`", "`DPOConfig`"):
+        script = script.replace(theirs.strip("`"), ours[theirs].strip("`"))
+    assert ours["`beta`"].startswith(("`DPO(gamma=", "`RLHF(beta="))
+    script = script.replace(
+        "from trl import AlignmentConfig, AlignmentTrainer",
+        "from distalign import DPO, AlignmentConfig, AlignmentTrainer",
+    )
+    (beta,) = re.findall(r"^ *beta=(.*),\n", script, re.MULTILINE)
+    script = re.sub(r"^ *beta=.*\n", "", script, flags=re.MULTILINE)
+    return script.replace("AlignmentTrainer(\n", f"AlignmentTrainer(\n    method=DPO(gamma={beta}),\n")
+
+
+def test_a_trl_script_is_switched_by_five_lines(here, monkeypatch, tiny_folder):
+    """The table is enough; what comes out trains and saves."""
+    switched = switch(TRL_SCRIPT)
+    before, after = TRL_SCRIPT.splitlines(), switched.splitlines()
+    changes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    assert sum(max(i2 - i1, j2 - j1) for tag, i1, i2, j1, j2 in changes if tag != "equal") <= 5
+    make_small(monkeypatch, here)
+    names: dict = {"__name__": "__main__"}
+    exec(compile(switched.replace(HUB_MODEL, str(tiny_folder)), "switched", "exec", dont_inherit=True), names)
+    assert names["trainer"].method == DPO(gamma=0.1)
+    assert (here / "dpo-final" / "adapter_model.safetensors").is_file()
+    assert "eval_rewards/accuracies" in names["trainer"].last_evaluation()
+
+
+def test_the_table_from_trl_has_the_names_that_there_are():
+    """Every name of TRL's is one of TRL's, every name of ours one of ours."""
+    trl = pytest.importorskip("trl")
+    classes = [f"{name}{kind}" for name in ("DPO", "RLOO", "GRPO", "Reward") for kind in ("Trainer", "Config")]
+    theirs = {*classes}.union(*(inspect.signature(getattr(trl, name)).parameters for name in classes))
+    ours = {*dir(distalign)}.union(
+        *(inspect.signature(one).parameters for one in (AlignmentConfig, AlignmentTrainer, *METHODS.values())),
+        RewardTraining.model_fields,
+    )
+    for first, second in trl_table():
+        for name in re.findall(r"`(\w+)", first):
+            assert name in theirs, name
+        for code in re.findall(r"`([^`]*)`", second):
+            for name in re.findall(r"^(\w+)|(\w+)=", code):
+                assert "".join(name) in ours, code
+
+
 def test_the_target_of_the_docs_can_label_pairs():
     """The page's own target class is a target: strength 0 is the base, 1 the tuned model, and it labels pairs."""
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/targets.md").read_text(), re.MULTILINE | re.DOTALL)
-    names: dict = {"__name__": __name__}
-    exec(snippet, names)
+    names = run_blocks(ROOT / "docs/targets.md", {})
     base, tuned = tiny.model(), tiny.model(num_hidden_layers=2)
     with torch.no_grad():
         for parameter in tuned.parameters():

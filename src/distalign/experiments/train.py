@@ -281,7 +281,7 @@ def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig
         args,
         setup.train if method.needs.pairs == "labelled" else setup.prompts,
         setup.held or None,
-        reward_funcs=setup.reward,
+        reward_funcs=setup.reward if method.needs.reward else None,
         callbacks=callbacks,
         label=f"train {name}",
         extra_evaluation=_follow_target(setup.task) if setup.task.target_groups else None,

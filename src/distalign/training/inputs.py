@@ -17,8 +17,10 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
 from distalign.data import (
+    Data,
     EncodedPair,
     EncodedPrompt,
+    Pair,
     encode_pairs,
     encode_prompt,
     end_token_id,
@@ -44,6 +46,7 @@ from distalign.rewards import (
 )
 from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
+from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import Row, TrainingError, is_on_policy
 
@@ -55,11 +58,11 @@ RewardFunc = Callable[..., Any] | str | PreTrainedModel | RewardTraining | Rewar
 
 
 def as_method(method: str | Method) -> tuple[str, Method]:
-    """The method and its short name. Raises TrainingError for a name that there is not."""
+    """The method and its short name; by name it has the settings of the packaged recipe `pairs`. Raises TrainingError."""
     if isinstance(method, Method):
         return type(method).__name__.lower(), method
     if method in METHODS:
-        return method, METHODS[method]()
+        return method, METHODS[method](**read_yaml(find_recipe("pairs"))["methods"].get(method, {}))
     near = get_close_matches(str(method).lower(), METHODS, 1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     raise TrainingError(f"method is {method!r}; give a Method or one of {', '.join(METHODS)}{hint}")
@@ -93,24 +96,27 @@ class Rows:
 def read_rows(
     train: Any, held_out: Any, tokenizer: Any, method: Method, encode: Callable[[Any, str], list[EncodedPair]]
 ) -> Rows:
-    """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or rows that are encoded already.
+    """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or what `read_pairs` gives, or rows
+    that are encoded already.
 
     `encode` is `read_pairs_of` for this run. A method without labelled pairs learns from the prompts, each once. Raises
     DataError with every problem.
     """
     if train is None:
         raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
-    train = train if isinstance(train, str | Path | Sequence) or hasattr(train, "column_names") else list(train)
+    if not (isinstance(train, str | Path | Sequence | Data) or hasattr(train, "column_names")):
+        train = list(train)
     labelled = method.needs.pairs == "labelled"
     pairs: list[EncodedPair] = []
     if _encoded(train):
         rows: list[Row] = list(train)
         pairs = [row for row in rows if isinstance(row, EncodedPair)]
-    elif labelled or has_pairs(train):
+    elif labelled or (isinstance(train[0], Pair) if isinstance(train, Data) else has_pairs(train)):
         pairs = encode(train, "train_dataset")
         rows = list(pairs) if labelled else list(prompts_of(pairs))
     else:
-        prompts = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in read_prompts(train)]
+        data = train if isinstance(train, Data) else read_prompts(train)
+        prompts = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in data]
         rows = list({tuple(row.prompt): row for row in prompts}.values())
     place = f" of {train}" if isinstance(train, str | Path) else ""
     statistics = {"train_dataset": f"{len(rows)} {'pairs' if labelled else 'prompts'}{place}"}
@@ -118,10 +124,10 @@ def read_rows(
         held: Any = {name: encode(part, f"eval_dataset {name}") for name, part in held_out.items()}
     else:
         held = None if held_out is None else encode(held_out, "eval_dataset")
-    data = Rows(rows, pairs, held, statistics)
-    if data.first_held_out:
-        statistics["eval_dataset"] = f"{len(data.first_held_out)} pairs"
-    return data
+    made = Rows(rows, pairs, held, statistics)
+    if made.first_held_out:
+        statistics["eval_dataset"] = f"{len(made.first_held_out)} pairs"
+    return made
 
 
 def read_pairs_of(
@@ -133,12 +139,10 @@ def read_pairs_of(
     """
     if _encoded(rows):
         return list(rows)
-    if limit is not None and (args.max_length or 0) > limit:
-        raise TrainingError(f"max_length is {args.max_length}, but the model has {limit} positions; lower it")
     pairs, counts = encode_pairs(
         tokenizer,
-        read_pairs(rows, drop_ties=args.drop_ties),
-        max_length=args.max_length or limit,
+        rows if isinstance(rows, Data) else read_pairs(rows, drop_ties=args.drop_ties),
+        max_length=min((length for length in (args.max_length, limit) if length is not None), default=None),
         max_response_tokens=args.max_response_tokens,
         too_long=args.too_long,
     )
@@ -219,7 +223,8 @@ def load_policy(
         model.to(args.device)  # pyright: ignore[reportArgumentType]
     else:
         dtype = str((args.model_init_kwargs or {}).get("dtype", "float32")).removeprefix("torch.")
-        model = source.model(dtype, args.device)
+        # An adapter that was merged leaves the weights frozen.
+        model = source.model(dtype, args.device).requires_grad_(True)
     if peft_config is not None:
         return make_policy(model, tokenizer, source, lora=peft_config, reference=True), model
     copied = copy.deepcopy(model).requires_grad_(False).eval() if reference or frozen else None

@@ -219,7 +219,7 @@ def warn_about_sharpness(label: str, median: float) -> None:
     low, high = INFORMATIVE
     if median > high:
         logger.warning(
-            "%s: the median held-out pair has |logit| %.3g at the start: labels look certain and gradients vanish; "
+            "%s: the median pair has |logit| %.3g at the start: labels look certain and gradients vanish; "
             "lower gamma (divide what scales the implicit reward by about %.2g)",
             label,
             median,
@@ -227,7 +227,7 @@ def warn_about_sharpness(label: str, median: float) -> None:
         )
     elif AT_START < median < low:
         logger.warning(
-            "%s: the median held-out pair has |logit| %.3g at the start: labels look like coins; raise gamma",
+            "%s: the median pair has |logit| %.3g at the start: labels look like coins; raise gamma",
             label,
             median,
         )

@@ -155,11 +155,8 @@ class AlignmentTrainer(Trainer):
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
         check_arguments(self.label, args)
-        if self.on_policy:
-            check_rollout(self.label, self.method, args.rollout)
-        rewards = reward_list(reward_funcs) if self.needs.reward else []
-        if self.needs.reward and not rewards:
-            raise TrainingError(f"{self.label} needs a reward for the responses; give one as reward_funcs")
+        rewards = reward_list(reward_funcs)
+        check_given(self.label, self.method, args, rewards=bool(rewards), held_out=eval_dataset is not None)
 
         # What can be read without weights is read, and refused, before they are loaded.
         source = model.source if isinstance(model, Policy) else find_source(model, args)
@@ -232,6 +229,7 @@ class AlignmentTrainer(Trainer):
         self.start: dict[str, dict[str, float]] = {}
         self.memory: MemoryEstimate | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
+        self._gaps: list[Tensor] = []
 
     def _worker(self) -> RolloutWorker:
         return RolloutWorker(
@@ -332,6 +330,9 @@ class AlignmentTrainer(Trainer):
         needs = self.needs
         if needs.pairs == "labelled":
             self.metrics.add(pair_metrics(self.method, pairs), len(micro.prompts))
+            if self.state.global_step == 0 and not self.start:
+                rewards = implicit_rewards(self.method, pairs).detach()
+                self._gaps.append((rewards[:, 0] - rewards[:, 1]).abs())
         stale = "behavior_token_logps" in micro.prompts[0].constants and not micro.prompts[0].fresh
         if needs.samples and not needs.values and stale:
             self._weights.append(importance_weights(samples)[:, -1])
@@ -347,6 +348,9 @@ class AlignmentTrainer(Trainer):
         self._seconds += time.perf_counter() - started
         self._tokens += batch.tokens
         if self.accelerator.sync_gradients:
+            if self._gaps:
+                warn_about_sharpness(self.label, float(torch.cat(self._gaps).median()))
+                self._gaps = []
             self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
             if self._weights:
                 self.metrics.add({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
@@ -592,7 +596,8 @@ class AlignmentTrainer(Trainer):
             # A run that goes on remembers where it started.
             logged = [row for row in self.state.log_history if f"{prefix}_logps/chosen" in row]
             self.start[prefix] = {name: logged[0][f"{prefix}_{name}"] for name in values} if logged else values
-            warn_about_sharpness(self.label, self.start[prefix]["preference/median_logit"])
+            if self.state.global_step == 0:
+                warn_about_sharpness(self.label, self.start[prefix]["preference/median_logit"])
         values["health/chosen_logps_change"] = values["logps/chosen"] - self.start[prefix]["logps/chosen"]
         return values | self._watch(values["logps/chosen"], rows)
 
@@ -654,7 +659,7 @@ class AlignmentTrainer(Trainer):
         """The model card, as Markdown with the hub's metadata."""
         args = self.args
         names = [*CARD_SETTINGS, *(RolloutSettings.model_fields if self.on_policy else ())]
-        training = {name: getattr(args, name) for name in names}
+        training = {name: getattr(value, "value", value) for name in names for value in [getattr(args, name)]}
         return model_card(
             base_model=self.policy.source.name,
             name=self.name,
@@ -709,6 +714,20 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
             f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
             "leave it out of training"
         )
+
+
+def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: bool) -> None:
+    """Raise TrainingError for what the method needs and was not given, or was given and would not read."""
+    if method.needs.reward and not rewards:
+        raise TrainingError(f"{label} needs a reward for the responses; give one as reward_funcs")
+    if rewards and not method.needs.reward:
+        raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
+    if args.eval_strategy != "no" and not held_out:
+        raise TrainingError(
+            f"{label}: eval_strategy is {args.eval_strategy.value}, and there is no eval_dataset; pass one"
+        )
+    if is_on_policy(method):
+        check_rollout(label, method, args.rollout)
 
 
 def check_reference(label: str, method: Method, policy: Policy) -> None:
