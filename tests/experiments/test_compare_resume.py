@@ -62,7 +62,7 @@ def finished(tmp_path_factory, tiny_folder):
     folder = tmp_path_factory.mktemp("finished")
     path = folder / "tiny.yaml"
     path.write_text(tiny.recipe_text(folder, model=str(tiny_folder)))
-    results = compare(load_recipe(path, ["name=whole"]), ["pmle", "dpo"], [0, 1])
+    results = compare(load_recipe(path, ["name=whole"]), ["pmle", "dpo"], [0, 1]).content
     compare(load_recipe(path, ["name=rewarded", *REWARDED]), ["rkl"], [0])
     return results, folder / "runs"
 
@@ -98,10 +98,10 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(finished, begun, recipe,
     assert trained == [(1, "dpo", False)]
     assert steps
     trained.clear()
-    assert numbers(compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
+    assert numbers(compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True).content) == numbers(whole)
     assert trained == [(1, "dpo", True)]
     trained.clear()
-    assert numbers(compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True)) == numbers(whole)
+    assert numbers(compare(recipe(), ["pmle", "dpo"], [0, 1], resume=True).content) == numbers(whole)
     assert trained == []
 
 

@@ -142,7 +142,7 @@ def test_tldr_trains_on_summarisation_pairs(tmp_path):
         changes |= {f"{section}.max_steps": 2, f"{section}.per_device_train_batch_size": 2}
     changes |= {"training.eval_steps": 2, "training.use_cpu": True}
     recipe = stands("tldr", [f"{key}={value}" for key, value in changes.items()])
-    assert math.isfinite(train(recipe, "pmle")["loss"])
+    assert math.isfinite(train(recipe, "pmle").held_out["loss"])
 
 
 def test_the_smoke_script_changes_settings_that_exist(tmp_path):

@@ -291,7 +291,7 @@ def test_more_layers_than_there_are_is_refused():
 @pytest.mark.parametrize("layers", [None, 1])
 def test_modules_that_the_model_has_not_are_refused(layers):
     """It says which were asked for."""
-    with pytest.raises(ModelError, match=r"target_modules.*nothing_here"):
+    with pytest.raises(ModelError, match=r"lora.target_modules.*nothing_here"):
         make(layers=layers, target_modules=["nothing_here"])
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback, TrainingArguments
 
 from distalign import DPO, PMLE, RKL, AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
-from distalign.data import DataError
+from distalign.data import DataError, read_pairs, split_by_prompt
 from distalign.experiments.recipe import Recipe
 from distalign.models.load import ModelError
 from distalign.training.health import HealthSettings
@@ -240,6 +240,72 @@ def test_what_is_refused_says_what_to_do(tmp_path):
         config(tmp_path, min_new_tokens=9)
     with pytest.raises(InputError, match="model_init_kwargs has device_map"):
         config(tmp_path, model_init_kwargs={"device_map": "auto"})
+
+
+def test_settings_that_there_are_not_name_the_one_that_was_meant(tmp_path):
+    """What TRL's users write, and a slip."""
+    for settings, message in {
+        ("beta", 0.1): "it is the method's: DPO",
+        ("max_prompt_length", 9): "prompts are never cut: max_length",
+        ("num_generation", 2): 'did you mean "num_generations"',
+    }.items():
+        with pytest.raises(TrainingError, match=f'AlignmentConfig has no setting "{settings[0]}"; {message}'):
+            config(tmp_path, **dict([settings]))
+
+
+def test_what_would_not_be_read_is_refused(tmp_path):
+    """A reward for a method that reads none, evaluations without held-out pairs."""
+    with pytest.raises(TrainingError, match="reads no reward; leave reward_funcs out"):
+        trainer(tmp_path, METHODS["offline"], reward_funcs=warmth)
+    with pytest.raises(TrainingError, match="eval_strategy is set and there is no eval_dataset"):
+        trainer(tmp_path, METHODS["offline"], args=config(tmp_path, eval_strategy="steps", eval_steps=1))
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_rows_that_were_read_before(tmp_path, kind):
+    """read_pairs and split_by_prompt give rows that the trainer takes."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    kept, held = split_by_prompt(read_pairs(file), 0.3)
+    made = trainer(tmp_path / "a", METHODS[kind], data=kept, eval_dataset=held)
+    made.train()
+    assert len(made.rows) == len(kept)
+    assert len(made.eval_dataset) == len(held)
+
+
+def test_a_folder_with_an_adapter_is_a_model(tmp_path, tiny_folder):
+    """Its adapter is merged, and all weights are trained."""
+    first = trainer(tmp_path / "a", METHODS["offline"], model=str(tiny_folder), peft_config=LORA)
+    first.train()
+    first.save_model()
+    second = trainer(tmp_path / "b", METHODS["offline"], model=str(tmp_path / "a"), processing_class=None)
+    before = weights(second.model)
+    second.train()
+    assert not torch.equal(weights(second.model), before)
+
+
+def test_max_length_beyond_the_model_is_the_models(tmp_path):
+    """A pair that the model cannot read is refused before training, whatever max_length says."""
+    long = {**rows(1)[0], "chosen": [{"role": "assistant", "content": "tea " * 70}]}
+    with pytest.raises(DataError, match=f"max_length is {tiny.CONTEXT}"):
+        trainer(tmp_path, METHODS["offline"], args=config(tmp_path, max_length=1000), data=[*rows(), long])
+    args = config(tmp_path, max_length=1000, too_long="drop")
+    assert len(trainer(tmp_path, METHODS["offline"], args=args, data=[*rows(), long]).rows) == 12
+
+
+def test_a_gamma_that_is_too_large_is_warned_about_without_held_out_pairs(tmp_path, caplog):
+    """From the first step's pairs; not again, and not by an evaluation after training."""
+    made = trainer(tmp_path, PMLE(gamma=100.0, beta=0.0))
+    made.train()
+    made.evaluate(rows(4))
+    assert caplog.text.count("labels look certain") == 1
+
+
+def test_a_method_by_name_has_measured_settings(tmp_path):
+    """Those of the packaged recipe pairs: PMLE draws nothing."""
+    made = AlignmentTrainer(tiny.model(), "pmle", config(tmp_path), rows(), processing_class=tiny.tokenizer())
+    assert made.method == PMLE(gamma=0.02, beta=0.0)
+    assert made.worker is None
 
 
 def test_the_token_budget_is_chosen_once_and_kept_on_resume(tmp_path, monkeypatch):

@@ -184,7 +184,7 @@ def make_policy(
         adapted: Any = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(
-            f"model {source.name}: target_modules is {getattr(config, 'target_modules', None)!r}; {error}"
+            f"model {source.name}: lora.target_modules is {getattr(config, 'target_modules', None)!r}; {error}"
         ) from None
     return Policy(adapted, tokenizer, source, adapter_off(adapted) if reference else None)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -14,16 +15,35 @@ from distalign.settings import lower_first, unknown_setting
 from distalign.training.health import HealthSettings
 from distalign.training.rounds import MissingEnd, RolloutSettings, TrainingError
 
+Config = TypeVar("Config", bound=TrainingArguments)
+
 # What TRL's users write, and where it is here.
 _ELSEWHERE = {
     "beta": "it is the method's: DPO(gamma=…) has TRL's beta under the name gamma, the others have gamma and beta",
     "loss_type": "each loss is a method: PMLE, PD, RKL, DPO, REBEL, RLHF",
-    "max_prompt_length": "prompts are never cut: max_length bounds prompt and response, too_long says what happens then",
+    "max_prompt_length": "prompts are never cut: max_length bounds prompt and response together",
     "truncation_mode": "nothing is cut silently: max_length, too_long and max_response_tokens say what happens",
     "precompute_ref_log_probs": "the reference's log-probabilities are computed once and kept: leave it out",
 }
 
 
+def _names_what_was_meant(config: type[Config]) -> type[Config]:
+    """Refuse a setting that there is not and name the one that was meant: a dataclass's own error does not."""
+    init, names = config.__init__, [each.name for each in fields(config)]  # pyright: ignore[reportArgumentType]
+
+    @wraps(init)
+    def checked(self: Config, *args: Any, **settings: Any) -> None:
+        unknown = [key for key in settings if key not in names]
+        if unknown:
+            lines = [unknown_setting(config.__name__, key, names, _ELSEWHERE.get(key)) for key in unknown]
+            raise TrainingError("\n".join(lines))
+        init(self, *args, **settings)
+
+    config.__init__ = checked
+    return config
+
+
+@_names_what_was_meant
 @dataclass
 class AlignmentConfig(TrainingArguments):
     """Settings of a run: `transformers.TrainingArguments`, and the fields below, under TRL's names where it has one.
@@ -97,15 +117,6 @@ class AlignmentConfig(TrainingArguments):
     recompute: Recompute = "none"
 
     health: dict[str, Any] | None = field(default_factory=dict)
-
-    def __new__(cls, *_: Any, **settings: Any) -> AlignmentConfig:
-        """Refuses a setting that there is not with the one that was meant, which the dataclass's own error leaves out."""
-        names = [each.name for each in fields(cls)]
-        unknown = [key for key in settings if key not in names]
-        if unknown:
-            lines = [unknown_setting("AlignmentConfig", key, names, _ELSEWHERE.get(key)) for key in unknown]
-            raise TrainingError("\n".join(lines))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
@@ -58,7 +58,10 @@ RewardFunc = Callable[..., Any] | str | PreTrainedModel | RewardTraining | Rewar
 
 
 def as_method(method: str | Method) -> tuple[str, Method]:
-    """The method and its short name; by name it has the settings of the packaged recipe `pairs`. Raises TrainingError."""
+    """The method and its short name; by name it has the settings of the packaged recipe `pairs`.
+
+    Raises TrainingError for a name that there is not.
+    """
     if isinstance(method, Method):
         return type(method).__name__.lower(), method
     if method in METHODS:
@@ -96,11 +99,10 @@ class Rows:
 def read_rows(
     train: Any, held_out: Any, tokenizer: Any, method: Method, encode: Callable[[Any, str], list[EncodedPair]]
 ) -> Rows:
-    """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or what `read_pairs` gives, or rows
-    that are encoded already.
+    """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or what `read_pairs` gives.
 
-    `encode` is `read_pairs_of` for this run. A method without labelled pairs learns from the prompts, each once. Raises
-    DataError with every problem.
+    Rows that are encoded already are taken as they are. `encode` is `read_pairs_of` for this run. A method without
+    labelled pairs learns from the prompts, each once. Raises DataError with every problem.
     """
     if train is None:
         raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
@@ -138,7 +140,7 @@ def read_pairs_of(
     `limit` is the number of positions of the model; `name` says in the log which rows these are.
     """
     if _encoded(rows):
-        return list(rows)
+        return [row for row in rows if isinstance(row, EncodedPair)]
     pairs, counts = encode_pairs(
         tokenizer,
         rows if isinstance(rows, Data) else read_pairs(rows, drop_ties=args.drop_ties),
@@ -150,7 +152,7 @@ def read_pairs_of(
     return pairs
 
 
-def _encoded(rows: Any) -> bool:
+def _encoded(rows: Any) -> TypeGuard[Sequence[Row]]:
     """Whether the rows are token ids already."""
     return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], EncodedPair | EncodedPrompt)
 

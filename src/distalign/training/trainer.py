@@ -723,9 +723,7 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
     if rewards and not method.needs.reward:
         raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
     if args.eval_strategy != "no" and not held_out:
-        raise TrainingError(
-            f"{label}: eval_strategy is {args.eval_strategy.value}, and there is no eval_dataset; pass one"
-        )
+        raise TrainingError(f"{label}: eval_strategy is set and there is no eval_dataset; pass one, or leave it out")
     if is_on_policy(method):
         check_rollout(label, method, args.rollout)
 
