@@ -174,6 +174,7 @@ def variants():
         if {"gamma", "beta"} <= {f.name for f in dataclasses.fields(factory)}:
             cases.append(pytest.param(factory(beta=0.0), id=f"{name}-beta=0"))
     cases.append(pytest.param(PD(kl_in="reward"), id="pd-reward"))
+    cases.append(pytest.param(PD(pairs="data"), id="pd-data"))
     cases.append(pytest.param(REBEL(beta=0.0), id="rebel-beta=0"))
     for settings in ({"estimator": "ppo"}, {"estimator": "split"}):
         label = "-".join(settings.values())
@@ -204,7 +205,7 @@ def test_missing_data_is_named(method):
         method.loss(Pairs(), Samples())
 
 
-@pytest.mark.parametrize("needs", [{"reward": True}, {"pairs": "labelled", "reward": True}, {"kl": True}])
+@pytest.mark.parametrize("needs", [{"reward": True}, {"pairs": "labelled", "kl": True}, {"kl": True}])
 def test_needs_that_nothing_could_meet_are_refused(needs):
     """Rewards and full-vocabulary values are of responses that the policy draws."""
     with pytest.raises(ValueError, match=r"Needs: \w+ is of drawn responses; declare samples"):
@@ -217,6 +218,8 @@ def test_needs_follow_the_settings():
     assert PMLE().needs == Needs(pairs="labelled", samples=True, kl=True)
     assert PD(beta=0.0).needs == Needs(pairs="sampled", reward=True)
     assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, kl=True)
+    assert PD(beta=0.0, pairs="data").needs == Needs(pairs="labelled", reward=True)
+    assert PD(pairs="data").needs == Needs(pairs="labelled", samples=True, reward=True, kl=True)
     assert PD(kl_in="reward").needs == Needs(pairs="sampled", reward=True, reference=True)
     assert RKL(beta=0.0).needs == Needs(samples=True, reward=True)
     assert RKL().needs == Needs(samples=True, reward=True, reference=True)
@@ -238,7 +241,7 @@ GRADIENT = {"estimator": "joint", "gae_lambda": 0.95, "clip": 0.2, "value_coeffi
     ("method", "settings"),
     [
         (PMLE, {"gamma": 1e-2, "beta": 1e-5}),
-        (PD, {"gamma": 0.1, "beta": 0.05, "kl_in": "loss"}),
+        (PD, {"gamma": 0.1, "beta": 0.05, "pairs": "policy", "kl_in": "loss"}),
         (RKL, {**GRADIENT, "gamma": 0.01, "beta": 0.05}),
         (DPO, {"gamma": 0.05}),
         (REBEL, {"eta": 1.0, "beta": 0.05}),
@@ -286,6 +289,7 @@ def test_zero_is_refused_where_nothing_would_be_left():
     ("build", "message"),
     [
         (lambda: RLHF(estimator="full"), "RLHF: estimator is 'full'; set it to one of joint, split, ppo"),
+        (lambda: PD(pairs="data", kl_in="reward"), "PD: kl_in is 'reward'; set it to one of loss"),
         (lambda: RLHF(gae_lambda=1.5), "RLHF: gae_lambda is 1.5; set it between 0 and 1"),
     ],
 )

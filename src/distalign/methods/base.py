@@ -26,7 +26,7 @@ class Needs:
     pairs: "" none, "labelled" the pairs of the data (column 0 preferred), "sampled" two responses drawn from the
     policy.
     samples: single responses drawn from the policy, token by token.
-    reward: a score for every sampled response, in nats.
+    reward: a score in nats: of both responses of labelled pairs, else of every response that is drawn.
     reference: log-probabilities of these responses under the model that training starts from.
     kl, entropy: full-vocabulary values at each step of the samples, the KL being to that model; they cost more.
     values: a value function, trained with the policy; `Method.credit` then makes advantages of its values.
@@ -43,7 +43,7 @@ class Needs:
     def __post_init__(self) -> None:
         drawn = self.samples or self.pairs == "sampled"
         for name, possible in (
-            ("reward", drawn),
+            ("reward", drawn or self.pairs == "labelled"),
             ("kl", self.samples),
             ("entropy", self.samples),
             ("values", self.samples),

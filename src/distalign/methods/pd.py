@@ -34,11 +34,14 @@ def pd_loss(
 class PD(Method):
     """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`.
 
-    `kl_in` says where the KL term is: in the "loss" (eq. 12), or as REBEL does it in the "reward", R̂ − β ln π_t/π₀.
+    `pairs`: whose responses are fitted: the "policy" draws them anew in each round (algorithm 1), or those of the
+    "data", whoever wrote them (theorem 6: nothing is drawn at β = 0). `kl_in` says where the KL term is: in the "loss"
+    (eq. 12), or as REBEL does it in the "reward", R̂ − β ln π_t/π₀, of pairs that the policy drew.
     """
 
     gamma: float = 0.1
     beta: float = 0.05
+    pairs: Literal["policy", "data"] = "policy"
     kl_in: Literal["loss", "reward"] = "loss"
 
     equation: ClassVar[str] = "KL(Bern(σ(ΔR̂)) ‖ Bern(σ(γ Δ ln π))) + β KL(π‖π₀)"
@@ -49,13 +52,15 @@ class PD(Method):
     def __post_init__(self) -> None:
         check_setting(self, "gamma")
         check_setting(self, "beta", zero=True)
-        check_choice(self, "kl_in", ("loss", "reward"))
+        check_choice(self, "pairs", ("policy", "data"))
+        check_choice(self, "kl_in", ("loss",) if self.pairs == "data" else ("loss", "reward"))
 
     @property
     def needs(self) -> Needs:
-        """Scored pairs sampled from the policy; with β > 0 also their KL to the reference, as `kl_in` says."""
+        """Scored pairs; with β > 0 also samples and their KL to the reference, as `kl_in` says."""
         kl = self.beta > 0 and self.kl_in == "loss"
-        return Needs(pairs="sampled", samples=kl, reward=True, reference=self.beta > 0 and not kl, kl=kl)
+        pairs = "labelled" if self.pairs == "data" else "sampled"
+        return Needs(pairs=pairs, samples=kl, reward=True, reference=self.beta > 0 and not kl, kl=kl)
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean distillation loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""

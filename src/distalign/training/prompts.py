@@ -42,13 +42,14 @@ class PromptGroup:
     fresh: int = 0
     probability: float = 1.0
     reference_logps: Float[Tensor, "2"] | None = None
+    rewards: Float[Tensor, "2"] | None = None
     constants: dict[str, Tensor] = field(default_factory=dict)
 
 
 def merge(pair: PromptGroup, drawn: PromptGroup) -> PromptGroup:
     """A labelled pair and what was drawn for the same prompt, as one group."""
     group = Group(pair.group.prompt, [*pair.group.responses, *drawn.group.responses])
-    return replace(drawn, group=group, labelled=2, probability=pair.probability, reference_logps=pair.reference_logps)
+    return replace(pair, group=group, drawn=drawn.drawn, fresh=drawn.fresh, constants=drawn.constants)
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,12 @@ class Batch:
 def labelled_pairs(logps: Float[Tensor, "pairs 2"], prompts: Sequence[PromptGroup]) -> Pairs:
     """The labelled pairs of these prompts, given their log-probabilities."""
     probability = logps.new_tensor([prompt.probability for prompt in prompts])
-    references = [prompt.reference_logps for prompt in prompts if prompt.reference_logps is not None]
-    if references:
-        return Pairs(logps, reference_logps=torch.stack(references).to(logps), probability=probability)
-    return Pairs(logps, probability=probability)
+    constants = {}
+    for name in ("reference_logps", "rewards"):
+        rows = [row for prompt in prompts if (row := getattr(prompt, name)) is not None]
+        if rows:
+            constants[name] = torch.stack(rows).to(logps)
+    return Pairs(logps, probability=probability, **constants)
 
 
 def _fit(rows: Float[Tensor, "responses columns"], steps: int) -> Float[Tensor, "responses steps"]:

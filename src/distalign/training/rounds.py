@@ -106,7 +106,7 @@ def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None
             f"{label}: num_generations is 1, but pairs and leave-one-out baselines are made of several "
             "responses to one prompt; set it to 2 or more"
         )
-    if settings.stale == "resample" and needs.samples and needs.reward and needs.pairs != "sampled":
+    if settings.stale == "resample" and needs.samples and needs.reward and not needs.pairs:
         raise TrainingError(
             f"{label}: stale is resample, which draws fresh responses for a KL term, but this method scores "
             "the samples that it learns from; leave it at weights"
@@ -356,7 +356,7 @@ class RolloutWorker:
         drawn = self.round
         drawn.position = step - self._start
         # A run that goes on may find a part of this done.
-        if self.needs.reward and "rewards" not in drawn.tensors:
+        if self.needs.reward and self.needs.pairs != "labelled" and "rewards" not in drawn.tensors:
             started = time.perf_counter()
             drawn.add("rewards", self.rollout.rewards(drawn, rows))
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)

@@ -45,7 +45,7 @@ from distalign.models.card import model_card
 from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.progress import progress
-from distalign.rewards import WeightedSum
+from distalign.rewards import Request, WeightedSum
 from distalign.training.checkpoint import (
     load_reference,
     load_token_budget,
@@ -225,6 +225,7 @@ class AlignmentTrainer(Trainer):
         health = args.health_settings
         self.monitor = Monitor(health, self.label) if health is not None else None
         self.metrics = MetricAverager()
+        self._pair_rewards: dict[tuple, Tensor] = {}
         self.worker = self._worker() if self.on_policy else None
         self.start: dict[str, dict[str, float]] = {}
         self.memory: MemoryEstimate | None = None
@@ -280,7 +281,7 @@ class AlignmentTrainer(Trainer):
         """
         prompts: list[PromptGroup] = []
         if self.needs.pairs == "labelled":
-            prompts = self.labelled(rows, reference=self.needs.reference)
+            prompts = self.labelled(rows, reference=self.needs.reference, rewards=self.needs.reward)
         if self.worker is not None:
             with self.save_on_failure():
                 self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
@@ -373,19 +374,34 @@ class AlignmentTrainer(Trainer):
 
     # Labelled pairs ---------------------------------------------------------------------------------------------------
 
-    def labelled(self, rows: Sequence[Any], *, reference: bool) -> list[PromptGroup]:
-        """Labelled pairs; with log-probabilities under the reference if they are asked for."""
+    def labelled(self, rows: Sequence[Any], *, reference: bool, rewards: bool = False) -> list[PromptGroup]:
+        """Labelled pairs; with log-probabilities under the reference, and rewards, if they are asked for."""
         if reference:
             self._score_reference(rows)
+        if rewards:
+            with self.save_on_failure():
+                self._reward_pairs(rows)
         return [
             PromptGroup(
                 Group(row.prompt, [row.chosen, row.rejected]),
                 labelled=2,
                 probability=1.0 if row.probability is None else row.probability,
                 reference_logps=self.reference_cache[row.key] if reference else None,
+                rewards=self._pair_rewards[row.key] if rewards else None,
             )
             for row in rows
         ]
+
+    def _reward_pairs(self, rows: Sequence[EncodedPair]) -> None:
+        """Each pair is rewarded once in a run."""
+        missing = [row for row in rows if row.key not in self._pair_rewards]
+        if missing:
+            assert self.rollout.reward is not None
+            started = time.perf_counter()
+            requests = [Request(row.prompt, [row.chosen, row.rejected], row.row) for row in missing]
+            for row, pair in zip(missing, self.rollout.reward(requests).view(-1, 2), strict=True):
+                self._pair_rewards[row.key] = pair
+            self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
 
     def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
         missing = [row for row in rows if row.key not in self.reference_cache]
