@@ -7,7 +7,7 @@ PATH="$PWD/.venv/bin:$PATH"
 for method in pmle dpo; do
   distalign train pairs --method "$method" --data "$pairs" \
     --set name=hh --set training.eval_steps=20 --overwrite --json "runs/hh-$method.json"
-  python - "runs/hh/$method/metrics.jsonl" <<'PY'
+  python - "runs/hh/train/$method/metrics.jsonl" <<'PY'
 import json, sys
 rows = [json.loads(line) for line in open(sys.argv[1], encoding="utf-8")]
 for row in rows:

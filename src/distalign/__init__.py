@@ -69,6 +69,7 @@ _HOMES = {
     "training.trainer": ("AlignmentTrainer",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -96,7 +96,7 @@ def test_a_training_run_with_a_checkpoint_goes_on(distalign, place, monkeypatch)
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    (place / "runs" / "own" / "dpo" / "checkpoint-3").mkdir(parents=True)
+    (place / "runs" / "own" / "train" / "dpo" / "checkpoint-3").mkdir(parents=True)
     monkeypatch.setattr("distalign.experiments.train.load_setup", stop)
     code, _, err = distalign("train", "own.yaml", "--method", "dpo", "--overwrite")
     assert code == 130

@@ -62,7 +62,7 @@ def test_the_custom_reward_works_in_a_recipe(here, tiny_folder):
     (here / "tiny.yaml").write_text(tiny.recipe_text(here, **settings))
     recipe = load_recipe(here / "tiny.yaml", ["training.max_steps=2"])
     train(recipe, "rkl")
-    lines = [json.loads(line) for line in (recipe.run_dir / "rkl" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (recipe.train_dir / "rkl" / "metrics.jsonl").read_text().splitlines()]
     assert any("objective/reward" in line for line in lines)
 
 

@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -251,6 +254,92 @@ def test_settings_that_there_are_not_name_the_one_that_was_meant(tmp_path):
     }.items():
         with pytest.raises(TrainingError, match=f'AlignmentConfig has no setting "{settings[0]}"; {message}'):
             config(tmp_path, **dict([settings]))
+
+
+WRONG = """
+import tiny
+from distalign import AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
+
+given = {"model": tiny.model(), "method": "pmle", "train_dataset": [], "processing_class": tiny.tokenizer()}
+for wrong in (
+    {"model": 5},
+    {"method": 5},
+    {"train_dataset": ["tea"]},
+    {"method": "rkl", "reward_funcs": RewardTraining},
+    {"tokenizer": 1},
+):
+    try:
+        AlignmentTrainer(**given | wrong, args=AlignmentConfig("unused", use_cpu=True))
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_what_is_of_the_wrong_kind_is_refused(tmp_path):
+    """With what was found and what to give; in a process where annotations are not checked, as a user's."""
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, cwd=root, check=True)
+    assert [line.split(";")[0] for line in run.stdout.splitlines()] == [
+        "model is a int",
+        "method is a int",
+        "rows:1: str, not a row",
+        "reward_funcs has <class 'distalign.rewards.reward_model.RewardTraining'>",
+        'AlignmentTrainer has no setting "tokenizer"',
+    ]
+    with pytest.raises(TrainingError, match="there is no eval_dataset; pass one"):
+        trainer(tmp_path, METHODS["offline"], args=config(tmp_path, eval_strategy="epoch"), eval_dataset={})
+    with pytest.raises(TrainingError, match="end_token_id is 999, and the model has no such token"):
+        trainer(tmp_path, METHODS["offline"], args=config(tmp_path, end_token_id=999))
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    """A frozen model, and an optimizer of other weights than those that are trained."""
+    with pytest.raises(TrainingError, match="every weight of the model is frozen"):
+        trainer(tmp_path, METHODS["offline"], model=tiny.model().requires_grad_(False))
+    model = tiny.model()
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TrainingError, match="the optimizer holds none of the weights that are trained"):
+        trainer(tmp_path, METHODS["offline"], model=model, peft_config=LORA, optimizers=(other, None))
+
+
+def test_a_setting_without_effect_is_refused(tmp_path):
+    """In Python as in a recipe."""
+    for setting, message in {
+        ("label_smoothing_factor", 0.1): "have no effect here; leave them out",
+        ("recompute", "ful"): "recompute is 'ful'; take one of none, selective, full",
+    }.items():
+        with pytest.raises(TrainingError, match=message):
+            check_config(config(tmp_path), *setting)
+
+
+def check_config(args, name, value):
+    """Set a value as a user may: annotations are not checked there."""
+    setattr(args, name, value)
+    args.__post_init__()
+
+
+def test_a_trainer_may_train_twice(tmp_path):
+    """The policy is not at its reference the second time, and that is no fault."""
+    made = trainer(tmp_path, DPO(gamma=0.5))
+    made.train()
+    made.train()
+
+
+def test_a_reward_function_may_read_the_datas_responses(tmp_path):
+    """As TRL gives them: every column of the row."""
+
+    def like_the_chosen(completions, chosen, **_):
+        return [float(a[0]["content"] == b[0]["content"]) for a, b in zip(completions, chosen, strict=True)]
+
+    trainer(tmp_path, METHODS["on-policy"], reward_funcs=like_the_chosen).train()
+
+
+def test_what_is_left_out_is_said(tmp_path, caplog):
+    """A warning, which shows without any setting of logs."""
+    long = {**rows(1)[0], "chosen": [{"role": "assistant", "content": "tea " * 70}]}
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, METHODS["offline"], args=config(tmp_path, too_long="drop"), data=[*rows(), long])
+    assert "1 too long" in caplog.text
 
 
 def test_what_would_not_be_read_is_refused(tmp_path):

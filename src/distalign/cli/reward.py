@@ -36,4 +36,4 @@ def reward(
     rows = [[name, format_estimate(one.mean, one.se), one.n] for name, one in results.items()]
     print_words(["on held-out pairs", "reward", "n"], rows)
     write_json(json_path, {name: one._asdict() for name, one in results.items()})
-    print(f"reward: {settings.run_dir / 'reward'}")
+    print(f"reward: {settings.train_dir / 'reward'}")

@@ -57,7 +57,7 @@ def train(
         refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
     check_path(json_path)
     (name,) = settings.methods
-    folder = settings.run_dir / name
+    folder = settings.train_dir / name
 
     def how_to_go_on() -> str:
         if not any(folder.glob("checkpoint-*")):

@@ -181,8 +181,8 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
         if not drop_ties:
             _refuse(
                 where,
-                "chosen and rejected are the same text; remove the line, or leave ties out (data.drop_ties; "
-                "data check --drop-ties)",
+                "chosen and rejected are the same text; remove the line, or leave ties out (drop_ties: "
+                "true, or --drop-ties)",
             )
         return None, implicit
     if implicit:

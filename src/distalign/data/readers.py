@@ -233,4 +233,7 @@ def _table(table: Any, split: str | None, name: str) -> Iterator[tuple[str, Reco
             raise DataError([Problem(name, f"{what}; choose one of {', '.join(table)}")])
         table, name = table[chosen], f"{name}[{chosen}]"
     for number, row in enumerate(table, 1):
+        if not isinstance(row, Mapping):
+            what = f"{type(row).__name__}, not a row; give a list of dicts, or a datasets.Dataset (Dataset.from_pandas)"
+            raise DataError([Problem(f"{name}:{number}", what)])
         yield f"{name}:{number}", row

@@ -27,7 +27,6 @@ from distalign.evaluation.results import Results, environment, forget_results, w
 from distalign.experiments.recipe import RecipeSource, as_recipe
 from distalign.experiments.results import (
     ResumeRecord,
-    check_free_for_comparison,
     claim,
     data_key,
     is_of,
@@ -71,8 +70,6 @@ def compare(
     recipe = recipe.only(methods)
     check(recipe, methods)
     root = recipe.run_dir
-    trains_reward = any(one.train is not None for one in recipe.reward) and len(seeds) == 1
-    check_free_for_comparison(root, methods if len(seeds) == 1 else [], trains_reward=trains_reward)
     forget_results(root)
     recipe.dump(root / "recipe.yaml")
     runs: dict[str, list[Measured]] = {}

@@ -62,7 +62,7 @@ _CLASS = "class"
 _BESIDE = (_CLASS, "training", "rollout")
 
 # A method is a folder of its run and a row of its results, and these are others'.
-_TAKEN = ("reference", "target", "reward", "evaluation", "frontier", "policies", "tables", "figures")
+_TAKEN = ("reference", "target", "reward", "train", "evaluation", "frontier", "policies", "tables", "figures")
 
 
 class DataSettings(Section):
@@ -198,8 +198,13 @@ class Recipe(Section):
 
     @property
     def run_dir(self) -> Path:
-        """The folder of the recipe's runs, output_dir/name; each method has a folder in it."""
+        """The folder of the recipe's runs, output_dir/name: a comparison's, with a folder for each method in it."""
         return Path(self.output_dir) / self.name
+
+    @property
+    def train_dir(self) -> Path:
+        """Where single runs are: a folder for each method, and the reward that is trained alone."""
+        return self.run_dir / "train"
 
     def dump(self, path: str | Path) -> None:
         """Write the recipe as resolved, every default filled in; `load_recipe` reads it back equal."""

@@ -1,10 +1,9 @@
-"""Whose a folder is, and the record of every method that is done, so that a stopped comparison goes on."""
+"""The record of every method that is done, so that a stopped comparison goes on instead of starting over."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.data import EncodedPair
-from distalign.errors import InputError
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
 from distalign.user_code import source_file
 
 _TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
-
-# The key of a reward that is no part of a comparison.
-REWARD_ALONE = "distalign reward"
 
 
 @dataclass
@@ -99,42 +94,6 @@ def claim(folder: Path, key: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _REST).unlink(missing_ok=True)
     (folder / _KEY).write_text(json.dumps({"key": key}), encoding="utf-8")
-
-
-def disclaim(folder: Path) -> None:
-    """What is made in a folder from now on belongs to no comparison."""
-    for name in (_KEY, _REST, _TENSORS):
-        (folder / name).unlink(missing_ok=True)
-
-
-def check_free_for_training(folder: Path) -> None:
-    """Raise InputError if a method's folder holds a run of it that was begun, or one of a comparison."""
-    if old := sorted(folder.glob("checkpoint-*")):
-        what = f"{old[-1].name} of an earlier run; go on with --resume"
-    elif (folder / _KEY).is_file():
-        what = "a run of distalign compare"
-    else:
-        return
-    raise InputError(f"{folder}: holds {what}, start over with --overwrite, or give another name with --set name=…")
-
-
-def check_free_for_comparison(folder: Path, methods: Sequence[str], *, trains_reward: bool) -> None:
-    """Raise InputError if a comparison would overwrite what distalign train or distalign reward left in its folder."""
-    advice = "give the comparison another name with --set name=…"
-    for place in (folder, *(folder / name for name in methods)):
-        if (place / "metrics.jsonl").is_file() and not (place / _KEY).is_file():
-            raise InputError(f"{place}: holds a run of distalign train; {advice}")
-    reward = folder / "reward"
-    if trains_reward and is_of(reward, REWARD_ALONE):
-        raise InputError(
-            f"{reward}: holds a reward of distalign reward; take it (--set 'reward={{model: {reward}}}'), or {advice}"
-        )
-
-
-def check_free_for_reward(folder: Path) -> None:
-    """Raise InputError if a folder holds the reward of a comparison."""
-    if (folder / _KEY).is_file() and not is_of(folder, REWARD_ALONE):
-        raise InputError(f"{folder}: holds a reward of distalign compare; give another name with --set name=…")
 
 
 def _method(recipe: Recipe, name: str) -> list[Path]:

@@ -23,13 +23,6 @@ from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.loggers import one_run, run_names
 from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
-from distalign.experiments.results import (
-    REWARD_ALONE,
-    check_free_for_reward,
-    check_free_for_training,
-    claim,
-    disclaim,
-)
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
 from distalign.models.policy import Policy, make_policy
@@ -168,7 +161,7 @@ def train(
     """Train one method in a folder of its run.
 
     `recipe` is one, or a packaged one's name, a file or a mapping; `method` is needed if it has several, and may be a
-    class of the user's, `file.py:Class`. The folder is output_dir/name/METHOD, a reward that is trained first its
+    class of the user's, `file.py:Class`. The folder is output_dir/name/train/METHOD, a reward that is trained first its
     subfolder `reward`. `resume` continues from the last checkpoint of the folder, `overwrite` removes what an earlier
     run left there. Raises InputError before a model is loaded for settings and data that cannot be used.
     """
@@ -176,15 +169,16 @@ def train(
     name = _one_method(recipe, method)
     recipe = recipe.only([name])
     check(recipe, [name])
-    folder = recipe.run_dir / name
+    folder = recipe.train_dir / name
     if resume:
         _last_checkpoint(folder)
         _check_same_run(recipe, name, folder)
-    elif not overwrite:
-        check_free_for_training(folder)
+    elif not overwrite and (old := sorted(folder.glob("checkpoint-*"))):
+        raise InputError(
+            f"{folder}: holds {old[-1].name} of an earlier run; go on with --resume, start over with --overwrite, or "
+            "give another name with --set name=…"
+        )
     setup = load_setup(recipe, recipe.seed, measured=False)
-    if not resume:
-        disclaim(folder)
     if recipe.method(name).needs.reward:
         make_setup_reward(setup, folder / "reward", reuse=resume)
     _, trainer = train_method(setup, name, folder, resume=resume)
@@ -344,17 +338,12 @@ def _forget_after(folder: Path, checkpoint: Path | None) -> None:
 
 
 def train_reward_model(recipe: Recipe) -> Trained:
-    """Train the recipe's reward model alone, into the folder `reward` of its run. Raises InputError."""
+    """Train the recipe's reward model alone, into the folder train/reward of its run. Raises InputError."""
     settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
     known = recipe.target is not None
     check_rewards([settings], conversational=False, target=known, gamma=recipe.target_gamma)
-    folder = recipe.run_dir / "reward"
-    check_free_for_reward(folder)
-    writable(recipe.run_dir)
-    setup = load_setup(recipe.only([]), recipe.seed, measured=False)
-    trained = _fit_reward(setup, folder)
-    claim(folder, REWARD_ALONE)
-    return trained
+    folder = writable(recipe.train_dir) / "reward"
+    return _fit_reward(load_setup(recipe.only([]), recipe.seed, measured=False), folder)
 
 
 def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> None:

@@ -28,21 +28,24 @@ def model_card(
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: Sequence[str] = (),
+    adapter: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs.
 
-    `model_name` is the title, `dataset_name` and `tags` go into the metadata.
+    `model_name` is the title, `dataset_name` and `tags` go into the metadata, `adapter` are the settings of a trained
+    adapter.
     """
     on_hub = base_model.count("/") == 1 and base_model[0] not in "./~" and not Path(base_model).exists()
     hub_id = f"base_model: {base_model}\n" if on_hub else ""
     datasets = f"datasets:\n- {dataset_name}\n" if dataset_name else ""
     listed = "\n".join(f"- {tag}" for tag in ("distalign", "preference-learning", name, *tags))
+    library = "peft" if adapter else "transformers"
     lines = [
-        f"---\nlibrary_name: transformers\n{hub_id}{datasets}tags:\n{listed}\n---",
+        f"---\nlibrary_name: {library}\n{hub_id}{datasets}tags:\n{listed}\n---",
         f"# {model_name or f'{base_model}, trained with {name.upper()}'}",
         f"Trained on pairwise preferences with distalign. Method: {name} ({method.source}).",
         "## Method settings\n" + _bullets(asdict(method)),
-        "## Training settings\n" + _bullets(training),
+        "## Training settings\n" + _bullets({**training, **(adapter or {})}),
         "## Data\n" + _bullets(data),
         "## On held-out pairs\n" + (_bullets(results) or "Not measured."),
         f"## Citation\n```bibtex\n{CITATION}\n```",

@@ -72,10 +72,13 @@ def as_text(requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase) -> 
     for request in requests:
         row = request.row
         prompt = _decoded(tokenizer, request.prompt) if row is None else row.prompt
+        columns = {} if row is None else row.extra
+        if isinstance(row, Pair):
+            columns = {**columns, "chosen": row.chosen, "rejected": row.rejected}
         for ids in request.responses:
             text = _decoded(tokenizer, ids)
             completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            responses.append(TextResponse(prompt, completion, ids, {} if row is None else row.extra))
+            responses.append(TextResponse(prompt, completion, ids, columns))
     return responses
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import wraps
+from inspect import signature
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -15,10 +17,17 @@ from distalign.settings import lower_first, unknown_setting
 from distalign.training.health import HealthSettings
 from distalign.training.rounds import MissingEnd, RolloutSettings, TrainingError
 
-Config = TypeVar("Config", bound=TrainingArguments)
+Kind = TypeVar("Kind")
 
 # What TRL's users write, and where it is here.
 _ELSEWHERE = {
+    **{old: f'it is called "{new}" here' for old, new in RolloutSettings.renamed.items()},
+    "label_smoothing": "no preference loss reads it; give soft labels in the column p_chosen",
+    "padding_free": "rows are always packed without padding: leave it out",
+    "use_vllm": "responses are drawn by distalign itself: leave it out",
+    "top_k": "it would cut the distribution that is learned: leave it out",
+    "scale_rewards": "rewards are in nats and are not scaled: leave it out",
+    "ref_model": "the reference is the model that training starts from: leave it out",
     "beta": "it is the method's: DPO(gamma=…) has TRL's beta under the name gamma, the others have gamma and beta",
     "loss_type": "each loss is a method: PMLE, PD, RKL, DPO, REBEL, RLHF",
     "max_prompt_length": "prompts are never cut: max_length bounds prompt and response together",
@@ -27,23 +36,30 @@ _ELSEWHERE = {
 }
 
 
-def _names_what_was_meant(config: type[Config]) -> type[Config]:
-    """Refuse a setting that there is not and name the one that was meant: a dataclass's own error does not."""
-    init, names = config.__init__, [each.name for each in fields(config)]  # pyright: ignore[reportArgumentType]
+def names_what_was_meant(elsewhere: Mapping[str, str]) -> Callable[[type[Kind]], type[Kind]]:
+    """Let a class refuse an argument that there is not and name the one that was meant: Python's own error does not.
 
-    @wraps(init)
-    def checked(self: Config, *args: Any, **settings: Any) -> None:
-        unknown = [key for key in settings if key not in names]
-        if unknown:
-            lines = [unknown_setting(config.__name__, key, names, _ELSEWHERE.get(key)) for key in unknown]
-            raise TrainingError("\n".join(lines))
-        init(self, *args, **settings)
+    `elsewhere` says of some names where they are, or why they are not.
+    """
 
-    config.__init__ = checked
-    return config
+    def decorate(kind: type[Kind]) -> type[Kind]:
+        init, names = kind.__init__, list(signature(kind).parameters)
+
+        @wraps(init)
+        def checked(self: Kind, *args: Any, **given: Any) -> None:
+            unknown = [key for key in given if key not in names]
+            if unknown:
+                lines = [unknown_setting(kind.__name__, key, names, elsewhere.get(key)) for key in unknown]
+                raise TrainingError("\n".join(lines))
+            init(self, *args, **given)
+
+        kind.__init__ = checked
+        return kind
+
+    return decorate
 
 
-@_names_what_was_meant
+@names_what_was_meant(_ELSEWHERE)
 @dataclass
 class AlignmentConfig(TrainingArguments):
     """Settings of a run: `transformers.TrainingArguments`, and the fields below, under TRL's names where it has one.
@@ -55,9 +71,9 @@ class AlignmentConfig(TrainingArguments):
         max_response_tokens: cut longer responses here; they then have no end token (None: never cut).
         too_long: what to do with a pair that exceeds `max_length`: "error", or "drop" it and log how many.
         drop_ties: leave out pairs whose responses are the same, instead of refusing them.
-        end_token_id: the token that ends a response (None: the one that the tokenizer or its chat template writes).
     Responses that the policy draws (methods that learn from them, and a few at each evaluation to watch any run):
         num_generations: responses to each prompt.
+        end_token_id: the token that ends them (None: the one that the tokenizer or its chat template writes).
         max_completion_length: a response is cut there; its end token counts.
         min_new_tokens: tokens before the end may be drawn.
         temperature, top_p: of sampling; `temperature` also of every log-probability of the method.
@@ -134,12 +150,20 @@ class AlignmentConfig(TrainingArguments):
                 for problem in error.errors()
             ]
             raise TrainingError("\n".join(f"AlignmentConfig: {line}" for line in lines)) from None
-        if self.too_long not in ("error", "drop"):
-            raise TrainingError(f"AlignmentConfig: too_long is {self.too_long!r}; take error or drop")
-        for name in ("token_budget", "max_length", "max_response_tokens"):
+        for name, choices in {"too_long": ("error", "drop"), "recompute": ("none", "selective", "full")}.items():
+            if getattr(self, name) not in choices:
+                raise TrainingError(
+                    f"AlignmentConfig: {name} is {getattr(self, name)!r}; take one of {', '.join(choices)}"
+                )
+        if self.label_smoothing_factor or self.neftune_noise_alpha:
+            raise TrainingError(
+                "AlignmentConfig: label_smoothing_factor and neftune_noise_alpha have no effect here; leave them out "
+                "(soft labels go into the column p_chosen)"
+            )
+        for name in ("token_budget", "max_length", "max_response_tokens", "end_token_id"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise TrainingError(f"AlignmentConfig: {name} is {value!r}; give a number of tokens, or None")
+            if value is not None and (not isinstance(value, int) or value < (name != "end_token_id")):
+                raise TrainingError(f"AlignmentConfig: {name} is {value!r}; give a whole number above 0, or None")
         unknown = set(self.model_init_kwargs or {}) - {"dtype", "trust_remote_code"}
         if unknown:
             raise TrainingError(

@@ -64,11 +64,12 @@ def as_method(method: str | Method) -> tuple[str, Method]:
     """
     if isinstance(method, Method):
         return type(method).__name__.lower(), method
-    if method in METHODS:
+    if isinstance(method, str) and method in METHODS:
         return method, METHODS[method](**read_yaml(find_recipe("pairs"))["methods"].get(method, {}))
     near = get_close_matches(str(method).lower(), METHODS, 1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise TrainingError(f"method is {method!r}; give a Method or one of {', '.join(METHODS)}{hint}")
+    found = repr(method) if isinstance(method, str) else f"a {type(method).__name__}"
+    raise TrainingError(f"method is {found}; give a Method or one of {', '.join(METHODS)}{hint}")
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ class Rows:
     def first_held_out(self) -> list[EncodedPair]:
         """The held-out pairs, or the first set of several."""
         sets = self.held_out
-        return next(iter(sets.values())) if isinstance(sets, dict) else (sets or [])
+        return next(iter(sets.values()), []) if isinstance(sets, dict) else (sets or [])
 
 
 def read_rows(
@@ -127,8 +128,10 @@ def read_rows(
     else:
         held = None if held_out is None else encode(held_out, "eval_dataset")
     made = Rows(rows, pairs, held, statistics)
-    if made.first_held_out:
-        statistics["eval_dataset"] = f"{len(made.first_held_out)} pairs"
+    if isinstance(held, Mapping):
+        statistics |= {f"eval_dataset {name}": f"{len(part)} pairs" for name, part in held.items()}
+    elif held:
+        statistics["eval_dataset"] = f"{len(held)} pairs"
     return made
 
 
@@ -148,7 +151,8 @@ def read_pairs_of(
         max_response_tokens=args.max_response_tokens,
         too_long=args.too_long,
     )
-    logger.info("%s: %s", name, counts)
+    left_out = counts.kept < counts.pairs or counts.cut_chosen or counts.cut_rejected
+    logger.log(logging.WARNING if left_out else logging.INFO, "%s: %s", name, counts)
     return pairs
 
 
@@ -161,6 +165,8 @@ def check_rows(rows: Rows, source: Source, config: Any, method: Method, args: Al
     """Raise InputError if the model does not know a token, or has no room for responses."""
     pairs = [ids for pair in rows.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)]
     check_token_ids(source.name, config, pairs or (row.prompt for row in rows.train))
+    if args.end_token_id is not None and args.end_token_id >= config.get_text_config().vocab_size:
+        raise TrainingError(f"end_token_id is {args.end_token_id}, and the model has no such token")
     if is_on_policy(method):
         longest = args.max_completion_length
         check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
@@ -178,6 +184,8 @@ def response_end(rows: Rows, tokenizer: Any, args: AlignmentConfig) -> int:
 
 def find_source(model: Model, args: AlignmentConfig) -> Source:
     """Where the model comes from: a name is looked up, nothing is loaded. Raises ModelError."""
+    if not isinstance(model, str | PreTrainedModel | PeftModel):
+        raise ModelError(f"model is a {type(model).__name__}; give a name, a folder, a PreTrainedModel or a PeftModel")
     if isinstance(model, str):
         trust = bool((args.model_init_kwargs or {}).get("trust_remote_code", False))
         return find_model(model, trust_remote_code=trust)
@@ -237,10 +245,17 @@ def load_policy(
 
 
 def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[RewardFunc]:
-    """The rewards as a list."""
+    """The rewards as a list. Raises RewardError for what cannot be one."""
     if reward_funcs is None:
         return []
-    return list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]  # pyright: ignore[reportReturnType]
+    given: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    for reward in given:
+        if isinstance(reward, type) or not (isinstance(reward, str | Path | RewardTraining) or callable(reward)):
+            raise RewardError(
+                f"reward_funcs has {reward!r}; give functions, names or models of classifiers, folders of trained "
+                "rewards, or RewardTraining(…)"
+            )
+    return [str(reward) if isinstance(reward, Path) else reward for reward in given]
 
 
 def check_reward_funcs(rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -54,7 +54,7 @@ from distalign.training.checkpoint import (
     save_token_budget,
     save_worker,
 )
-from distalign.training.config import AlignmentConfig
+from distalign.training.config import AlignmentConfig, names_what_was_meant
 from distalign.training.health import Monitor
 from distalign.training.inputs import (
     Model,
@@ -104,6 +104,13 @@ CARD_SETTINGS = (
 )
 
 
+@names_what_was_meant(
+    {
+        "tokenizer": "it is called processing_class",
+        "ref_model": "the reference is the model that training starts from: leave it out",
+        "compute_metrics": "evaluations measure held-out pairs: leave it out, or use extra_evaluation",
+    }
+)
 class AlignmentTrainer(Trainer):
     """Train a language model by any method, on labelled pairs, on responses that it draws itself, or on both.
 
@@ -150,13 +157,14 @@ class AlignmentTrainer(Trainer):
         extra_evaluation: Callable[[nn.Module], dict[str, float]] | None = None,
         reference_cache: dict[tuple, Tensor] | None = None,
     ):
+        model = str(model) if isinstance(model, Path) else model
         self.name, self.method = as_method(method)
         self.needs, self.on_policy = self.method.needs, is_on_policy(self.method)
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
         check_arguments(self.label, args)
         rewards = reward_list(reward_funcs)
-        check_given(self.label, self.method, args, rewards=bool(rewards), held_out=eval_dataset is not None)
+        check_given(self.label, self.method, args, rewards=bool(rewards), held_out=eval_dataset)
 
         # What can be read without weights is read, and refused, before they are loaded.
         source = model.source if isinstance(model, Policy) else find_source(model, args)
@@ -177,6 +185,7 @@ class AlignmentTrainer(Trainer):
                 model, tokenizer, source, peft_config, args, reference=reference, frozen=needs_base(rewards)
             )
         check_reference(self.label, self.method, policy)
+        check_trained(self.label, policy.model, optimizers[0])
         if args.recompute != "none":
             try:
                 set_recompute(policy.model, args.recompute)
@@ -438,8 +447,9 @@ class AlignmentTrainer(Trainer):
         if resume_from_checkpoint:
             self._resume(Path(str(resume_from_checkpoint)))
         else:
-            groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
-            self.run(lambda: self.policy.assert_starts_at_reference(groups))
+            if self.state.global_step == 0:
+                groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
+                self.run(lambda: self.policy.assert_starts_at_reference(groups))
         with progress(self.label, 1) as self._advance, self._explain_out_of_memory_outside():
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -664,7 +674,7 @@ class AlignmentTrainer(Trainer):
             self.policy.save(Path(output_dir or self._folder), self.card())
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None, **_: Any
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
     ) -> None:
         """Write README.md into the run's folder: method, settings, data, results, citation."""
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -683,8 +693,18 @@ class AlignmentTrainer(Trainer):
             data=self.statistics,
             training={**training, "kept_step": self.kept_step, "seed": args.seed},
             results=self.last_evaluation(),
+            adapter=self._adapter(),
             **more,
         )
+
+    def _adapter(self) -> dict[str, Any] | None:
+        """Settings of the adapter that is trained; None if all weights are, or if it is merged where it is saved."""
+        model = self.policy.model
+        if not isinstance(model, PeftModel) or self.policy.source.adapter is not None:
+            return None
+        config = model.peft_config[str(model.active_adapter)]
+        names = [name for name in ("peft_type", "r", "lora_alpha", "lora_dropout") if hasattr(config, name)]
+        return {name: getattr(value, "value", value) for name in names for value in [getattr(config, name)]}
 
     def last_evaluation(self) -> dict[str, float]:
         """The numbers of the evaluation at the step that was kept; empty without one."""
@@ -707,6 +727,19 @@ class AlignmentTrainer(Trainer):
     @property
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
+
+
+def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise TrainingError if nothing would be trained: all weights frozen, or none of them in a given optimizer."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise TrainingError(f"{label}: every weight of the model is frozen; set requires_grad, or pass peft_config")
+    given = [p for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]]
+    if given and not any(id(parameter) in trained for parameter in given):
+        raise TrainingError(
+            f"{label}: the optimizer holds none of the weights that are trained; make it from those of the model "
+            "that is trained (with an adapter: get_peft_model first, and pass the PeftModel)"
+        )
 
 
 def _network(model: Policy | nn.Module) -> nn.Module:
@@ -732,14 +765,20 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         )
 
 
-def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: bool) -> None:
+def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: Any) -> None:
     """Raise TrainingError for what the method needs and was not given, or was given and would not read."""
     if method.needs.reward and not rewards:
         raise TrainingError(f"{label} needs a reward for the responses; give one as reward_funcs")
     if rewards and not method.needs.reward:
         raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
-    if args.eval_strategy != "no" and not held_out:
+    sets = list(held_out) if isinstance(held_out, Mapping) else []
+    if args.eval_strategy != "no" and (held_out is None or (isinstance(held_out, Mapping) and not sets)):
         raise TrainingError(f"{label}: eval_strategy is set and there is no eval_dataset; pass one, or leave it out")
+    best = str(args.metric_for_best_model).removeprefix("eval_")
+    if args.load_best_model_at_end and sets and not any(best.startswith(f"{name}_") for name in sets):
+        raise TrainingError(
+            f"{label}: metric_for_best_model is {best}; of several sets take one's, such as {sets[0]}_loss"
+        )
     if is_on_policy(method):
         check_rollout(label, method, args.rollout)
 
