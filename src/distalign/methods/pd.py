@@ -1,7 +1,4 @@
-"""PD, preference distillation (arXiv 2506.01523v2, eq. 9-12): fit the policy to a reward model's preferences.
-
-Algorithm 1: the reward model turns any two responses into an expected preference, a soft label, which is fitted.
-"""
+"""PD, preference distillation (arXiv 2506.01523v2, eq. 9-12): fit the soft labels that a reward gives to pairs."""
 
 from __future__ import annotations
 
@@ -34,9 +31,8 @@ def pd_loss(
 class PD(Method):
     """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`.
 
-    `pairs`: whose responses are fitted: the "policy" draws them anew in each round (algorithm 1), or those of the
-    "data", whoever wrote them (theorem 6: nothing is drawn at β = 0). `kl_in` says where the KL term is: in the "loss"
-    (eq. 12), or as REBEL does it in the "reward", R̂ − β ln π_t/π₀, of pairs that the policy drew.
+    `pairs`: the "policy" draws them (algorithm 1), or those of the "data" (theorem 6: at β = 0 nothing is drawn).
+    `kl_in`: the KL is in the "loss" (eq. 12), or as REBEL's in the "reward" of drawn pairs, R̂ − β ln π_t/π₀.
     """
 
     gamma: float = 0.1
@@ -58,8 +54,7 @@ class PD(Method):
     @property
     def needs(self) -> Needs:
         """Scored pairs; with β > 0 also samples and their KL to the reference, as `kl_in` says."""
-        kl = self.beta > 0 and self.kl_in == "loss"
-        pairs = "labelled" if self.pairs == "data" else "sampled"
+        kl, pairs = self.beta > 0 and self.kl_in == "loss", "labelled" if self.pairs == "data" else "sampled"
         return Needs(pairs=pairs, samples=kl, reward=True, reference=self.beta > 0 and not kl, kl=kl)
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from distalign.data import (
     Data,
     EncodedPair,
     EncodedPrompt,
     Pair,
+    Tokenizer,
     encode_pairs,
     encode_prompt,
     end_token_id,
@@ -53,6 +54,8 @@ from distalign.training.rounds import Row, TrainingError, is_on_policy
 logger = logging.getLogger("distalign.training.trainer")
 
 Model = str | PreTrainedModel | PeftModel
+# A path, a hub id, or rows: dicts, what `read_pairs` gives, or encoded ones.
+RowSource = str | Path | Iterable[Any]
 # A TRL-like reward function, a name (classifier, trained reward's folder), a model, settings to train one, or our own.
 RewardFunc = Callable[..., Any] | str | PreTrainedModel | RewardTraining | Reward
 
@@ -98,7 +101,11 @@ class Rows:
 
 
 def read_rows(
-    train: Any, held_out: Any, tokenizer: Any, method: Method, encode: Callable[[Any, str], list[EncodedPair]]
+    train: RowSource | None,
+    held_out: RowSource | Mapping[str, RowSource] | None,
+    tokenizer: Tokenizer,
+    method: Method,
+    encode: Callable[[Any, str], list[EncodedPair]],
 ) -> Rows:
     """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or what `read_pairs` gives.
 
@@ -124,7 +131,7 @@ def read_rows(
     place = f" of {train}" if isinstance(train, str | Path) else ""
     statistics = {"train_dataset": f"{len(rows)} {'pairs' if labelled else 'prompts'}{place}"}
     if isinstance(held_out, Mapping):
-        held: Any = {name: encode(part, f"eval_dataset {name}") for name, part in held_out.items()}
+        held = {str(name): encode(part, f"eval_dataset {name}") for name, part in held_out.items()}
     else:
         held = None if held_out is None else encode(held_out, "eval_dataset")
     made = Rows(rows, pairs, held, statistics)
@@ -136,7 +143,7 @@ def read_rows(
 
 
 def read_pairs_of(
-    rows: Any, name: str, *, tokenizer: Any, args: AlignmentConfig, limit: int | None
+    rows: RowSource, name: str, *, tokenizer: Tokenizer, args: AlignmentConfig, limit: int | None
 ) -> list[EncodedPair]:
     """Pairs, checked and encoded; those that are encoded already are taken as they are. Raises DataError.
 
@@ -156,12 +163,12 @@ def read_pairs_of(
     return pairs
 
 
-def _encoded(rows: Any) -> TypeGuard[Sequence[Row]]:
+def _encoded(rows: object) -> TypeGuard[Sequence[Row]]:
     """Whether the rows are token ids already."""
     return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], EncodedPair | EncodedPrompt)
 
 
-def check_rows(rows: Rows, source: Source, config: Any, method: Method, args: AlignmentConfig) -> None:
+def check_rows(rows: Rows, source: Source, config: PretrainedConfig, method: Method, args: AlignmentConfig) -> None:
     """Raise InputError if the model does not know a token, or has no room for responses."""
     pairs = [ids for pair in rows.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)]
     check_token_ids(source.name, config, pairs or (row.prompt for row in rows.train))
@@ -172,7 +179,7 @@ def check_rows(rows: Rows, source: Source, config: Any, method: Method, args: Al
         check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
 
 
-def response_end(rows: Rows, tokenizer: Any, args: AlignmentConfig) -> int:
+def response_end(rows: Rows, tokenizer: Tokenizer, args: AlignmentConfig) -> int:
     """The token that ends a response. Raises InputError if there is none."""
     if args.end_token_id is not None:
         return args.end_token_id
@@ -194,8 +201,10 @@ def find_source(model: Model, args: AlignmentConfig) -> Source:
     return Source(name, name, "given as an object")
 
 
-def find_tokenizer(model: Model, processing_class: Any, source: Source) -> Any:
+def find_tokenizer(model: Model | Policy, processing_class: object, source: Source) -> Any:
     """The tokenizer that was given, or the model's own. Raises ModelError."""
+    if isinstance(model, Policy):
+        return model.tokenizer
     if processing_class is not None:
         return processing_class
     if isinstance(model, str):

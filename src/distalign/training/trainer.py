@@ -22,6 +22,9 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
     Trainer,
@@ -59,6 +62,7 @@ from distalign.training.health import Monitor
 from distalign.training.inputs import (
     Model,
     RewardFunc,
+    RowSource,
     as_method,
     check_reward_funcs,
     check_rows,
@@ -145,9 +149,9 @@ class AlignmentTrainer(Trainer):
         model: Model | Policy,
         method: str | Method,
         args: AlignmentConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Any = None,
+        train_dataset: RowSource | None = None,
+        eval_dataset: RowSource | Mapping[str, RowSource] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         *,
         peft_config: PeftConfig | None = None,
         reward_funcs: RewardFunc | Sequence[RewardFunc] | None = None,
@@ -168,8 +172,8 @@ class AlignmentTrainer(Trainer):
 
         # What can be read without weights is read, and refused, before they are loaded.
         source = model.source if isinstance(model, Policy) else find_source(model, args)
-        config: Any = source.config() if isinstance(model, str) else _network(model).config
-        tokenizer = model.tokenizer if isinstance(model, Policy) else find_tokenizer(model, processing_class, source)
+        config = source.config() if isinstance(model, str) else _config(model)
+        tokenizer = find_tokenizer(model, processing_class, source)
         self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
         data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
         check_rows(data, source, config, self.method, args)
@@ -742,8 +746,10 @@ def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer
         )
 
 
-def _network(model: Policy | nn.Module) -> nn.Module:
-    return model.model if isinstance(model, Policy) else model
+def _config(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
+    network = model.model if isinstance(model, Policy) else model
+    base = network.get_base_model() if isinstance(network, PeftModel) else network
+    return base.config  # pyright: ignore[reportReturnType]
 
 
 def check_arguments(label: str, args: TrainingArguments) -> None:
@@ -765,7 +771,7 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         )
 
 
-def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: Any) -> None:
+def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: object) -> None:
     """Raise TrainingError for what the method needs and was not given, or was given and would not read."""
     if method.needs.reward and not rewards:
         raise TrainingError(f"{label} needs a reward for the responses; give one as reward_funcs")
