@@ -164,6 +164,9 @@ class AlignmentConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < (name != "end_token_id")):
                 raise TrainingError(f"AlignmentConfig: {name} is {value!r}; give a whole number above 0, or None")
+        dtype = str((self.model_init_kwargs or {}).get("dtype", "auto")).removeprefix("torch.")
+        if dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise TrainingError(f"AlignmentConfig: dtype is {dtype}; take one of float32, bfloat16, float16, auto")
         unknown = set(self.model_init_kwargs or {}) - {"dtype", "trust_remote_code"}
         if unknown:
             raise TrainingError(

@@ -235,8 +235,8 @@ def load_policy(
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise TrainingError("model has an adapter and peft_config asks for another; give one of them")
+        shared: Any = share(model) if frozen else None
         policy = Policy(model, tokenizer, source, adapter_off(model), new_adapter=False)
-        shared: Any = share(model)
         return policy, shared.unload() if frozen else None
     if not isinstance(model, str):
         model.to(args.device)  # pyright: ignore[reportArgumentType]
