@@ -31,7 +31,7 @@ bench: $(VENV)/.quickstart
 	$(BIN)/python benchmarks/generation.py --samples 1,8 --rounds 2 --json runs/bench/generation.json
 
 test: $(VENV)/.quickstart
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: format lint types test
 

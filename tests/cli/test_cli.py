@@ -79,7 +79,7 @@ def test_train_and_go_on(distalign, place):
     found = json.loads((place / "numbers.json").read_text())
     assert found["method"] == "dpo"
     assert found["held_out"]["loss"] > 0
-    folder = Path("runs/own/dpo")
+    folder = Path("runs/own/train/dpo")
     assert {"recipe.yaml", "metrics.jsonl", "model", "report.html"} <= {path.name for path in folder.iterdir()}
     before = (folder / "recipe.yaml").read_text()
     assert "learning_rate: 0.001" in before

@@ -101,9 +101,9 @@ def test_train_without_a_recipe(distalign, place):
     for method in ("pmle", "dpo"):
         code, out, err = distalign(*words, "--method", method)
         assert code == 0, err
-        assert f"model: out/pairs/{method}/model" in out
-        assert Path(f"out/pairs/{method}/report.html").is_file()
-    settings = load_recipe("out/pairs/pmle/recipe.yaml")
+        assert f"model: out/pairs/train/{method}/model" in out
+        assert Path(f"out/pairs/train/{method}/report.html").is_file()
+    settings = load_recipe("out/pairs/train/pmle/recipe.yaml")
     assert settings.training["eval_steps"] == 0.1
     refused(distalign("train", "--model", "m", "--method", "pmle"), "there is no recipe and no --data; name a recipe")
     refused(distalign(*words, "--method", "pmel"), 'no method "pmel"', 'did you mean "pmle"?')
@@ -113,8 +113,8 @@ def test_a_method_of_ones_own(distalign, place, ipo):
     """--method file.py:Class, and the same as a key of a recipe; it is called by its class."""
     code, out, err = distalign("train", "own.yaml", "--method", ipo, *SMALL, "--set", "methods.ipo.tau=0.5")
     assert code == 0, err
-    assert "runs/own/ipo/model" in out
-    saved = load_recipe("runs/own/ipo/recipe.yaml")
+    assert "runs/own/train/ipo/model" in out
+    saved = load_recipe("runs/own/train/ipo/recipe.yaml")
     assert saved.methods["ipo"]["class"] == ipo
     assert saved.method("ipo").tau == 0.5
     recipe = yaml.safe_load(Path("own.yaml").read_text())

@@ -284,7 +284,7 @@ def test_a_run_without_evaluation_trains(place, tmp_path):
     """Early stopping is on by default, and has nothing to go by where evaluation is off."""
     settings = recipe(place, tmp_path, *own_data(place), "training.eval_strategy=no", method="pmle")
     assert train(settings, "pmle").held_out == {}
-    assert (settings.run_dir / "pmle" / "model" / "adapter_model.safetensors").is_file()
+    assert (settings.train_dir / "pmle" / "model" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -239,7 +239,7 @@ def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False)
     """Train a policy of its own for one method and save it under `folder`; the setup stays as it is."""
     recipe = setup.recipe
     writable(folder)
-    recipe.dump(folder / "recipe.yaml")
+    recipe.only([name]).dump(folder / "recipe.yaml")
     checkpoint = _last_checkpoint(folder) if resume else None
     _forget_after(folder, checkpoint)
     args = training_arguments(
