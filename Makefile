@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-WORKERS ?= 2
+# More than two cores: the tests start processes and wait for them.
+WORKERS ?= 3
 # Two OpenMP threads that spin while they wait are ten times slower than one on a busy machine.
 export OMP_WAIT_POLICY = PASSIVE
 

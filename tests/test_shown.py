@@ -33,13 +33,15 @@ NAMES = sorted(RECIPES.glob("*.yaml"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    line.split("#")[0].strip()
-    for page in PAGES
-    for block in BLOCK.findall(page.read_text(encoding="utf-8"))
-    for line in block.splitlines()
-    if line.startswith("distalign ")
-]
+COMMANDS = list(
+    dict.fromkeys(
+        line.split("#")[0].strip()
+        for page in PAGES
+        for block in BLOCK.findall(page.read_text(encoding="utf-8"))
+        for line in block.splitlines()
+        if line.startswith("distalign ")
+    )
+)
 # What makes any run small: two steps of four pairs, responses of four tokens.
 TRAINING = {"max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "eval_steps": 2}
 SMALL = {
