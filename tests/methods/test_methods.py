@@ -139,6 +139,17 @@ def test_gradient_equals_enumeration(request, method, length, stale):
     torch.testing.assert_close(gradient(estimate, s.policy), gradient(exact[name], s.policy), **EXACT)
 
 
+@pytest.mark.parametrize("length", [2, 3])
+@pytest.mark.parametrize("beta", [0.0, BETA])
+def test_pd_on_the_datas_pairs_equals_enumeration(length, beta):
+    """The same objective, whoever wrote the pairs: value and gradient, with the KL term and without."""
+    s = Setting(length=length)
+    exact = exact_objectives(s)["pd"] - (BETA - beta) * s.world.kl(s.policy, s.reference)
+    estimate = s.expected_loss(PD(GAMMA, beta, pairs="data"))
+    torch.testing.assert_close(estimate, exact, **EXACT)
+    torch.testing.assert_close(gradient(estimate, s.policy), gradient(exact, s.policy), **EXACT)
+
+
 def test_gradient_is_the_derivative_of_the_expected_value(method):
     """Whatever the objective: the expected gradient is the derivative of the expected value, sampling included."""
     s = Setting()
