@@ -322,16 +322,22 @@ def test_a_trainer_may_train_twice(tmp_path):
     """The policy is not at its reference the second time, and that is no fault."""
     made = trainer(tmp_path, DPO(gamma=0.5))
     made.train()
+    once = weights(made.model)
     made.train()
+    assert not torch.equal(weights(made.model), once)
 
 
 def test_a_reward_function_may_read_the_datas_responses(tmp_path):
     """As TRL gives them: every column of the row."""
+    seen = []
 
     def like_the_chosen(completions, chosen, **_):
+        seen.extend(text[0]["content"] for text in chosen)
         return [float(a[0]["content"] == b[0]["content"]) for a, b in zip(completions, chosen, strict=True)]
 
     trainer(tmp_path, METHODS["on-policy"], reward_funcs=like_the_chosen).train()
+    assert seen
+    assert all(text.startswith("happy warm") for text in seen)
 
 
 def test_what_is_left_out_is_said(tmp_path, caplog):

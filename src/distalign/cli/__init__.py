@@ -35,7 +35,7 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
     """The command, which ends with a line where it is interrupted; a long one has its own line."""
 
     @wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         with stoppable("run it again"):
             return command(*args, **kwargs)
 

@@ -313,7 +313,7 @@ def _by_name(methods: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
     return named
 
 
-def _merged(settings: Any, more: Any) -> Any:
+def _merged(settings: object, more: object) -> object:
     """Both, if both are settings; else the one that is there."""
     if isinstance(settings, dict) and isinstance(more, dict):
         return {**settings, **more}

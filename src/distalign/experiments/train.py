@@ -212,7 +212,7 @@ def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
         logger.warning("%s: the reward is not the one that the run began with", folder)
 
 
-def _difference(key: str, before: Any, now: Any) -> str:
+def _difference(key: str, before: object, now: object) -> str:
     """The first setting in which two values of a recipe differ: "data.held_out 0.3, the recipe has 0.4"."""
     if type(before) is type(now) and isinstance(now, BaseModel | Method):
         before, now = dict(vars(before)), dict(vars(now))

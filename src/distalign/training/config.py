@@ -46,7 +46,7 @@ def names_what_was_meant(elsewhere: Mapping[str, str]) -> Callable[[type[Kind]],
         init, names = kind.__init__, list(signature(kind).parameters)
 
         @wraps(init)
-        def checked(self: Kind, *args: Any, **given: Any) -> None:
+        def checked(self: Kind, *args: object, **given: object) -> None:
             unknown = [key for key in given if key not in names]
             if unknown:
                 lines = [unknown_setting(kind.__name__, key, names, elsewhere.get(key)) for key in unknown]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.data import (
     Data,
@@ -219,7 +219,7 @@ def find_tokenizer(model: Model | Policy, processing_class: object, source: Sour
 
 def load_policy(
     model: Model,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     source: Source,
     peft_config: PeftConfig | None,
     args: AlignmentConfig,
@@ -306,7 +306,7 @@ def _named(reward: RewardFunc) -> RewardSettings | None:
 def load_rewards(
     rewards: Sequence[RewardFunc],
     rows: Rows,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     source: Source,
     base: Any,
     args: AlignmentConfig,

@@ -478,7 +478,7 @@ class AlignmentTrainer(Trainer):
         if self.token_budget is None:
             self._set_token_budget(load_token_budget(checkpoint))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         # The one private method of transformers that is overridden: it deletes older checkpoints at its end, so what a
         # run needs besides is written before.
         folder = self._folder / f"checkpoint-{self.state.global_step}"
