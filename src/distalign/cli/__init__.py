@@ -24,6 +24,7 @@ from distalign.cli.recipes import init, recipes
 from distalign.cli.report import report
 from distalign.cli.reward import reward
 from distalign.cli.shared import stoppable
+from distalign.cli.study import study
 from distalign.cli.train import train
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -43,7 +44,7 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 data_app.command()(_stoppable(check))
-for command in (train, reward, compare, evaluate, frontier, calibrate, report, recipes, init, methods, lab, env):
+for command in (train, reward, compare, study, evaluate, frontier, calibrate, report, recipes, init, methods, lab, env):
     app.command()(_stoppable(command))
 
 

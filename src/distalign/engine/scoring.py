@@ -248,6 +248,11 @@ class Reading:
         """Hidden states after the whole response."""
         return self.hidden[self.lengths.cumsum(0) - 1]
 
+    def counts(self, vocabulary: int) -> Float[Tensor, "responses vocabulary"]:
+        """How often each token stands in each response."""
+        counts = torch.zeros(len(self.lengths), vocabulary, device=self.ids.device)
+        return counts.index_put_((self.owner, self.ids), counts.new_ones(()), accumulate=True)
+
     def mean(self, values: Float[Tensor, "tokens width"]) -> Float[Tensor, "responses width"]:
         """Mean over the tokens of each response."""
         total = values.new_zeros(len(self.lengths), values.shape[1]).index_add(0, self.owner, values)
@@ -278,6 +283,24 @@ def read(model: nn.Module, groups: Sequence[Group], *, logps: bool = False) -> R
         wide = values.to(torch.float32 if device.type == "mps" else torch.float64)
         total = wide.new_zeros(len(lengths)).index_add(0, owner, wide)
     return Reading(hidden[~starts], ids, owner, lengths, total)
+
+
+@torch.no_grad()
+def expected_counts(model: nn.Module, groups: Sequence[Group]) -> Float[Tensor, "responses vocabulary"]:
+    """Σ_t π(· | s_t): how often each token is expected in the places of a response, given what stands before them.
+
+    What the response holds less this is the derivative of ln π(response) in a bias on the logits.
+    """
+    _validate(model, groups)
+    lengths = torch.tensor([len(response) for group in groups for response in group.responses])
+    owner = torch.arange(len(lengths)).repeat_interleave(lengths).to(device_of(model))
+    _, rows = _encode(model, groups)
+    total = torch.zeros(len(lengths), rows.vocabulary, device=owner.device)
+    step = max(1, 2**24 // rows.vocabulary)
+    for start in range(0, rows.rows, step):
+        block = slice(start, min(start + step, rows.rows))
+        total.index_add_(0, owner[block], rows.tile(block, 0, rows.vocabulary).softmax(-1).float())
+    return total
 
 
 def _encode(model: nn.Module, groups: Sequence[Group]) -> tuple[Float[Tensor, "rows hidden"], Rows]:

@@ -175,7 +175,7 @@ def _run_method(setup: Setup, name: str, folder: Path, resume: bool) -> ResumeRe
         return record
     going_on = resume and is_of(folder, key) and any(folder.glob("checkpoint-*"))
     claim(folder, key)
-    policy, trainer = train_method(setup, name, folder, resume=going_on)
+    policy, trainer = train_method(setup, name, folder, compared=True, resume=going_on)
     started = time.monotonic()
     with progress(f"measure {name}", 1) as advance:
         measured = measure_samples(policy.model, task, reference=setup.base)

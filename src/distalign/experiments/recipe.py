@@ -92,6 +92,13 @@ class EarlyStopping(Section):
     min_delta: NotNegative = 0.0
 
 
+class StudySettings(Section):
+    """A grid of comparisons: settings by their dotted names with the values each takes, and the seeds of every cell."""
+
+    grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+
+
 class Recipe(Section):
     """One experiment: a model, pairs (the user's or a known target's), and the methods to compare on them."""
 
@@ -116,6 +123,7 @@ class Recipe(Section):
         EarlyStopping | None, BeforeValidator(switch, json_schema_input_type=EarlyStopping | bool | None)
     ] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
+    study: StudySettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -306,7 +314,7 @@ def _by_name(methods: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
             file, _, class_name = name.rpartition(":")
             source = f"{find_file(file, folder)}:{class_name}"
             name, settings = class_name.lower(), _merged(settings, {_CLASS: source})
-        elif isinstance(settings, dict) and isinstance(settings.get(_CLASS), str):
+        elif isinstance(settings, dict) and isinstance(settings.get(_CLASS), str) and settings[_CLASS] not in METHODS:
             file, colon, class_name = settings[_CLASS].rpartition(":")
             settings = {**settings, _CLASS: find_file(file, folder) + colon + class_name}
         named[name] = _merged(named.get(name), settings)
@@ -386,8 +394,9 @@ def _class_of(name: str, source: object) -> type[Any]:
             raise ValueError(_unknown_method(name, METHODS, "distalign"))
         return METHODS[name]
     if not isinstance(source, str):
-        raise ValueError(f"methods.{name}.{_CLASS} is {source!r}; write file.py:Class")
-    method = find_method(source)
+        raise ValueError(f"methods.{name}.{_CLASS} is {source!r}; write file.py:Class, or one of {', '.join(METHODS)}")
+    # A known method under another name: its variants side by side.
+    method = METHODS[source] if source in METHODS else find_method(source)
     if name in METHODS or name in _TAKEN or not re.fullmatch(r"[^\W_][\w.-]*", name):
         raise ValueError(f"methods.{name}: {source} cannot be called {name}; give the class another name")
     return method

@@ -65,7 +65,7 @@ def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> st
     take. A reward's files count by their content, a function's and a method's too, whether named by path or by module.
     """
     rewarded = recipe.method(name).needs.reward
-    left_out = {"name", "output_dir", "compare"} if rewarded else {"name", "output_dir", "compare", "reward"}
+    left_out = {"name", "output_dir", "compare", "study", *(() if rewarded else ("reward",))}
     settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
     files = [*_method(recipe, name), *(_rewards(recipe) if rewarded else [])]
     return _hash([settings, _digests(files), seed, weights, data])
@@ -99,7 +99,7 @@ def claim(folder: Path, key: str) -> None:
 def _method(recipe: Recipe, name: str) -> list[Path]:
     """The file of a method that is the user's own."""
     place = recipe.methods[name].get("class")
-    file = source_file(place) if place else None
+    file = source_file(place) if place and ":" in place else None
     return [Path(file).expanduser()] if file else []
 
 

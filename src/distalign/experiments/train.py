@@ -36,6 +36,8 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
+from distalign.rewards.potential import SAMPLES, Potential, potential
+from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import check_rollout, is_on_policy
@@ -43,31 +45,40 @@ from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
 
-# Held-out prompts of the forward KL that is followed during training.
+# Held-out prompts of the forward KL that is followed during training, and of a reward's potential.
 CURVE_PROMPTS = 16
+POTENTIAL_PROMPTS = 32
 
 
 def training_arguments(
-    recipe: Recipe, name: str, folder: Path, *, held_out: bool, seed: int = 0, end_token_id: int | None = None
+    recipe: Recipe,
+    name: str,
+    folder: Path,
+    *,
+    held_out: bool,
+    compared: bool = False,
+    seed: int = 0,
+    end_token_id: int | None = None,
 ) -> AlignmentConfig:
     """The recipe's `training` and `rollout` for one method, as the trainer takes them.
 
-    With held-out pairs and early stopping the run is evaluated ten times and its best step is kept. Raises RecipeError
-    for what `transformers.TrainingArguments` refuses.
+    With held-out pairs the run is evaluated ten times; with early stopping its best step is kept, but not where methods
+    are `compared`: no criterion is fair to all of them, so each keeps its last step. Raises RecipeError for what
+    `transformers.TrainingArguments` refuses.
     """
     given = recipe.training_for(name)
     settings: dict[str, Any] = {"bf16": recipe.dtype == "bfloat16", **run_names(recipe.name, name, seed), **given}
-    if held_out and recipe.early_stopping is not None:
+    if held_out and (compared or recipe.early_stopping is not None):
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
         settings |= {
             "eval_on_start": follow,
-            "load_best_model_at_end": follow and labels_choose_step(recipe, name),
+            "load_best_model_at_end": follow and not compared and labels_choose_step(recipe, name),
             "metric_for_best_model": "eval_loss",
             **evaluated,
         }
-        if settings["load_best_model_at_end"]:
-            # A step can be kept only if it was saved.
+        if follow and (compared or settings["load_best_model_at_end"]):
+            # A step can be kept, or gone on from, only if it was saved.
             saved = {"save_strategy": evaluated["eval_strategy"], "save_steps": evaluated["eval_steps"]}
             settings |= {**saved, "save_total_limit": 1, **given}
     if not held_out and settings.get("eval_strategy", "no") != "no":
@@ -235,7 +246,9 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     }
 
 
-def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False) -> tuple[Policy, AlignmentTrainer]:
+def train_method(
+    setup: Setup, name: str, folder: Path, *, compared: bool = False, resume: bool = False
+) -> tuple[Policy, AlignmentTrainer]:
     """Train a policy of its own for one method and save it under `folder`; the setup stays as it is."""
     recipe = setup.recipe
     writable(folder)
@@ -243,7 +256,13 @@ def train_method(setup: Setup, name: str, folder: Path, *, resume: bool = False)
     checkpoint = _last_checkpoint(folder) if resume else None
     _forget_after(folder, checkpoint)
     args = training_arguments(
-        recipe, name, folder, held_out=bool(setup.held), seed=setup.seed, end_token_id=setup.task.end_id
+        recipe,
+        name,
+        folder,
+        held_out=bool(setup.held),
+        compared=compared,
+        seed=setup.seed,
+        end_token_id=setup.task.end_id,
     )
     torch.manual_seed(setup.seed)
     # The reference costs no memory here, and that the run starts there is checked for every method.
@@ -390,6 +409,24 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
     )
     setup.seconds["reward"] = time.monotonic() - started
     summary = ", ".join(f"{name} {value.mean:.3f} ± {value.se:.3f}" for name, value in trained.results.items())
-    logger.info("reward: %s on %d held-out pairs", summary, len(setup.held))
+    logger.info("reward: head %s; %s on %d held-out pairs", trained.origin.head, summary, len(setup.held))
     setup.statistics["reward model, held out"] = summary
+    if trained.origin.gamma is not None and setup.task.prompts:
+        made = _potential(setup, trained, trained.origin.gamma)
+        logger.info("reward: %s", made)
+        setup.statistics["reward model, potential"] = str(made)
+        if made.warning is not None:
+            logger.warning("%s", made.warning)
     return trained
+
+
+def _potential(setup: Setup, trained: Trained, gamma: float) -> Potential:
+    """What the reward can give, on some of the held-out prompts."""
+    task = setup.task
+    prompts = task.prompts[:POTENTIAL_PROMPTS]
+    settings: dict[str, Any] = {"n": SAMPLES, "max_new_tokens": task.max_new_tokens, "end_id": task.end_id}
+    reference = sample(setup.base, prompts, seed=20_000, **settings)
+    if task.target is None:
+        return potential(trained, prompts, reference, gamma=gamma)
+    responses = sample(task.target, prompts, seed=20_001, **settings)
+    return potential(trained, prompts, reference, gamma=gamma, target=task.target, target_responses=responses)

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from distalign.errors import InputError
+from distalign.models.everyday import everyday_model
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -40,6 +41,9 @@ PACKAGED = {
     )
 }
 
+
+# Short name of the small language model that is trained when it is first asked for.
+EVERYDAY = "everyday"
 
 # State of the hash of weights after files, in their order: what begins with the same files goes on from there.
 _DIGESTS: dict[tuple[Any, ...], Any] = {}
@@ -99,13 +103,15 @@ class Source:
 
 
 def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
-    """Find a model by hub id, folder, `.gguf` file or short name (`PACKAGED`), without loading its weights.
+    """Find a model by hub id, folder, `.gguf` file or short name (`PACKAGED`, `EVERYDAY`), without loading its weights.
 
     The hub id of a short name is the package's model where the hub cannot be reached, with a warning. A GGUF file is
     converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`). Raises
     ModelError if there is no such folder or file, or it holds no model.
     """
     path = Path(name).expanduser()
+    if name == EVERYDAY:
+        return Source(name, str(everyday_model(cache_dir())), "a small model that was trained on this machine")
     if name in PACKAGED:
         package, file, hub_id = PACKAGED[name]
         gguf = _packaged_file(name)

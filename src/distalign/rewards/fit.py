@@ -1,14 +1,15 @@
-"""Training a reward model on pairs by maximum likelihood (eq. 9), stopped where held-out pairs are predicted best.
+"""Training a reward model on pairs by maximum likelihood (eq. 9).
 
-With a frozen backbone the features of every response are computed once, and what is left takes seconds. LoRA and full
-training start from the head that this gives, and run the same loop with the model in it (linear probing, then fine-
-tuning: arXiv 2202.10054).
+With a frozen backbone the head is the most probable one under a Gaussian prior, whose strength, like the kind of head,
+is chosen by the pairs' evidence: an error of a reward is divided by γ, and held-out label likelihood hardly sees it.
+LoRA and full training start from that head and fine-tune both, stopped where held-out pairs are predicted best (linear
+probing, then fine-tuning: arXiv 2202.10054).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,36 +22,36 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches
+from distalign.errors import InputError
 from distalign.methods.preference import bradley_terry_nll
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
 from distalign.progress import progress
 from distalign.rewards.base import RewardError
-from distalign.rewards.reward_model import (
-    Origin,
-    RewardTraining,
-    TrainedReward,
-    as_classifier,
-    new_head,
-    save_reward,
-)
+from distalign.rewards.heads import HeadName, Tilt, embeddings, new_head
+from distalign.rewards.reward_model import Origin, RewardTraining, TrainedReward, as_classifier, save_reward
 from distalign.stats.calibration import expected_calibration_error
 from distalign.stats.intervals import Estimate, jackknife, mean_and_se
+from distalign.stats.laplace import Posterior, fit_posterior
 
 _BLOCKS = 100  # the jackknife of the calibration error leaves out one of so many blocks of pairs
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How fast and how long; `ridge` is the strength of the prior on the head."""
+    """How fast and how long the backbone is trained."""
 
     learning_rate: float
     epochs: int
-    ridge: float = 1.0
 
 
 # What null settings stand for, with each kind of backbone.
-PLANS = {"frozen": Plan(1e-2, 60), "lora": Plan(3e-4, 3), "full": Plan(1e-5, 2)}
+PLANS = {"lora": Plan(3e-4, 3), "full": Plan(3e-5, 3)}
+
+_SUBSET = 1024  # pairs on which heads and their priors are compared
+_STRONG = 3.0  # nats of evidence, a factor of 20
+_GAUSS_NEWTON = 4
+_CHEAP = 2e9  # logits of one pass over the pairs, up to which the tilt is tried
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Trained:
     results: dict[str, Estimate]
     history: list[dict[str, Any]]
     origin: Origin
+    posterior: Posterior
 
     def save(self, folder: str | Path) -> None:
         """Weights as safetensors, reward.json, results.json and a card; what `load_reward` reads."""
@@ -106,27 +108,31 @@ def train_reward(
         lora = settings.lora if settings.backbone == "lora" else None
         with _seeded(base, seed):
             trunk = make_policy(base, tokenizer, source, lora=lora, reference=False).model
-    reward = TrainedReward(base, trunk, new_head(settings.init, base), gamma=gamma, token_budget=token_budget)
-    fit = make_fit(reward, train, held, settings)
-    start = fit.held_nll()
-    for stage, plan in enumerate(_plans(settings)):
-        fit.live = stage > 0
+
+    def make(name: HeadName) -> TrainedReward:
+        return TrainedReward(base, trunk, new_head(name, base), gamma=gamma, token_budget=token_budget)
+
+    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in (*train, *held)]
+    labels = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in (*train, *held)]).double()
+    n = len(train)
+    offset = make("last" if settings.init == "scratch" else "hidden").values(groups).view(-1, 2)
+    start = mean_and_se(bradley_terry_nll(offset[n:], labels[n:]))
+    if not bool(offset.isfinite().all()):
+        raise RewardError("reward.train: the model itself gives no finite log-probabilities; take another")
+    name, reward, posterior, history = choose_head(settings, make, groups[:n], labels[:n])
+    if settings.backbone != "frozen":
+        given = {"learning_rate": settings.learning_rate, "epochs": settings.epochs}
+        plan = replace(PLANS[settings.backbone], **{key: value for key, value in given.items() if value is not None})
+        fit = Fit(reward, groups, offset, labels, n, settings, posterior.precision, history)
         with _seeded(base, seed):
             fit.run(plan, seed)
-    reward.head.finish(fit.features(range(fit.n_train)))
-    results = {**measure(fit.held_rewards(), fit.labels[fit.n_train :]), "start_nll": start}
-    origin = Origin(settings, gamma, source, tokenizer, list(train), list(held))
-    trained = Trained(reward, results, fit.history, origin)
+    reward.head.finish(reward.encode(groups[:n])[1].view(n, 2, -1))
+    results = {**measure(reward.values(groups[n:]).view(-1, 2), labels[n:]), "start_nll": start}
+    origin = Origin(settings, name, gamma, source, tokenizer, list(train), list(held))
+    trained = Trained(reward, results, history, origin, posterior)
     if folder is not None:
         trained.save(folder)
     return trained
-
-
-def _plans(settings: RewardTraining) -> list[Plan]:
-    """The head on cached features; then, unless the backbone is frozen, both, which is what the settings are for."""
-    given = {"learning_rate": settings.learning_rate, "epochs": settings.epochs, "ridge": settings.weight_decay}
-    last = replace(PLANS[settings.backbone], **{key: value for key, value in given.items() if value is not None})
-    return [last] if settings.backbone == "frozen" else [replace(PLANS["frozen"], ridge=last.ridge), last]
 
 
 @contextmanager
@@ -137,36 +143,82 @@ def _seeded(base: PreTrainedModel, seed: int) -> Iterator[None]:
         yield
 
 
-def make_fit(
-    reward: TrainedReward, train: Sequence[EncodedPair], held: Sequence[EncodedPair], settings: RewardTraining
-) -> Fit:
-    """The training problem, with γ ln π₀ and the features of the untrained trunk computed, the head standardised."""
-    pairs = [*train, *held]
-    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+def fit_head(
+    reward: TrainedReward, groups: Sequence[Group], labels: Float[Tensor, "pairs"], precision: float | None
+) -> Posterior:
+    """Give the head its most probable weights; the posterior that it comes from (of `precision`, or by the evidence).
+
+    A head that is not linear takes a few Gauss-Newton steps, each of which is this problem for its derivative.
+    """
     with progress("reward: encode pairs", len(groups)) as advance:
         offset, features = reward.encode(groups, advance)
-    features = features.view(len(groups), 2, -1)
-    reward.head.standardise(features[: len(train)])
-    labels = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in pairs]).double()
-    return Fit(reward, groups, offset.view(-1, 2), features, labels, len(train), settings)
+    head = reward.head
+    if not bool(head.weight.any()):
+        head.standardise(features.view(len(groups), 2, -1))
+    for _ in range(_GAUSS_NEWTON if isinstance(head, Tilt) else 1):
+        values, rows = reward.linearise(groups, offset, features)
+        values, rows = values.view(-1, 2), rows.view(len(groups), 2, -1).cpu()
+        rows = rows[:, 0] - rows[:, 1]
+        rest = values[:, 0] - values[:, 1] - rows.double() @ head.weight.detach().cpu().double()
+        posterior = fit_posterior(rows, labels, rest, precision)
+        with torch.no_grad():
+            head.weight.copy_(posterior.mean)
+    return posterior
+
+
+def choose_head(
+    settings: RewardTraining,
+    make: Callable[[HeadName], TrainedReward],
+    groups: Sequence[Group],
+    labels: Float[Tensor, "pairs"],
+) -> tuple[HeadName, TrainedReward, Posterior, list[dict[str, Any]]]:
+    """The head that the evidence of (at most `_SUBSET`) pairs speaks for, fitted on all; and what each one had.
+
+    The first that is possible is taken unless another has `_STRONG` nats more: it is the one that is a language model.
+    """
+    tried: dict[HeadName, tuple[TrainedReward, Posterior]] = {}
+    some = groups[:_SUBSET]
+    for name in _candidates(settings, some, make("hidden").base):
+        try:
+            reward = make(name)
+            tried[name] = reward, fit_head(reward, some, labels[:_SUBSET], settings.weight_decay)
+        except InputError as error:  # a model whose logits take no bias
+            if settings.head == name:
+                raise RewardError(f"reward.train: head is {name}: {error}") from error
+    first, best = next(iter(tried)), max(tried, key=lambda name: tried[name][1].evidence)
+    name: HeadName = best if tried[best][1].evidence > tried[first][1].evidence + _STRONG else first
+    reward, posterior = tried[name]
+    history = [{"head": key, "evidence": p.evidence, "precision": p.precision} for key, (_, p) in tried.items()]
+    if len(groups) > _SUBSET:
+        posterior = fit_head(reward, groups, labels, posterior.precision)
+    return name, reward, posterior, history
+
+
+def _candidates(settings: RewardTraining, groups: Sequence[Group], base: PreTrainedModel) -> list[HeadName]:
+    if settings.init == "scratch":
+        return ["last"]
+    if settings.head != "auto":
+        return [settings.head]
+    if settings.backbone != "frozen":
+        return ["hidden"]
+    logits = sum(len(response) for group in groups for response in group.responses) * len(embeddings(base))
+    return ["tilt", "counts", "hidden"] if logits < _CHEAP else ["counts", "hidden"]
 
 
 @dataclass
 class Fit:
-    """Minimise mean NLL + ridge/2n |w|² over the training pairs; keep what predicts the held-out pairs best.
+    """Fine-tune head and trunk: minimise mean NLL + λ/2n |w|²; keep the epoch that predicts the held-out pairs best.
 
-    The first `n_train` pairs are trained on. `offset` is γ ln π₀ and `cached` are the features by the trunk as it
-    started; while `live` the trunk is trained too, and features come from a pass of it.
+    The first `n_train` pairs are trained on. `offset` is γ ln π₀, λ the precision of the head's prior.
     """
 
     reward: TrainedReward
     groups: list[Group]
     offset: Float[Tensor, "pairs 2"]
-    cached: Float[Tensor, "pairs 2 width"]
     labels: Float[Tensor, "pairs"]
     n_train: int
     settings: RewardTraining
-    live: bool = False
+    precision: float
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, plan: Plan, seed: int) -> None:
@@ -179,7 +231,7 @@ class Fit:
         best, best_epoch, best_values = self._evaluate(0, {}), 0, _copy(parameters)
         with progress("reward: train", plan.epochs) as advance:
             for epoch in range(1, plan.epochs + 1):
-                train_nll = self._epoch(optimizer, schedule, order, plan.ridge)
+                train_nll = self._epoch(optimizer, schedule, order)
                 nll = self._evaluate(epoch, {"train_nll": train_nll})
                 advance(epoch, note=f"held-out NLL {nll:.4f}")
                 if nll < best:
@@ -191,83 +243,50 @@ class Fit:
                 parameters[name].copy_(value)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name: the head and, while `live`, what of the trunk is not frozen."""
-        return {"head.weight": self.reward.head.weight} | (self.reward.trained_parameters() if self.live else {})
+        """What is trained, by name: the head, and what of the trunk is not frozen."""
+        return {"head.weight": self.reward.head.weight} | self.reward.trained_parameters()
 
     def parts(self, indices: Sequence[int]) -> list[list[int]]:
         """The same indices, in parts that fit into one pass."""
-        if not self.live:
-            return [list(indices)]
         batches = micro_batches([self.groups[i] for i in indices], self.reward.token_budget)
         return [[indices[i] for i in batch] for batch in batches]
 
     def rewards(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2"]:
         """R of both responses in nats, with gradient."""
-        return self.offset[list(indices)] + self.reward.head(self._features(indices)).cpu().double()
+        features = self.reward.features([self.groups[i] for i in indices]).view(len(indices), 2, -1)
+        return self.offset[list(indices)] + self.reward.head(features).cpu().double()
 
     def loss(self, indices: Sequence[int], of: int) -> Float[Tensor, ""]:
         """The share of these pairs in the mean NLL of `of` pairs (eq. 9), in nats."""
         return bradley_terry_nll(self.rewards(indices), self.labels[list(indices)]).sum() / of
 
-    @torch.no_grad()
-    def features(self, indices: range) -> Float[Tensor, "pairs 2 width"]:
-        """Features by the trunk as it is now, in parts, without gradient."""
-        features = torch.zeros_like(self.cached[indices.start : indices.stop])
-        for part in self.parts(indices):
-            features[[i - indices.start for i in part]] = self._features(part)
-        return features
-
-    def _features(self, indices: Sequence[int]) -> Float[Tensor, "pairs 2 width"]:
-        """Features in one pass, with gradient where the trunk is trained."""
-        if not self.live:
-            return self.cached[list(indices)]
-        return self.reward.features([self.groups[i] for i in indices]).view(len(indices), 2, -1)
-
-    def held_nll(self) -> Estimate:
-        """Mean NLL of the held-out pairs, in nats, with its standard error."""
-        return mean_and_se(bradley_terry_nll(self.held_rewards(), self.labels[self.n_train :]))
-
-    @torch.no_grad()
-    def held_rewards(self) -> Float[Tensor, "held 2"]:
-        """Rewards of the held-out pairs, in nats."""
-        features = self.features(range(self.n_train, len(self.labels)))
-        return self.offset[self.n_train :] + self.reward.head(features).cpu().double()
-
     def _epoch(
-        self,
-        optimizer: torch.optim.Optimizer,
-        schedule: torch.optim.lr_scheduler.LRScheduler,
-        order: torch.Generator,
-        ridge: float,
+        self, optimizer: torch.optim.Optimizer, schedule: torch.optim.lr_scheduler.LRScheduler, order: torch.Generator
     ) -> float:
         """One pass over the training pairs: their mean NLL on the way."""
         head, total = self.reward.head, 0.0
-        self._set_training(True)
+        self.reward.trunk.train()
         for batch in torch.randperm(self.n_train, generator=order).split(self.settings.batch_size):
             for part in self.parts(batch.tolist()):
                 loss = self.loss(part, len(batch))
                 loss.backward()
                 total += float(loss.detach()) * len(batch)
-            (ridge / (2 * self.n_train) * head.weight.square().sum()).backward()
+            (self.precision / (2 * self.n_train) * head.weight.square().sum()).backward()
             nn.utils.clip_grad_norm_(self.parameters().values(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        self._set_training(False)
+        self.reward.trunk.eval()
         return total / self.n_train
 
-    def _set_training(self, on: bool) -> None:
-        """The trunk's dropout, where it is trained."""
-        if self.live:
-            self.reward.trunk.train(on)
-
     def _evaluate(self, epoch: int, more: dict[str, float]) -> float:
-        nll, se, n = self.held_nll()
+        held = self.groups[self.n_train :]
+        nll, se, n = mean_and_se(bradley_terry_nll(self.reward.values(held).view(-1, 2), self.labels[self.n_train :]))
         if not math.isfinite(nll):
-            cause = "lower reward.train.learning_rate" if epoch else "the model itself gives no numbers: take another"
-            raise RewardError(f"reward.train: the held-out loss is {nll} after {epoch} epochs; {cause}")
-        stage = "all" if self.live else "head"
-        self.history.append({"stage": stage, "epoch": epoch, **more, "held_nll": nll, "held_nll_se": se, "n": n})
+            raise RewardError(
+                f"reward.train: the held-out loss is {nll} after {epoch} epochs; lower reward.train.learning_rate"
+            )
+        self.history.append({"epoch": epoch, **more, "held_nll": nll, "held_nll_se": se, "n": n})
         return nll
 
 

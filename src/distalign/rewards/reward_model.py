@@ -1,6 +1,6 @@
 """A reward model trained on pairs: γ ln π₀ plus a correction (init: policy), or a score head alone (init: scratch).
 
-    policy    R(x, a) = γ ln π₀(a|x) + f(x, a),   f learned, starting at exactly zero
+    policy    R(x, a) = γ ln π₀(a|x) + f(x, a),   f learned (`heads`), starting at exactly zero
     scratch   R(x, a) = f(x, a),                  the usual sequence-classification model
 
 It reads the POLICY's token ids, so nothing is decoded, rendered or cut on the way. In a folder it is
@@ -17,8 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from pydantic import model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,12 +34,14 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches, score_in_batches
 from distalign.engine.forward import evaluating
-from distalign.engine.scoring import Reading, read
+from distalign.engine.scoring import expected_counts, read
 from distalign.methods.preference import induced_reward
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
+from distalign.models.targets import with_logit_bias
 from distalign.rewards.base import Request, RewardError, finite
-from distalign.settings import Count, NotNegative, Positive, Section
+from distalign.rewards.heads import Head, HeadName, Tilt, embeddings, new_head
+from distalign.settings import Count, Positive, Section
 from distalign.stats.intervals import Estimate
 
 # The file by which a folder of ours is known.
@@ -53,118 +55,42 @@ class UnreadableReward(RewardError):
 
 
 class RewardTraining(Section):
-    """A reward model trained on the recipe's pairs (eq. 9). Null settings are chosen by the kind of backbone.
+    """A reward model trained on the recipe's pairs (eq. 9).
 
     init: policy is R = γ ln π₀ + a learned correction that starts at zero; scratch an ordinary scalar head. `gamma` is
-    the sharpness of the labels (a known target's own, if not given). backbone: frozen computes its features once.
+    the sharpness of the labels (a known target's own, if not given). head: what the correction is linear in, by default
+    what the pairs' evidence speaks for. weight_decay: the precision of the Gaussian prior on the head's weights (null:
+    that of the largest evidence). With a frozen backbone the head is the most probable one; lora and full start there
+    and train both by the settings that follow, which are null for what suits the backbone.
     """
 
     init: Literal["policy", "scratch"] = "policy"
+    head: Literal["auto", "tilt", "counts", "hidden"] = "auto"
     backbone: Literal["frozen", "lora", "full"] = "frozen"
     gamma: Positive | None = None
+    weight_decay: Positive | None = None
     learning_rate: Positive | None = None
-    weight_decay: NotNegative | None = None
     batch_size: Count = 32
     epochs: Count | None = None
     patience: Count = 5
     lora: Lora = Lora()
 
-
-class Head(nn.Module):
-    """value = w · (features − shift) / scale, in nats; starts at exactly zero.
-
-    shift and scale are those of the training pairs: a typical pair's features then differ by a vector of length 1, so
-    that w ~ N(0, 1/ridge) is a prior on the difference of two values with standard deviation 1/√ridge nats.
-    """
-
-    weight: nn.Parameter
-    shift: Tensor
-    scale: Tensor
-    bound: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        for name, start in (("shift", torch.zeros(width)), ("scale", torch.ones(width))):
-            self.register_buffer(name, start)
-        self.register_buffer("bound", torch.tensor(torch.inf))
-
-    @abstractmethod
-    def features(self, reading: Reading, embeddings: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "responses width"]:
-        """A response as one vector of float32; `embeddings` are the input embeddings of all tokens."""
-
-    def standardise(self, features: Float[Tensor, "pairs 2 width"]) -> None:
-        """Take shift and scale from the features of the training pairs."""
-        flat = features.flatten(0, 1)
-        spread = flat.std(0)
-        # What hardly varies says nothing, and would be blown up.
-        spread = torch.where(spread > 1e-6 * flat.abs().max().clamp(min=1e-30), spread, torch.inf)
-        length = ((features[:, 0] - features[:, 1]) / spread).square().sum(-1).mean().sqrt()
-        self.shift.copy_(flat.mean(0))
-        self.scale.copy_(spread * length.clamp(min=1e-6))
-
-    @abstractmethod
-    def finish(self, features: Float[Tensor, "pairs 2 width"]) -> None:
-        """Bring the trained head into the form it is used and saved in; `features` are the training pairs'."""
-
-    def forward(self, features: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch"]:
-        """Values in nats: linear as far as training has seen, ± 2 · bound at the most."""
-        value = ((features - self.shift) / self.scale) @ self.weight
-        beyond = (value.abs() - self.bound).clamp(min=0)
-        if not bool((beyond > 0).any()):
-            return value
-        return value.sign() * (value.abs() - beyond + self.bound * torch.tanh(beyond / self.bound))
-
-
-class Correction(Head):
-    """The correction of a policy-initialised reward: a linear score of every response token, summed, over √T.
-
-    A token is seen as its hidden state (the context after it) and its own input embedding (the word). The sum can
-    express "each such word counts"; dividing by √T keeps long responses from being rewarded for length, and beyond the
-    values met in training it levels off at `bound`, so that a policy which maximises it gains nothing far outside.
-    """
-
-    def features(self, reading: Reading, embeddings: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "responses width"]:
-        """Σ_t [h_t; e(y_t)] / √T."""
-        tokens = torch.cat([reading.hidden, embeddings[reading.ids]], -1).float()
-        return reading.mean(tokens) * reading.lengths[:, None].sqrt()
-
-    @torch.no_grad()
-    def finish(self, features: Float[Tensor, "pairs 2 width"]) -> None:
-        """Level off beyond the largest value of the training responses."""
-        self.bound.fill_(torch.inf)
-        self.bound.copy_(self(features).abs().max().clamp(min=1e-6))
-
-
-class LastToken(Head):
-    """The score of a sequence-classification model: linear in the hidden state after the last token.
-
-    Trained on standardised features; what is kept are the weights that such a model holds.
-    """
-
-    def features(self, reading: Reading, embeddings: Float[Tensor, "vocab hidden"]) -> Float[Tensor, "responses width"]:
-        """h_T, the end token read."""
-        return reading.last.float()
-
-    @torch.no_grad()
-    def finish(self, features: Float[Tensor, "pairs 2 width"]) -> None:
-        """Same rewards up to a constant, with shift 0 and scale 1: the weights of an ordinary score head."""
-        self.weight.div_(self.scale)
-        self.shift.zero_()
-        self.scale.fill_(1.0)
-
-
-def new_head(init: Literal["policy", "scratch"], base: PreTrainedModel) -> Head:
-    """The head of a reward model on `base`, 0 everywhere."""
-    hidden = embeddings(base).shape[1]
-    return Correction(2 * hidden) if init == "policy" else LastToken(hidden)
-
-
-def embeddings(model: PreTrainedModel | PeftModel) -> Float[Tensor, "vocab hidden"]:
-    """The input embeddings of all tokens."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+    @model_validator(mode="after")
+    def _fits(self) -> RewardTraining:
+        if self.head != "auto" and self.init == "scratch":
+            raise ValueError(f"reward.train: init is scratch, which has a score head; leave out head: {self.head}")
+        if self.head in ("tilt", "counts") and self.backbone != "frozen":
+            raise ValueError(
+                f"reward.train: head is {self.head}, which reads no hidden states, and backbone {self.backbone} would "
+                "train them; take head: hidden, or backbone: frozen"
+            )
+        for name in ("learning_rate", "epochs"):
+            if getattr(self, name) is not None and self.backbone == "frozen":
+                raise ValueError(
+                    f"reward.train.{name} is for backbone: lora or full; a frozen one has its best head without steps: "
+                    "leave it out"
+                )
+        return self
 
 
 class TrainedReward:
@@ -185,6 +111,8 @@ class TrainedReward:
         self.base, self.trunk, self.gamma, self.token_budget = base, trunk, gamma, token_budget
         self.head = head.to(embeddings(base).device)
         self.responses = 0
+        self._model: PreTrainedModel | None = None
+        self._start = torch.zeros(0)
 
     @property
     def frozen(self) -> bool:
@@ -193,11 +121,55 @@ class TrainedReward:
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """Rewards in nats."""
-        offset, features = self.encode([request.group for request in requests])
-        with torch.no_grad():
-            values = offset + self.head(features).cpu().double()
+        values = self.values([request.group for request in requests])
         self.responses += len(values)
         return finite(values, "trained")
+
+    @torch.no_grad()
+    def values(self, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
+        """Rewards in nats, in float64 on the CPU."""
+        if isinstance(self.head, Tilt):
+            return self._tilted_values(self.head, groups)
+        offset, features = self.encode(groups)
+        return offset + self.head(features).cpu().double()
+
+    @torch.no_grad()
+    def linearise(
+        self,
+        groups: Sequence[Group],
+        offset: Float[Tensor, "responses"],
+        features: Float[Tensor, "responses width"],
+    ) -> tuple[Float[Tensor, "responses"], Float[Tensor, "responses width"]]:
+        """R, and its derivative in the head's weights, at the weights as they are; the others are what `encode` gave.
+
+        But for `tilt` it is linear, and the derivative the same everywhere.
+        """
+        head = self.head
+        if not isinstance(head, Tilt):
+            rows = head.rows(features)
+            return offset + (rows @ head.weight).cpu().double(), rows
+        rows, start, tilted = torch.empty_like(features), 0, self._tilted(head)
+        for batch in _in_order(groups, self.token_budget):
+            stop = start + sum(len(group.responses) for group in batch)
+            rows[start:stop] = head.rows(features[start:stop] - expected_counts(tilted, batch))
+            start = stop
+        return self._tilted_values(head, groups), rows
+
+    def _tilted(self, head: Tilt) -> PreTrainedModel:
+        """The language model whose log-probabilities times γ are the reward: one, whose bias follows the weights."""
+        assert self.gamma is not None
+        if self._model is None:
+            self._model = with_logit_bias(self.base, torch.zeros(len(head.weight)))
+            self._start = self._model.get_output_embeddings().bias.clone()  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
+        bias = self._start + head.weight / (head.scale * self.gamma)
+        self._model.get_output_embeddings().bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
+        return self._model
+
+    @torch.no_grad()
+    def _tilted_values(self, head: Tilt, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
+        assert self.gamma is not None
+        logps = score_in_batches(self._tilted(head), groups, token_budget=self.token_budget).logps
+        return induced_reward(logps.cpu().double(), gamma=self.gamma)
 
     def counters(self) -> dict[str, float]:
         """Responses rewarded; none is ever cut."""
@@ -242,11 +214,24 @@ class TrainedReward:
         return induced_reward(offset, gamma=self.gamma), features
 
 
+def _in_order(groups: Sequence[Group], token_budget: int) -> Iterator[list[Group]]:
+    """Stretches of the groups, of about that many tokens."""
+    batch: list[Group] = []
+    for group in groups:
+        if batch and sum(each.tokens for each in batch) + group.tokens > token_budget:
+            yield batch
+            batch = []
+        batch.append(group)
+    if batch:
+        yield batch
+
+
 @dataclass(frozen=True)
 class Origin:
-    """What a trained reward was made of."""
+    """What a trained reward was made of; `head` is the one that was taken."""
 
     settings: RewardTraining
+    head: HeadName
     gamma: float | None
     source: Source
     tokenizer: PreTrainedTokenizerBase
@@ -271,6 +256,7 @@ def save_reward(
         _save_scratch(folder, reward, origin)
     about = {
         "init": settings.init,
+        "head": origin.head,
         "backbone": settings.backbone,
         "gamma": origin.gamma,
         "base_model": origin.source.name,
@@ -302,7 +288,7 @@ def load_reward(
                 "reward with this policy's model"
             )
         trunk = _untrained_trunk(about, base, tokenizer)
-        head = new_head(about["init"], base)
+        head = new_head(about["head"], base)
         reward = TrainedReward(base, trunk, head, gamma=about["gamma"], token_budget=token_budget)
         (_load_tensors if about["init"] == "policy" else _load_scratch)(folder, reward, about["backbone"])
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:

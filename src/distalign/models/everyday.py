@@ -1,0 +1,119 @@
+"""A small language model that is trained on the spot: short answers to everyday questions, for the quickstart.
+
+Its text, `everyday_answers.tsv`, was drawn from SmolLM2-135M-Instruct by scripts/everyday_answers.py. With a million
+parameters every method can be trained on a laptop for as long as the theory asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer as Encoder
+from tokenizers import decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from distalign.progress import progress
+
+VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED = 4096, 4, 16, 3e-3, 0
+_START, _END = "<s>", "</s>"
+# A question on a line of its own, then the answer.
+_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] + '\\n' }}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def everyday_model(cache: Path) -> Path:
+    """The folder of the model and its tokenizer under `cache`, trained at first use (a minute) and kept."""
+    text = files("distalign").joinpath("models/everyday_answers.tsv").read_text(encoding="utf-8")
+    made_of = (text, VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED)
+    folder = cache / f"everyday-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
+    try:
+        rows = [line.split("\t") for line in text.splitlines()]
+        tokenizer = train_tokenizer([" ".join(row) for row in rows])
+        train_model(tokenizer, rows).save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.rename(folder)
+    except OSError:
+        # Another process was faster: its folder is as good. Anything else is an error.
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE on these texts, with a chat template."""
+    encoder = Encoder(BPE())
+    encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    encoder.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    encoder.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=[_START, _END], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=encoder, bos_token=_START, eos_token=_END, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def train_model(tokenizer: PreTrainedTokenizerFast, rows: list[list[str]]) -> LlamaForCausalLM:
+    """A two-layer llama, trained from scratch on questions with answers. The global random state is left alone."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    sequences = [torch.tensor(tokenizer.encode(f"{_START}{question}\n{answer}{_END}")) for question, answer in rows]
+    steps = EPOCHS * (len(sequences) // BATCH)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(SEED)
+        model = LlamaForCausalLM(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+        with progress("train the small language model", steps) as advance:
+            for step, batch in enumerate(b for _ in range(EPOCHS) for b in _batches(sequences)):
+                ids = pad_sequence(batch, batch_first=True)
+                labels = pad_sequence(batch, batch_first=True, padding_value=-100)
+                loss: Any = model(input_ids=ids, labels=labels).loss
+                loss.backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                advance(step + 1, note=f"loss {float(loss.detach()):.2f}")
+    return model.eval()
+
+
+def _batches(sequences: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """One epoch in random order, sequences of like lengths together."""
+    order = torch.randperm(len(sequences)).tolist()
+    batches = []
+    for start in range(0, len(order), 8 * BATCH):
+        alike = sorted(order[start : start + 8 * BATCH], key=lambda index: len(sequences[index]))
+        batches += [alike[i : i + BATCH] for i in range(0, len(alike) - BATCH + 1, BATCH)]
+    return [[sequences[i] for i in batches[at]] for at in torch.randperm(len(batches)).tolist()]

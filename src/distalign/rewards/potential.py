@@ -1,0 +1,116 @@
+"""What a learned reward can give, before any training: how far its optimum moves, and how much of that is noise.
+
+The optimum of RKL and PD is exp(R̂/γ) (β = 0), so an error of R̂ is divided by γ. Distances are nats per response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distalign.engine import Group, score_in_batches
+from distalign.rewards.fit import Trained
+from distalign.stats.intervals import Estimate, mean_and_se
+
+# Responses to each prompt, of π₀ and of a known target.
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Potential:
+    """Half the variance of f/γ on π₀'s responses to a prompt, which is KL(exp(R̂/γ)‖π₀) for a small correction f.
+
+    moved: all of it. noise: what the labels' noise alone gives. signal: the rest. distance: KL(π*‖exp(R̂/γ)) where
+    there is a known target, start: KL(π*‖π₀) on the same responses.
+    """
+
+    moved: float
+    noise: float
+    gamma: float
+    distance: Estimate | None = None
+    start: Estimate | None = None
+
+    @property
+    def signal(self) -> float:
+        """What of the move is not noise."""
+        return max(self.moved - self.noise, 0.0)
+
+    @property
+    def beta(self) -> float:
+        """The β of the best trade, γ · noise/signal, and γ (half of the correction) where the noise is larger."""
+        return self.gamma * min(self.noise / max(self.signal, 1e-12), 1.0)
+
+    def __str__(self) -> str:
+        text = f"its optimum is {self.moved:.2f} nats from π₀, {self.noise:.2f} of them noise of the labels"
+        if self.distance is not None and self.start is not None:
+            text += (
+                f"; from the target {self.distance.mean:.2f} ± {self.distance.se:.2f} nats, "
+                f"π₀ {self.start.mean:.2f} ± {self.start.se:.2f}"
+            )
+        return text
+
+    @property
+    def warning(self) -> str | None:
+        """What to do where the noise exceeds the signal; None where it does not."""
+        if self.noise <= self.signal:
+            return None
+        return (
+            f"reward: of the {self.moved:.2f} nats that its optimum is from π₀, {self.noise:.2f} are noise of the "
+            f"labels; train with beta {self.beta:.3g} (half of the correction), or with more pairs"
+        )
+
+
+def potential(
+    trained: Trained,
+    prompts: Sequence[list[int]],
+    reference: Sequence[list[list[int]]],
+    *,
+    gamma: float,
+    target: nn.Module | None = None,
+    target_responses: Sequence[list[list[int]]] = (),
+) -> Potential:
+    """The potential of a reward from `SAMPLES` or so responses of π₀ (and of a known target) to each prompt."""
+    reward = trained.reward
+    groups = [Group(prompt, own) for prompt, own in zip(prompts, reference, strict=True)]
+    offset, features = reward.encode(groups)
+    _, rows = reward.linearise(groups, offset, features)
+    rows = rows.cpu().view(len(groups), -1, rows.shape[1])
+    rows = (rows - rows.mean(1, keepdim=True)).flatten(0, 1)
+    samples = len(reference[0])
+    unbiased = samples / max(samples - 1, 1) / (2 * gamma**2)
+    mean, noise = trained.posterior.moved(rows)
+    moved, noise = float(mean.square().mean()) * unbiased, float(noise.mean()) * unbiased
+    if target is None:
+        return Potential(moved, noise, gamma)
+    groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, target_responses, strict=True)]
+    budget = reward.token_budget
+    base, true = (
+        score_in_batches(model, groups, token_budget=budget).logps.double().cpu().view(len(groups), -1)
+        for model in (reward.base, target)
+    )
+    learned = reward.values(groups).view(len(groups), -1) / gamma
+    values = forward_kl(true, learned, base, samples)
+    return Potential(moved, noise, gamma, mean_and_se(values), mean_and_se((true - base)[:, samples:].mean(1)))
+
+
+def forward_kl(
+    true: Float[Tensor, "prompts both"],
+    learned: Float[Tensor, "prompts both"],
+    base: Float[Tensor, "prompts both"],
+    samples: int,
+) -> Float[Tensor, "prompts"]:
+    """KL(π* ‖ exp(learned)/Z) of each prompt; the first `samples` responses are π₀'s, as many π*'s follow.
+
+    E_{π*}[ln π* − learned] + ln Z, Z by importance sampling from (π₀ + π*)/2, its bias taken off by a jackknife.
+    """
+    log_weights = learned - torch.logaddexp(base, true) + torch.tensor(2.0).log()
+    count = log_weights.shape[1]
+    whole = log_weights.logsumexp(1)
+    # Without each response in turn; a weight that is nearly all of the sum leaves the others'.
+    left = torch.stack([log_weights[:, [j for j in range(count) if j != i]].logsumexp(1) for i in range(count)], 1)
+    log_z = count * (whole - torch.tensor(count).log()) - (count - 1) * (left - torch.tensor(count - 1).log()).mean(1)
+    return (true - learned)[:, samples:].mean(1) + log_z
