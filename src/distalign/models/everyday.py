@@ -1,6 +1,6 @@
 """A small language model that is trained on the spot: short answers to everyday questions, for the quickstart.
 
-Its text, `everyday_answers.tsv`, was drawn from SmolLM2-135M-Instruct by scripts/everyday_answers.py. With a million
+Its text, `everyday_answers.tsv`, was drawn from SmolLM2-135M-Instruct by scripts/everyday_answers.py. With 0.7 million
 parameters every method can be trained on a laptop for as long as the theory asks for.
 """
 
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from distalign.progress import progress
 
-VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED = 4096, 4, 16, 3e-3, 0
+VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED = 2048, 5, 16, 3e-3, 0
 _START, _END = "<s>", "</s>"
 # A question on a line of its own, then the answer.
 _TEMPLATE = (

@@ -50,7 +50,6 @@ PLANS = {"lora": Plan(3e-4, 3), "full": Plan(3e-5, 3)}
 
 _SUBSET = 1024  # pairs on which heads and their priors are compared
 _STRONG = 3.0  # nats of evidence, a factor of 20
-_GAUSS_NEWTON = 4
 _CHEAP = 2e9  # logits of one pass over the pairs, up to which the tilt is tried
 
 
@@ -144,23 +143,30 @@ def _seeded(base: PreTrainedModel, seed: int) -> Iterator[None]:
 
 
 def fit_head(
-    reward: TrainedReward, groups: Sequence[Group], labels: Float[Tensor, "pairs"], precision: float | None
+    reward: TrainedReward,
+    groups: Sequence[Group],
+    labels: Float[Tensor, "pairs"],
+    precision: float | None,
+    *,
+    steps: int = 3,
+    near: float | None = None,
 ) -> Posterior:
     """Give the head its most probable weights; the posterior that it comes from (of `precision`, or by the evidence).
 
-    A head that is not linear takes a few Gauss-Newton steps, each of which is this problem for its derivative.
+    A head that is not linear takes Gauss-Newton `steps`, each of which is this problem for its derivative.
     """
     with progress("reward: encode pairs", len(groups)) as advance:
         offset, features = reward.encode(groups, advance)
     head = reward.head
     if not bool(head.weight.any()):
         head.standardise(features.view(len(groups), 2, -1))
-    for _ in range(_GAUSS_NEWTON if isinstance(head, Tilt) else 1):
+    for _ in range(steps if isinstance(head, Tilt) else 1):
         values, rows = reward.linearise(groups, offset, features)
         values, rows = values.view(-1, 2), rows.view(len(groups), 2, -1).cpu()
         rows = rows[:, 0] - rows[:, 1]
         rest = values[:, 0] - values[:, 1] - rows.double() @ head.weight.detach().cpu().double()
-        posterior = fit_posterior(rows, labels, rest, precision)
+        posterior = fit_posterior(rows, labels, rest, precision, near=near)
+        near = posterior.precision
         with torch.no_grad():
             head.weight.copy_(posterior.mean)
     return posterior
@@ -190,7 +196,8 @@ def choose_head(
     reward, posterior = tried[name]
     history = [{"head": key, "evidence": p.evidence, "precision": p.precision} for key, (_, p) in tried.items()]
     if len(groups) > _SUBSET:
-        posterior = fit_head(reward, groups, labels, posterior.precision)
+        # More pairs speak for their own prior, which is as a rule a stronger one.
+        posterior = fit_head(reward, groups, labels, settings.weight_decay, steps=2, near=posterior.precision)
     return name, reward, posterior, history
 
 

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from distalign.methods.preference import preference_nll
 
-# Prior precisions tried, in units of the mean squared length of a row: from a prior that allows anything to one that
-# allows nothing.
-_GRID = [10.0**k for k in torch.arange(-3.0, 4.01, 0.5).tolist()]
 _STEPS, _STILL = 50, 1e-8
+_NOTHING = 1e-4  # p(1 − p) of a row that says nothing about its weights next to the others
 
 
 @dataclass(frozen=True)
 class Posterior:
     """N(mean, H⁻¹) of the weights, H = XᵀDX + λI with D the labels' information; `evidence` in nats.
 
-    Kept in the space that the rows span: `basis` takes it to the features. Beyond it the weights are 0 ± 1/√λ.
+    Kept in a space that holds the rows: `basis` takes it to the features. Beyond it the weights are 0 ± 1/√λ.
     """
 
     mean: Float[Tensor, "features"]
@@ -58,36 +56,40 @@ def fit_posterior(
     outcome: Float[Tensor, "rows"],
     offset: Float[Tensor, "rows"],
     precision: float | None = None,
+    *,
+    near: float | None = None,
 ) -> Posterior:
     """The posterior of the weights; `precision` λ is that of the largest evidence if it is None.
 
-    `features` are differences of the two responses' and `outcome` the probability that the first is preferred. Rows
-    that are all zero say nothing; of features that are all zero the posterior is the prior.
+    λ is looked for from a prior that allows nothing, or from 30 times `near`, towards weaker ones as long as that gains
+    evidence. `features` are differences of the two responses' and `outcome` the probability that the first is
+    preferred.
     """
     features, outcome, offset = (values.detach().to("cpu", torch.float64) for values in (features, outcome, offset))
     basis, rows = _span(features)
     unit = float(rows.square().sum(-1).mean()) or 1.0
-    start = rows.new_zeros(rows.shape[1])
-    best: tuple[float, float, Tensor, Tensor] | None = None
-    for value in [scale * unit for scale in reversed(_GRID)] if precision is None else [precision]:
-        start, factor = _mode(rows, outcome, offset, value, start)
-        penalty = value / 2 * float(start.square().sum())
-        nll = float(preference_nll(offset + rows @ start, outcome).sum())
+    mode, best = rows.new_zeros(rows.shape[1]), None
+    strongest = 1e4 * unit if near is None else 30 * near
+    for value in [strongest * 10 ** (-k / 2) for k in range(16)] if precision is None else [precision]:
+        mode, factor = _mode(rows, outcome, offset, value, mode)
+        nll = float(preference_nll(offset + rows @ mode, outcome).sum())
         log_det = 2 * float(factor.diagonal().log().sum())
-        evidence = -nll - penalty + (len(start) * math.log(value) - log_det) / 2
-        if best is None or evidence > best[0]:
-            best = evidence, value, start, factor
+        evidence = (len(mode) * math.log(value) - log_det - value * float(mode.square().sum())) / 2 - nll
+        if best is None or evidence > best.evidence:
+            best = Posterior(basis @ mode, value, evidence, basis, factor)
+        elif evidence < best.evidence - 1:
+            break
     assert best is not None
-    evidence, precision, mode, factor = best
-    return Posterior(basis @ mode, precision, evidence, basis, factor)
+    return best
 
 
 def _span(features: Float[Tensor, "rows features"]) -> tuple[Tensor, Tensor]:
-    """An orthonormal basis of the rows' span, and the rows in it."""
-    wide = features.shape[1] > features.shape[0]
-    values, vectors = torch.linalg.eigh(features @ features.T if wide else features.T @ features)
+    """An orthonormal basis of a space that holds the rows, and the rows in it."""
+    if features.shape[1] <= features.shape[0]:
+        return torch.eye(features.shape[1], dtype=features.dtype), features
+    values, vectors = torch.linalg.eigh(features @ features.T)
     kept = values > 1e-12 * values[-1].clamp(min=1e-300)
-    basis = features.T @ (vectors[:, kept] / values[kept].sqrt()) if wide else vectors[:, kept]
+    basis = features.T @ (vectors[:, kept] / values[kept].sqrt())
     return basis, features @ basis
 
 
@@ -102,7 +104,9 @@ def _mode(
 
     for _ in range(_STEPS):
         p = (offset + rows @ weights).sigmoid()
-        hessian = rows.T @ ((p * (1 - p))[:, None] * rows)
+        information = p * (1 - p)
+        open_ = information > _NOTHING
+        hessian = rows[open_].T @ (information[open_, None] * rows[open_])
         hessian.diagonal().add_(precision)
         factor = torch.linalg.cholesky(hessian)
         gradient = rows.T @ (outcome - p) - precision * weights
