@@ -41,7 +41,7 @@ from distalign.models.targets import Target, TargetPairs, TargetSettings, Tilt, 
 from distalign.progress import progress
 from distalign.rewards import Reward, check_rewards
 from distalign.rollout.sample import sample
-from distalign.training.rounds import is_on_policy
+from distalign.training.rounds import draws_responses
 
 logger = logging.getLogger("distalign.experiments.setup")
 
@@ -207,7 +207,7 @@ def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
 
 
 def _draws_responses(recipe: Recipe) -> bool:
-    return any(is_on_policy(recipe.method(name)) for name in recipe.methods)
+    return any(draws_responses(recipe.method(name)) for name in recipe.methods)
 
 
 def _longest_rollout(recipe: Recipe) -> int:

@@ -49,7 +49,7 @@ from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import Row, TrainingError, is_on_policy
+from distalign.training.rounds import Row, TrainingError, draws_responses
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -116,7 +116,7 @@ def read_rows(
         raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
     if not (isinstance(train, str | Path | Sequence | Data) or hasattr(train, "column_names")):
         train = list(train)
-    labelled = method.needs.pairs == "labelled"
+    labelled = "labelled" in method.needs.pairs
     pairs: list[EncodedPair] = []
     if _encoded(train):
         rows: list[Row] = list(train)
@@ -174,7 +174,7 @@ def check_rows(rows: Rows, source: Source, config: PretrainedConfig, method: Met
     check_token_ids(source.name, config, pairs or (row.prompt for row in rows.train))
     if args.end_token_id is not None and args.end_token_id >= config.get_text_config().vocab_size:
         raise TrainingError(f"end_token_id is {args.end_token_id}, and the model has no such token")
-    if is_on_policy(method):
+    if draws_responses(method):
         longest = args.max_completion_length
         check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
 
