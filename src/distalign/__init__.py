@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from distalign.models.policy import Policy as Policy
     from distalign.models.policy import make_policy as make_policy
     from distalign.models.targets import Tilt as Tilt
+    from distalign.rewards import ColumnReward as ColumnReward
     from distalign.rewards import Request as Request
     from distalign.rewards import Reward as Reward
     from distalign.rewards import RewardTraining as RewardTraining
@@ -63,7 +64,7 @@ _HOMES = {
     "models.load": ("find_model",),
     "models.policy": ("Policy", "make_policy"),
     "models.targets": ("Tilt",),
-    "rewards": ("Request", "Reward", "RewardTraining", "load_reward", "make_reward"),
+    "rewards": ("ColumnReward", "Request", "Reward", "RewardTraining", "load_reward", "make_reward"),
     "rollout.sample": ("sample",),
     "training.config": ("AlignmentConfig",),
     "training.trainer": ("AlignmentTrainer",),

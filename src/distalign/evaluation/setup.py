@@ -96,6 +96,10 @@ class Evaluation(Section):
         for one in self.reward:
             if one.train is not None:
                 raise ValueError("reward.train: an evaluation trains nothing; run distalign reward and name its folder")
+            if one.columns:
+                raise ValueError(
+                    "reward.columns: an evaluation's responses are drawn, and have none; take another reward"
+                )
             if one.exact and self.target is None:
                 raise ValueError("reward.exact is the known target's; add target, or take another reward")
         return self

@@ -123,6 +123,8 @@ def _compare_seed(
 ) -> None:
     """Measure target and reference, train and measure the methods, and add all to `runs` and `training`."""
     measured = _measure_known(setup)
+    # Columns are of the data's responses, not of these.
+    scored = not any(part.columns for part in setup.recipe.reward)
     if any(setup.recipe.method(name).needs.reward for name in methods):
         _make_reward(setup, folder / "reward", resume)
     for name in methods:
@@ -132,7 +134,7 @@ def _compare_seed(
         setup.seconds |= record.seconds
         measured[name] = record.measured
     for name, policy in measured.items():
-        if setup.reward is not None:
+        if setup.reward is not None and scored:
             try:
                 measure_rewards(policy, setup.reward, setup.held_prompts)
             except RewardError as error:

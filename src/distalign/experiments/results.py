@@ -15,6 +15,7 @@ from torch import Tensor
 from distalign.data import EncodedPair
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
+from distalign.rewards.base import column_rewards
 from distalign.user_code import source_file
 
 _TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
@@ -77,8 +78,11 @@ def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
 
 
 def data_key(pairs: list[EncodedPair], prompts: list[list[int]]) -> str:
-    """Hash of pairs and prompts as ids."""
-    return _hash([[[pair.prompt, pair.chosen, pair.rejected, pair.probability] for pair in pairs], prompts])
+    """Hash of pairs, with the rewards of their columns, and prompts as ids."""
+    rows = [
+        [pair.prompt, pair.chosen, pair.rejected, pair.probability, *(column_rewards(pair.row) or ())] for pair in pairs
+    ]
+    return _hash([rows, prompts])
 
 
 def is_of(folder: Path, key: str) -> bool:

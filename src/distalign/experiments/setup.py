@@ -39,7 +39,7 @@ from distalign.experiments.recipe import DataSettings, Recipe
 from distalign.models.load import Source, check_positions, check_token_ids, find_model
 from distalign.models.targets import Target, TargetPairs, TargetSettings, Tilt, make_pairs, target_prompts
 from distalign.progress import progress
-from distalign.rewards import Reward, check_rewards
+from distalign.rewards import Reward, check_columns, check_rewards
 from distalign.rollout.sample import sample
 from distalign.training.rounds import draws_responses
 
@@ -104,7 +104,7 @@ def _setup_of_data(
             source.name, source.config(), ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens"
         )
     conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
-    _check_rewards(recipe, conversational)
+    _check_rewards(recipe, conversational, train)
     prompts: list[EncodedPrompt] = []
     if _draws_responses(recipe):
         prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
@@ -191,10 +191,14 @@ def _setup_of_target(
 # What is refused before weights are loaded ----------------------------------------------------------------------------
 
 
-def _check_rewards(recipe: Recipe, conversational: bool) -> None:
-    if any(recipe.method(name).needs.reward for name in recipe.methods):
-        known = recipe.target is not None
-        check_rewards(recipe.reward, conversational=conversational, target=known, gamma=recipe.target_gamma)
+def _check_rewards(recipe: Recipe, conversational: bool, pairs: Sequence[EncodedPair] = ()) -> None:
+    rewarded = {name: needs for name in recipe.methods if (needs := recipe.method(name).needs).reward}
+    if rewarded:
+        known, gamma = recipe.target is not None, recipe.target_gamma
+        check_rewards(recipe.reward, conversational=conversational, target=known, gamma=gamma, pairs=not known)
+    if any(part.columns for part in recipe.reward):
+        for name, needs in rewarded.items():
+            check_columns(name, needs, pairs)
 
 
 def _check_held_out(prompts: list[list[int]], pairs: int) -> None:

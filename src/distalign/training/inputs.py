@@ -35,12 +35,14 @@ from distalign.models.load import ModelError, Source, check_positions, check_tok
 from distalign.models.policy import Policy, adapter_off, make_policy, share
 from distalign.rewards import (
     ClassifierReward,
+    ColumnReward,
     FunctionReward,
     Reward,
     RewardError,
     RewardSettings,
     RewardTraining,
     WeightedSum,
+    check_columns,
     check_rewards,
     make_reward,
     train_reward,
@@ -267,7 +269,9 @@ def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[
     return [str(reward) if isinstance(reward, Path) else reward for reward in given]
 
 
-def check_reward_funcs(rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig) -> None:
+def check_reward_funcs(
+    label: str, method: Method, rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig
+) -> None:
     """Raise RewardError for rewards that cannot work, before a model is loaded."""
     rewards = list(rewards)
     weights = args.reward_weights
@@ -278,6 +282,8 @@ def check_reward_funcs(rewards: Iterable[RewardFunc], rows: Rows, args: Alignmen
     settings = [named for reward in rewards if (named := _named(reward)) is not None]
     if settings:
         check_rewards(settings, conversational=rows.conversational)
+    if any(isinstance(reward, ColumnReward) for reward in rewards):
+        check_columns(label, method.needs, rows.pairs)
     if any(isinstance(reward, RewardTraining) for reward in rewards):
         if not rows.pairs:
             raise RewardError("reward_funcs: a reward is trained on pairs, and train_dataset has prompts alone")

@@ -182,7 +182,7 @@ class AlignmentTrainer(Trainer):
         self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
         data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
         check_rows(data, source, config, self.method, args)
-        check_reward_funcs(rewards, data, args)
+        check_reward_funcs(self.label, self.method, rewards, data, args)
         end_id = response_end(data, tokenizer, args)
 
         if isinstance(model, Policy):
@@ -416,20 +416,21 @@ class AlignmentTrainer(Trainer):
                 labelled=2,
                 probability=1.0 if row.probability is None else row.probability,
                 reference_logps=self.reference_cache[row.key] if reference else None,
-                rewards=self._pair_rewards[row.key] if rewards else None,
+                rewards=self._pair_rewards[row.key, row.where] if rewards else None,
             )
             for row in rows
         ]
 
     def _reward_pairs(self, rows: Sequence[EncodedPair]) -> None:
         """Each pair is rewarded once in a run."""
-        missing = [row for row in rows if row.key not in self._pair_rewards]
+        # Two rows of the same text may have other columns.
+        missing = [row for row in rows if (row.key, row.where) not in self._pair_rewards]
         if missing:
             assert self.rollout.reward is not None
             started = time.perf_counter()
             requests = [Request(row.prompt, [row.chosen, row.rejected], row.row) for row in missing]
             for row, pair in zip(missing, self.rollout.reward(requests).view(-1, 2), strict=True):
-                self._pair_rewards[row.key] = pair
+                self._pair_rewards[row.key, row.where] = pair
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
 
     def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
