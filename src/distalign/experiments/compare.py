@@ -59,8 +59,8 @@ def compare(
 
     `recipe` is one, or a packaged one's name, a file or a mapping. Without `methods` those that the recipe compares are
     trained, without `seeds` its own is used. Every seed draws its own pairs (where a known target makes them) and
-    trains anew, in a subfolder if there are several. `target` stands in for the recipe's tilt of words, whose other
-    settings (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
+    trains anew, in a subfolder if there are several. `target` stands in for the recipe's own, whose other settings
+    (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
     done again, a method in the middle goes on from its last checkpoint, and what has other settings or data now starts
     over.
     """
