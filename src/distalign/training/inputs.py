@@ -264,7 +264,7 @@ def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[
         if isinstance(reward, type) or not (isinstance(reward, str | Path | RewardTraining) or callable(reward)):
             raise RewardError(
                 f"reward_funcs has {reward!r}; give functions, names or models of classifiers, folders of trained "
-                "rewards, or RewardTraining(…)"
+                "rewards, RewardTraining(…) or ColumnReward(…)"
             )
     return [str(reward) if isinstance(reward, Path) else reward for reward in given]
 

@@ -134,7 +134,8 @@ class AlignmentTrainer(Trainer):
     method: a `Method`, or its name. train_dataset: a path, a hub id, a `datasets.Dataset` or a list of dicts in TRL's
     columns: pairs, or for methods without labels prompts. eval_dataset: pairs, or a dict of several sets. reward_funcs,
     for methods that read a reward: functions in TRL's convention, classifiers (name or model), the folder of a trained
-    reward, `RewardTraining(gamma=…)` to train one on the pairs first, or a list of them (`args.reward_weights`).
+    reward, `RewardTraining(gamma=…)` to train one on the pairs first, `ColumnReward(scale=…)` for the pairs' own, or a
+    list of them (`args.reward_weights`).
     processing_class: the tokenizer, if not the model's own. peft_config: train a new adapter instead of all weights.
 
     Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
