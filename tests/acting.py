@@ -17,6 +17,9 @@ from distalign.training.trainer import AlignmentTrainer
 METHODS = {
     "pmle": PMLE(0.5, 0.3),
     "pd": PD(0.5, 0.3),
+    "pd-reference": PD(0.5, 0.3, pairs="reference"),
+    "pd-data+reference": PD(0.5, 0.0, pairs="data+reference"),
+    "pd-data+policy": PD(0.5, 0.3, pairs="data+policy"),
     "pd-reward": PD(0.5, 0.3, kl_in="reward"),
     "rkl": RKL(0.5, 0.3),
     "rkl-split": RKL(0.5, 0.3, estimator="split"),
@@ -68,7 +71,7 @@ def trainer(
         "max_grad_norm": 0.0,
         **settings,
     }
-    labelled = method.needs.pairs == "labelled"
+    labelled = "labelled" in method.needs.pairs
     return AlignmentTrainer(
         policy,
         method,

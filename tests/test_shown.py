@@ -357,14 +357,16 @@ def test_the_table_from_trl_has_the_names_that_there_are():
                 assert "".join(name) in ours, code
 
 
-def test_the_target_of_the_docs_can_label_pairs():
+def test_the_target_of_the_docs_can_label_pairs(here, monkeypatch, tiny_folder):
     """The page's own target class is a target: strength 0 is the base, 1 the tuned model, and it labels pairs."""
-    names = run_blocks(ROOT / "docs/targets.md", {})
+    make_small(monkeypatch, here)
+    names = run_blocks(ROOT / "docs/targets.md", {HUB_MODEL: str(tiny_folder)})
     base, tuned = tiny.model(), tiny.model(num_hidden_layers=2)
     with torch.no_grad():
         for parameter in tuned.parameters():
             parameter.mul_(1.1)
-    target = names["FineTuned"](tuned)
+    tuned.save_pretrained(here / "tuned")
+    target = names["FineTuned"](str(here / "tuned"))
     assert isinstance(target, Target)
     ids = torch.tensor([[2, 4, 9]])
     assert torch.equal(target.model(base, None, 0.0)(ids).logits, base(ids).logits)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distalign.errors import InputError as InputError
     from distalign.evaluation.evaluate import evaluate as evaluate
     from distalign.evaluation.frontier import predict_frontier as predict_frontier
+    from distalign.evaluation.metrics import measure_against as measure_against
     from distalign.experiments.compare import compare as compare
     from distalign.experiments.recipe import Recipe as Recipe
     from distalign.experiments.recipe import load_recipe as load_recipe
@@ -36,7 +37,11 @@ if TYPE_CHECKING:
     from distalign.models.load import find_model as find_model
     from distalign.models.policy import Policy as Policy
     from distalign.models.policy import make_policy as make_policy
+    from distalign.models.targets import Target as Target
+    from distalign.models.targets import TargetSettings as TargetSettings
     from distalign.models.targets import Tilt as Tilt
+    from distalign.models.targets import make_pairs as make_pairs
+    from distalign.rewards import ColumnReward as ColumnReward
     from distalign.rewards import Request as Request
     from distalign.rewards import Reward as Reward
     from distalign.rewards import RewardTraining as RewardTraining
@@ -55,6 +60,7 @@ _HOMES = {
     "errors": ("InputError",),
     "evaluation.evaluate": ("evaluate",),
     "evaluation.frontier": ("predict_frontier",),
+    "evaluation.metrics": ("measure_against",),
     "experiments.compare": ("compare",),
     "experiments.recipe": ("Recipe", "load_recipe"),
     "experiments.train": ("train",),
@@ -62,8 +68,8 @@ _HOMES = {
     "methods": ("METHODS", "PMLE", "PD", "RKL", "DPO", "REBEL", "RLHF", "Method", "Needs", "Pairs", "Samples"),
     "models.load": ("find_model",),
     "models.policy": ("Policy", "make_policy"),
-    "models.targets": ("Tilt",),
-    "rewards": ("Request", "Reward", "RewardTraining", "load_reward", "make_reward"),
+    "models.targets": ("Target", "TargetSettings", "Tilt", "make_pairs"),
+    "rewards": ("ColumnReward", "Request", "Reward", "RewardTraining", "load_reward", "make_reward"),
     "rollout.sample": ("sample",),
     "training.config": ("AlignmentConfig",),
     "training.trainer": ("AlignmentTrainer",),

@@ -211,8 +211,11 @@ def _find_files(section: object, keys: Iterable[str], folder: Path) -> None:
 
 
 def find_file(name: str, folder: Path) -> str:
-    """The name of a file, from its recipe's folder where only that has it."""
-    return str(folder / name) if not Path(name).exists() and (folder / name).exists() else name
+    """The name of a file, or of code in it (`file.py:name`), from its recipe's folder where only that has it."""
+    stem, mark, code = name.partition(".py:")
+    file = f"{stem}.py" if mark else name
+    place = str(folder / file) if not Path(file).exists() and (folder / file).exists() else file
+    return f"{place}:{code}" if mark else place
 
 
 def unknown_setting(section: str, key: str, names: Sequence[str], elsewhere: str | None = None) -> str:
@@ -234,7 +237,8 @@ def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
     if error["type"] == "extra_forbidden":
         model = _section_at(sections, kind)
         new = model.renamed.get(str(key)) if issubclass(model, Section) else None
-        return [unknown_setting(section, str(key), list(model.model_fields), new and f'it is called "{new}" now')]
+        names = [field.alias or name for name, field in model.model_fields.items()]
+        return [unknown_setting(section, str(key), names, new and f'it is called "{new}" now')]
     if error["type"] == "missing":
         return [f'{section} has no "{key}"; add it']
     if error["type"] == "value_error":

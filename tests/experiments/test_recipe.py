@@ -193,7 +193,7 @@ REFUSALS = {
     "methods: {rkl: {rollout: {num_generations: 0}}}": "x.yaml: methods.rkl.rollout.num_generations is 0; input "
     "should be greater than 0",
     "methods: {dpo: }\ncompare: [pmle]": 'x.yaml: compare: recipe has no method "pmle"; it has dpo',
-    "methods: {dpo: }\nreward: {weight: 2}": "x.yaml: reward names 0 of model, train, function and exact; give "
+    "methods: {dpo: }\nreward: {weight: 2}": "x.yaml: reward names 0 of model, train, function, exact, columns; give "
     "one each",
     "methods: {dpo: }\nreward: {modle: a}": 'x.yaml: reward.0 has no setting "modle"; did you mean "model"?',
     "methods: {dpo: }\ndata: {train: a}": "x.yaml: recipe has both data and target; "

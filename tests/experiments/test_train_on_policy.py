@@ -129,3 +129,15 @@ def test_refusals_before_a_model_is_loaded(made, monkeypatch):
     data = {"train": "x.jsonl", "held_out": 0.0}
     with pytest.raises(RewardError, match="stops by held-out pairs and there are none"):
         check(made(target=None, data=data, reward={"train": {"gamma": 0.1}}), ["rkl"])
+
+
+@pytest.mark.parametrize("pairs", ["reference", "data+reference", "data+policy"])
+def test_pd_takes_other_pairs_in_a_recipe(tmp_path, tiny_folder, pairs):
+    """By name, with a known target's reward; what π₀ drew is printed once, what the policy drew at every round."""
+    methods = {"pd": {"gamma": 0.5, "beta": 0.0, "pairs": pairs}}
+    text = tiny.recipe_text(tmp_path, model=str(tiny_folder), methods=methods, reward={"exact": True})
+    (tmp_path / "recipe.yaml").write_text(text)
+    done = train(tmp_path / "recipe.yaml")
+    steps = {json.loads(line)["step"] for line in (done.folder / "samples.jsonl").read_text().splitlines()}
+    assert (steps == {0}) == ("reference" in pairs)
+    assert (done.model / "adapter_config.json").is_file()

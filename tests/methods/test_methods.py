@@ -21,9 +21,9 @@ GAMMA, BETA, ETA = 0.7, 0.4, 1.3
 PAIR_FIELDS = {
     "logps": lambda n: n.pairs != "",
     "reference_logps": lambda n: n.pairs != "" and n.reference,
-    "behavior_logps": lambda n: n.pairs == "sampled",
+    "behavior_logps": lambda n: "sampled" in n.pairs,
     "rewards": lambda n: n.pairs != "" and n.reward,
-    "probability": lambda n: n.pairs == "labelled",
+    "probability": lambda n: "labelled" in n.pairs,
 }
 SAMPLE_FIELDS = {
     "token_logps": lambda n: n.samples,
@@ -185,7 +185,7 @@ def variants():
         if {"gamma", "beta"} <= {f.name for f in dataclasses.fields(factory)}:
             cases.append(pytest.param(factory(beta=0.0), id=f"{name}-beta=0"))
     cases.append(pytest.param(PD(kl_in="reward"), id="pd-reward"))
-    cases.append(pytest.param(PD(pairs="data"), id="pd-data"))
+    cases += [pytest.param(PD(pairs=pairs), id=f"pd-{pairs}") for pairs in ("data", "reference", "data+policy")]
     cases.append(pytest.param(REBEL(beta=0.0), id="rebel-beta=0"))
     for settings in ({"estimator": "ppo"}, {"estimator": "split"}):
         label = "-".join(settings.values())
@@ -231,6 +231,9 @@ def test_needs_follow_the_settings():
     assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, kl=True)
     assert PD(beta=0.0, pairs="data").needs == Needs(pairs="labelled", reward=True)
     assert PD(pairs="data").needs == Needs(pairs="labelled", samples=True, reward=True, kl=True)
+    assert PD(beta=0.0, pairs="reference").needs == Needs(pairs="reference", reward=True)
+    mixed = Needs(pairs="labelled+sampled", samples=True, reward=True, kl=True)
+    assert PD(pairs="data+policy").needs == mixed
     assert PD(kl_in="reward").needs == Needs(pairs="sampled", reward=True, reference=True)
     assert RKL(beta=0.0).needs == Needs(samples=True, reward=True)
     assert RKL().needs == Needs(samples=True, reward=True, reference=True)
@@ -301,6 +304,8 @@ def test_zero_is_refused_where_nothing_would_be_left():
     [
         (lambda: RLHF(estimator="full"), "RLHF: estimator is 'full'; set it to one of joint, split, ppo"),
         (lambda: PD(pairs="data", kl_in="reward"), "PD: kl_in is 'reward'; set it to one of loss"),
+        (lambda: PD(pairs="reference", kl_in="reward"), "PD: kl_in is 'reward'; set it to one of loss"),
+        (lambda: Needs(pairs="policy"), "Needs: pairs is 'policy'; write one of labelled, reference, sampled, or sev"),
         (lambda: RLHF(gae_lambda=1.5), "RLHF: gae_lambda is 1.5; set it between 0 and 1"),
     ],
 )

@@ -8,7 +8,9 @@ import torch
 
 from distalign.engine import Group, score
 from distalign.errors import InputError
-from distalign.models.targets import Tilt, make_pairs, with_logit_bias
+from distalign.models.load import find_model
+from distalign.models.targets import ModelTarget, TargetSettings, Tilt, make_pairs, make_target, with_logit_bias
+from distalign.rollout.sample import sample
 
 TILT = Tilt(("happy", "kind", "warm"), bonus=2.0, end_bonus=0.5)
 IDS = torch.tensor([[2, 4, 9, 12, 3, 2, 5, 8, 7]])
@@ -120,6 +122,24 @@ def test_ties_are_drawn_again_and_counted_or_refused():
         draw(tiny.model(), temperature=1e-4, strengths=[0.0])
 
 
+def test_a_pair_that_is_always_a_tie_is_dropped_and_counted(monkeypatch, caplog):
+    """One prompt with a single answer: its pairs are left out, with a warning, and the others are as ever."""
+
+    def one_answer(model, prompts, **settings):
+        drawn = sample(model, prompts, **settings)
+        return [[[9, tiny.END]] if prompt == PROMPTS[0] else own for prompt, own in zip(prompts, drawn, strict=True)]
+
+    monkeypatch.setattr("distalign.models.targets.sample", one_answer)
+    drawn = draw(tiny.model(), n=20)
+    assert (len(drawn.pairs), drawn.dropped) == (19, 1)
+    assert len(drawn.logit) == len(drawn.reference_logps) == 19
+    assert PROMPTS[0] not in [pair.prompt for pair in drawn.pairs]
+    assert "target: 1 of 20 pairs had the same response twice, 20 times: they are dropped" in caplog.text
+    monkeypatch.setattr(f"{__name__}.PROMPTS", PROMPTS[:1])
+    with pytest.raises(InputError, match="target: 3 of 3 pairs had the same response twice, 20 times; raise the temp"):
+        draw(tiny.model(), n=3)
+
+
 def test_information_is_the_fisher_information_of_the_strength():
     """E[σ(1 − σ)(dl/ds)²] with dl/ds = l(s=1) − l(s=0), the difference that the definition takes, found by scoring."""
     base, gamma = tiny.model(), 0.5
@@ -143,3 +163,71 @@ def test_progress_counts_responses_and_pairs_up_to_the_end():
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert {total for _, total in seen} == {90}
     assert seen[-1] == (90, 90)
+
+
+# A model, or a class of the user's ------------------------------------------------------------------------------------
+
+
+def made(folder, **settings):
+    """The target of these settings, for the model in a folder."""
+    source = find_model(str(folder))
+    return make_target(TargetSettings(**settings), source, source.tokenizer())
+
+
+def test_a_fine_tuned_model_is_a_target(tmp_path, tiny_folder):
+    """Strength 1 is the model, 0 the base; there is nothing between."""
+    tuned = tiny.save(tmp_path / "tuned", initializer_range=0.3)
+    target = made(tiny_folder, model=str(tuned))
+    assert isinstance(target, ModelTarget)
+    base = tiny.model()
+    with torch.no_grad():
+        expected = tiny.model(initializer_range=0.3)(IDS).logits
+        torch.testing.assert_close(target.model(base, tiny.tokenizer())(IDS).logits, expected)
+    assert target.model(base, tiny.tokenizer()) is target.model(base, tiny.tokenizer())
+    assert target.model(base, tiny.tokenizer(), 0.0) is base
+    with pytest.raises(InputError, match=r"strength is 0.5; a model as target has the strengths 0 .* write a class"):
+        target.model(base, tiny.tokenizer(), 0.5)
+
+
+def test_a_model_of_other_tokens_is_no_target(tmp_path, tiny_folder):
+    """It could not be compared token by token."""
+    other = tiny.save(tmp_path / "other", vocab_size=48)
+    with pytest.raises(InputError, match=r"its tokens are not those of .* \(48 and 40\); a target is compared token"):
+        made(tiny_folder, model=str(other))
+
+
+MY_TARGET = """
+class Colder:
+    def __init__(self, factor=2.0):
+        if factor <= 0:
+            raise ValueError(f"factor is {factor}; give one above 0")
+        self.factor = factor
+
+    def model(self, base, tokenizer, strength=1.0):
+        import copy
+        model = copy.deepcopy(base)
+        model.lm_head.weight.data *= 1 + strength * (self.factor - 1)
+        return model
+
+
+class Nothing:
+    pass
+"""
+
+
+def test_a_class_of_the_users_is_a_target(tmp_path, tiny_folder):
+    """By its file, with its settings; what is none says what a target has."""
+    (tmp_path / "my_target.py").write_text(MY_TARGET)
+    place = f"{tmp_path}/my_target.py"
+    target = made(tiny_folder, **{"class": f"{place}:Colder", "settings": {"factor": 3.0}})
+    base = tiny.model()
+    with torch.no_grad():
+        torch.testing.assert_close(target.model(base, tiny.tokenizer())(IDS).logits, 3 * base(IDS).logits)
+    for name, settings, message in (
+        ("Colder", {"factor": 0}, "factor is 0; give one above 0; change target.settings"),
+        ("Colder", {"speed": 0}, "unexpected keyword argument 'speed'; change target.settings"),
+        ("Nothing", {}, r"it has no method model\(base, tokenizer, strength\)"),
+        ("Coldr", {}, 'has no Class "Coldr"; did you mean "Colder"'),
+    ):
+        with pytest.raises(InputError, match=message):
+            made(tiny_folder, **{"class": f"{place}:{name}", "settings": settings})

@@ -241,5 +241,5 @@ def test_the_blocks_of_the_docs_are_settings():
         one for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL) for one in yaml.safe_load(block)["reward"]
     ]
     kinds = [RewardSettings(**one) for one in shown]
-    assert len(kinds) == 4
+    assert len(kinds) == 5
     assert sum(one.exact for one in kinds) == sum(one.train is not None for one in kinds) == 1

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from distalign.data import EncodedPair, EncodedPrompt
+from distalign.data import EncodedPair, EncodedPrompt, Tokenizer, end_token_id
 from distalign.engine import Group, Reference, Scores, score_in_batches
+from distalign.engine.forward import evaluating
+from distalign.engine.packing import FORWARD_BUDGET
+from distalign.errors import InputError
+from distalign.models.targets import Target
 from distalign.rewards import Request, Reward
 from distalign.rollout.sample import sample
 from distalign.settings import Count, Positive, Section
@@ -145,6 +150,59 @@ class Measured:
     correct: Tensor = field(default_factory=lambda: torch.zeros(0))
     target_logps: Tensor | None = None
     pairs: Sequence[EncodedPair] = ()
+
+
+def measure_against(
+    target: Target | nn.Module,
+    policy: nn.Module,
+    base: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    *,
+    gamma: float,
+    samples: int = 2,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    token_budget: int = FORWARD_BUDGET,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """How far a policy is from a known target: means over the prompts with their standard errors.
+
+    forward_kl, reverse_kl, entropy: per response, in nats. kl_reference: from π₀, which is `base`. win_rate: of the
+    policy's responses against those of π₀ by the target's own preference, whose sharpness is `gamma`. target_entropy
+    and target_win_rate are the target's own, which a policy at the target has. Each model answers each prompt `samples`
+    times. Raises InputError for fewer than two prompts.
+    """
+    if len(prompts) < 2:
+        raise InputError(f"measure_against: {len(prompts)} prompts; standard errors need two: give more")
+    # A causal language model may have an attribute `model`, too.
+    model = target if isinstance(target, nn.Module) else target.model(base, tokenizer)
+    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
+    task = Task(
+        base, prompts, [], end_id, seed, samples, max_new_tokens, temperature, token_budget, gamma=gamma, target=model
+    )
+    task = replace(task, target_groups=target_responses(model, task))
+    with evaluating(policy):
+        measured = measure_samples(policy, task, reference=base)
+    start, best = measure_samples(base, task, reference=None), measure_samples(model, task, reference=base)
+    values = {name: measured.values[name] for name in ("forward_kl", "reverse_kl", "kl_reference", "entropy")}
+    values["win_rate"] = win_probability(measured, start, task)
+    values |= {"target_entropy": best.values["entropy"], "target_win_rate": win_probability(best, start, task)}
+    return {name: mean_and_se(each) for name, each in values.items()}
+
+
+def target_responses(target: nn.Module, task: Task) -> list[Group]:
+    """Responses of the target to the held-out prompts: the same for every seed, so that seeds differ in training."""
+    responses = sample(
+        target,
+        task.prompts,
+        n=task.samples,
+        max_new_tokens=task.max_new_tokens,
+        temperature=task.temperature,
+        end_id=task.end_id,
+        seed=10_000,
+    )
+    return [Group(prompt, own) for prompt, own in zip(task.prompts, responses, strict=True)]
 
 
 def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | None) -> Measured:

@@ -32,7 +32,7 @@ from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
 from distalign.models.load import Source, find_model, weights_digest
-from distalign.models.targets import Target, TargetSettings, Tilt, target_prompts
+from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
 from distalign.rewards import Reward, Rewards, check_rewards, make_reward
 from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings
 
@@ -96,6 +96,10 @@ class Evaluation(Section):
         for one in self.reward:
             if one.train is not None:
                 raise ValueError("reward.train: an evaluation trains nothing; run distalign reward and name its folder")
+            if one.columns:
+                raise ValueError(
+                    "reward.columns: an evaluation's responses are drawn, and have none; take another reward"
+                )
             if one.exact and self.target is None:
                 raise ValueError("reward.exact is the known target's; add target, or take another reward")
         return self
@@ -130,7 +134,7 @@ def load_evaluation(
         if isinstance(given, dict):
             raw["policies"] = given | _named(policies, given)
 
-    files = {"": ("prompts", "pairs"), "target": ("prompts",)}
+    files = {"": ("prompts", "pairs"), "target": ("prompts", "class")}
     place = source if isinstance(source, Mapping) else find_recipe(source, "evaluate")
     return read_settings(Evaluation, place, overrides, files=files, change=add)
 
@@ -221,7 +225,7 @@ class EvaluationSetup:
 def load_setup(settings: Evaluation, target: Target | None = None) -> EvaluationSetup:
     """Read and check everything, and then load the reference, and make the known target of it if there is one.
 
-    `target` stands in for the settings' tilt of words. Raises InputError.
+    `target` stands in for the settings' own. Raises InputError.
     """
     trust = settings.trust_remote_code
     sources = {"reference": find_model(settings.model, trust_remote_code=trust)}
@@ -241,11 +245,10 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
     _check_positions(settings, sources, prompts)
     end_id = end_token_id(tokenizer, conversational=conversational)
-    base = _load(settings, sources["reference"])
-    target_model = None
     if settings.target is not None:
-        tilt = Tilt(tuple(settings.target.words), settings.target.bonus, settings.target.end_bonus)
-        target_model = (target or tilt).model(base, tokenizer)
+        target = target or make_target(settings.target, sources["reference"], tokenizer)
+    base = _load(settings, sources["reference"])
+    target_model = None if settings.target is None or target is None else target.model(base, tokenizer)
     return EvaluationSetup(settings, sources, tokenizer, prompts, pairs, end_id, statistics, base, target_model)
 
 

@@ -59,8 +59,8 @@ def compare(
 
     `recipe` is one, or a packaged one's name, a file or a mapping. Without `methods` those that the recipe compares are
     trained, without `seeds` its own is used. Every seed draws its own pairs (where a known target makes them) and
-    trains anew, in a subfolder if there are several. `target` stands in for the recipe's tilt of words, whose other
-    settings (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
+    trains anew, in a subfolder if there are several. `target` stands in for the recipe's own, whose other settings
+    (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
     done again, a method in the middle goes on from its last checkpoint, and what has other settings or data now starts
     over.
     """
@@ -123,6 +123,8 @@ def _compare_seed(
 ) -> None:
     """Measure target and reference, train and measure the methods, and add all to `runs` and `training`."""
     measured = _measure_known(setup)
+    # Columns are of the data's responses, not of these.
+    scored = not any(part.columns for part in setup.recipe.reward)
     if any(setup.recipe.method(name).needs.reward for name in methods):
         _make_reward(setup, folder / "reward", resume)
     for name in methods:
@@ -132,7 +134,7 @@ def _compare_seed(
         setup.seconds |= record.seconds
         measured[name] = record.measured
     for name, policy in measured.items():
-        if setup.reward is not None:
+        if setup.reward is not None and scored:
             try:
                 measure_rewards(policy, setup.reward, setup.held_prompts)
             except RewardError as error:

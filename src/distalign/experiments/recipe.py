@@ -249,7 +249,7 @@ def load_recipe(
         raw["methods"] = {name: _merged(methods.get(name), given[name])}
         raw.pop("compare", None)
 
-    files = {"data": ("train", "eval", "prompts"), "target": ("prompts",)}
+    files = {"data": ("train", "eval", "prompts"), "target": ("prompts", "class")}
     place = source if isinstance(source, Mapping) else find_recipe(source)
     return read_settings(Recipe, place, overrides, files=files, change=keep)
 
@@ -311,12 +311,10 @@ def _by_name(methods: Mapping[Any, Any], folder: Path) -> dict[Any, Any]:
     named: dict[Any, Any] = {}
     for name, settings in methods.items():
         if isinstance(name, str) and ":" in name:
-            file, _, class_name = name.rpartition(":")
-            source = f"{find_file(file, folder)}:{class_name}"
-            name, settings = class_name.lower(), _merged(settings, {_CLASS: source})
+            settings = _merged(settings, {_CLASS: find_file(name, folder)})
+            name = name.rpartition(":")[2].lower()
         elif isinstance(settings, dict) and isinstance(settings.get(_CLASS), str) and settings[_CLASS] not in METHODS:
-            file, colon, class_name = settings[_CLASS].rpartition(":")
-            settings = {**settings, _CLASS: find_file(file, folder) + colon + class_name}
+            settings = {**settings, _CLASS: find_file(settings[_CLASS], folder)}
         named[name] = _merged(named.get(name), settings)
     return named
 

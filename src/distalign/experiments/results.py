@@ -15,6 +15,7 @@ from torch import Tensor
 from distalign.data import EncodedPair
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
+from distalign.rewards.base import column_rewards
 from distalign.user_code import source_file
 
 _TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
@@ -62,12 +63,13 @@ def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> st
     """Hash of what decides a method's run: its settings, the seed, the model's weights, the pairs and prompts.
 
     The other methods of the recipe, its name and its place do not count, nor does a reward that the method does not
-    take. A reward's files count by their content, a function's and a method's too, whether named by path or by module.
+    take. A reward's and a target's files count by their content, a function's and a method's too, whether named by path
+    or by module.
     """
     rewarded = recipe.method(name).needs.reward
     left_out = {"name", "output_dir", "compare", "study", *(() if rewarded else ("reward",))}
     settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
-    files = [*_method(recipe, name), *(_rewards(recipe) if rewarded else [])]
+    files = [*_method(recipe, name), *_target(recipe), *(_rewards(recipe) if rewarded else [])]
     return _hash([settings, _digests(files), seed, weights, data])
 
 
@@ -77,8 +79,11 @@ def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
 
 
 def data_key(pairs: list[EncodedPair], prompts: list[list[int]]) -> str:
-    """Hash of pairs and prompts as ids."""
-    return _hash([[[pair.prompt, pair.chosen, pair.rejected, pair.probability] for pair in pairs], prompts])
+    """Hash of pairs, with the rewards of their columns, and prompts as ids."""
+    rows = [
+        [pair.prompt, pair.chosen, pair.rejected, pair.probability, *(column_rewards(pair.row) or ())] for pair in pairs
+    ]
+    return _hash([rows, prompts])
 
 
 def is_of(folder: Path, key: str) -> bool:
@@ -103,17 +108,23 @@ def _method(recipe: Recipe, name: str) -> list[Path]:
     return [Path(file).expanduser()] if file else []
 
 
+def _target(recipe: Recipe) -> list[Path]:
+    """The files of a known target that is the user's own class, or a model in a folder."""
+    return [] if recipe.target is None else _files(recipe.target.class_, recipe.target.model)
+
+
 def _rewards(recipe: Recipe) -> list[Path]:
     """The files that rewards are read from."""
-    files: list[Path] = []
-    for reward in recipe.reward:
-        place = source_file(reward.function) if reward.function else reward.model
-        path = Path(place).expanduser() if place else None
-        if path is not None and path.is_file():
-            files.append(path)
-        elif path is not None and path.is_dir():
-            files += sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-    return files
+    return [file for reward in recipe.reward for file in _files(reward.function, reward.model)]
+
+
+def _files(code: str | None, model: str | None) -> list[Path]:
+    """The file of code by its name, or the files of a model in a folder."""
+    place = source_file(code) if code else model
+    path = Path(place).expanduser() if place else None
+    if path is None or not path.is_dir():
+        return [path] if path is not None and path.is_file() else []
+    return sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
 
 
 def _digests(files: list[Path]) -> list[str]:

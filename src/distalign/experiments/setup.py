@@ -32,16 +32,14 @@ from distalign.data import (
     read_prompts,
     split_by_prompt,
 )
-from distalign.engine import Group
 from distalign.errors import InputError
-from distalign.evaluation.metrics import Task
+from distalign.evaluation.metrics import Task, target_responses
 from distalign.experiments.recipe import DataSettings, Recipe
 from distalign.models.load import Source, check_positions, check_token_ids, find_model
-from distalign.models.targets import Target, TargetPairs, TargetSettings, Tilt, make_pairs, target_prompts
+from distalign.models.targets import Target, TargetPairs, TargetSettings, make_pairs, make_target, target_prompts
 from distalign.progress import progress
-from distalign.rewards import Reward, check_rewards
-from distalign.rollout.sample import sample
-from distalign.training.rounds import is_on_policy
+from distalign.rewards import Reward, check_columns, check_rewards
+from distalign.training.rounds import draws_responses
 
 logger = logging.getLogger("distalign.experiments.setup")
 
@@ -74,15 +72,15 @@ def load_setup(recipe: Recipe, seed: int, *, measured: bool, target: Target | No
     """Read or draw the pairs and load the model. The user's data are read and encoded before the weights are.
 
     `measured` gets ready for `compare`: it then samples the target on the held-out prompts. `target` stands in for the
-    recipe's tilt of words.
+    recipe's own.
     """
     source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     tokenizer = source.tokenizer()
     if recipe.data is not None:
         return _setup_of_data(recipe, recipe.data, seed, source, tokenizer, measured)
     assert recipe.target is not None
-    tilt = Tilt(tuple(recipe.target.words), recipe.target.bonus, recipe.target.end_bonus)
-    return _setup_of_target(recipe, recipe.target, target or tilt, seed, source, tokenizer, measured)
+    target = target or make_target(recipe.target, source, tokenizer)
+    return _setup_of_target(recipe, recipe.target, target, seed, source, tokenizer, measured)
 
 
 def _setup_of_data(
@@ -104,7 +102,7 @@ def _setup_of_data(
             source.name, source.config(), ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens"
         )
     conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
-    _check_rewards(recipe, conversational)
+    _check_rewards(recipe, conversational, train)
     prompts: list[EncodedPrompt] = []
     if _draws_responses(recipe):
         prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
@@ -161,12 +159,14 @@ def _setup_of_target(
     started = time.monotonic()
     train = _draw_pairs(recipe, settings, target, base, tokenizer, train_ids, held_out=False, seed=seed)
     held = _draw_pairs(recipe, settings, target, base, tokenizer, held_ids, held_out=True, seed=seed)
+    if measured:
+        _check_held_out(held_ids, len(held.pairs))
     end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
     model = target.model(base, tokenizer)
     task = _task(recipe, seed, base, held_ids, held.pairs, end_id)
     task = replace(task, gamma=settings.gamma, target=model, target_logit=held.logit)
     if measured:
-        task = replace(task, target_groups=_target_responses(model, task))
+        task = replace(task, target_groups=target_responses(model, task))
     cache = {
         pair.key: logps for part in (train, held) for pair, logps in zip(part.pairs, part.reference_logps, strict=True)
     }
@@ -191,10 +191,14 @@ def _setup_of_target(
 # What is refused before weights are loaded ----------------------------------------------------------------------------
 
 
-def _check_rewards(recipe: Recipe, conversational: bool) -> None:
-    if any(recipe.method(name).needs.reward for name in recipe.methods):
-        known = recipe.target is not None
-        check_rewards(recipe.reward, conversational=conversational, target=known, gamma=recipe.target_gamma)
+def _check_rewards(recipe: Recipe, conversational: bool, pairs: Sequence[EncodedPair] = ()) -> None:
+    rewarded = {name: needs for name in recipe.methods if (needs := recipe.method(name).needs).reward}
+    if rewarded:
+        known, gamma = recipe.target is not None, recipe.target_gamma
+        check_rewards(recipe.reward, conversational=conversational, target=known, gamma=gamma, pairs=not known)
+    if any(part.columns for part in recipe.reward):
+        for name, needs in rewarded.items():
+            check_columns(name, needs, pairs)
 
 
 def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
@@ -207,7 +211,7 @@ def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
 
 
 def _draws_responses(recipe: Recipe) -> bool:
-    return any(is_on_policy(recipe.method(name)) for name in recipe.methods)
+    return any(draws_responses(recipe.method(name)) for name in recipe.methods)
 
 
 def _longest_rollout(recipe: Recipe) -> int:
@@ -354,20 +358,6 @@ def _draw_pairs(
         )
 
 
-def _target_responses(target: PreTrainedModel, task: Task) -> list[Group]:
-    """Responses of the target to the held-out prompts: the same for every seed, so that seeds differ in training."""
-    responses = sample(
-        target,
-        task.prompts,
-        n=task.samples,
-        max_new_tokens=task.max_new_tokens,
-        temperature=task.temperature,
-        end_id=task.end_id,
-        seed=10_000,
-    )
-    return [Group(prompt, own) for prompt, own in zip(task.prompts, responses, strict=True)]
-
-
 def _target_statistics(train: TargetPairs, held: TargetPairs, gamma: float) -> dict[str, Any]:
     information = train.information(gamma)
     return {
@@ -377,4 +367,5 @@ def _target_statistics(train: TargetPairs, held: TargetPairs, gamma: float) -> d
         "information_per_pair": information,
         "strength_se": 1 / math.sqrt(len(train.pairs) * information),
         "ties_redrawn": train.ties + held.ties,
+        "ties_dropped": train.dropped + held.dropped,
     }

@@ -40,7 +40,7 @@ from distalign.rewards.potential import SAMPLES, Potential, potential
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import check_rollout, is_on_policy
+from distalign.training.rounds import check_rollout, draws_responses
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -124,7 +124,7 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
     for name in methods:
         method = recipe.method(name)
         training_arguments(recipe, name, Path("unused"), held_out=held_out)
-        if is_on_policy(method):
+        if draws_responses(method):
             check_rollout(name, method, recipe.rollout_for(name))
         if method.needs.reward and not recipe.reward:
             raise RewardError(
@@ -292,7 +292,7 @@ def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig
         policy,
         method,
         args,
-        setup.train if method.needs.pairs == "labelled" else setup.prompts,
+        setup.train if "labelled" in method.needs.pairs else setup.prompts,
         setup.held or None,
         reward_funcs=setup.reward if method.needs.reward else None,
         callbacks=callbacks,

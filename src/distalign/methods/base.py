@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar, get_args, get_type_hints
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, arange, ones_like
@@ -17,22 +17,24 @@ from torch import Tensor, arange, ones_like
 R = TypeVar("R", bound="Record")
 # The default of a field that may be left out: a factory of None, which `Record.__post_init__` then deletes.
 _MISSING: Any = type(None)
+# Where pairs come from.
+SOURCES = ("labelled", "reference", "sampled")
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a method reads, and so which fields of `Pairs` and `Samples` are collected.
 
-    pairs: "" none, "labelled" the pairs of the data (column 0 preferred), "sampled" two responses drawn from the
-    policy.
+    pairs: "" none, "labelled" the pairs of the data (column 0 preferred), "reference" two responses that π₀ drew before
+    the first step, "sampled" two responses drawn from the policy; or several of these, "labelled+sampled".
     samples: single responses drawn from the policy, token by token.
-    reward: a score in nats: of both responses of labelled pairs, else of every response that is drawn.
+    reward: a score in nats of both responses of each pair; without pairs, of each of the samples.
     reference: log-probabilities of these responses under the model that training starts from.
     kl, entropy: full-vocabulary values at each step of the samples, the KL being to that model; they cost more.
     values: a value function, trained with the policy; `Method.credit` then makes advantages of its values.
     """
 
-    pairs: Literal["", "labelled", "sampled"] = ""
+    pairs: str = ""
     samples: bool = False
     reward: bool = False
     reference: bool = False
@@ -41,13 +43,16 @@ class Needs:
     values: bool = False
 
     def __post_init__(self) -> None:
-        drawn = self.samples or self.pairs == "sampled"
+        if self.pairs and not set(self.pairs.split("+")) <= set(SOURCES):
+            raise ValueError(
+                f"Needs: pairs is {self.pairs!r}; write one of {', '.join(SOURCES)}, or several with + between"
+            )
         for name, possible in (
-            ("reward", drawn or self.pairs == "labelled"),
+            ("reward", self.samples or self.pairs),
             ("kl", self.samples),
             ("entropy", self.samples),
             ("values", self.samples),
-            ("reference", drawn or self.pairs == "labelled"),
+            ("reference", self.samples or self.pairs),
         ):
             if getattr(self, name) and not possible:
                 raise ValueError(f"Needs: {name} is of drawn responses; declare samples (or pairs) to go with it")
@@ -86,7 +91,8 @@ class Pairs(Record):
 
     The end-of-sequence token is a response token. Column 0 is the preferred response when the pairs are labelled;
     `probability` is the probability of that label (1 if not given). `behavior_logps` are those of the policy that
-    sampled the pair (`logps` if not given). `logps` carry the gradient, everything else is constant.
+    sampled the pair (`logps` if not given; π₀'s own pairs have them where `reference` is declared). `logps` carry the
+    gradient, everything else is constant.
     """
 
     logps: Float[Tensor, "pairs 2"] = field(default_factory=_MISSING)
@@ -183,9 +189,9 @@ def require_reference(
     return reference_logps
 
 
-def check_choice(method: object, name: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless the setting is one of `choices`."""
-    value = getattr(method, name)
+def check_choice(method: object, name: str, choices: tuple[str, ...] = ()) -> None:
+    """Raise ValueError unless the setting is one of `choices`: if not given, those of the field's own `Literal`."""
+    value, choices = getattr(method, name), choices or get_args(get_type_hints(type(method))[name])
     if value not in choices:
         raise ValueError(f"{type(method).__name__}: {name} is {value!r}; set it to one of {', '.join(choices)}")
 

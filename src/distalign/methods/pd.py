@@ -21,7 +21,6 @@ def pd_loss(
         KL( Bern(p̃) ‖ Bern( σ( γ [ln π(a|x) − ln π(b|x)] ) ) )
 
     `probability` p̃ = σ(R̂(x,a) − R̂(x,b)) is a constant. At p̃ = 1 this is `pmle_loss`. Raises ValueError if gamma ≤ 0.
-
     Source: arXiv 2506.01523v2, eq. 11.
     """
     return bernoulli_kl(probability.detach(), preference_logit(logps, gamma=gamma))
@@ -31,36 +30,37 @@ def pd_loss(
 class PD(Method):
     """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`.
 
-    `pairs`: the "policy" draws them (algorithm 1), or those of the "data" (theorem 6: at β = 0 nothing is drawn).
-    `kl_in`: the KL is in the "loss" (eq. 12), or as REBEL's in the "reward" of drawn pairs, R̂ − β ln π_t/π₀.
+    `pairs`: the policy's of each round (algorithm 1), the reference's, drawn once (theorem 14), the data's (theorem 6).
+    `kl_in`: the KL is in the "loss" (eq. 12), or as REBEL's in the "reward" of the policy's pairs, R̂ − β ln π_t/π₀.
     """
 
     gamma: float = 0.1
     beta: float = 0.05
-    pairs: Literal["policy", "data"] = "policy"
+    pairs: Literal["policy", "data", "reference", "data+reference", "data+policy", "reference+policy"] = "policy"
     kl_in: Literal["loss", "reward"] = "loss"
 
     equation: ClassVar[str] = "KL(Bern(σ(ΔR̂)) ‖ Bern(σ(γ Δ ln π))) + β KL(π‖π₀)"
     source: ClassVar[str] = "arXiv 2506.01523v2, eq. 9-12"
     optimum: ClassVar[str] = "π* at β = 0, else between π* and π₀"
-    theorem: ClassVar[str | None] = "theorem 6"
+    theorem: ClassVar[str | None] = "theorems 6 and 14"
 
     def __post_init__(self) -> None:
         check_setting(self, "gamma")
         check_setting(self, "beta", zero=True)
-        check_choice(self, "pairs", ("policy", "data"))
-        check_choice(self, "kl_in", ("loss",) if self.pairs == "data" else ("loss", "reward"))
+        check_choice(self, "pairs")
+        check_choice(self, "kl_in", ("loss", "reward") if self.pairs == "policy" else ("loss",))
 
     @property
     def needs(self) -> Needs:
         """Scored pairs; with β > 0 also samples and their KL to the reference, as `kl_in` says."""
-        kl, pairs = self.beta > 0 and self.kl_in == "loss", "labelled" if self.pairs == "data" else "sampled"
+        pairs = self.pairs.replace("data", "labelled").replace("policy", "sampled")
+        kl = self.beta > 0 and self.kl_in == "loss"
         return Needs(pairs=pairs, samples=kl, reward=True, reference=self.beta > 0 and not kl, kl=kl)
 
     def loss(self, pairs: Pairs, samples: Samples) -> Float[Tensor, ""]:
         """Mean distillation loss of the pairs plus β times the mean KL(π ‖ π₀) of the samples, in nats."""
-        rewards = penalised_rewards(pairs, beta=0.0 if self.kl_in == "loss" else self.beta)
-        loss = pd_loss(pairs.logps, (rewards[:, 0] - rewards[:, 1]).sigmoid(), gamma=self.gamma).mean()
+        a, b = penalised_rewards(pairs, beta=0.0 if self.kl_in == "loss" else self.beta).unbind(1)
+        loss = pd_loss(pairs.logps, (a - b).sigmoid(), gamma=self.gamma).mean()
         return loss + self.beta * kl_full(samples).mean() if self.needs.kl else loss
 
     def implicit_reward(

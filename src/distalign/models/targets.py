@@ -1,30 +1,37 @@
 """Known targets: language models π* that can be sampled and scored exactly, so the distance to them can be measured.
 
 A target is a causal language model made from another one; everything that takes a model takes it. `Tilt` adds a bonus
-to the logits of some tokens at every step. A plug-in needs one method, `model(base, tokenizer, strength)`: strength 1
-is the target, 0 the base, and values between and beyond are weaker and stronger versions to draw responses from.
+to the logits of some tokens at every step, `ModelTarget` is a fine-tuned model. A plug-in needs one method,
+`model(base, tokenizer, strength)`: strength 1 is the target, 0 the base, and values between and beyond are weaker and
+stronger versions to draw responses from.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
+from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from distalign.data import Data, EncodedPair, Prompt, Tokenizer, end_token_id, read_prompts, split_by_prompt
 from distalign.engine import Group, score_in_batches
+from distalign.engine.packing import FORWARD_BUDGET
 from distalign.errors import InputError
 from distalign.methods.preference import preference_logit
+from distalign.models.load import Source, find_model
 from distalign.models.policy import share
 from distalign.rollout.sample import sample
 from distalign.settings import Count, Positive, Section
+from distalign.user_code import load_named
+
+logger = logging.getLogger("distalign.models.targets")
 
 # Settings of models whose logits are not what their head gives.
 _AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -39,16 +46,31 @@ class Target(Protocol):
         ...
 
 
+_TWO_STRENGTHS = "a model as target has the strengths 0 (the base) and 1 (itself); for others write a class"
+
 # Share of a target's prompts that no training pair answers.
 HELD_OUT_PROMPTS = 0.2
 
 
-class TargetSettings(Section):
-    """A known target: the model with `bonus` nats on the logits of some words, which labels pairs it can also score."""
+# How often a pair is drawn until its responses differ.
+DRAWS = 20
 
-    words: Annotated[list[str], Field(min_length=1)]
+
+class TargetSettings(Section):
+    """A known target, which labels pairs that it can also score: one of words, a class of the user's, or a model.
+
+    words: the model with `bonus` nats on the logits of these words. class: `file.py:Class` or `module:Class`, made with
+    `settings`. model: a fine-tuned model of the same tokenizer, by folder or hub id; its `strengths` are 0 and 1 alone.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)
+
+    words: Annotated[list[str], Field(min_length=1)] | None = None
     bonus: float = 4.0
     end_bonus: float = 0.0
+    class_: Annotated[str | None, Field(alias="class")] = None
+    settings: Annotated[dict[str, Any], Field(default_factory=dict)]
+    model: str | None = None
     gamma: Positive = 0.15
     pairs: Count = 256
     eval_pairs: Count = 64
@@ -56,6 +78,25 @@ class TargetSettings(Section):
     temperature: Positive = 0.8
     max_new_tokens: Count = 20
     prompts: str | list[str] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _strengths_of_a_model(cls, raw: object) -> object:
+        return {"strengths": (0.0, 1.0), **raw} if isinstance(raw, dict) and raw.get("model") else raw
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TargetSettings:
+        given = {"words": self.words, "class": self.class_, "model": self.model}
+        kinds = [kind for kind, value in given.items() if value]
+        if len(kinds) != 1:
+            raise ValueError(f"target names {len(kinds)} of words, class and model; give one of them")
+        if kinds != ["words"] and (self.bonus, self.end_bonus) != (4.0, 0.0):
+            raise ValueError("target.bonus and end_bonus are those of words; leave them out")
+        if kinds != ["class"] and self.settings:
+            raise ValueError("target.settings are those of a class; leave them out")
+        if self.model and not {0.0, 1.0}.issuperset(self.strengths):
+            raise ValueError(f"target.strengths is {list(self.strengths)}; {_TWO_STRENGTHS}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -84,6 +125,56 @@ class Tilt:
     def model(self, base: PreTrainedModel, tokenizer: Tokenizer, strength: float = 1.0) -> PreTrainedModel:
         """The base with a bias on its language-model head. Shares every weight of `base`: keep those frozen."""
         return with_logit_bias(base, strength * self.bias(tokenizer, base.config.get_text_config().vocab_size))
+
+
+class ModelTarget:
+    """A fine-tuned model as π*, loaded when it is first asked for, beside its base and in its precision."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._model: PreTrainedModel | None = None
+
+    def model(self, base: PreTrainedModel, tokenizer: Tokenizer, strength: float = 1.0) -> PreTrainedModel:
+        """The model at strength 1, the base at 0. Raises InputError for another strength."""
+        if strength not in (0, 1):
+            raise InputError(f"target {self.source.name}: strength is {strength}; {_TWO_STRENGTHS}")
+        if strength == 0:
+            return base
+        if self._model is None:
+            dtype = str(base.dtype).removeprefix("torch.")
+            self._model = self.source.model(dtype, base.device).requires_grad_(False)
+        return self._model
+
+
+def make_target(settings: TargetSettings, source: Source, tokenizer: Any) -> Target:
+    """The target that the settings name, for a base model. Raises InputError for what can be known without weights."""
+    if settings.words:
+        return Tilt(tuple(settings.words), settings.bonus, settings.end_bonus)
+    if settings.class_ is not None:
+        return _user_target(settings.class_, settings.settings)
+    tuned = find_model(str(settings.model), trust_remote_code=source.trust_remote_code)
+    sizes = [each.config().get_text_config().vocab_size for each in (source, tuned)]
+    if tuned.tokenizer().get_vocab() != tokenizer.get_vocab() or sizes[0] != sizes[1]:
+        raise InputError(
+            f"target {tuned.name}: its tokens are not those of {source.name} ({sizes[1]:,} and {sizes[0]:,}); a target "
+            "is compared token by token: take one that was fine-tuned from the model"
+        )
+    return ModelTarget(tuned)
+
+
+def _user_target(name: str, settings: dict[str, Any]) -> Target:
+    """The user's class that `file.py:Class` or `module:Class` names, made with its settings."""
+
+    def is_target(value: object) -> bool:
+        return isinstance(value, type) and callable(getattr(value, "model", None))
+
+    found = load_named(name, "Class", is_target, label=f"target {name}", error=InputError)
+    if not is_target(found):
+        raise InputError(f"target {name}: it has no method model(base, tokenizer, strength); docs/targets.md shows one")
+    try:
+        return found(**settings)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"target {name}: {error}; change target.settings") from error
 
 
 def _token_ids(tokenizer: Tokenizer, word: str) -> list[int]:
@@ -118,13 +209,14 @@ class TargetPairs:
     """Pairs labelled by a known target, preferred response first, and how surely.
 
     `logit` is γ[ln π*(chosen) − ln π*(rejected)] and `reference_logps` ln π₀ of both, in nats. `ties` counts draws
-    whose two responses came out the same, which were drawn again.
+    whose two responses came out the same, which were drawn again; `dropped` pairs stayed the same and are left out.
     """
 
     pairs: list[EncodedPair]
     logit: Float[Tensor, "pairs"]
     reference_logps: Float[Tensor, "pairs 2"]
     ties: int
+    dropped: int = 0
 
     def information(self, gamma: float) -> float:
         """Fisher information of one pair about the strength of the target, at the target.
@@ -145,18 +237,19 @@ def make_pairs(
     *,
     n: int,
     gamma: float,
-    strengths: Sequence[float],
-    temperature: float,
-    max_new_tokens: int,
-    token_budget: int,
-    seed: int,
+    strengths: Sequence[float] = (0.0, 0.5, 1.0, 1.5),
+    temperature: float = 0.8,
+    max_new_tokens: int = 20,
+    token_budget: int = FORWARD_BUDGET,
+    seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> TargetPairs:
     """Draw `n` pairs and label each by a coin with P_{π*} (eq. 3).
 
     Prompts are taken in random order, again and again. Each response comes from a version of the target whose strength
-    is drawn anew, at `temperature`, so that pairs differ in what the target cares about. `progress(done, total)` counts
-    responses sampled and pairs scored.
+    is drawn anew, at `temperature`, so that pairs differ in what the target cares about. A pair whose responses are the
+    same 20 times is dropped, with a warning. `progress(done, total)` counts responses sampled and pairs scored. Raises
+    InputError if no pair is left.
     """
     random = torch.Generator().manual_seed(seed)
     end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
@@ -165,7 +258,7 @@ def make_pairs(
     choice = torch.randint(len(strengths), (n, 2), generator=random)
     responses: list[list[list[int]]] = [[[], []] for _ in range(n)]
     done, total, ties, todo = 0, 3 * n, 0, [(i, side) for i in range(n) for side in (0, 1)]
-    for attempt in range(20):
+    for attempt in range(DRAWS):
         for number, strength in enumerate(strengths):
             slots = [(i, side) for i, side in todo if int(choice[i, side]) == number]
             if not slots:
@@ -188,9 +281,12 @@ def make_pairs(
         ties += len(todo)
         if not todo:
             break
-    else:
-        raise InputError(f"target: {len(todo)} prompts give the same response every time; raise the temperature")
-    groups = [Group(prompt, two) for prompt, two in zip(chosen_prompts, responses, strict=True)]
+    if todo:
+        what = f"target: {len(todo)} of {n} pairs had the same response twice, {DRAWS} times"
+        if len(todo) == n:
+            raise InputError(f"{what}; raise the temperature")
+        logger.warning("%s: they are dropped; raise the temperature to keep them", what)
+    groups = [Group(prompt, two) for prompt, two in zip(chosen_prompts, responses, strict=True) if two[0] != two[1]]
     scores = score_in_batches(
         target.model(base, tokenizer),
         groups,
@@ -207,7 +303,7 @@ def make_pairs(
         for i, (group, (a, b)) in enumerate(zip(groups, swap.tolist(), strict=True))
     ]
     return TargetPairs(
-        pairs, torch.where(first, logit, -logit), scores.reference_logps.view(-1, 2).gather(1, swap), ties
+        pairs, torch.where(first, logit, -logit), scores.reference_logps.view(-1, 2).gather(1, swap), ties, len(todo)
     )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from distalign.rewards.base import ExactReward, Request, Reward, RewardError, WeightedSum
+from distalign.rewards.base import ColumnReward, ExactReward, Request, Reward, RewardError, WeightedSum
 from distalign.rewards.classifier import ClassifierReward
 from distalign.rewards.fit import Trained, train_reward
 from distalign.rewards.function import FunctionReward
-from distalign.rewards.make import Rewards, RewardSettings, check_rewards, make_reward
+from distalign.rewards.make import Rewards, RewardSettings, check_columns, check_rewards, make_reward
 from distalign.rewards.reward_model import RewardTraining, TrainedReward, UnreadableReward, load_reward
 
 __all__ = [
     "ClassifierReward",
+    "ColumnReward",
     "ExactReward",
     "FunctionReward",
     "Request",
@@ -23,6 +24,7 @@ __all__ = [
     "TrainedReward",
     "UnreadableReward",
     "WeightedSum",
+    "check_columns",
     "check_rewards",
     "load_reward",
     "make_reward",

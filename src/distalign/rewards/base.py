@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -116,6 +117,41 @@ class ExactReward:
     def counters(self) -> dict[str, float]:
         """Responses rewarded."""
         return {"responses": float(self.responses)}
+
+
+class ColumnReward:
+    """R = scale · chosen_reward and scale · rejected_reward of the data's own pairs; drawn responses have none.
+
+    `scale` is what one unit of the columns is worth, in nats of preference: P(a ≻ b | x) = σ(R(x, a) − R(x, b)). Raises
+    RewardError for a scale that is not above 0.
+    """
+
+    def __init__(self, scale: float) -> None:
+        if not (math.isfinite(scale) and scale > 0):
+            raise RewardError(f"ColumnReward: scale is {scale}; give the nats that one unit of the columns is worth")
+        self.scale, self.responses = scale, 0
+
+    def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
+        """Rewards of the pairs, chosen and rejected in turn. Raises RewardError for a row without them."""
+        values = []
+        for request in requests:
+            both = column_rewards(request.row)
+            if both is None or len(request.responses) != 2:
+                raise RewardError("rewards from columns: only the data's pairs have them; take another reward")
+            values += both
+        self.responses += len(values)
+        return finite(self.scale * torch.tensor(values), "columns")
+
+    def counters(self) -> dict[str, float]:
+        """Responses rewarded."""
+        return {"responses": float(self.responses)}
+
+
+def column_rewards(row: Prompt | Pair | None) -> tuple[float, float] | None:
+    """(chosen_reward, rejected_reward) of a row, in the unit of its data; None if it has none."""
+    if not isinstance(row, Pair) or row.chosen_reward is None or row.rejected_reward is None:
+        return None
+    return row.chosen_reward, row.rejected_reward
 
 
 class WeightedSum:

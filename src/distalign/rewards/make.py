@@ -9,7 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distalign.rewards.base import ExactReward, Reward, RewardError, WeightedSum
+from distalign.data import EncodedPair
+from distalign.methods import Needs
+from distalign.rewards.base import ColumnReward, ExactReward, Reward, RewardError, WeightedSum, column_rewards
 from distalign.rewards.classifier import ClassifierReward, find_classifier
 from distalign.rewards.function import FunctionReward, find_function
 from distalign.rewards.reward_model import RewardTraining, is_reward_model, load_reward
@@ -17,13 +19,16 @@ from distalign.settings import Count, Positive, Section, several, switch
 
 _NO_TARGET = "reward.exact: only a known target has an exact reward; add target, or train a reward"
 
+_KINDS = ("model", "train", "function", "exact", "columns")
+
 
 class RewardSettings(Section):
-    """Where rewards come from: one of a trained model, `train` one on the pairs, a Python function, or a known target.
+    """Where rewards come from: a trained model, `train` one on the pairs, a function, a known target, or columns.
 
     model: a folder or hub id of AutoModelForSequenceClassification with one label, or what `distalign reward` wrote.
-    function: `file.py:name` or `module:name`. exact: γ ln π* of the recipe's target. Several rewards are summed with
-    their `weight`. `timeout` bounds one call of a function, in seconds.
+    function: `file.py:name` or `module:name`. exact: γ ln π* of the recipe's target. columns: chosen_reward and
+    rejected_reward of the data's pairs, `scale` nats for each unit of them. Several rewards are summed with their
+    `weight`. `timeout` bounds one call of a function, in seconds.
     """
 
     model: str | None = None
@@ -32,6 +37,8 @@ class RewardSettings(Section):
     ] = None
     function: str | None = None
     exact: bool = False
+    columns: bool = False
+    scale: Positive | None = None
     weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     max_length: Count | None = None
     timeout: Positive = 60.0
@@ -39,7 +46,14 @@ class RewardSettings(Section):
     @model_validator(mode="after")
     def _one_kind(self) -> RewardSettings:
         if len(self.kinds) != 1:
-            raise ValueError(f"reward names {len(self.kinds)} of model, train, function and exact; give one each")
+            raise ValueError(f"reward names {len(self.kinds)} of {', '.join(_KINDS)}; give one each")
+        if self.columns and self.scale is None:
+            raise ValueError(
+                "reward.columns has no scale; add scale, the nats that one unit of chosen_reward and rejected_reward "
+                "is worth: a difference of R is the log-odds of a preference, which a judge's 1 to 10 is not"
+            )
+        if self.scale is not None and not self.columns:
+            raise ValueError("reward.scale is for columns; other rewards have weight")
         if self.max_length is not None and self.model is None:
             raise ValueError(
                 "reward.max_length is the length that a reward classifier reads; only model has one: leave it out"
@@ -48,8 +62,8 @@ class RewardSettings(Section):
 
     @property
     def kinds(self) -> list[str]:
-        """Which of model, train, function and exact are given."""
-        return [name for name in ("model", "train", "function", "exact") if getattr(self, name) not in (None, False)]
+        """Which kinds are given."""
+        return [name for name in _KINDS if getattr(self, name) not in (None, False)]
 
 
 # As settings have them: one of them, or a list.
@@ -60,15 +74,22 @@ Rewards = Annotated[
 
 
 def check_rewards(
-    settings: Sequence[RewardSettings], *, conversational: bool, target: bool = False, gamma: float | None = None
+    settings: Sequence[RewardSettings],
+    *,
+    conversational: bool,
+    target: bool = False,
+    gamma: float | None = None,
+    pairs: bool = False,
 ) -> None:
     """Refuse what cannot work before any weights are loaded. Raises RewardError.
 
     `conversational` says whether the rows are chats, `target` whether the recipe has a known one, and `gamma` is its
-    sharpness (None without).
+    sharpness (None without). `pairs` says that rewards are of the data's pairs alone.
     """
     if not settings:
         raise RewardError("reward: none is given; name a model, a function, exact: true, or train: true")
+    if not pairs and any(part.columns for part in settings):
+        raise RewardError("reward.columns: only the data's pairs have them; take another reward for other responses")
     if sum(part.train is not None for part in settings) > 1:
         raise RewardError("reward: two rewards are to be trained on the same pairs; train one")
     for part in settings:
@@ -82,6 +103,21 @@ def check_rewards(
             find_function(part.function)
         if part.exact and not target:
             raise RewardError(_NO_TARGET)
+
+
+def check_columns(label: str, needs: Needs, pairs: Sequence[EncodedPair]) -> None:
+    """Refuse rewards from columns for a method that needs others, or if a pair has none. Raises RewardError."""
+    if needs.pairs != "labelled":
+        raise RewardError(
+            f"reward: {label} needs rewards of drawn responses, and the columns have those of the data's pairs alone; "
+            "take a method that reads these (PD with pairs: data), or another reward"
+        )
+    missing = [pair.where for pair in pairs if column_rewards(pair.row) is None]
+    if missing:
+        raise RewardError(
+            f"reward: {missing[0]} has no chosen_reward and rejected_reward, as {len(missing)} of {len(pairs)} pairs; "
+            "add the columns, or take another reward"
+        )
 
 
 def make_reward(
@@ -104,6 +140,8 @@ def make_reward(
     def make(part: RewardSettings) -> Reward:
         if part.function is not None:
             return FunctionReward(part.function, tokenizer, timeout=part.timeout)
+        if part.scale is not None:
+            return ColumnReward(part.scale)
         if part.exact:
             if target is None or gamma is None:
                 raise RewardError(_NO_TARGET)

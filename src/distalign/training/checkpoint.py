@@ -1,5 +1,5 @@
 """What a checkpoint holds besides transformers' files: the round, the value head, the health monitor, counters,
-the size of a micro-batch.
+the size of a micro-batch, the responses that the reference drew.
 
 And the reference's log-probabilities of the pairs seen: scored again beside other pairs they would round differently.
 """
@@ -22,8 +22,9 @@ from distalign.data import EncodedPair
 from distalign.errors import InputError
 from distalign.training.rounds import RolloutWorker, Round
 
-ROUND, MONITOR, VALUES, COUNTERS, REFERENCE, BUDGET = (
+ROUND, DRAWN_ONCE, MONITOR, VALUES, COUNTERS, REFERENCE, BUDGET = (
     "rollout.safetensors",
+    "reference_rollout.safetensors",
     "health.json",
     "value_head.safetensors",
     "reward_counts.json",
@@ -106,7 +107,7 @@ def _read(path: Path) -> dict:
         raise InputError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from error
 
 
-def save_round(drawn: Round, folder: Path) -> Path:
+def save_round(drawn: Round, folder: Path, name: str = ROUND) -> Path:
     """Write `rollout.safetensors` into `folder`: the whole of it or nothing. Returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     flat = [response for group in drawn.responses for response in group]
@@ -118,7 +119,7 @@ def save_round(drawn: Round, folder: Path) -> Path:
         **{_PREFIX + k: v.detach().to("cpu", copy=True).contiguous() for k, v in drawn.tensors.items()},
     }
     about = {"round": drawn.number, "position": drawn.position, "checksum": _checksum(content)}
-    path, scratch = folder / ROUND, folder / f".{ROUND}.{os.getpid()}"
+    path, scratch = folder / name, folder / f".{name}.{os.getpid()}"
     try:
         save_file(content, scratch, metadata={"buffer": json.dumps(about)})
         os.replace(scratch, path)
@@ -127,9 +128,9 @@ def save_round(drawn: Round, folder: Path) -> Path:
     return path
 
 
-def load_round(folder: Path) -> Round:
+def load_round(folder: Path, name: str = ROUND) -> Round:
     """What `save_round` wrote, exactly as it was, on the CPU. Raises InputError for a missing or damaged file."""
-    path = folder / ROUND
+    path = folder / name
     try:
         with safe_open(path, framework="pt") as file:
             content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -147,9 +148,10 @@ def load_round(folder: Path) -> Round:
         )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
+        again = ", or remove the file to sample the round again" if name == ROUND else ""
         raise InputError(
             f"{path}: the responses of a round cannot be read ({type(error).__name__}: {reason}); resume from an "
-            "earlier checkpoint, or remove the file to sample the round again"
+            f"earlier checkpoint{again}"
         ) from error
 
 

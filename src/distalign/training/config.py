@@ -72,7 +72,7 @@ class AlignmentConfig(TrainingArguments):
         too_long: what to do with a pair that exceeds `max_length`: "error", or "drop" it and log how many.
         drop_ties: leave out pairs whose responses are the same, instead of refusing them.
     Responses that the policy draws (methods that learn from them, and a few at each evaluation to watch any run):
-        num_generations: responses to each prompt.
+        num_generations: responses to each prompt, of the policy in each round, or of the reference once.
         end_token_id: the token that ends them (None: the one that the tokenizer or its chat template writes).
         max_completion_length: a response is cut there; its end token counts.
         min_new_tokens: tokens before the end may be drawn.

@@ -296,6 +296,8 @@ def write_completions(
 
     It is shown on a terminal, and logged elsewhere. A reward that is not finite is written as null.
     """
+    if not texts:
+        return
     with path.open("a", encoding="utf-8") as file:
         for prompt, responses, rewards in texts:
             row: dict[str, Any] = {"step": step, "prompt": prompt, "responses": list(responses)}

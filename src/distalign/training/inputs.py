@@ -35,12 +35,14 @@ from distalign.models.load import ModelError, Source, check_positions, check_tok
 from distalign.models.policy import Policy, adapter_off, make_policy, share
 from distalign.rewards import (
     ClassifierReward,
+    ColumnReward,
     FunctionReward,
     Reward,
     RewardError,
     RewardSettings,
     RewardTraining,
     WeightedSum,
+    check_columns,
     check_rewards,
     make_reward,
     train_reward,
@@ -49,7 +51,7 @@ from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import Row, TrainingError, is_on_policy
+from distalign.training.rounds import Row, TrainingError, draws_responses
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -116,7 +118,7 @@ def read_rows(
         raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
     if not (isinstance(train, str | Path | Sequence | Data) or hasattr(train, "column_names")):
         train = list(train)
-    labelled = method.needs.pairs == "labelled"
+    labelled = "labelled" in method.needs.pairs
     pairs: list[EncodedPair] = []
     if _encoded(train):
         rows: list[Row] = list(train)
@@ -174,7 +176,7 @@ def check_rows(rows: Rows, source: Source, config: PretrainedConfig, method: Met
     check_token_ids(source.name, config, pairs or (row.prompt for row in rows.train))
     if args.end_token_id is not None and args.end_token_id >= config.get_text_config().vocab_size:
         raise TrainingError(f"end_token_id is {args.end_token_id}, and the model has no such token")
-    if is_on_policy(method):
+    if draws_responses(method):
         longest = args.max_completion_length
         check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
 
@@ -262,12 +264,14 @@ def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[
         if isinstance(reward, type) or not (isinstance(reward, str | Path | RewardTraining) or callable(reward)):
             raise RewardError(
                 f"reward_funcs has {reward!r}; give functions, names or models of classifiers, folders of trained "
-                "rewards, or RewardTraining(…)"
+                "rewards, RewardTraining(…) or ColumnReward(…)"
             )
     return [str(reward) if isinstance(reward, Path) else reward for reward in given]
 
 
-def check_reward_funcs(rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig) -> None:
+def check_reward_funcs(
+    label: str, method: Method, rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig
+) -> None:
     """Raise RewardError for rewards that cannot work, before a model is loaded."""
     rewards = list(rewards)
     weights = args.reward_weights
@@ -278,6 +282,8 @@ def check_reward_funcs(rewards: Iterable[RewardFunc], rows: Rows, args: Alignmen
     settings = [named for reward in rewards if (named := _named(reward)) is not None]
     if settings:
         check_rewards(settings, conversational=rows.conversational)
+    if any(isinstance(reward, ColumnReward) for reward in rewards):
+        check_columns(label, method.needs, rows.pairs)
     if any(isinstance(reward, RewardTraining) for reward in rewards):
         if not rows.pairs:
             raise RewardError("reward_funcs: a reward is trained on pairs, and train_dataset has prompts alone")

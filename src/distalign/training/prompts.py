@@ -1,7 +1,7 @@
 """The prompts of a step with all that is scored of them, and how one pass of the policy becomes what a loss reads.
 
-Everything that is scored of a prompt is one group: the labelled pair if there is one, then the responses drawn in the
-round, then fresh ones if the KL term wants them. The prompt is encoded once for all.
+Everything that is scored of a prompt is one group: the labelled pair if there is one, then the reference's responses,
+then those drawn in the round, then fresh ones if the KL term wants them. The prompt is encoded once for all.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -32,24 +32,40 @@ AT_START = 1e-3
 class PromptGroup:
     """One prompt of a step with all that stays constant while its loss is computed.
 
-    `labelled`, `drawn` and `fresh` are numbers of responses of the group, in this order. `constants` have a row for
-    each drawn response: rewards, behavior_token_logps, reference_token_logps, advantages, returns (nats).
+    `labelled`, `reference`, `drawn` and `fresh` are numbers of responses of the group, in this order. `probability`,
+    `reference_logps` and `rewards` are of the labelled pair. `constants` have a row for each drawn response: rewards,
+    behavior_token_logps, reference_token_logps, advantages, returns (nats); so have `reference_constants` for each of
+    the reference's.
     """
 
     group: Group
     labelled: int = 0
+    reference: int = 0
     drawn: int = 0
     fresh: int = 0
     probability: float = 1.0
     reference_logps: Float[Tensor, "2"] | None = None
     rewards: Float[Tensor, "2"] | None = None
+    reference_constants: dict[str, Tensor] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def before_drawn(self) -> int:
+        """The number of responses that were there before the round."""
+        return self.labelled + self.reference
 
-def merge(pair: PromptGroup, drawn: PromptGroup) -> PromptGroup:
-    """A labelled pair and what was drawn for the same prompt, as one group."""
-    group = Group(pair.group.prompt, [*pair.group.responses, *drawn.group.responses])
-    return replace(pair, group=group, drawn=drawn.drawn, fresh=drawn.fresh, constants=drawn.constants)
+
+def merge(first: PromptGroup, second: PromptGroup) -> PromptGroup:
+    """What two sources have of one prompt, as one group; `second` comes later in the order of sources."""
+    return replace(
+        first,
+        group=Group(first.group.prompt, [*first.group.responses, *second.group.responses]),
+        reference=first.reference + second.reference,
+        reference_constants=first.reference_constants | second.reference_constants,
+        drawn=second.drawn,
+        fresh=second.fresh,
+        constants=second.constants,
+    )
 
 
 @dataclass(frozen=True)
@@ -71,30 +87,40 @@ class MicroBatch:
 
     def inputs(self, scores: Scores, needs: Needs, pairing: Literal["all", "best_worst"]) -> tuple[Pairs, Samples]:
         """What the loss reads of the scores. All prompts have the same numbers of responses."""
-        first = self.prompts[0]
-        each = first.labelled + first.drawn + first.fresh
-        rows = torch.arange(len(self.prompts) * each, device=scores.mask.device).view(-1, each)
-        drawn = rows[:, first.labelled : first.labelled + first.drawn]
+        first, rows = self.prompts[0], self._rows(scores)
+        drawn = rows[:, first.before_drawn : first.before_drawn + first.drawn]
         if not needs.reference:
             # It is also computed for the log, and beside a full KL.
             scores = replace(scores, reference_token_logps=None)
-        pairs, samples = Pairs(), Samples()
-        if needs.pairs == "labelled":
-            pairs = labelled_pairs(scores.logps.view(-1, each)[:, :2], self.prompts)
-        elif needs.pairs == "sampled":
-            pairs = _sampled_pairs(scores, drawn, self._constants(scores, needs), pairing)
+        constants = self._constants([prompt.constants for prompt in self.prompts], scores, needs)
+        parts, samples = [], Samples()
+        if "labelled" in needs.pairs:
+            parts.append(self.labelled(scores))
+        if "reference" in needs.pairs:
+            of_reference = self._constants([prompt.reference_constants for prompt in self.prompts], scores, needs)
+            parts.append(_drawn_pairs(scores, rows[:, first.labelled : first.before_drawn], of_reference, pairing))
+        if "sampled" in needs.pairs:
+            parts.append(_drawn_pairs(scores, drawn, constants, pairing))
         if needs.samples and first.fresh:
             samples = _samples(scores, rows[:, -first.fresh :], {})
         elif needs.samples:
-            samples = _samples(scores, drawn, self._constants(scores, needs))
-        return pairs, samples
+            samples = _samples(scores, drawn, constants)
+        return concatenate(parts), samples
 
-    def _constants(self, scores: Scores, needs: Needs) -> dict[str, Tensor]:
-        """The declared constants of all drawn responses, as long as the responses of this pass."""
+    def labelled(self, scores: Scores) -> Pairs:
+        """The labelled pairs, one of each prompt."""
+        return labelled_pairs(scores.logps[self._rows(scores)[:, :2]], self.prompts)
+
+    def _rows(self, scores: Scores) -> Int[Tensor, "prompts each"]:
+        """Rows of the scores, prompt by prompt."""
+        return torch.arange(len(scores.mask), device=scores.mask.device).view(len(self.prompts), -1)
+
+    def _constants(self, given: Sequence[dict[str, Tensor]], scores: Scores, needs: Needs) -> dict[str, Tensor]:
+        """The declared constants of all prompts, as long as the responses of this pass."""
         steps, constants = scores.mask.shape[1], {}
-        for name in self.prompts[0].constants:
+        for name in given[0]:
             if name != "reference_token_logps" or needs.reference:
-                rows = torch.cat([prompt.constants[name] for prompt in self.prompts]).to(scores.token_logps)
+                rows = torch.cat([each[name] for each in given]).to(scores.token_logps)
                 constants[name] = rows if rows.dim() == 1 else _fit(rows, steps)
         return constants
 
@@ -128,13 +154,21 @@ def labelled_pairs(logps: Float[Tensor, "pairs 2"], prompts: Sequence[PromptGrou
     return Pairs(logps, probability=probability, **constants)
 
 
+def concatenate(parts: Sequence[Pairs]) -> Pairs:
+    """The pairs of all parts as one record, with the fields that each of them has."""
+    if len(parts) < 2:
+        return parts[0] if parts else Pairs()
+    names = [each.name for each in fields(Pairs) if all(hasattr(part, each.name) for part in parts)]
+    return Pairs(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
 def _fit(rows: Float[Tensor, "responses columns"], steps: int) -> Float[Tensor, "responses steps"]:
     # A pass may also hold labelled responses that are longer than anything that was drawn.
     short = steps - rows.shape[1]
     return torch.cat([rows, rows.new_zeros(len(rows), short)], 1) if short > 0 else rows[:, :steps]
 
 
-def _sampled_pairs(
+def _drawn_pairs(
     scores: Scores,
     drawn: Int[Tensor, "prompts n"],
     constants: dict[str, Tensor],

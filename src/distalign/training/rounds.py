@@ -8,9 +8,11 @@ What is drawn depends on the weights, the run's seed and the number of the round
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -28,13 +30,15 @@ from distalign.data import EncodedPair, EncodedPrompt, plain_text
 from distalign.engine import Group, Reference, Scores, score_in_batches
 from distalign.engine.forward import evaluating
 from distalign.errors import InputError
-from distalign.methods import Method, Samples
+from distalign.methods import Method, Needs, Samples
 from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
 from distalign.rollout.backends import Backend, TransformersBackend
 from distalign.settings import Count, Positive, Section
 from distalign.training.health import Monitor, completion_metrics, write_completions
 from distalign.training.prompts import MetricAverager, PromptGroup
+
+logger = logging.getLogger("distalign.training.trainer")
 
 Row = EncodedPair | EncodedPrompt
 # Runs a pass of the policy without gradient, inside the forward of whatever wraps it, and gives what it returns.
@@ -95,7 +99,12 @@ class RolloutSettings(Section):
 
 def is_on_policy(method: Method) -> bool:
     """Whether a method learns from responses that the policy itself draws."""
-    return method.needs.samples or method.needs.pairs == "sampled"
+    return method.needs.samples or "sampled" in method.needs.pairs
+
+
+def draws_responses(method: Method) -> bool:
+    """Whether responses are drawn for a method: by the policy, or by the reference before the first step."""
+    return is_on_policy(method) or "reference" in method.needs.pairs
 
 
 def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None:
@@ -111,7 +120,7 @@ def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None
             f"{label}: stale is resample, which draws fresh responses for a KL term, but this method scores "
             "the samples that it learns from; leave it at weights"
         )
-    if settings.pairing == "best_worst" and needs.pairs == "sampled" and not needs.reward:
+    if settings.pairing == "best_worst" and needs.pairs not in ("", "labelled") and not needs.reward:
         raise TrainingError(f"{label}: pairing is best_worst, but the method has no reward; take all")
 
 
@@ -270,13 +279,11 @@ class Rollout:
             seed=mix(seed, number),
         )
 
-    def rewards(self, drawn: Round, rows: Sequence[Row]) -> Float[Tensor, "responses"]:
-        """Rewards of a round's responses, the missing-end rule applied. Raises RewardError."""
+    def rewards(self, rows: Sequence[Row], responses: Sequence[list[list[int]]]) -> Float[Tensor, "responses"]:
+        """Rewards of the responses to these rows, the missing-end rule applied. Raises RewardError."""
         assert self.reward is not None
-        requests = [
-            Request(row.prompt, responses, row.row) for row, responses in zip(rows, drawn.responses, strict=True)
-        ]
-        ended = torch.tensor([response[-1] == self.end_id for group in drawn.responses for response in group])
+        requests = [Request(row.prompt, group, row.row) for row, group in zip(rows, responses, strict=True)]
+        ended = torch.tensor([response[-1] == self.end_id for group in responses for response in group])
         return apply_missing_end(self.reward(requests), ended, self.settings.missing_end)
 
     def scores(
@@ -297,6 +304,82 @@ class Rollout:
                 temperature=self.settings.temperature,
                 value_head=value_head,
             )
+
+
+class ReferenceResponses:
+    """What π₀ answers to each prompt of a run: drawn, rewarded and scored once, before the first step (theorem 14).
+
+    `rows` are those of the run; rows of one prompt share its responses. `run` runs passes of the policy.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        needs: Needs,
+        rollout: Rollout,
+        rows: Sequence[Row],
+        *,
+        args: TrainingArguments,
+        metrics: MetricAverager,
+        run: RunPass,
+    ) -> None:
+        self.policy, self.needs, self.rollout, self.metrics, self.run = policy, needs, rollout, metrics, run
+        self.rows = list({tuple(row.prompt): row for row in rows}.values())
+        self.places = {tuple(row.prompt): place for place, row in enumerate(self.rows)}
+        self.batch_size, self.seed = args.per_device_train_batch_size, args.seed
+        self.round: Round | None = None
+
+    def draw(self, token_budget: int, samples_file: Path) -> None:
+        """See to it that all responses are drawn, rewarded and scored; what is there already stays. Raises RewardError.
+
+        The policy is the reference before its first step, so it draws where no reference is kept.
+        """
+        if self.round is not None and len(self.round.tensors) == self.needs.reward + self.needs.reference:
+            return
+        if self.round is None:
+            started = time.perf_counter()
+            logger.info("the reference draws %d responses to each of %d prompts, once",
+                        self.rollout.settings.num_generations, len(self.rows))  # fmt: skip
+            prompts = [row.prompt for row in self.rows]
+            responses = self.run(lambda: self._with_reference(lambda model: self._sample(model, prompts)))
+            self.round = Round(0, 0, list(range(len(prompts))), prompts, responses)
+            self.metrics.add({"rollout_time": time.perf_counter() - started}, 1)
+        drawn = self.round
+        if self.needs.reward and "rewards" not in drawn.tensors:
+            started = time.perf_counter()
+            # In parts: a function may take `timeout` seconds for each call.
+            parts = [slice(start, start + self.batch_size) for start in range(0, len(drawn), self.batch_size)]
+            drawn.add("rewards", torch.cat([self.rollout.rewards(self.rows[p], drawn.responses[p]) for p in parts]))
+            self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
+        if self.needs.reference and "reference_token_logps" not in drawn.tensors:
+            groups = [Group(*both) for both in zip(drawn.prompts, drawn.responses, strict=True)]
+            score = self.rollout.scores
+            scores = self.run(lambda: self._with_reference(lambda model: score(model, groups, token_budget)))
+            drawn.add("reference_token_logps", scores.token_logps.cpu())
+        write_completions(samples_file, 0, completion_texts(drawn, self.rows, self.policy, self.rollout.settings))
+
+    def _sample(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[list[list[int]]]:
+        # Rounds have the numbers from 0.
+        return self.rollout.sample(model, prompts, seed=self.seed, number=-1)
+
+    def _with_reference(self, function: Callable[[nn.Module], Any]) -> Any:
+        policy = self.policy
+        with nullcontext(policy.model) if policy.reference is None else policy.as_reference() as model:
+            return function(model)
+
+    def collect(self, rows: Sequence[Row]) -> list[PromptGroup]:
+        """The responses to the prompts of these rows, with their constants."""
+        assert self.round is not None
+        groups = []
+        for row in rows:
+            place = self.places[tuple(row.prompt)]
+            responses = self.round.responses[place]
+            constants = {name: values[self.round.rows(place)] for name, values in self.round.tensors.items()}
+            if "reference_token_logps" in constants:
+                constants["behavior_token_logps"] = constants["reference_token_logps"]
+            group = Group(row.prompt, responses)
+            groups.append(PromptGroup(group, reference=len(responses), reference_constants=constants))
+        return groups
 
 
 class RolloutWorker:
@@ -356,9 +439,10 @@ class RolloutWorker:
         drawn = self.round
         drawn.position = step - self._start
         # A run that goes on may find a part of this done.
-        if self.needs.reward and self.needs.pairs != "labelled" and "rewards" not in drawn.tensors:
+        rewarded = self.needs.reward and (not self.needs.pairs or "sampled" in self.needs.pairs)
+        if rewarded and "rewards" not in drawn.tensors:
             started = time.perf_counter()
-            drawn.add("rewards", self.rollout.rewards(drawn, rows))
+            drawn.add("rewards", self.rollout.rewards(rows, drawn.responses))
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
             if counters := self.reward_counters():
                 self.metrics.add(counters, 0)
@@ -419,7 +503,7 @@ class RolloutWorker:
         groups = []
         for place, more in zip(places, fresh, strict=True):
             # Fresh responses take the place of drawn ones, unless pairs are made of these.
-            responses = drawn.responses[place] if needs.pairs == "sampled" or not more else []
+            responses = drawn.responses[place] if "sampled" in needs.pairs or not more else []
             constants = {name: rows[drawn.rows(place)] for name, rows in drawn.tensors.items()} if responses else {}
             group = Group(drawn.prompts[place], [*responses, *more])
             groups.append(PromptGroup(group, drawn=len(responses), fresh=len(more), constants=constants))
@@ -431,8 +515,8 @@ class RolloutWorker:
         if "behavior_token_logps" in self.round.tensors or step > self._start:
             return
         first = prompts[0]
-        each = first.labelled + first.drawn + first.fresh
-        rows = torch.arange(len(scores.mask), device=scores.mask.device).view(-1, each)[:, first.labelled :].reshape(-1)
+        rows = torch.arange(len(scores.mask), device=scores.mask.device).view(len(prompts), -1)
+        rows = rows[:, first.before_drawn :].reshape(-1)
         seen = {"logps": scores.logps.detach()[rows].cpu()}
         if scores.step_kl is not None:
             seen["kl"] = scores.step_kl.detach().sum(-1)[rows].cpu()
@@ -451,17 +535,8 @@ class RolloutWorker:
             self._seen = []
 
     def _log_round(self, drawn: Round, step: int, samples_file: Path) -> None:
-        rewards = drawn.tensors.get("rewards")
-        texts = [
-            (
-                self._prompt_text(drawn, i),
-                [self._text(response) for response in drawn.responses[i]],
-                None if rewards is None else rewards[drawn.rows(i)].tolist(),
-            )
-            for i in range(min(self.rollout.settings.num_completions_to_print, len(drawn)))
-        ]
-        if texts:
-            write_completions(samples_file, step, texts)
+        rows = [self.rows[index] for index in drawn.indices]
+        write_completions(samples_file, step, completion_texts(drawn, rows, self.policy, self.rollout.settings))
         if "behavior_token_logps" not in drawn.tensors:
             return
         seen = {"logps": drawn.tensors["behavior_token_logps"].double().sum(-1)}
@@ -483,13 +558,6 @@ class RolloutWorker:
             metrics |= self.monitor.update(metrics, step)
         self.metrics.add(metrics, 1)
 
-    def _prompt_text(self, drawn: Round, i: int) -> str:
-        row = self.rows[drawn.indices[i]].row
-        return self._text(drawn.prompts[i]) if row is None else plain_text(row.prompt)
-
-    def _text(self, ids: list[int]) -> str:
-        return str(self.policy.tokenizer.decode(ids, skip_special_tokens=True))
-
     def reward_counters(self) -> dict[str, float]:
         """What the reward counted in this run; it may have served others before."""
         counters = {} if self.rollout.reward is None else self.rollout.reward.counters()
@@ -509,6 +577,26 @@ class RolloutWorker:
             self.round, self._start = drawn, step - drawn.position
             self._logged = drawn.number if drawn.position > 0 else -1
         self._counted = {name: value - counters.get(f"reward/{name}", 0.0) for name, value in self._counted.items()}
+
+
+def completion_texts(
+    drawn: Round, rows: Sequence[Row], policy: Policy, settings: RolloutSettings
+) -> list[tuple[str, list[str], list[float] | None]]:
+    """(prompt, responses, rewards or None) of the first prompts of a round, as many as are to be printed."""
+
+    def text(ids: list[int]) -> str:
+        return str(policy.tokenizer.decode(ids, skip_special_tokens=True))
+
+    rewards = drawn.tensors.get("rewards")
+    return [
+        (
+            text(prompt) if row.row is None else plain_text(row.row.prompt),
+            [text(response) for response in drawn.responses[i]],
+            None if rewards is None else rewards[drawn.rows(i)].tolist(),
+        )
+        for i, (prompt, row) in enumerate(zip(drawn.prompts, rows, strict=True))
+        if i < settings.num_completions_to_print
+    ]
 
 
 def observe(

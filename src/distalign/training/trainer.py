@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -50,10 +50,13 @@ from distalign.models.policy import Policy
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.training.checkpoint import (
+    DRAWN_ONCE,
     load_reference,
+    load_round,
     load_token_budget,
     load_worker,
     save_reference,
+    save_round,
     save_token_budget,
     save_worker,
 )
@@ -88,12 +91,14 @@ from distalign.training.prompts import (
     warn_about_sharpness,
 )
 from distalign.training.rounds import (
+    ReferenceResponses,
     Rollout,
     RolloutSettings,
     RolloutWorker,
     Row,
     TrainingError,
     check_rollout,
+    draws_responses,
     is_on_policy,
     observe,
 )
@@ -129,7 +134,8 @@ class AlignmentTrainer(Trainer):
     method: a `Method`, or its name. train_dataset: a path, a hub id, a `datasets.Dataset` or a list of dicts in TRL's
     columns: pairs, or for methods without labels prompts. eval_dataset: pairs, or a dict of several sets. reward_funcs,
     for methods that read a reward: functions in TRL's convention, classifiers (name or model), the folder of a trained
-    reward, `RewardTraining(gamma=…)` to train one on the pairs first, or a list of them (`args.reward_weights`).
+    reward, `RewardTraining(gamma=…)` to train one on the pairs first, `ColumnReward(scale=…)` for the pairs' own, or a
+    list of them (`args.reward_weights`).
     processing_class: the tokenizer, if not the model's own. peft_config: train a new adapter instead of all weights.
 
     Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
@@ -177,7 +183,7 @@ class AlignmentTrainer(Trainer):
         self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
         data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
         check_rows(data, source, config, self.method, args)
-        check_reward_funcs(rewards, data, args)
+        check_reward_funcs(self.label, self.method, rewards, data, args)
         end_id = response_end(data, tokenizer, args)
 
         if isinstance(model, Policy):
@@ -231,7 +237,7 @@ class AlignmentTrainer(Trainer):
         self.rollout = Rollout(args.rollout, end_id, reward)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
-        self.temperature = args.temperature if self.on_policy else 1.0
+        self.temperature = args.temperature if draws_responses(self.method) else 1.0
         # Others' log-probabilities are of full precision.
         shared = reference_cache is not None and self.temperature == 1 and self.accelerator.mixed_precision == "no"
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
@@ -240,6 +246,11 @@ class AlignmentTrainer(Trainer):
         self.metrics = MetricAverager()
         self._pair_rewards: dict[tuple, Tensor] = {}
         self.worker = self._worker() if self.on_policy else None
+        self.reference_responses: ReferenceResponses | None = None
+        if "reference" in self.needs.pairs:
+            self.reference_responses = ReferenceResponses(
+                policy, self.needs, self.rollout, self.rows, args=args, metrics=self.metrics, run=self.run
+            )
         self.start: dict[str, dict[str, float]] = {}
         self.memory: MemoryEstimate | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
@@ -283,7 +294,7 @@ class AlignmentTrainer(Trainer):
                 loss = self.method.loss(pairs, samples) * micro.weight
                 # Its share of the step is in the weight: accelerate divides by nothing more.
                 self.accelerator.backward(loss)
-            self.record(micro, scores, pairs, samples)
+            self.record(micro, scores, samples)
             total += loss.detach().to(total.dtype)
         return self.log_step(batch, total, started)
 
@@ -292,14 +303,19 @@ class AlignmentTrainer(Trainer):
 
         `step_prompts` is the number of prompts of the optimizer step, over all its batches.
         """
-        prompts: list[PromptGroup] = []
-        if self.needs.pairs == "labelled":
-            prompts = self.labelled(rows, reference=self.needs.reference, rewards=self.needs.reward)
+        sources: list[list[PromptGroup]] = []
+        samples_file = self._folder / "samples.jsonl"
+        if "labelled" in self.needs.pairs:
+            sources.append(self.labelled(rows, reference=self.needs.reference, rewards=self.needs.reward))
+        if self.reference_responses is not None:
+            with self.save_on_failure():
+                self.reference_responses.draw(self._budget(), samples_file)
+            sources.append(self.reference_responses.collect(rows))
         if self.worker is not None:
             with self.save_on_failure():
-                self.worker.draw_round(indices, self.state.global_step, self._folder / "samples.jsonl")
-            drawn = self.worker.collect(indices, self.state.global_step)
-            prompts = [merge(*both) for both in zip(prompts, drawn, strict=True)] if prompts else drawn
+                self.worker.draw_round(indices, self.state.global_step, samples_file)
+            sources.append(self.worker.collect(indices, self.state.global_step))
+        prompts = [reduce(merge, groups) for groups in zip(*sources, strict=True)]
         return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
 
     def score(self, groups: Sequence[Group]) -> Scores:
@@ -339,10 +355,11 @@ class AlignmentTrainer(Trainer):
         """How pairs are made of more than two samples."""
         return self.rollout.settings.pairing
 
-    def record(self, micro: MicroBatch, scores: Scores, pairs: Pairs, samples: Samples) -> None:
+    def record(self, micro: MicroBatch, scores: Scores, samples: Samples) -> None:
         """Take from a pass what the next log line says."""
         needs = self.needs
-        if needs.pairs == "labelled":
+        if "labelled" in needs.pairs:
+            pairs = micro.labelled(scores)
             self.metrics.add(pair_metrics(self.method, pairs), len(micro.prompts))
             if self.state.global_step == 0 and not self.start:
                 rewards = implicit_rewards(self.method, pairs).detach()
@@ -400,20 +417,21 @@ class AlignmentTrainer(Trainer):
                 labelled=2,
                 probability=1.0 if row.probability is None else row.probability,
                 reference_logps=self.reference_cache[row.key] if reference else None,
-                rewards=self._pair_rewards[row.key] if rewards else None,
+                rewards=self._pair_rewards[row.key, row.where] if rewards else None,
             )
             for row in rows
         ]
 
     def _reward_pairs(self, rows: Sequence[EncodedPair]) -> None:
         """Each pair is rewarded once in a run."""
-        missing = [row for row in rows if row.key not in self._pair_rewards]
+        # Two rows of the same text may have other columns.
+        missing = [row for row in rows if (row.key, row.where) not in self._pair_rewards]
         if missing:
             assert self.rollout.reward is not None
             started = time.perf_counter()
             requests = [Request(row.prompt, [row.chosen, row.rejected], row.row) for row in missing]
             for row, pair in zip(missing, self.rollout.reward(requests).view(-1, 2), strict=True):
-                self._pair_rewards[row.key] = pair
+                self._pair_rewards[row.key, row.where] = pair
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
 
     def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
@@ -470,9 +488,12 @@ class AlignmentTrainer(Trainer):
             self.policy.model.forward = self._own_forward
 
     def _resume(self, checkpoint: Path) -> None:
+        step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
         if self.worker is not None:
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            load_worker(self.worker, checkpoint, state.global_step)
+            load_worker(self.worker, checkpoint, step)
+        # After the first step only the file knows what the reference drew.
+        if self.reference_responses is not None and (step > 0 or (checkpoint / DRAWN_ONCE).is_file()):
+            self.reference_responses.round = load_round(checkpoint, DRAWN_ONCE)
         if self._remembers_reference:
             self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
         if self.token_budget is None:
@@ -485,6 +506,8 @@ class AlignmentTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         if self.worker is not None:
             save_worker(self.worker, folder, self.state.global_step)
+        if self.reference_responses is not None and self.reference_responses.round is not None:
+            save_round(self.reference_responses.round, folder, DRAWN_ONCE)
         if self._remembers_reference:
             save_reference(self.rows, self.reference_cache, folder)
         save_token_budget(self._budget(), folder)
@@ -492,7 +515,7 @@ class AlignmentTrainer(Trainer):
 
     @property
     def _remembers_reference(self) -> bool:
-        return self.needs.pairs == "labelled" and self.needs.reference
+        return "labelled" in self.needs.pairs and self.needs.reference
 
     def _save_now(self) -> str:
         self._save_checkpoint(self._wrapper, trial=None)
@@ -688,7 +711,7 @@ class AlignmentTrainer(Trainer):
     def card(self, **more: Any) -> str:
         """The model card, as Markdown with the hub's metadata."""
         args = self.args
-        names = [*CARD_SETTINGS, *(RolloutSettings.model_fields if self.on_policy else ())]
+        names = [*CARD_SETTINGS, *(RolloutSettings.model_fields if draws_responses(self.method) else ())]
         training = {name: getattr(value, "value", value) for name in names for value in [getattr(args, name)]}
         return model_card(
             base_model=self.policy.source.name,
@@ -785,7 +808,7 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
         raise TrainingError(
             f"{label}: metric_for_best_model is {best}; of several sets take one's, such as {sets[0]}_loss"
         )
-    if is_on_policy(method):
+    if draws_responses(method):
         check_rollout(label, method, args.rollout)
 
 
@@ -799,13 +822,12 @@ def expected_lengths(
     rows: Sequence[Any], method: Method, settings: RolloutSettings
 ) -> list[tuple[int, tuple[int, ...]]]:
     """(prompt, responses) of the groups of a run: labelled pairs as they are, drawn responses at their longest."""
-    drawn: tuple[int, ...] = ()
-    if is_on_policy(method):
-        needs = method.needs
-        # Pairs are made of what was drawn; the KL term may want fresh responses beside.
-        sets = 1 + (needs.samples and needs.pairs == "sampled" and settings.stale == "resample")
-        drawn = (settings.max_completion_length,) * (settings.num_generations * sets)
-    if method.needs.pairs != "labelled":
+    needs = method.needs
+    # Pairs are made of what was drawn; the KL term may want fresh responses beside.
+    fresh = needs.samples and "sampled" in needs.pairs and settings.stale == "resample"
+    sets = ("reference" in needs.pairs) + is_on_policy(method) + fresh
+    drawn = (settings.max_completion_length,) * (settings.num_generations * sets)
+    if "labelled" not in needs.pairs:
         return [(len(row.prompt), drawn) for row in rows]
     return [(len(row.prompt), (len(row.chosen), len(row.rejected), *drawn)) for row in rows]
 
