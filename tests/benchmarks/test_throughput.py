@@ -11,6 +11,7 @@ import memory
 import overhead
 import pytest
 import sides
+import small_job
 import throughput
 import torch
 from engine_models import build
@@ -45,9 +46,17 @@ def test_ids_are_the_same_for_all_sides():
     assert all(350 <= len(g.prompt) <= 460 and all(30 <= len(r) <= 53 for r in g.responses) for g in groups)
 
 
-@pytest.mark.slow
+@pytest.fixture
+def small(monkeypatch):
+    """Models and workloads of all names are small ones."""
+    monkeypatch.setattr(throughput, "Job", small_job.SmallJob)
+    monkeypatch.setitem(sides.MODELS, "small-32k", small_job.model)
+    for name, workload in small_job.SHORT.items():
+        monkeypatch.setitem(sides.WORKLOADS, name, workload)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_throughput_writes_what_it_measures(tmp_path):
+def test_throughput_writes_what_it_measures(tmp_path, small):
     """A row for every other side; gradients agree with TRL's; each ratio lies within its spread."""
     path = tmp_path / "throughput.json"
     work = ["--models", "small-32k", "--workloads", "tldr,group8", "--rounds", "1", "--prompts", "1"]
@@ -65,9 +74,8 @@ def test_throughput_writes_what_it_measures(tmp_path):
         assert row["memory_ratio"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_throughput_takes_other_weights_and_larger_micro_batches(tmp_path):
+def test_throughput_takes_other_weights_and_larger_micro_batches(tmp_path, small):
     """In bfloat16 gradients of both sides agree to its rounding, two pairs a micro-batch on both."""
     path = tmp_path / "throughput.json"
     work = ["--models", "small-32k", "--workloads", "tldr", "--rounds", "1", "--prompts", "2", "--dtype", "bfloat16"]
