@@ -120,8 +120,9 @@ def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_memory_writes_what_it_measures(tmp_path, capsys):
+def test_memory_writes_what_it_measures(tmp_path, capsys, monkeypatch):
     """A row for each side; what is computed again need not be kept."""
+    monkeypatch.setitem(memory.PROMPTS, "small-32k", 4)
     path = tmp_path / "memory.json"
     chosen = ["ours, 512 tokens, full", "ours, 2048 tokens"]
     options = ["--models", "small-32k", "--workloads", "tldr", "--repeats", "1", "--sides", ";".join(chosen)]
@@ -165,8 +166,9 @@ def test_cost_counts_tokens_and_measures(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_overhead_is_a_share_of_the_step():
+def test_overhead_is_a_share_of_the_step(monkeypatch):
     """Pairs and rounds both: something is spent outside forward, backward and generation, but not most of a step."""
+    monkeypatch.setitem(overhead.PROMPTS, "small-32k", 2)
     rows = overhead.main(["--models", "small-32k", "--steps", "1"])
     assert [row["work"] for row in rows] == ["pairs", "rounds"]
     assert all(0 < row["outside_fraction"] < 0.5 for row in rows)
