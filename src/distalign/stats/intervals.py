@@ -20,6 +20,7 @@ from torch import Tensor
 T = TypeVar("T")
 
 _NORMAL_QUANTILE = 1.959963984540054  # 97.5 % of the standard normal distribution
+_AT_ONCE = 2**20  # values that the bootstrap draws at once
 _GAUSS_LEGENDRE = np.polynomial.legendre.leggauss(64)
 
 
@@ -76,8 +77,10 @@ def paired_p_value(
     mean = difference.mean()
     generator = np.random.default_rng(seed)
     n, extreme = len(difference), 0
-    for _ in range(resamples):
-        extreme += abs(difference[generator.integers(n, size=n)].mean() - mean) >= abs(mean)
+    block = max(1, _AT_ONCE // n)
+    for start in range(0, resamples, block):
+        drawn = generator.integers(n, size=(min(block, resamples - start), n))
+        extreme += np.count_nonzero(np.abs(difference[drawn].mean(1) - mean) >= abs(mean))
     return (1 + int(extreme)) / (1 + resamples)
 
 

@@ -1,0 +1,28 @@
+"""The benchmarks' sides on a model and a workload that take no time; spawned processes import it from here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sides
+import tiny
+from common import DTYPES, Workload
+
+SHORT = {"tldr": Workload((20, 30), (5, 9)), "group8": Workload((20, 30), (5, 9), responses=8)}
+
+
+def model() -> Any:
+    """A few thousand weights, with more words than a workload's least id."""
+    return tiny.model(vocab_size=400, initializer_range=0.1)
+
+
+class SmallJob(sides.Job):
+    """A job whose model and ids are small, whatever their names."""
+
+    def load(self) -> Any:
+        """The model, where it is trained."""
+        return model().to(self.device, DTYPES[self.dtype])
+
+    def groups(self, model: Any) -> Any:
+        """The token ids that all sides train on."""
+        return SHORT[self.workload].groups(self.prompts, model.config.vocab_size)
