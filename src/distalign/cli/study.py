@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,10 +11,9 @@ from distalign.cli.shared import (
     OutputOption,
     RecipeArgument,
     SetOption,
-    WideOption,
     check_path,
     command_line,
-    print_numbers,
+    print_words,
     quiet,
     read_recipe,
     read_seeds,
@@ -22,16 +21,12 @@ from distalign.cli.shared import (
     write_json,
 )
 
-if TYPE_CHECKING:
-    pass
-
 
 def study(
     recipe: RecipeArgument,
-    seeds: Annotated[str | None, typer.Option(help="How many seeds, or which, with commas; the recipe's own.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many seeds, or which, with commas; else the recipe's.")] = None,
     set_: SetOption = None,
     output_dir: OutputOption = None,
-    wide: WideOption = False,
     json_path: JsonOption = None,
 ) -> None:
     """Run a recipe's grid of comparisons; stopped and called again, it goes on where it was."""
@@ -40,11 +35,12 @@ def study(
     check_path(json_path)
     with stoppable(lambda: f"go on with: {command_line()}"):
         quiet()
-        from distalign.experiments.study import study as run
-        from distalign.report.study import study_figures, write_study
+        from distalign.lab.study import study as run
+        from distalign.report import write_report
 
         result = run(settings, seeds=chosen)
-        written = write_study(settings.run_dir, result, study_figures(result))
-    print_numbers(study_table(result), wide)
+        page = write_report(settings.run_dir)
+    for table in result["shown"]["tables"]:
+        print_words(list(table["columns"]), [["" if v is None else str(v) for v in row] for row in table["rows"]])
     write_json(json_path, result)
-    print(f"study: {settings.run_dir / 'study.json'}\nreport: {written}")
+    print(f"results: {settings.run_dir / 'lab.json'}\nreport: {page}")

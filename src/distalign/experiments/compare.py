@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ from distalign.models.load import weights_digest
 from distalign.models.targets import Target
 from distalign.progress import in_words, progress
 from distalign.rewards import RewardError, UnreadableReward
+from distalign.rewards.potential import POTENTIAL
 from distalign.training.prompts import implicit_rewards
 from distalign.training.trainer import AlignmentTrainer
 
@@ -73,7 +75,7 @@ def compare(
     forget_results(root)
     recipe.dump(root / "recipe.yaml")
     runs: dict[str, list[Measured]] = {}
-    training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}}
+    training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}, "potential": []}
     results: dict[str, Any] = {}
     for number, seed in enumerate(seeds, 1):
         setup = load_setup(recipe, seed, measured=True, target=target)
@@ -127,6 +129,8 @@ def _compare_seed(
     scored = not any(part.columns for part in setup.recipe.reward)
     if any(setup.recipe.method(name).needs.reward for name in methods):
         _make_reward(setup, folder / "reward", resume)
+        if (folder / "reward" / POTENTIAL).is_file():
+            training["potential"].append(json.loads((folder / "reward" / POTENTIAL).read_text(encoding="utf-8")))
     for name in methods:
         record = _run_method(setup, name, folder / name, resume)
         training["curves"].setdefault(name, []).extend(record.curve)

@@ -36,7 +36,7 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
-from distalign.rewards.potential import SAMPLES, Potential, potential
+from distalign.rewards.potential import POTENTIAL, SAMPLES, Potential, potential
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
@@ -415,6 +415,7 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
         made = _potential(setup, trained, trained.origin.gamma)
         logger.info("reward: %s", made)
         setup.statistics["reward model, potential"] = str(made)
+        (folder / POTENTIAL).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
         if made.warning is not None:
             logger.warning("%s", made.warning)
     return trained

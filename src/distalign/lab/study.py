@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +19,15 @@ from distalign.errors import InputError
 from distalign.evaluation.results import environment, finite
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import Recipe, load_recipe
-from distalign.stats.intervals import student_quantile
+from distalign.report.shown import Curve, Panel, Shown, Table
+from distalign.stats.intervals import Estimate, mean_and_se, student_quantile
 
 logger = logging.getLogger("distalign.experiments.study")
 
 # What a study keeps of every run.
 KEYS = ("forward_kl", "reverse_kl", "entropy", "win_rate", "length", "kl_reference", "nll")
 PAIRS = "target.pairs"
+OPTIMUM = "the reward's optimum"
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Slope:
 
 
 def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, Any]:
-    """Run the recipe's `study` and write study.json into the run's folder, after every cell what there is so far.
+    """Run the recipe's `study` and write lab.json into the run's folder, after every cell what there is so far.
 
     Cells are comparisons in subfolders; what is done is not done again, so a study that was stopped goes on. Methods
     that take no reward are trained once, not for every reward. Raises InputError for a recipe without `study`.
@@ -50,6 +54,7 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, An
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     trained: set[tuple[Any, ...]] = set()
+    started = time.monotonic()
     for values in itertools.product(*recipe.study.grid.values()):
         cell = dict(zip(recipe.study.grid, values, strict=True))
         plain = tuple(sorted((key, repr(value)) for key, value in cell.items() if not key.startswith("reward")))
@@ -60,21 +65,25 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, An
         content = compare(run, methods, seeds, resume=True).content
         rows += _rows(cell, content)
         result = {
-            "name": recipe.name,
+            "experiment": "study",
+            "settings": recipe.model_dump(mode="json"),
             "seeds": seeds,
             "rows": rows,
             "slopes": slopes(rows),
-            "settings": recipe.model_dump(mode="json"),
+            "shown": dataclasses.asdict(show(rows)),
+            "seconds": time.monotonic() - started,
             "environment": environment(),
         }
         text = json.dumps(finite(result), indent=1, ensure_ascii=False)
-        (folder / "study.json").write_text(text, encoding="utf-8")
+        (folder / "lab.json").write_text(text, encoding="utf-8")
     return result
 
 
 def cell_recipe(recipe: Recipe, cell: Mapping[str, Any]) -> Recipe:
     """The recipe of one cell of the grid, in a subfolder of the study's."""
     settings = recipe.model_dump(mode="json", exclude={"study"})
+    if len(settings["reward"]) == 1:
+        (settings["reward"],) = settings["reward"]  # so that the grid can name its settings
     name = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in cell.items()) or recipe.name
     changes = [f"{key}={json.dumps(value)}" for key, value in cell.items()]
     return load_recipe({**settings, "name": name, "output_dir": str(Path(recipe.output_dir) / recipe.name)}, changes)
@@ -92,22 +101,123 @@ def _rows(cell: Mapping[str, Any], content: Mapping[str, Any]) -> list[dict[str,
                 if point["seed"] == seed and "forward_kl" in point
             ]
             rows.append({"cell": dict(cell), "method": name, "seed": seed, **numbers, "curve": curve})
+    # What RKL and PD would reach with the learned reward: their floor.
+    for seed, potential in zip(content["seeds"], content["potential"], strict=False):
+        if "distance" in potential:
+            numbers = {"forward_kl": potential["distance"], "curve": []}
+            rows.append({"cell": dict(cell), "method": OPTIMUM, "seed": seed, **numbers})
     return rows
 
 
-def slopes(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The exponent of the forward KL in n for every method and every other setting of the grid."""
-    groups: dict[str, list[tuple[int, float]]] = {}
+def _label(row: Mapping[str, Any]) -> str:
+    """The method, with the settings of the grid other than the number of pairs."""
+    others = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["cell"].items() if key != PAIRS)
+    return f"{row['method']} ({others})" if others else row["method"]
+
+
+def _by_label(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        others = ", ".join(f"{key}={value}" for key, value in row["cell"].items() if key != PAIRS)
-        label = f"{row['method']} ({others})" if others else row["method"]
-        kl = row.get("forward_kl", {}).get("mean", math.nan)
-        if PAIRS in row["cell"] and kl > 0:
-            groups.setdefault(label, []).append((row["cell"][PAIRS], kl))
+        if row["method"] not in ("target", "reference"):
+            groups.setdefault(_label(row), []).append(row)
+    return groups
+
+
+def show(rows: Sequence[dict[str, Any]]) -> Shown:
+    """The figures and tables of a study."""
+    sizes = sorted({row["cell"].get(PAIRS, 0) for row in rows})
+    start = _over_seeds([row for row in rows if row["method"] == "reference"], "forward_kl")
+    groups = _by_label(rows)
+    falls, entropies, steps, table = [], [], [], []
+    for label, own in groups.items():
+        by_size = [(n, [row for row in own if row["cell"].get(PAIRS, 0) == n]) for n in sizes]
+        by_size = [(n, same) for n, same in by_size if same]
+        falls.append(_curve(label, by_size, "forward_kl"))
+        if all("entropy" in row for row in own):
+            entropies.append(_curve(label, by_size, "entropy"))
+        largest = by_size[-1][1]
+        if largest[0]["curve"]:
+            x = [step for step, _ in largest[0]["curve"]]
+            means = [sum(row["curve"][i][1] for row in largest) / len(largest) for i in range(len(x))]
+            steps.append(Curve(label, x, means))
+        for n, same in by_size:
+            numbers = [_text(_over_seeds(same, key)) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate")]
+            table.append([label, n, *numbers, len(same)])
+    known = {name: [row for row in rows if row["method"] == name] for name in ("target", "reference")}
+    for name, own in known.items():
+        numbers = [_text(_over_seeds(own, key)) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate")]
+        table.append([name, None, *numbers, len(own)])
+    guide = [start.mean * sizes[0] / n for n in sizes]
+    ends = [sizes[0], sizes[-1]]
+    entropy_levels = [
+        Curve(f"{name}'s", ends, [_over_seeds(own, "entropy").mean] * 2, kind="bound") for name, own in known.items()
+    ]
+    nats = "KL(π*‖π), nats per response"
+    over = "Last step; mean over seeds, a band of ± 1 standard error."
+    exponents = [
+        [label, slope["slope"], f"[{slope['low']:.2f}, {slope['high']:.2f}]", slope["runs"]]
+        for label, slope in slopes(rows).items()
+    ]
+    return Shown(
+        "How near the methods come to a known target",
+        "Each method on pairs that a known target labelled; its distance on held-out prompts, after the last step.",
+        panels=[
+            Panel(
+                "Distance against the number of pairs",
+                f"{over} Dashed: π₀, and a line that falls as 1/n.",
+                "labelled pairs",
+                nats,
+                [
+                    *falls,
+                    Curve("π₀", ends, [start.mean] * 2, kind="bound"),
+                    Curve("1/n", sizes, guide, kind="bound"),
+                ],
+            ),
+            Panel("Distance during training", "At the largest number of pairs; mean over seeds.", "step", nats, steps,
+                  "linear", "log"),
+            Panel("Entropy", f"{over} Dashed: the target's and π₀'s.", "labelled pairs", "nats per response",
+                  [*entropies, *entropy_levels], "log", "linear"),
+        ],
+        tables=[
+            Table("At the last step", "Mean ± standard error over seeds (prompts where there is one seed).",
+                  ["method", "pairs", "KL(π*‖π)", "KL(π‖π*)", "entropy", "win rate", "seeds"], table),
+            Table("Exponents", "ln KL against ln n, least squares over all runs; 95 % by Student's t. The theory: −1.",
+                  ["method", "exponent", "interval", "runs"], exponents),
+        ],
+    )  # fmt: skip
+
+
+def _curve(label: str, by_size: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], key: str) -> Curve:
+    values = [_over_seeds(same, key) for _, same in by_size]
+    se = [0.0 if math.isnan(value.se) else value.se for value in values]
+    low, high = ([v.mean + side * e for v, e in zip(values, se, strict=True)] for side in (-1, 1))
+    return Curve(label, [n for n, _ in by_size], [v.mean for v in values], low, high)
+
+
+def _over_seeds(rows: Sequence[Mapping[str, Any]], key: str) -> Estimate:
+    """Mean and error over seeds; of one seed its own."""
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return Estimate(math.nan, math.nan, 0)
+    if len(values) == 1:
+        return Estimate(values[0]["mean"], values[0]["se"], 1)
+    return mean_and_se(torch.tensor([value["mean"] for value in values], dtype=torch.float64))
+
+
+def _text(estimate: Estimate) -> str:
+    return "–" if math.isnan(estimate.mean) else f"{estimate.mean:.2f} ± {estimate.se:.2f}"
+
+
+def slopes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The exponent of the forward KL in n for every method and every other setting of the grid."""
+    groups = {
+        label: [(row["cell"][PAIRS], row["forward_kl"]["mean"]) for row in own if PAIRS in row["cell"]]
+        for label, own in _by_label(rows).items()
+    }
     return {
         label: vars(fit_slope(points))
         for label, points in groups.items()
-        if len(points) > 2 and len({n for n, _ in points}) > 1
+        if len(points) > 2 and len({n for n, _ in points}) > 1 and min(kl for _, kl in points) > 0
     }
 
 

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from distalign.progress import progress
 
 VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED = 2048, 5, 16, 3e-3, 0
+SHARPNESS = 1.4  # its logits are multiplied by it: a small model spreads too much on words that do not fit
 _START, _END = "<s>", "</s>"
 # A question on a line of its own, then the answer.
 _TEMPLATE = (
@@ -35,7 +36,7 @@ _TEMPLATE = (
 def everyday_model(cache: Path) -> Path:
     """The folder of the model and its tokenizer under `cache`, trained at first use (a minute) and kept."""
     text = files("distalign").joinpath("models/everyday_answers.tsv").read_text(encoding="utf-8")
-    made_of = (text, VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED)
+    made_of = (text, VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED, SHARPNESS)
     folder = cache / f"everyday-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
@@ -77,6 +78,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 def train_model(tokenizer: PreTrainedTokenizerFast, rows: list[list[str]]) -> LlamaForCausalLM:
     """A two-layer llama, trained from scratch on questions with answers. The global random state is left alone."""
+    start, end = (int(tokenizer.get_vocab()[token]) for token in (_START, _END))
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -85,8 +87,8 @@ def train_model(tokenizer: PreTrainedTokenizerFast, rows: list[list[str]]) -> Ll
         num_attention_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=start,
+        eos_token_id=end,
     )
     sequences = [torch.tensor(tokenizer.encode(f"{_START}{question}\n{answer}{_END}")) for question, answer in rows]
     steps = EPOCHS * (len(sequences) // BATCH)
@@ -106,6 +108,7 @@ def train_model(tokenizer: PreTrainedTokenizerFast, rows: list[list[str]]) -> Ll
                 schedule.step()
                 optimizer.zero_grad()
                 advance(step + 1, note=f"loss {float(loss.detach()):.2f}")
+    model.model.norm.weight.data.mul_(SHARPNESS)
     return model.eval()
 
 

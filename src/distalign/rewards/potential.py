@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from distalign.engine import Group, score_in_batches
 from distalign.rewards.fit import Trained
 from distalign.stats.intervals import Estimate, mean_and_se
+
+# The file of it in a trained reward's folder.
+POTENTIAL = "potential.json"
 
 # Responses to each prompt, of π₀ and of a known target.
 SAMPLES = 8
@@ -43,6 +47,12 @@ class Potential:
     def beta(self) -> float:
         """The β of the best trade, γ · noise/signal, and γ (half of the correction) where the noise is larger."""
         return self.gamma * min(self.noise / max(self.signal, 1e-12), 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        known = {"distance": self.distance, "start": self.start}
+        numbers = {name: value._asdict() for name, value in known.items() if value is not None}
+        return {"moved": self.moved, "noise": self.noise, "beta": self.beta, **numbers}
 
     def __str__(self) -> str:
         text = f"its optimum is {self.moved:.2f} nats from π₀, {self.noise:.2f} of them noise of the labels"

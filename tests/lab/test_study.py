@@ -1,0 +1,62 @@
+"""A study: a grid of comparisons that goes on where it was stopped, its figures and its exponents."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+
+from distalign import InputError, load_recipe
+from distalign.lab.study import PAIRS, fit_slope, study
+from distalign.report import write_report
+
+TARGET = {
+    "words": ["happy", "kind"],
+    "gamma": 0.5,
+    "pairs": 8,
+    "eval_pairs": 8,
+    "max_new_tokens": 4,
+    "prompts": tiny.prompts(20),
+}
+GRID = {PAIRS: [8, 16], "reward.train.weight_decay": [1.0, 10.0]}
+
+
+def test_a_grid_of_comparisons(tmp_path, tiny_folder):
+    """A row per policy, size, reward and seed; what reads no reward is trained once; nothing is trained twice."""
+    path = tmp_path / "grid.yaml"
+    methods = {"pmle": {}, "mine": {"class": "pd", "pairs": "data", "beta": 0.0}}
+    path.write_text(tiny.recipe_text(tmp_path, model=str(tiny_folder), target=TARGET, methods=methods))
+    recipe = load_recipe(
+        path, ["reward={train: {head: counts}}", f"study={json.dumps({'grid': GRID, 'seeds': [0, 1]})}"]
+    )
+    result = study(recipe)
+    runs = [(row["method"], row["cell"][PAIRS], row["seed"]) for row in result["rows"]]
+    assert runs.count(("mine", 16, 1)) == 2
+    assert runs.count(("pmle", 16, 1)) == 1
+    assert set(result["slopes"]) >= {"pmle (weight_decay 1.0)", "mine (weight_decay 10.0)"}
+    shown = json.loads((recipe.run_dir / "lab.json").read_text())["shown"]
+    assert len(shown["panels"]) == 3
+    assert "Distance against the number of pairs" in write_report(recipe.run_dir).read_text()
+    made = {file: file.stat().st_mtime_ns for file in recipe.run_dir.rglob("finished.json")}
+    again = study(recipe)
+    assert {file: file.stat().st_mtime_ns for file in recipe.run_dir.rglob("finished.json")} == made
+    assert again["rows"] == result["rows"]
+
+
+def test_the_exponent_of_a_power_law():
+    """Exact: −1 with no width. With noise the interval holds it."""
+    exact = fit_slope([(n, 30 / n) for n in (10, 100, 1000)])
+    assert exact.slope == pytest.approx(-1)
+    assert exact.high - exact.low < 1e-6
+    noisy = fit_slope([(n, 30 / n * factor) for n in (10, 100, 1000) for factor in (0.8, 1.0, 1.25)])
+    assert noisy.low < -1 < noisy.high
+    assert noisy.runs == 9
+
+
+def test_a_recipe_without_a_study_is_refused(tmp_path, tiny_folder):
+    """With what to add."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny.recipe_text(tmp_path, model=str(tiny_folder)))
+    with pytest.raises(InputError, match="has no study; add study"):
+        study(load_recipe(path))
