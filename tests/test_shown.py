@@ -109,7 +109,7 @@ def small(path: str, tiny_folder: Path) -> list[str]:
     )
     settings |= SMALL_DATA if recipe.target is None else SMALL_TARGET
     if any(one.model or (one.train and one.train.backbone != "frozen") for one in recipe.reward):
-        settings["reward"] = "{train: {init: scratch, backbone: frozen, epochs: 2}}"
+        settings["reward"] = "{train: {init: scratch, backbone: frozen}}"
     flags = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     return ["--model", str(tiny_folder), *flags]
 

@@ -18,7 +18,7 @@ from distalign.experiments.results import run_key
 from distalign.training import trainer
 
 REWARDED = (
-    "reward={train: {init: scratch, epochs: 1}}",
+    "reward={train: {init: scratch}}",
     "methods={rkl: {gamma: 0.5, beta: 0.1}}",
     "rollout.num_generations=2",
 )
@@ -42,9 +42,9 @@ def trained(monkeypatch):
     seen = []
     real = comparison.train_method
 
-    def note(setup, name, folder, *, resume=False):
+    def note(setup, name, folder, *, compared, resume=False):
         seen.append((setup.seed, name, resume))
-        return real(setup, name, folder, resume=resume)
+        return real(setup, name, folder, compared=compared, resume=resume)
 
     monkeypatch.setattr(comparison, "train_method", note)
     return seen

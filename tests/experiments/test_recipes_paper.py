@@ -134,7 +134,7 @@ def test_tldr_trains_on_summarisation_pairs(tmp_path):
         "model": model,
         "dtype": "float32",
         "lora": "{r: 4, alpha: 8}",
-        "reward": "{train: {init: scratch, backbone: frozen, epochs: 2}}",
+        "reward": "{train: {init: scratch, backbone: frozen}}",
         "rollout.max_completion_length": 5,
         "data": f"{{train: {SCITLDR}, held_out: 0.3, limit: 60, eval_limit: 4, max_length: 565, too_long: drop}}",
     }

@@ -31,7 +31,7 @@ def made(tmp_path, tiny_folder):
 
     def build(*overrides, **more):
         path = tmp_path / "tiny.yaml"
-        settings = {"methods": METHODS, "reward": {"train": {"epochs": 2}}, "lora": None, **more}
+        settings = {"methods": METHODS, "reward": {"train": True}, "lora": None, **more}
         path.write_text(tiny.recipe_text(tmp_path, **settings))
         return load_recipe(path, ["training.max_steps=2", "training.eval_steps=1", *overrides])
 

