@@ -23,7 +23,7 @@ from distalign.methods.estimators import sequence_sum
 logger = logging.getLogger("distalign.training.trainer")
 
 # |implicit reward gap| at which labels carry information, in nats: below it a pair is a fair coin, above it certain.
-INFORMATIVE = (0.1, 5.0)
+INFORMATIVE = (0.1, 8.0)
 # Below this it is 0 but for rounding: a method whose reward is a log-ratio, before its first step.
 AT_START = 1e-3
 
