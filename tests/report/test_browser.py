@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
+from itertools import pairwise
 
 import pytest
-from report_data import write_evaluation, write_training
+from report_data import COMPARISON, difference, number, write_evaluation, write_training
 
 from distalign.report import write_report
 
@@ -28,14 +31,24 @@ def browser():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """The page of an evaluation, of a training run, and of both with one more."""
+    """The page of an evaluation, of a training run, of both with one more, and of a comparison on a known target."""
     root = tmp_path_factory.mktemp("runs")
     write_evaluation(root / "everything")
+    known = root / "known"
+    known.mkdir()
+    content = copy.deepcopy(COMPARISON)
+    for name, wins in (("target", 0.55), ("pmle", 0.5), ("dpo", 0.8)):
+        content["methods"][name] |= {key: number(100 * wins, 2) for key in ("entropy", "length")}
+        content["methods"][name]["win_rate"] = number(wins, 0.02)
+    content["paired"]["dpo"]["forward_kl"] = difference(20.0, 15.0, 25.0)  # the marks of the others come close
+    content["columns"].append({"key": "win_rate", "label": "win rate"})
+    (known / "results.json").write_text(json.dumps(content), encoding="utf-8")
     runs = [root / "everything", write_training(root / "slow", 0.5), write_training(root / "fast", 2.0, extra=1)]
     return {
         "evaluation": write_report(runs[0], files=False),
         "training": write_report(runs[1], files=False),
         "set": write_report(runs, root / "set", files=False),
+        "known target": write_report(known, files=False),
     }
 
 
@@ -60,14 +73,14 @@ def view(browser, pages):
     assert [url for url in requests if not url.startswith("data:")] == [uri for _, uri in opened]
 
 
-KINDS = pytest.mark.parametrize("kind", ["evaluation", "training", "set"])
+KINDS = pytest.mark.parametrize("kind", ["evaluation", "training", "set", "known target"])
 
 
 @KINDS
 def test_pages_open_in_both_themes(view, kind):
     """Figures and text in the theme's colours, and nothing is said or asked for."""
     page = view(kind)
-    assert page.locator("figure > svg").count() == page.locator("figure").count() >= 4
+    assert page.locator("figure > svg").count() == page.locator("figure").count() >= 3
     color = "([name, key]) => getComputedStyle(document.querySelector(name))[key]"
     for scheme, paper, ink in (("light", LIGHT, "rgb(27, 31, 39)"), ("dark", DARK, "rgb(232, 233, 237)")):
         page.emulate_media(color_scheme=scheme)
@@ -84,6 +97,24 @@ def test_the_page_never_scrolls_sideways(view, kind):
     for width in (1400, 700, 390):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_bars_keep_to_their_cards(view):
+    """Beside the picture and on a phone: no row is under another, no text outside of its card, no mark on a mark's."""
+    page = view("known target", viewport={"width": 1180, "height": 900})
+    boxes = "(all) => all.map((one) => one.getBoundingClientRect()).map((b) => [b.left, b.right, b.top, b.bottom])"
+    for width, apart in ((1180, False), (390, True)):
+        page.set_viewport_size({"width": width, "height": 900})
+        bars, picture = (page.locator(f"header {name}").evaluate_all(boxes)[0] for name in (".forest", "figure"))
+        assert (picture[2] >= bars[3]) is apart
+        for card in page.locator(".forest").all():
+            ((left, right, top, bottom),) = card.evaluate_all(boxes)
+            rows = card.locator("> div").evaluate_all(boxes)
+            assert all(above[3] <= below[2] + 1 for above, below in pairwise(rows))
+            inside = card.locator("b, .text, .scale i").evaluate_all(boxes)
+            assert all(left <= a and b <= right and top <= c and d <= bottom for a, b, c, d in inside)
+            marks = card.locator(".scale i").evaluate_all(boxes)
+            assert all(a[1] <= b[0] or b[1] <= a[0] or a[3] <= b[2] + 4 for a, b in pairwise(marks))
 
 
 def test_the_main_table_fits_a_screen(view):

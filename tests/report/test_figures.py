@@ -109,16 +109,31 @@ def test_the_logs_of_every_seed_are_drawn(tmp_path):
     assert sorted(text.get_text() for text in axes.texts) == ["PMLE", "RKL"]
 
 
-def test_learning_curves_of_every_seed_have_their_kept_step():
-    """One line and one dot for each; the errors are a band."""
+def test_learning_curves_of_every_seed_have_the_step_that_was_measured():
+    """One line and one dot for each; the errors are a band; reference and target are dashed."""
     content = json.loads(json.dumps(COMPARISON)) | {"kept_step": {"pmle": [16, 8], "dpo": [8]}}
     content["curves"]["pmle"] += [{**row, "seed": 1} for row in content["curves"]["pmle"]]
     kl, loss = learning_figures(Results.parse(content))
-    assert (kl.title, loss.title) == ("KL(π*‖π), nats", "Loss on held-out pairs")
+    assert (kl.title, loss.title) == ("Distance to the target", "Loss on held-out pairs")
     axes, _ = drawn(kl)
     assert sorted(x for x, *_ in points(axes)) == [[8.0], [8.0], [16.0]]
     assert len(axes.collections) - sum(len(bars) for _, _, bars in axes.containers) == 3
-    assert sorted(text.get_text() for text in axes.texts) == ["DPO", "PMLE"]
+    assert sorted(text.get_text() for text in axes.texts) == ["DPO", "PMLE", "reference", "target"]
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [10.9, 0.0]
+    assert axes.get_yscale() == "linear"
+    assert "the step that was measured" in kl.about
+
+
+def test_a_distance_over_more_than_a_factor_of_ten_has_a_logarithmic_axis():
+    """The target's zero is not on it, the reference is; the other figures stay as they are."""
+    content = json.loads(json.dumps(COMPARISON))
+    content["curves"]["dpo"][-1]["forward_kl"]["mean"] = 70.0
+    kl, loss = learning_figures(Results.parse(content))
+    assert drawn(kl)[0].get_yscale() == "log"
+    assert {text.get_text() for text in drawn(kl)[0].texts} == {"DPO", "PMLE", "reference"}
+    assert drawn(loss)[0].get_yscale() == "linear"
+    content["curves"]["dpo"][-1]["forward_kl"]["mean"] = 0.0
+    assert drawn(learning_figures(Results.parse(content))[0])[0].get_yscale() == "linear"
 
 
 def test_long_logs_keep_their_extremes():

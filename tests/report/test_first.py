@@ -16,7 +16,15 @@ from report_data import (
     write_training,
 )
 
-from distalign.report.first import comparison_screen, forest, main_column, training_screen
+from distalign.report.first import (
+    change_text,
+    collapse,
+    comparison_screen,
+    forest,
+    main_column,
+    told_by_win_rate,
+    training_screen,
+)
 from distalign.report.results import Difference, Results, Run, read_run
 
 
@@ -26,7 +34,7 @@ def screen(content):
     return comparison_screen(Run("run", "Comparison", results, {}, [], results.settings))
 
 
-def sentence(mean, low, high, kept_step=(), **changes):
+def sentence(mean, low, high, **changes):
     """The finding on one method whose main metric differs by this much from a reference of 10."""
     shown = screen(
         {
@@ -36,11 +44,11 @@ def sentence(mean, low, high, kept_step=(), **changes):
                 "pmle": {"forward_kl": number(10.0 + mean, 0.5)},
             },
             "paired": {"pmle": {"forward_kl": difference(mean, low, high)}},
-            "kept_step": {"pmle": list(kept_step)},
         }
     )
-    assert shown.method == "pmle"
-    return shown.sentence
+    ((method, words),) = shown.headline
+    assert method == "pmle"
+    return words
 
 
 DISTANCE = "the distance to the target (forward KL)"
@@ -56,11 +64,7 @@ DISTANCE = "the distance to the target (forward KL)"
             {},
             f"shows no clear change in {DISTANCE}: −5 % [−16 %, +6 %], an interval with zero inside",
         ),
-        (
-            (0.0, 0.0, 0.0),
-            {"kept_step": [8]},
-            f"does not differ from the reference in {DISTANCE}: every difference is 0",
-        ),
+        ((0.0, 0.0, 0.0), {}, f"does not differ from the reference in {DISTANCE}: every difference is 0"),
         # A fraction is not given in per cent of a fraction.
         ((0.5, 0.2, 0.8), {"better": "higher"}, f"raises {DISTANCE} from 10.0 to 10.5 nats, by 0.50 [0.20, 0.80]"),
     ],
@@ -70,12 +74,91 @@ def test_the_finding_has_the_change_and_its_interval(values, changes, text):
     assert sentence(*values, **changes) == f" {text}"
 
 
-@pytest.mark.parametrize(("steps", "where"), [([0], ""), ([0, 0], " in every seed")])
-def test_a_method_that_kept_the_start_is_the_reference(steps, where):
-    """Validation kept step 0: the policy is the reference, whatever noise the metric has, and no per cent are given."""
-    text = f" is the reference that it started from: step 0 was kept{where}"
-    assert sentence(0.2, -0.1, 0.5, kept_step=steps) == text
-    assert "lowers" in sentence(-4.5, -5.7, -3.4, kept_step=[*steps, 8])
+def known_target(win_rate=0.55, **methods):
+    """A known target: distance moved from the reference's 10 by ± 1, entropy (the target's is 60), win rate."""
+    numbers = {"target": (-10.0, 60.0, win_rate), "reference": (0.0, 62.0, None), **methods}
+    rows = {
+        name: {"forward_kl": number(10.0 + moved), "entropy": number(entropy, 2.0), "win_rate": number(wins, 0.02)}
+        for name, (moved, entropy, wins) in numbers.items()
+    }
+    del rows["reference"]["win_rate"]
+    return {
+        "columns": [
+            {"key": "forward_kl", "label": "KL", "unit": "nats", "better": "lower"},
+            {"key": "win_rate", "label": "win rate", "better": "higher"},
+        ],
+        "methods": rows,
+        "paired": {n: {"forward_kl": difference(m, m - 1, m + 1)} for n, (m, _, _) in methods.items()},
+    }
+
+
+@pytest.mark.parametrize(
+    ("moved", "text"),
+    [
+        (
+            {"pmle": -3, "rkl": -6, "pd": -5, "dpo": 4, "rlhf": 30, "rebel": 0.5},
+            "RKL, PD and PMLE move nearer to the target, RKL most: by 60 % [50 %, 70 %] of the reference's distance; "
+            "RLHF and DPO move away from it, RLHF most: by 300 % [290 %, 310 %]; REBEL shows no clear change",
+        ),
+        (
+            {"pmle": 0.5, "dpo": 4, "rkl": -0.5},
+            "No method moves clearly nearer to the target; DPO moves away from it, by 40 % [30 %, 50 %] of the "
+            "reference's distance",
+        ),
+        ({"pmle": 0.5, "dpo": -0.5}, "No method moves clearly nearer to the target"),
+    ],
+)
+def test_the_headline_says_who_moved_nearer_to_the_target_and_who_away(moved, text):
+    """In per cent of the reference's distance, the farthest of each first; nobody is called nearer by chance."""
+    shown = screen(known_target(**{name: (by, 60.0, 0.5) for name, by in moved.items()}))
+    assert shown.sentence == text
+    assert {name for name, _ in shown.headline if name} <= {*moved}
+    assert "in per cent of the reference" in shown.sure
+
+
+def test_what_collapses_is_said_beside_the_targets_own():
+    """Below the target's entropy by more than the errors of both; the target is the mark, the reference a row."""
+    methods = {"dpo": (1.0, 50.0, 0.6), "pmle": (-3.0, 57.0, 0.5), "pd": (-3.0, 75.0, 0.5)}
+    found = collapse(Results.parse(known_target(**methods)))
+    assert found.text == "DPO has clearly less entropy than the target: less variety than the preferences ask for."
+    (entropy,) = found.forests
+    assert [row for row, *_ in entropy.rows] == ["reference", "dpo", "pmle", "pd"]
+    assert [text for _, text in entropy.marks] == ["target 60.0"]
+    # 10 below with a standard error of √8 and Student's 2.02.
+    assert entropy.rows[1][1] == "−10.0 [−15.7, −4.3]"
+    ((target, _),), (_, _, low, high, _) = entropy.marks, entropy.rows[2]
+    assert low < target < high
+    even = collapse(Results.parse(known_target(pmle=(-3.0, 57.0, 0.5))))
+    assert even.text == "No method has clearly less entropy than the target: none collapses."
+    assert collapse(Results.parse(COMPARISON)) is None
+    assert collapse(Results.parse(judged(0.6, 0.1))) is None
+
+
+def test_what_a_win_rate_would_have_told_stands_beside_the_distance():
+    """Methods by win rate, the target's own as the mark, and whom one would have chosen by either measure."""
+    methods = {"pmle": (-3.0, 60.0, 0.45), "rlhf": (20.0, 1.0, 0.99), "pd": (-5.0, 60.0, 0.5)}
+    told = told_by_win_rate(Results.parse(known_target(**methods)))
+    assert told.text == (
+        "By its own preference the target itself wins only 55 % [51 %, 59 %] of its comparisons with the reference: a "
+        "method that wins more is not better. By win rate one would choose RLHF, by distance PD."
+    )
+    wins, distance = told.forests
+    assert [row for row, *_ in wins.rows] == [row for row, *_ in distance.rows] == ["rlhf", "pd", "pmle"]
+    assert [text for _, text in wins.marks] == ["target 55 %"]
+    assert [text for _, text, *_ in distance.rows][1] == "−50 % [−60 %, −40 %]"
+    assert "only" not in told_by_win_rate(Results.parse(known_target(win_rate=1.0, **methods))).text
+    content = known_target(**methods)
+    del content["methods"]["target"]["win_rate"]
+    assert told_by_win_rate(Results.parse(content)) is None
+    assert told_by_win_rate(Results.parse(judged(0.6, 0.1))) is None
+
+
+def test_no_win_rate_is_better_where_the_targets_own_is_known():
+    """A judge's is; beside the target's own the number has its interval and no verdict."""
+    for content, verdict in ((known_target(pmle=(-3.0, 60.0, 0.7)), ""), (judged(0.7, 0.02), "better")):
+        results = Results.parse(content)
+        (column,) = (column for column in results.columns if column.key == "win_rate")
+        assert change_text(results, "pmle", column) == ("[0.660, 0.740]", verdict)
 
 
 def judged(mean, se, n=100):
@@ -102,7 +185,7 @@ def judged(mean, se, n=100):
 def test_a_judges_win_rate_comes_before_the_accuracy(values, text):
     """With Student's interval over prompts, or Wilson's; and the judge is named."""
     shown = screen(judged(*values))
-    assert shown.sentence == text
+    assert shown.sentence == f"PMLE{text}"
     assert ("Judge", "a language model") in shown.about
     assert shown.forest.marks[0][1] == "one half"
 
@@ -120,7 +203,10 @@ def test_the_measure_is_the_distance_else_the_win_rate_else_the_accuracy():
 def test_the_picture_has_every_method_between_target_and_reference():
     """Means where they are, with the interval of the difference from the reference; the best first."""
     shown = screen(COMPARISON)
-    assert [row[:2] for row in shown.forest.rows] == [("pmle", "−4.9 [−6.2, −3.7]"), ("dpo", "−0.5 [−1.6, +0.6]")]
+    assert [row[:2] for row in shown.forest.rows] == [
+        ("pmle", "−45 % [−57 %, −34 %]"),
+        ("dpo", "−5 % [−15 %, +6 %]"),
+    ]
     assert [text for _, text in shown.forest.marks] == ["reference 10.9", "target 0"]
     (_, _, low, high, mean), (reference, target) = shown.forest.rows[0], (place for place, _ in shown.forest.marks)
     assert target < low < mean < high < reference

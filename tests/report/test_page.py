@@ -151,14 +151,45 @@ def test_figures_follow_the_pages_colours(pages, kind):
 
 
 def test_the_first_screen_says_what_was_trained_and_what_came_out(tmp_path):
-    """What was trained, the best method's finding, the picture and its caption; then the contents."""
+    """What was trained, who moved nearer, the bars and the distance against steps, how sure; then the contents."""
     page = comparison(tmp_path)
     (header,) = re.findall(r"<header>.*?</header>", page, flags=re.S)
-    finding = "PMLE lowers the distance to the target (forward KL) from 10.9 to 6.0 nats, by 45 % [34 %, 57 %]."
-    assert texts(header, r"<h1>.*?</h1>") == [finding]
-    places = [header.index(part) for part in ("Trained by", "<h1>", 'id="forest"', "Bars: 95 %", "<nav")]
+    finding = (
+        "PMLE moves nearer to the target, by 45 % [34 %, 57 %] of the reference's distance; DPO shows no clear change."
+    )
+    assert texts(header, r"<h1.*?</h1>") == [finding]
+    places = [header.index(part) for part in ("Trained by", "<h1", 'id="forest"', "<svg", "Bars: 95 %", "<nav")]
     assert places == sorted(places)
+    assert re.findall("<h3>(.*?)</h3>", header) == [
+        "Distance to the target (forward KL), nats",
+        "Distance to the target",
+    ]
+    assert page.count("<h3>Distance to the target</h3>") == 1
     assert comparison(tmp_path) == page
+
+
+def test_a_known_targets_own_win_rate_and_entropy_stand_beside_everyones(tmp_path):
+    """What collapses with a way to the samples, what a win rate would have told, and the target's row in the tables."""
+
+    def change(results):
+        results["columns"].append({"key": "win_rate", "label": "win rate", "better": "higher"})
+        for name, entropy, wins in (("target", 60.0, 0.55), ("pmle", 58.0, 0.5), ("dpo", 20.0, 0.8)):
+            results["methods"][name] |= {"entropy": number(entropy, 1.0), "win_rate": number(wins, 0.02)}
+
+    page = comparison(tmp_path, change, [{"prompt": "a", "responses": {"pmle": "b"}}])
+    (header,) = re.findall(r"<header>.*?</header>", page, flags=re.S)
+    assert words(header).index("Read what they answer .") < header.index("<nav")
+    assert re.findall(r'<section id="([\w-]+)"', page)[:3] == ["collapse", "told", "results"]
+    assert texts(page, r'<p class="finding">.*?</p>')[0].startswith("DPO has clearly less entropy than the target")
+    assert texts(page, r'<p class="finding">.*?</p>')[1].endswith("By win rate one would choose DPO, by distance PMLE.")
+    rows = {row[0]: row for row in table_cells(page, "estimates")}
+    assert rows[""][2] == "win rate n = 40"  # no arrow
+    assert (rows["target"][2], rows["DPO"][2]) == (
+        "0.550 ± 0.020 [0.510, 0.590]",
+        "0.800 ± 0.020 [0.760, 0.840]",
+    )
+    assert table_cells(page, "more")[1] == ["target", "60.0 ± 1.0"]
+    assert "What collapses" not in comparison(tmp_path)
 
 
 def test_table_numbers_equal_the_input(tmp_path):

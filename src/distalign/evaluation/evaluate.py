@@ -104,7 +104,6 @@ def _results(setup: EvaluationSetup, measured: Mapping[str, Measured], judged: M
     settings = setup.settings
     judge = judged["win_rates"]["judge"] if judged else "judge"
     about = {
-        "accuracy": "How often the policy's preference agrees with a held-out label.",
         "win_rate": f"How often the response is preferred to the reference's, by the judge ({judge}).",
         "reward": "Mean reward of the policy's responses, by the settings' reward.",
     }

@@ -59,7 +59,7 @@ COLUMNS: list[dict[str, Any]] = [
             "accuracy",
             None,
             "higher",
-            "How often the policy's preference agrees with a held-out label (these pairs chose the step).",
+            "How often the policy's preference agrees with a held-out label.",
         ),
         (
             "nll",

@@ -9,13 +9,14 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from distalign.report.drawing import INK, MUTED, Figure, Look, numbered_look, panel_figure
-from distalign.report.first import main_column
+from distalign.report.first import DISTANCE, main_column
 from distalign.report.results import REFERENCE, TARGET, Column, Difference, Logs, Results, display_name
-from distalign.report.shown import Curve, Panel
+from distalign.report.shown import Curve, Panel, Scale
 
 _BEST_OF_N = "best of n"
 _KL, _REWARD = "kl_reference", "reward"  # the columns that the reward-KL plane has as its axes
 _HELD_OUT = "held out"
+_DOT = "a dot: the step that was measured"
 _MOST_POINTS = 400  # of a series on the page: more than a screen can tell apart
 
 
@@ -29,7 +30,7 @@ class Topic(NamedTuple):
 
 TRAINING = [
     Topic(
-        "Distance to the target",
+        DISTANCE,
         "Forward KL on some of the held-out prompts, nats per response.",
         {"eval_target/forward_kl": _HELD_OUT},
     ),
@@ -100,14 +101,14 @@ def health_figures(results: Results | None, logs: Logs) -> list[Figure]:
 
 
 def learning_figures(results: Results) -> list[Figure]:
-    """The main metric and the held-out loss against optimizer steps."""
+    """The main metric and the held-out loss against optimizer steps; the first of a known target is the distance."""
     logged = {key for rows in results.curves.values() for row in rows for key in row}
     main = main_column(results)
     columns = [c for c in results.columns if c.key in logged and (c.key == "forward_kl" or c == main)][:1]
-    about = "On some of the held-out prompts, from the reference (step 0) on; ± 1 standard error; a dot: the kept step."
+    about = f"On some of the held-out prompts, from the reference (step 0) on; ± 1 standard error; {_DOT}."
     figures = [_learning_figure(results, column, about) for column in columns]
     if "eval_loss" in logged:
-        about = "A dot marks the kept step. Each method has its own loss: compare the shapes, not the heights."
+        about = f"Each method has its own loss: compare the shapes, not the heights; {_DOT}."
         figures.append(_learning_figure(results, Column(key="eval_loss", label="Loss on held-out pairs"), about))
     return [figure for figure in figures if figure]
 
@@ -211,7 +212,11 @@ def _step_panel(title: str, about: str, curves: Sequence[Curve], look: Mapping[s
 
 
 def _learning_figure(results: Results, column: Column, about: str) -> Figure | None:
-    """A metric against optimizer steps: one line per method and seed, a band of ± 1 standard error, the kept step."""
+    """A metric against optimizer steps: one line per method and seed, a band of ± 1 standard error, the step measured.
+
+    The distance to a known target has the reference's and the target's as dashed lines, and a logarithmic axis where
+    it spans more than a factor of 10.
+    """
     curves, look = [], {display_name(name): row_look(results, name) for name in results.curves}
     for name, rows in results.curves.items():
         label = display_name(name)
@@ -233,7 +238,16 @@ def _learning_figure(results: Results, column: Column, about: str) -> Figure | N
                 at = x.index(steps[index])
                 curves.append(Curve(label, [x[at]], [y[at]], kind="points"))
     title = f"{column.label}{f', {column.unit}' if column.unit else ''}"
-    return _step_panel(title, about, curves, look)
+    if column.key != "forward_kl":
+        return _step_panel(title, about, curves, look)
+    values = [y for curve in curves for y in curve.y]
+    scale: Scale = "log" if values and max(values) > 10 * min(values) > 0 else "linear"
+    if REFERENCE in results.methods and values:
+        starts = [y for curve in curves for x, y in zip(curve.x, curve.y, strict=True) if x == 0]
+        marks = {REFERENCE: statistics.fmean(starts)} if starts else {}
+        curves += [Curve(name, [0.0], [y], kind="bound") for name, y in {**marks, TARGET: 0.0}.items()]
+        look |= {name: row_look(results, name) for name in (REFERENCE, TARGET)}
+    return panel_figure(Panel(DISTANCE, about, "optimizer step", title, curves, "linear", scale), look)
 
 
 def _predicted_curves(results: Results) -> list[Curve]:

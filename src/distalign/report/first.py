@@ -27,9 +27,11 @@ _MEASURES = {
     "accuracy": "held-out accuracy",
 }
 
+DISTANCE = "Distance to the target"  # the title of the figure that has it against steps
+
 # What a training run is judged by, the first that was logged: its name in a sentence, and the figure that shows it.
 _OUTCOMES = {
-    "eval_target/forward_kl": ("The distance to the target (forward KL, nats)", "Distance to the target"),
+    "eval_target/forward_kl": ("The distance to the target (forward KL, nats)", DISTANCE),
     "eval_rewards/accuracies": ("Held-out accuracy", "Preference accuracy"),
     "eval_loss": ("Held-out loss", "Loss"),
     "objective/reward": ("The mean reward of its samples", "Reward"),
@@ -52,14 +54,25 @@ class Forest(NamedTuple):
 
 
 class FirstScreen(NamedTuple):
-    """Facts about the run, a sentence that begins with the name of a method (or ""), how sure it is, the picture."""
+    """Facts about the run, a sentence in parts (method or "", words after its name), how sure it is, the picture."""
 
     about: list[tuple[str, str]]
-    method: str
-    sentence: str
+    headline: list[tuple[str, str]]
     sure: str
     forest: Forest | None = None
-    figure: str = ""  # the title of a training run's picture
+    figure: str = ""  # the title of the figure that belongs on it
+
+    @property
+    def sentence(self) -> str:
+        """The headline as plain text."""
+        return "".join(f"{display_name(name)}{words}" for name, words in self.headline)
+
+
+class Finding(NamedTuple):
+    """Sentences, and the bars that show it."""
+
+    text: str
+    forests: list[Forest]
 
 
 def main_column(results: Results) -> Column | None:
@@ -105,25 +118,58 @@ def forest(title: str, rows: Sequence[tuple[str, str, Difference]], marks: Mappi
 
 
 def comparison_screen(run: Run) -> FirstScreen:
-    """The best method on the main measure in a sentence, and all methods on it as bars."""
+    """What came out on the main measure in a sentence, all methods on it as bars; the distance against steps."""
     results, column = run.results, main_column(run.results)
     changes = {} if column is None else {name: effect(results, name, column) for name in results.trained}
     known = [(name, change) for name, change in changes.items() if change and change.finite]
     if column is None or not known:
         title = results.title or results.name or run.label
-        return FirstScreen(_about(run), "", title, "No method has a difference from the reference with an interval.")
+        why = "No method has a difference from the reference with an interval."
+        return FirstScreen(_about(run), [("", title)], why)
     sign = 1 if column.better == "lower" else -1
     ranked = dict(sorted(known, key=lambda item: sign * item[1].mean))  # the largest improvement first
-    best = next(iter(ranked))
-    sentence = _sentence(results, best, column, ranked[best])
-    return FirstScreen(_about(run), best, sentence, _how_sure(results, column, ranked), _bars(results, column, ranked))
+    best, known_target = next(iter(ranked)), column.key == "forward_kl"
+    headline = [(best, _sentence(results, best, column, ranked[best]))]
+    if known_target and len(ranked) > 1:
+        headline = _nearer_and_away(results, column, ranked)
+    sure, bars = _how_sure(results, column, ranked), _bars(results, column, ranked)
+    return FirstScreen(_about(run), headline, sure, bars, DISTANCE if known_target else "")
+
+
+def _nearer_and_away(results: Results, column: Column, ranked: Mapping[str, Difference]) -> list[tuple[str, str]]:
+    """Which methods moved nearer to the target, which away from it, and how far the first of each did; a headline."""
+    nearer = [name for name, change in ranked.items() if change.high < 0]
+    away = [name for name, change in reversed([*ranked.items()]) if change.low > 0]
+    unclear = [name for name, change in ranked.items() if not change.clear] if nearer else []
+    headline = [] if nearer else [("", "No method moves clearly nearer to the target")]
+    whole = " of the reference's distance"  # said once
+    for names, words in ((nearer, "nearer to the target"), (away, "away from it"), (unclear, "")):
+        if not names:
+            continue
+        verb = ("move" if words else "show") + "s" * (len(names) == 1)
+        headline += [("", "; ")] if headline else []
+        headline += [(name, ", ") for name in names[:-2]] + [(name, " and ") for name in names[-2:-1]]
+        headline.append((names[-1], f" {verb} {words or 'no clear change'}"))
+        if words:
+            change = ranked[names[0]]
+            mean, low, high = _relative(results, column, _flipped(change) if change.high < 0 else change, "")
+            headline += [("", ", "), (names[0], " most: ")] if len(names) > 1 else [("", ", ")]
+            headline.append(("", f"by {mean} [{low}, {high}]{whole if '%' in mean else ''}"))
+            whole = ""
+    return headline
+
+
+def _relative(results: Results, column: Column, change: Difference, sign: str) -> list[str]:
+    """A difference and its ends as texts: per cent of the reference's mean where less is better, else as they are."""
+    reference, values = results.methods.get(REFERENCE, {}).get(column.key), (change.mean, change.low, change.high)
+    if column.better == "lower" and reference and 0 < reference.mean < math.inf:
+        return [minus(f"{100 * value / reference.mean:{sign}.0f} %") for value in values]
+    return interval_texts(values, sign)
 
 
 def _sentence(results: Results, name: str, column: Column, change: Difference) -> str:
     """What a method did to a measure, in words that follow its name."""
-    measure, steps = _MEASURES.get(column.key, column.label), results.kept_step.get(name, [])
-    if steps and not any(steps):
-        return f" is the reference that it started from: step 0 was kept{' in every seed' if len(steps) > 1 else ''}"
+    measure = _MEASURES.get(column.key, column.label)
     if change.mean == change.low == change.high == 0:
         return f" does not differ from the reference in {measure}: every difference is 0"
     if column.key == "win_rate":
@@ -135,12 +181,8 @@ def _sentence(results: Results, name: str, column: Column, change: Difference) -
         )
     ends = [results.methods.get(row, {}).get(column.key) for row in (REFERENCE, name)]
     # A clear change is given without its sign, which the verb has; the interval of an unclear one keeps both signs.
-    flip, sign = (-1 if change.clear and change.mean < 0 else 1), ("" if change.clear else "+")
-    values = (flip * change.mean, *sorted((flip * change.low, flip * change.high)))
-    if column.better == "lower" and ends[0] and 0 < ends[0].mean < math.inf:
-        mean, low, high = (minus(f"{100 * value / ends[0].mean:{sign}.0f} %") for value in values)
-    else:
-        mean, low, high = interval_texts(values, sign)
+    turned = _flipped(change) if change.high < 0 else change
+    mean, low, high = _relative(results, column, turned, "" if change.clear else "+")
     if not change.clear:
         return f" shows no clear change in {measure}: {mean} [{low}, {high}], an interval with zero inside"
     unit = f" {column.unit}" if column.unit else ""
@@ -159,7 +201,8 @@ def _bars(results: Results, column: Column, ranked: Mapping[str, Difference]) ->
     known = {row: results.methods.get(row, {}).get(column.key) for row in (REFERENCE, TARGET)}
     marks = {m.mean: f"{row} {_rounded(m)}" for row, m in known.items() if m and math.isfinite(m.mean)}
     start = reference.mean if (reference := known[REFERENCE]) and reference.mean in marks else 0.0
-    rows = [(name, format_interval(d.mean, d.low, d.high), _moved(d, start)) for name, d in ranked.items()]
+    texts = {name: _relative(results, column, d, "+") for name, d in ranked.items()}
+    rows = [(name, "{} [{}, {}]".format(*texts[name]), _moved(d, start)) for name, d in ranked.items()]
     title = _MEASURES.get(column.key, column.label).removeprefix("the ")
     unit = f", {column.unit}" if column.unit else ""
     return forest(f"{title[:1].upper()}{title[1:]}{unit}", rows, {start: "reference"} | marks)
@@ -171,9 +214,11 @@ def _how_sure(results: Results, column: Column, ranked: Mapping[str, Difference]
     over = f" over {max(counts)} held-out {'pairs' if column.key == 'accuracy' else 'prompts'}" if counts else ""
     line, what = "the dashed line at one half", "95 % intervals"
     if column.key != "win_rate":
+        in_percent = "%" in _relative(results, column, next(iter(ranked.values())), "")[0]
         line, what = (
             "the reference's line",
-            "95 % intervals of the difference from the reference (the number beside), paired",
+            "95 % intervals of the difference from the reference (the number beside"
+            f"{', in per cent of the reference' if in_percent else ''}), paired",
         )
     text = f"Bars: {what}{over}. A bar that crosses {line} shows no clear difference."
     if len(ranked) > 1:
@@ -183,6 +228,55 @@ def _how_sure(results: Results, column: Column, ranked: Mapping[str, Difference]
     return f"{text} {_ONE_SEED}" if results.curves else text
 
 
+def collapse(results: Results) -> Finding | None:
+    """Entropy and length of every policy beside the target's own; None without the target's entropy."""
+    forests, narrow = [], []
+    if "entropy" not in results.methods.get(TARGET, {}):
+        return None
+    for key, title in (("entropy", "Entropy, nats"), ("length", "Length, tokens")):
+        known = {row: results.methods[row][key] for row in results.rows if key in results.methods[row]}
+        target = known.pop(TARGET, None)
+        if target is None or not math.isfinite(target.mean):
+            continue
+        apart = {row: _apart(measure, target) for row, measure in known.items() if math.isfinite(measure.mean)}
+        rows = [(n, format_interval(d.mean, d.low, d.high), _moved(d, target.mean)) for n, d in apart.items()]
+        shown = forest(title, rows, {target.mean: f"target {_rounded(target)}"})
+        forests += [shown] if shown else []
+        if key == "entropy":
+            narrow = [display_name(name) for name, d in apart.items() if name in results.trained and d.high < 0]
+    who = f"{_listed(narrow)} {'have' if len(narrow) > 1 else 'has'}" if narrow else "No method has"
+    what = "less variety than the preferences ask for" if narrow else "none collapses"
+    text = f"{who} clearly less entropy than the target: {what}."
+    return Finding(text, forests) if forests else None
+
+
+def told_by_win_rate(results: Results) -> Finding | None:
+    """Methods by their win rate and their distance beside it; None unless the target's own win rate was measured."""
+    target, columns = results.methods.get(TARGET, {}).get("win_rate"), {c.key: c for c in results.columns}
+    distance = columns.get("forward_kl")
+    if target is None or distance is None or not math.isfinite(target.mean):
+        return None
+    measured = {
+        name: results.methods[name]["win_rate"] for name in results.trained if "win_rate" in results.methods[name]
+    }
+    order = sorted(measured, key=lambda name: -measured[name].mean if math.isfinite(measured[name].mean) else math.inf)
+    known = [(name, effect(results, name, distance)) for name in order if math.isfinite(measured[name].mean)]
+    changes = {name: change for name, change in known if change and change.finite}
+    if not changes:
+        return None
+    rates = {name: _interval(measured[name], is_share=True) for name in changes}  # the largest first
+    most, nearest = next(iter(rates)), min(changes, key=lambda name: changes[name].mean)
+    only = "only " if rates[most].mean > target.mean else ""
+    text = (
+        f"By its own preference the target itself wins {only}{_percent(_interval(target, is_share=True))} of its "
+        "comparisons with the reference: a method that wins more is not better. "
+    )
+    text += f"By win rate one would choose {display_name(most)}, by distance {display_name(nearest)}."
+    mark = {target.mean: f"target {100 * target.mean:.0f} %"}
+    wins = forest("Win rate against the reference", [(name, _percent(d), d) for name, d in rates.items()], mark)
+    return Finding(text, [one for one in (wins, _bars(results, distance, changes)) if one])
+
+
 def training_screen(run: Run) -> FirstScreen:
     """From where to where the first of `_OUTCOMES` that was logged went, with its interval where its count is known."""
     ((rows,),) = run.logs.values()
@@ -190,7 +284,7 @@ def training_screen(run: Run) -> FirstScreen:
     logged = {key: [row for row in rows if math.isfinite(row.get(key, math.nan))] for key in _OUTCOMES}
     key = next((key for key in logged if logged[key]), None)
     if key is None:
-        return FirstScreen(about, "", "Trained; nothing was logged that says how well", _ONE_SEED)
+        return FirstScreen(about, [("", "Trained; nothing was logged that says how well")], _ONE_SEED)
     words, figure = _OUTCOMES[key]
     kept = [row for row in logged[key] if f"{row['step']:.0f}" == run.card.get("kept_step")]
     row, start = (kept or logged[key])[-1], logged[key][0][key]
@@ -214,7 +308,7 @@ def training_screen(run: Run) -> FirstScreen:
         sentence = f"{words} shows no clear change: {at}, {format_number(start)} at first"
     else:
         sentence = f"{words} went from {format_number(start)} to {at}"
-    return FirstScreen(about, "", sentence, f"{sure} {_ONE_SEED}", figure=figure)
+    return FirstScreen(about, [("", sentence)], f"{sure} {_ONE_SEED}", figure=figure)
 
 
 def _about(run: Run) -> list[tuple[str, str]]:
@@ -255,6 +349,22 @@ def _interval(measure: Measure, *, is_share: bool = False) -> Difference:
 
 def _moved(difference: Difference, by: float) -> Difference:
     return Difference(mean=difference.mean + by, low=difference.low + by, high=difference.high + by)
+
+
+def _flipped(difference: Difference) -> Difference:
+    return Difference(mean=-difference.mean, low=-difference.high, high=-difference.low)
+
+
+def _apart(one: Measure, other: Measure) -> Difference:
+    """How far two means lie apart; their errors are taken to be independent."""
+    counts = [measure.n for measure in (one, other) if measure.n is not None]
+    n = min(counts) if len(counts) == 2 else None
+    return _interval(Measure(mean=one.mean - other.mean, se=math.hypot(one.se, other.se), n=n))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as a text has them: one, two and three."""
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def _rounded(measure: Measure) -> str:

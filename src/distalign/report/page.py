@@ -14,7 +14,15 @@ from typing import Any, TypeVar
 
 from distalign.report import figures as draw
 from distalign.report.drawing import TEMPLATES, Figure, looks, panel_figure, points_left_out
-from distalign.report.first import FirstScreen, change_text, comparison_screen, forest, training_screen
+from distalign.report.first import (
+    FirstScreen,
+    change_text,
+    collapse,
+    comparison_screen,
+    forest,
+    told_by_win_rate,
+    training_screen,
+)
 from distalign.report.numbers import format_estimate, format_interval, format_number, format_seconds, format_setting
 from distalign.report.results import (
     TRAINING,
@@ -103,7 +111,7 @@ def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
     kinds = [(f"{one.kind} {one.results.name}".strip(), one.label) for one in runs]
     return _page(
         run,
-        FirstScreen(kinds, "", count, "") if runs else comparison_screen(run),
+        FirstScreen(kinds, [("", count)], "") if runs else comparison_screen(run),
         runs,
         source="results.json and metrics.jsonl" if runs else "results.json",
         results=results,
@@ -114,6 +122,8 @@ def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
             forest("Win rate against the reference at equal length", equal, {0.5: "as often as the reference"}),
         ],
         plane=[figure for figure in [draw.plane_figure(results)] if figure],
+        collapse=collapse(results),
+        told=told_by_win_rate(results),
         learning=draw.learning_figures(results)
         or (draw.training_figures(results, run.logs) if len(run.logs) > 1 else []),
         health=draw.health_figures(results, run.logs),
@@ -125,7 +135,6 @@ def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
 def _training(run: Run) -> Context:
     ((rows,),) = run.logs.values()
     last = {key: (row[key], row["step"]) for row in rows for key in row if key != "step"}
-    first, figures = training_screen(run), draw.training_figures(None, run.logs)
     changes = []
     for column in run.results.columns:
         values = [row[column.key] for row in rows if column.key in row]
@@ -134,25 +143,29 @@ def _training(run: Run) -> Context:
         changes += [(column.label.removeprefix("last "), " → ".join(map(format_number, ends)) + unit)] if ends else []
     return _page(
         run,
-        first,
+        training_screen(run),
         source="metrics.jsonl",
-        picture=[replace(figure, width=11.5, height=3.0) for figure in figures if figure.title == first.figure],
         changes=changes,
-        learning=[figure for figure in figures if figure.title != first.figure],
+        learning=draw.training_figures(None, run.logs),
         health=draw.health_figures(None, run.logs),
         last=[(key, *last[key]) for key in sorted(last)],
     )
 
 
-def _page(run: Run, first: FirstScreen, runs: Sequence[Run] = (), **parts: object) -> Context:
-    """What the template shows; a section without content is left out."""
+def _page(
+    run: Run, first: FirstScreen, runs: Sequence[Run] = (), *, learning: Sequence[Figure], **parts: object
+) -> Context:
+    """What the template shows; a section without content is left out. One figure of `learning` may be on top."""
+    size = {"width": 6.4, "height": 3.6} if first.forest else {"width": 11.5, "height": 3.0}
     ranked = sorted((one for one in run.samples if math.isfinite(one.gain)), key=lambda one: -one.gain)
     samples, half = ranked or (run.samples[::-1] if run.kind == TRAINING else run.samples), _MOST_SAMPLES // 2
     if len(samples) > _MOST_SAMPLES:
         samples = [*samples[:half], *samples[-half:]] if ranked else samples[:_MOST_SAMPLES]
     answers = run.settings.get("samples")
     return {
-        **dict.fromkeys(("picture", "changes", "last", "forests", *_FIGURES), ()),
+        **dict.fromkeys(("changes", "last", "forests", "collapse", "told", *_FIGURES), ()),
+        "picture": [replace(figure, **size) for figure in learning if figure.title == first.figure],
+        "learning": [figure for figure in learning if figure.title != first.figure],
         "runs": runs,
         "results": None,
         "kind": run.kind,

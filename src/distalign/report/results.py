@@ -198,6 +198,13 @@ class Results(BaseModel):
     seconds: dict[str, float] = {}
     citation: str = ""
 
+    @model_validator(mode="after")
+    def _judge_no_win_rate(self) -> Results:
+        """Where the target's own win rate is known, more is not better."""
+        if "win_rate" in self.methods.get(TARGET, {}):
+            self.columns = [c.model_copy(update={"better": None}) if c.key == "win_rate" else c for c in self.columns]
+        return self
+
     @classmethod
     def parse(cls, content: object, where: str = "results") -> Results:
         """Check the content of results.json; raises ReportError with the path of the first value that is wrong."""

@@ -150,7 +150,7 @@ def _ratings(results: Results) -> str:
 
 
 def _changes(results: Results) -> str:
-    rows = [["KL(π*‖π) against π₀, nats", "over prompts", "by seed", "over seeds", "kept steps"]]
+    rows = [["KL(π*‖π) against π₀, nats", "over prompts", "by seed", "over seeds", "step measured"]]
     for name in results.trained:
         difference = results.paired.get(name, {}).get(_MAIN)
         if difference is not None:
