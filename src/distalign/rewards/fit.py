@@ -48,7 +48,7 @@ class Plan:
 # What null settings stand for, with each kind of backbone.
 PLANS = {"lora": Plan(3e-4, 3), "full": Plan(3e-5, 3)}
 
-_SUBSET = 1024  # pairs on which heads and their priors are compared
+_SUBSET = 512  # pairs on which heads and their priors are compared
 _STRONG = 3.0  # nats of evidence, a factor of 20
 _CHEAP = 2e9  # logits of one pass over the pairs, up to which the tilt is tried
 

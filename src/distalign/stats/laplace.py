@@ -18,6 +18,7 @@ from torch import Tensor
 from distalign.methods.preference import preference_nll
 
 _STEPS, _STILL = 50, 1e-8
+_STEP = 10**0.25  # between two strengths of the prior
 _NOTHING = 1e-4  # p(1 − p) of a row that says nothing about its weights next to the others
 
 
@@ -68,19 +69,27 @@ def fit_posterior(
     features, outcome, offset = (values.detach().to("cpu", torch.float64) for values in (features, outcome, offset))
     basis, rows = _span(features)
     unit = float(rows.square().sum(-1).mean()) or 1.0
-    mode, best = rows.new_zeros(rows.shape[1]), None
-    strongest = 1e4 * unit if near is None else 30 * near
-    for value in [strongest * 10 ** (-k / 2) for k in range(16)] if precision is None else [precision]:
+    mode = rows.new_zeros(rows.shape[1])
+
+    def at(value: float) -> Posterior:
+        nonlocal mode
         mode, factor = _mode(rows, outcome, offset, value, mode)
         nll = float(preference_nll(offset + rows @ mode, outcome).sum())
         log_det = 2 * float(factor.diagonal().log().sum())
         evidence = (len(mode) * math.log(value) - log_det - value * float(mode.square().sum())) / 2 - nll
-        if best is None or evidence > best.evidence:
-            best = Posterior(basis @ mode, value, evidence, basis, factor)
-        elif evidence < best.evidence - 1:
+        return Posterior(basis @ mode, value, evidence, basis, factor)
+
+    if precision is not None:
+        return at(precision)
+    best = at(1e2 * unit if near is None else 30 * near)
+    for _ in range(12):
+        weaker = at(best.precision / _STEP**2)
+        if weaker.evidence < best.evidence:
             break
-    assert best is not None
-    return best
+        best = weaker
+    # Between the best and its stronger neighbour; of two that the evidence hardly tells apart, the stronger.
+    between = at(best.precision * _STEP)
+    return between if between.evidence > best.evidence - 2 else best
 
 
 def _span(features: Float[Tensor, "rows features"]) -> tuple[Tensor, Tensor]:
