@@ -15,12 +15,15 @@ from torch import Tensor, nn
 
 from distalign.engine import Group, score_in_batches
 from distalign.rewards.fit import Trained
+from distalign.rewards.reward_model import TrainedReward
 from distalign.stats.intervals import Estimate, mean_and_se
+from distalign.stats.laplace import Posterior
 
 # The file of it in a trained reward's folder.
 POTENTIAL = "potential.json"
 
-# Responses to each prompt, of π₀ and of a known target.
+# Prompts, and responses to each, of π₀ and of a known target.
+PROMPTS = 32
 SAMPLES = 8
 
 
@@ -84,16 +87,8 @@ def potential(
     target_responses: Sequence[list[list[int]]] = (),
 ) -> Potential:
     """The potential of a reward from `SAMPLES` or so responses of π₀ (and of a known target) to each prompt."""
-    reward = trained.reward
-    groups = [Group(prompt, own) for prompt, own in zip(prompts, reference, strict=True)]
-    offset, features = reward.encode(groups)
-    _, rows = reward.linearise(groups, offset, features)
-    rows = rows.cpu().view(len(groups), -1, rows.shape[1])
-    rows = (rows - rows.mean(1, keepdim=True)).flatten(0, 1)
-    samples = len(reference[0])
-    unbiased = samples / max(samples - 1, 1) / (2 * gamma**2)
-    mean, noise = trained.posterior.moved(rows)
-    moved, noise = float(mean.square().mean()) * unbiased, float(noise.mean()) * unbiased
+    reward, samples = trained.reward, len(reference[0])
+    moved, noise = moves(reward, trained.posterior, prompts, reference, gamma=gamma)
     if target is None:
         return Potential(moved, noise, gamma)
     groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, target_responses, strict=True)]
@@ -105,6 +100,26 @@ def potential(
     learned = reward.values(groups).view(len(groups), -1) / gamma
     values = forward_kl(true, learned, base, samples)
     return Potential(moved, noise, gamma, mean_and_se(values), mean_and_se((true - base)[:, samples:].mean(1)))
+
+
+def moves(
+    reward: TrainedReward,
+    posterior: Posterior,
+    prompts: Sequence[list[int]],
+    reference: Sequence[list[list[int]]],
+    *,
+    gamma: float,
+) -> tuple[float, float]:
+    """Half the variance of f/γ on π₀'s responses to a prompt, and what of it the labels' noise alone gives."""
+    groups = [Group(prompt, own) for prompt, own in zip(prompts, reference, strict=True)]
+    offset, features = reward.encode(groups)
+    _, rows = reward.linearise(groups, offset, features)
+    rows = rows.cpu().view(len(groups), -1, rows.shape[1])
+    rows = (rows - rows.mean(1, keepdim=True)).flatten(0, 1)
+    samples = len(reference[0])
+    unbiased = samples / max(samples - 1, 1) / (2 * gamma**2)
+    mean, noise = posterior.moved(rows)
+    return float(mean.square().mean()) * unbiased, float(noise.mean()) * unbiased
 
 
 def forward_kl(
