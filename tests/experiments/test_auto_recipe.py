@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 import tiny
@@ -117,6 +118,26 @@ def test_an_exact_reward_has_no_noise(made, caplog):
     assert "the exact reward has no noise" in caplog.text
     with pytest.raises(RewardError, match=r"beta of rkl is auto.*give beta a number"):
         check(made(methods, reward={"function": "my.py:reward"}), ["rkl"])
+
+
+def test_a_run_says_where_its_settings_end(made, caplog):
+    """What each method tends to; how fast, or how far from the target where that is known."""
+    caplog.set_level(logging.INFO)
+    methods = {
+        "pmle": {"gamma": 0.5, "beta": 0.0},
+        "rkl": {"gamma": 0.5, "beta": 0.1},
+        "far": {"class": "rkl", "gamma": 0.5, "beta": 50.0},
+        "rlhf": {"beta": 0.1},
+    }
+    compare(made(methods, "training.max_steps=1", reward={"exact": True}), None, [0])
+    lines = {line.split(": ")[0]: line for line in caplog.messages if "with endless pairs" in line}
+    assert lines["pmle"].endswith("β = 0, else between π* and π₀; its distance falls like 1/n (theorem 4)")
+    assert lines["rlhf"].endswith("it ends at π₀ exp(R̂/β); beta is 0.1")
+    near, far = (re.search(r"beta is .*, (.*) ± .* nats .* \(π₀ (.*)\)", lines[name]) for name in ("rkl", "far"))
+    assert near is not None
+    assert far is not None
+    assert 0 <= float(near[1]) < 0.2 * float(near[2])
+    assert float(far[1]) == pytest.approx(float(far[2]), rel=0.3)
 
 
 @pytest.mark.parametrize(

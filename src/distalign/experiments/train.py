@@ -18,6 +18,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
+from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
@@ -37,9 +38,11 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
-from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, Potential, potential
+from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, Potential, potential, score_together, start_share
+from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
+from distalign.stats.intervals import mean_and_se
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import check_rollout, draws_responses
 from distalign.training.trainer import AlignmentTrainer
@@ -269,6 +272,7 @@ def train_method(
     recipe = setup.recipe
     writable(folder)
     recipe.only([name]).dump(folder / "recipe.yaml")
+    logger.info("%s: %s", name, where_it_ends(setup, recipe.method(name)))
     checkpoint = _last_checkpoint(folder) if resume else None
     _forget_after(folder, checkpoint)
     args = training_arguments(
@@ -296,6 +300,25 @@ def train_method(
         _log_kept_step(name, trainer, len(setup.held))
     trainer.save_model(str(folder / "model"))
     return policy, trainer
+
+
+def where_it_ends(setup: Setup, method: Method) -> str:
+    """What the method's settings tend to with endless pairs, how fast, and its distance from a known target."""
+    text = f"with endless pairs it ends at {method.optimum}"
+    if method.rate is not None:
+        return f"{text}; its distance falls like {method.rate}"
+    beta, task = getattr(method, "beta", 0.0), setup.task
+    text += f"; beta is {beta:g}" if beta else ""
+    share = start_share(method, task.gamma)
+    if task.target is None or share is None or not task.prompts:
+        return text
+    prompts, reference, responses = _known_responses(setup)
+    groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, responses, strict=True)]
+    budget = setup.recipe.forward_budget
+    base, true = (score_together(model, groups, budget) for model in (setup.base, task.target))
+    least = mean_and_se(divergence_from(true, share * base + (1 - share) * true, base, SAMPLES))
+    start = float((true - base)[:, SAMPLES:].mean())
+    return f"{text}, {least.mean:.2f} ± {least.se:.2f} nats from the target with its exact reward (π₀ {start:.2f})"
 
 
 def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig) -> AlignmentTrainer:
@@ -441,11 +464,14 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
 
 def _potential(setup: Setup, trained: Trained, gamma: float) -> Potential:
     """What the reward can give, on some of the held-out prompts."""
-    task = setup.task
-    prompts = task.prompts[:PROMPTS]
+    prompts, reference, responses = _known_responses(setup)
+    target = setup.task.target
+    return potential(trained, prompts, reference, gamma=gamma, target=target, target_responses=responses)
+
+
+def _known_responses(setup: Setup) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[int]]]]:
+    """Some held-out prompts, with responses of π₀ and of a known target."""
+    task, prompts = setup.task, list(setup.task.prompts[:PROMPTS])
     settings: dict[str, Any] = {"n": SAMPLES, "max_new_tokens": task.max_new_tokens, "end_id": task.end_id}
     reference = sample(setup.base, prompts, seed=20_000, **settings)
-    if task.target is None:
-        return potential(trained, prompts, reference, gamma=gamma)
-    responses = sample(task.target, prompts, seed=20_001, **settings)
-    return potential(trained, prompts, reference, gamma=gamma, target=task.target, target_responses=responses)
+    return prompts, reference, [] if task.target is None else sample(task.target, prompts, seed=20_001, **settings)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine import Group, score_in_batches
+from distalign.methods import Method
 from distalign.rewards.fit import Trained
 from distalign.rewards.reward_model import TrainedReward
 from distalign.stats.intervals import Estimate, mean_and_se
@@ -92,14 +93,21 @@ def potential(
     if target is None:
         return Potential(moved, noise, gamma)
     groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, target_responses, strict=True)]
-    budget = reward.token_budget
-    base, true = (
-        score_in_batches(model, groups, token_budget=budget).logps.double().cpu().view(len(groups), -1)
-        for model in (reward.base, target)
-    )
+    base, true = (score_together(model, groups, reward.token_budget) for model in (reward.base, target))
     learned = reward.values(groups).view(len(groups), -1) / gamma
     values = forward_kl(true, learned, base, samples)
     return Potential(moved, noise, gamma, mean_and_se(values), mean_and_se((true - base)[:, samples:].mean(1)))
+
+
+def start_share(method: Method, gamma: float) -> float | None:
+    """The s of π ∝ π₀^s π*^{1 − s}, if that is what a method ends at with the exact reward γ ln π*; else None.
+
+    Its implicit reward is a ln π − b ln π₀. Set equal to the exact one it gives π ∝ π*^{γ/a} π₀^{b/a}: s = b/a, if
+    a = γ + b.
+    """
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    a, b = float(method.implicit_reward(one, zero)), -float(method.implicit_reward(zero, one))
+    return b / a if b > 0 and abs(a - b - gamma) < 1e-9 else None
 
 
 def moves(
@@ -120,6 +128,12 @@ def moves(
     unbiased = samples / max(samples - 1, 1) / (2 * gamma**2)
     mean, noise = posterior.moved(rows)
     return float(mean.square().mean()) * unbiased, float(noise.mean()) * unbiased
+
+
+def score_together(model: nn.Module, groups: Sequence[Group], token_budget: int) -> Float[Tensor, "prompts both"]:
+    """ln π of the groups' responses, as many for each prompt."""
+    logps = score_in_batches(model, groups, token_budget=token_budget).logps
+    return logps.double().cpu().view(len(groups), -1)
 
 
 def forward_kl(
