@@ -73,8 +73,9 @@ def test_the_schema_knows_every_setting_of_the_packaged_recipes(distalign):
             assert wanted in (None, place.get("type")), where
         if isinstance(value, dict) and "properties" in place:
             for key, part in value.items():
-                assert key in place["properties"], f"{where}.{key}"
-                check(part, place["properties"][key], f"{where}.{key}")
+                kind = place["properties"].get(key, place.get("additionalProperties"))
+                assert isinstance(kind, dict), f"{where}.{key}"
+                check(part, kind, f"{where}.{key}")
         return None
 
     for path in RECIPES.glob("*.yaml"):

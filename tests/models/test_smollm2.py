@@ -38,7 +38,7 @@ def test_the_hub_id_is_the_package_where_the_hub_does_not_answer(caplog):
 
 
 def test_its_known_target_is_strong_and_ends_early(smollm2):
-    """KL(π*‖π₀) of the recipe smollm2's target is 5 to 20 nats a response, and it ends responses that π₀ does not end."""
+    """KL(π*‖π₀) of its recipe's target is 5 to 20 nats a response, and it ends responses that π₀ does not end."""
     tokenizer, base = smollm2
     settings = load_recipe("smollm2").target
     target = Tilt(tuple(settings.words), settings.bonus, settings.end_bonus).model(base, tokenizer)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distalign.rewards.potential import Potential, forward_kl
+from distalign.methods import DPO, PD, PMLE, REBEL, RKL, RLHF
+from distalign.rewards.potential import Potential, forward_kl, start_share
 
 
 def test_the_divergence_equals_enumeration():
@@ -22,6 +23,33 @@ def test_the_divergence_equals_enumeration():
     values = forward_kl(true[both], learned[both], base[both], samples)
     assert float(values.mean()) == pytest.approx(expected, abs=3 * float(values.std()) / prompts**0.5)
     assert float(values.std()) / prompts**0.5 < 0.1 * expected
+
+
+def test_the_floor_equals_enumeration():
+    """RKL at β > 0 with the target's exact reward: π₀^{β/(β+γ)} π*^{γ/(β+γ)}, normalised, on a table of twenty."""
+    random = torch.Generator().manual_seed(1)
+    base, true = (torch.randn(20, generator=random, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    prompts, samples, gamma, beta = 3000, 8, 0.3, 0.5
+    end = (base * beta / (beta + gamma) + true * gamma / (beta + gamma)).log_softmax(-1)
+    expected = float((true.exp() * (true - end)).sum())
+    drawn = [
+        torch.multinomial(p.exp(), prompts * samples, True, generator=random).view(prompts, -1) for p in (base, true)
+    ]
+    both = torch.cat(drawn, 1)
+    share = start_share(RKL(gamma=gamma, beta=beta), gamma)
+    assert share == pytest.approx(beta / (beta + gamma))
+    values = forward_kl(true[both], share * base[both] + (1 - share) * true[both], base[both], samples)
+    assert float(values.mean()) == pytest.approx(expected, abs=3 * float(values.std()) / prompts**0.5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [RKL(gamma=0.2, beta=0.5), RKL(gamma=0.3, beta=0.0), PMLE(0.3, 0.1), PD(0.3, 0.1), DPO(0.3), RLHF(0.3), REBEL()],
+    ids=lambda method: type(method).__name__,
+)
+def test_an_end_that_is_not_between_target_and_start_has_no_floor(method):
+    """Another γ, no β, no closed form, or a maximiser."""
+    assert start_share(method, 0.3) is None
 
 
 def test_noise_that_exceeds_the_signal_is_said_with_the_beta_of_half_the_correction():

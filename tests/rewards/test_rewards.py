@@ -172,7 +172,7 @@ def test_several_rewards_are_summed_with_their_weights(write):
     """R = 0.5 f − 2 γ ln π*; counters carry the name of their part."""
     base = tiny.model()
     settings = [RewardSettings(function=write("return [1, 2, 3]"), weight=0.5), RewardSettings(exact=True, weight=-2.0)]
-    check_rewards(settings, conversational=True, target=True, gamma=0.3)
+    check_rewards(settings, conversational=True, target=True, gamma=True)
     reward = make_reward(settings, base=base, target=base, gamma=0.3, **PARTS)
     exact = ExactReward(base, gamma=0.3, token_budget=64)(REQUESTS)
     torch.testing.assert_close(reward(REQUESTS), 0.5 * torch.tensor([1.0, 2.0, 3.0]) - 2 * exact)

@@ -240,7 +240,7 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     known = settings.target is not None or target is not None
     gamma = None if settings.target is None else settings.target.gamma
     if settings.reward:
-        check_rewards(settings.reward, conversational=conversational, target=known, gamma=gamma)
+        check_rewards(settings.reward, conversational=conversational, target=known, gamma=known)
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
     _check_positions(settings, sources, prompts)

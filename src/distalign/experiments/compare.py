@@ -79,6 +79,10 @@ def compare(
     results: dict[str, Any] = {}
     for number, seed in enumerate(seeds, 1):
         setup = load_setup(recipe, seed, measured=True, target=target)
+        if number == 1:
+            # What is auto is chosen on the pairs of the first seed, for all.
+            recipe = setup.recipe
+            recipe.dump(root / "recipe.yaml")
         logger.info("pairs: %s", in_words(setup.statistics))
         _compare_seed(setup, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, training, resume)
         if number == 1:

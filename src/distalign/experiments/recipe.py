@@ -28,7 +28,7 @@ from distalign.evaluation.metrics import EvaluationSettings
 from distalign.methods import METHODS, Method
 from distalign.models.policy import Lora
 from distalign.models.targets import TargetSettings
-from distalign.rewards import Rewards
+from distalign.rewards import Rewards, follow_gamma
 from distalign.settings import (
     Count,
     NotNegative,
@@ -60,6 +60,9 @@ _ELSEWHERE = {
 # What stands beside a method's own settings: the user's class that it is, and its changes to these sections.
 _CLASS = "class"
 _BESIDE = (_CLASS, "training", "rollout")
+
+# What a γ or a β may be instead of a number: it is chosen when the pairs have been read (`experiments/auto.py`).
+AUTO = "auto"
 
 # A method is a folder of its run and a row of its results, and these are others'.
 _TAKEN = ("reference", "target", "reward", "train", "evaluation", "frontier", "policies", "tables", "figures")
@@ -194,6 +197,21 @@ class Recipe(Section):
         """The `TrainingArguments` settings of one method: `training`, and what its own `training` changes."""
         return {**self.training, **self._entry(name).get("training", {})}
 
+    def automatic(self, setting: str) -> list[str]:
+        """The methods whose `setting` is auto."""
+        return [name for name, settings in self.methods.items() if settings.get(setting) == AUTO]
+
+    def with_numbers(self, setting: str, numbers: Mapping[str, float]) -> Recipe:
+        """This recipe with a number for `setting` of some methods.
+
+        On the user's pairs a reward that is trained with no gamma of its own follows a γ that was auto.
+        """
+        methods = {**self.methods, **{name: {**self.methods[name], setting: one} for name, one in numbers.items()}}
+        changes: dict[str, Any] = {"methods": methods}
+        if setting == "gamma" and self.target is None and numbers:
+            changes["reward"] = tuple(follow_gamma(one, next(iter(numbers.values()))) for one in self.reward)
+        return self.model_copy(update=changes)
+
     @property
     def forward_budget(self) -> int:
         """Tokens of a batch that is scored without gradient."""
@@ -203,6 +221,11 @@ class Recipe(Section):
     def target_gamma(self) -> float | None:
         """The known target's sharpness."""
         return None if self.target is None else self.target.gamma
+
+    @property
+    def has_gamma(self) -> bool:
+        """Whether a reward without a gamma of its own gets one: a known target's, or the methods' if that is auto."""
+        return self.target is not None or bool(self.automatic("gamma"))
 
     @property
     def run_dir(self) -> Path:
@@ -273,7 +296,15 @@ def recipe_schema() -> dict[str, Any]:
     properties["training"] = {"$ref": "#/$defs/TrainingArguments"}
     changes = {key: properties[key] for key in ("training", "rollout")}
     known = {name: _fields_schema(method, definitions, changes) for name, method in METHODS.items()}
-    own = {"type": ["object", "null"], "properties": {_CLASS: {"type": "string"}, **changes}}
+    for name, method in METHODS.items():
+        for key in _may_be_auto(method):
+            number = known[name]["properties"][key]
+            number["anyOf"] = [{"type": number.pop("type")}, {"const": AUTO}]
+    own = {
+        "type": ["object", "null"],
+        "properties": {_CLASS: {"type": "string"}, **changes},
+        "additionalProperties": {},
+    }
     properties["methods"] = {"type": "object", "properties": known, "additionalProperties": own}
     # The file's name is the recipe's by default.
     schema["required"].remove("name")
@@ -363,7 +394,10 @@ def _method(name: str, settings: object) -> dict[str, Any]:
         raise ValueError(f"methods.{name} is {settings!r}; write its settings below it, setting: value")
     built: Any = _build(name, settings)
     checked = {_CLASS: settings[_CLASS]} if _CLASS in settings else {}
-    checked |= {field.name: getattr(built, field.name) for field in dataclasses.fields(built) if field.init}
+    for field in dataclasses.fields(built):
+        if field.init:
+            automatic = field.name in _may_be_auto(type(built)) and settings.get(field.name) == AUTO
+            checked[field.name] = AUTO if automatic else getattr(built, field.name)
     if settings.get("training"):
         checked["training"] = _training(f"{name}.training", settings["training"])
     if settings.get("rollout"):
@@ -374,9 +408,17 @@ def _method(name: str, settings: object) -> dict[str, Any]:
 
 
 def _build(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method of an entry. Raises ValueError."""
+    """The method of an entry; 1 stands for what is still auto. Raises ValueError."""
     factory = _class_of(name, settings.get(_CLASS))
+    automatic = [key for key in _may_be_auto(factory) if settings.get(key) == AUTO]
+    free = "beta" in automatic and settings.get("gamma") not in (0, "0", "0.0")
+    if settings.get("beta") == AUTO and hasattr(factory, "beta") and not free:
+        raise ValueError(
+            f"methods.{name}: beta is auto, but this β decides what the method ends at ({factory.optimum}), with any "
+            "number of pairs; give a number: distalign frontier predicts what each gives"
+        )
     settings = {key: value for key, value in settings.items() if key not in _BESIDE}
+    settings |= dict.fromkeys(automatic, 1.0)
     names = [field.name for field in dataclasses.fields(factory) if field.init]  # pyright: ignore[reportArgumentType]
     values = _checked(name, settings, names, get_type_hints(factory).__getitem__, _BESIDE[1:])
     try:
@@ -384,6 +426,13 @@ def _build(name: str, settings: Mapping[str, Any]) -> Method:
     except (TypeError, ValueError) as error:
         reason = str(error).removeprefix(f"{getattr(factory, '__name__', name)}: ")
         raise ValueError(f"methods.{name}: {reason}") from None
+
+
+def _may_be_auto(factory: type[Any]) -> list[str]:
+    """Which of gamma and beta may be auto: any γ, and a β that the method reaches π* without."""
+    names = {field.name for field in dataclasses.fields(factory) if field.init}
+    free = "gamma" in names and factory.theorem is not None
+    return [key for key in ("gamma", "beta") if key in names and (key == "gamma" or free)]
 
 
 def _class_of(name: str, source: object) -> type[Any]:

@@ -34,6 +34,7 @@ from distalign.data import (
 )
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, target_responses
+from distalign.experiments.auto import settle_beta, settle_gamma
 from distalign.experiments.recipe import DataSettings, Recipe
 from distalign.models.load import Source, check_positions, check_token_ids, find_model
 from distalign.models.targets import Target, TargetPairs, TargetSettings, make_pairs, make_target, target_prompts
@@ -72,15 +73,19 @@ def load_setup(recipe: Recipe, seed: int, *, measured: bool, target: Target | No
     """Read or draw the pairs and load the model. The user's data are read and encoded before the weights are.
 
     `measured` gets ready for `compare`: it then samples the target on the held-out prompts. `target` stands in for the
-    recipe's own.
+    recipe's own. The setup's recipe has numbers where the recipe says auto.
     """
     source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     tokenizer = source.tokenizer()
     if recipe.data is not None:
-        return _setup_of_data(recipe, recipe.data, seed, source, tokenizer, measured)
-    assert recipe.target is not None
-    target = target or make_target(recipe.target, source, tokenizer)
-    return _setup_of_target(recipe, recipe.target, target, seed, source, tokenizer, measured)
+        setup = _setup_of_data(recipe, recipe.data, seed, source, tokenizer, measured)
+    else:
+        assert recipe.target is not None
+        target = target or make_target(recipe.target, source, tokenizer)
+        setup = _setup_of_target(recipe, recipe.target, target, seed, source, tokenizer, measured)
+    recipe = settle_gamma(recipe, setup.base, setup.train)
+    setup.recipe = settle_beta(recipe, setup.base, setup.train, setup.task.end_id)
+    return setup
 
 
 def _setup_of_data(
@@ -194,7 +199,7 @@ def _setup_of_target(
 def _check_rewards(recipe: Recipe, conversational: bool, pairs: Sequence[EncodedPair] = ()) -> None:
     rewarded = {name: needs for name in recipe.methods if (needs := recipe.method(name).needs).reward}
     if rewarded:
-        known, gamma = recipe.target is not None, recipe.target_gamma
+        known, gamma = recipe.target is not None, recipe.has_gamma
         check_rewards(recipe.reward, conversational=conversational, target=known, gamma=gamma, pairs=not known)
     if any(part.columns for part in recipe.reward):
         for name, needs in rewarded.items():

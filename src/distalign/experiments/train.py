@@ -18,9 +18,11 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import get_last_checkpoint
 
+from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
+from distalign.experiments.auto import settle_gamma
 from distalign.experiments.loggers import one_run, run_names
 from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
@@ -36,18 +38,19 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
-from distalign.rewards.potential import POTENTIAL, SAMPLES, Potential, potential
+from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, Potential, potential, score_together, start_share
+from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
+from distalign.stats.intervals import mean_and_se
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import check_rollout, draws_responses
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
 
-# Held-out prompts of the forward KL that is followed during training, and of a reward's potential.
+# Held-out prompts of the forward KL that is followed during training.
 CURVE_PROMPTS = 16
-POTENTIAL_PROMPTS = 32
 
 
 def training_arguments(
@@ -131,6 +134,12 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
                 f"{recipe.name}: {name} needs a reward for the responses that it draws; add reward to the recipe "
                 "(train: {gamma: …} trains one on the pairs)"
             )
+        unknown = [one for one in recipe.reward if one.train is None and not one.exact]
+        if name in recipe.automatic("beta") and method.needs.pairs != "labelled" and unknown:
+            raise RewardError(
+                f"{recipe.name}: beta of {name} is auto, which asks how much noise the labels leave in a reward that "
+                "is trained on these pairs; this reward is another: give beta a number"
+            )
         if method.needs.reward and not held_out and any(one.train is not None for one in recipe.reward):
             raise RewardError(
                 f"{recipe.name}: reward.train stops by held-out pairs and there are none; give data.eval, or "
@@ -183,6 +192,7 @@ def train(
     folder = recipe.train_dir / name
     if resume:
         _last_checkpoint(folder)
+        recipe = _as_begun(recipe, name, folder)
         _check_same_run(recipe, name, folder)
     elif not overwrite and (old := sorted(folder.glob("checkpoint-*"))):
         raise InputError(
@@ -204,6 +214,15 @@ def _one_method(recipe: Recipe, method: str | None) -> str:
     if len(recipe.methods) > 1:
         raise RecipeError(f"{recipe.name}: has the methods {', '.join(recipe.methods)}; choose one")
     return next(iter(recipe.methods))
+
+
+def _as_begun(recipe: Recipe, name: str, folder: Path) -> Recipe:
+    """The recipe with the numbers that the folder's run took for what is auto."""
+    before = load_recipe(folder / "recipe.yaml").methods.get(name, {})
+    for setting in ("gamma", "beta"):
+        if recipe.automatic(setting) and setting in before:
+            recipe = recipe.with_numbers(setting, {name: before[setting]})
+    return recipe
 
 
 def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
@@ -253,6 +272,7 @@ def train_method(
     recipe = setup.recipe
     writable(folder)
     recipe.only([name]).dump(folder / "recipe.yaml")
+    logger.info("%s: %s", name, where_it_ends(setup, recipe.method(name)))
     checkpoint = _last_checkpoint(folder) if resume else None
     _forget_after(folder, checkpoint)
     args = training_arguments(
@@ -280,6 +300,25 @@ def train_method(
         _log_kept_step(name, trainer, len(setup.held))
     trainer.save_model(str(folder / "model"))
     return policy, trainer
+
+
+def where_it_ends(setup: Setup, method: Method) -> str:
+    """What the method's settings tend to with endless pairs, how fast, and its distance from a known target."""
+    text = f"with endless pairs it ends at {method.optimum}"
+    if method.rate is not None:
+        return f"{text}; its distance falls like {method.rate}"
+    beta, task = getattr(method, "beta", 0.0), setup.task
+    text += f"; beta is {beta:g}" if beta else ""
+    share = start_share(method, task.gamma)
+    if task.target is None or share is None or not task.prompts:
+        return text
+    prompts, reference, responses = _known_responses(setup)
+    groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, responses, strict=True)]
+    budget = setup.recipe.forward_budget
+    base, true = (score_together(model, groups, budget) for model in (setup.base, task.target))
+    least = mean_and_se(divergence_from(true, share * base + (1 - share) * true, base, SAMPLES))
+    start = float((true - base)[:, SAMPLES:].mean())
+    return f"{text}, {least.mean:.2f} ± {least.se:.2f} nats from the target with its exact reward (π₀ {start:.2f})"
 
 
 def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig) -> AlignmentTrainer:
@@ -360,9 +399,11 @@ def train_reward_model(recipe: Recipe) -> Trained:
     """Train the recipe's reward model alone, into the folder train/reward of its run. Raises InputError."""
     settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
     known = recipe.target is not None
-    check_rewards([settings], conversational=False, target=known, gamma=recipe.target_gamma)
+    check_rewards([settings], conversational=False, target=known, gamma=recipe.has_gamma)
     folder = writable(recipe.train_dir) / "reward"
-    return _fit_reward(load_setup(recipe.only([]), recipe.seed, measured=False), folder)
+    setup = load_setup(recipe.only([]), recipe.seed, measured=False)
+    setup.recipe = settle_gamma(recipe, setup.base, setup.train)
+    return _fit_reward(setup, folder)
 
 
 def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> None:
@@ -423,11 +464,14 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
 
 def _potential(setup: Setup, trained: Trained, gamma: float) -> Potential:
     """What the reward can give, on some of the held-out prompts."""
-    task = setup.task
-    prompts = task.prompts[:POTENTIAL_PROMPTS]
+    prompts, reference, responses = _known_responses(setup)
+    target = setup.task.target
+    return potential(trained, prompts, reference, gamma=gamma, target=target, target_responses=responses)
+
+
+def _known_responses(setup: Setup) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[int]]]]:
+    """Some held-out prompts, with responses of π₀ and of a known target."""
+    task, prompts = setup.task, list(setup.task.prompts[:PROMPTS])
     settings: dict[str, Any] = {"n": SAMPLES, "max_new_tokens": task.max_new_tokens, "end_id": task.end_id}
     reference = sample(setup.base, prompts, seed=20_000, **settings)
-    if task.target is None:
-        return potential(trained, prompts, reference, gamma=gamma)
-    responses = sample(task.target, prompts, seed=20_001, **settings)
-    return potential(trained, prompts, reference, gamma=gamma, target=task.target, target_responses=responses)
+    return prompts, reference, [] if task.target is None else sample(task.target, prompts, seed=20_001, **settings)

@@ -51,7 +51,7 @@ def check_judge(
     if settings.exact and not target:
         raise JudgeError("judge.exact: only a known target judges exactly; add target, or take another judge")
     if settings.reward:
-        check_rewards(settings.reward, conversational=conversational, target=target, gamma=gamma)
+        check_rewards(settings.reward, conversational=conversational, target=target, gamma=gamma is not None)
     elif settings.function is not None:
         FunctionJudge(settings.function, timeout=settings.timeout)
     elif settings.endpoint is not None:

@@ -6,7 +6,7 @@ from distalign.rewards.base import ColumnReward, ExactReward, Request, Reward, R
 from distalign.rewards.classifier import ClassifierReward
 from distalign.rewards.fit import Trained, train_reward
 from distalign.rewards.function import FunctionReward
-from distalign.rewards.make import Rewards, RewardSettings, check_columns, check_rewards, make_reward
+from distalign.rewards.make import Rewards, RewardSettings, check_columns, check_rewards, follow_gamma, make_reward
 from distalign.rewards.reward_model import RewardTraining, TrainedReward, UnreadableReward, load_reward
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "WeightedSum",
     "check_columns",
     "check_rewards",
+    "follow_gamma",
     "load_reward",
     "make_reward",
     "train_reward",

@@ -78,13 +78,13 @@ def check_rewards(
     *,
     conversational: bool,
     target: bool = False,
-    gamma: float | None = None,
+    gamma: bool = False,
     pairs: bool = False,
 ) -> None:
     """Refuse what cannot work before any weights are loaded. Raises RewardError.
 
-    `conversational` says whether the rows are chats, `target` whether the recipe has a known one, and `gamma` is its
-    sharpness (None without). `pairs` says that rewards are of the data's pairs alone.
+    `conversational` says whether the rows are chats, `target` whether the recipe has a known one, and `gamma` whether a
+    reward without a γ of its own is given one. `pairs` says that rewards are of the data's pairs alone.
     """
     if not settings:
         raise RewardError("reward: none is given; name a model, a function, exact: true, or train: true")
@@ -97,12 +97,24 @@ def check_rewards(
             source = find_classifier(part.model, max_length=part.max_length)
             if conversational:
                 source.require_template()
-        if part.train is not None and part.train.init == "policy" and part.train.gamma is None and gamma is None:
+        if not gamma and _lacks_gamma(part):
             raise RewardError("reward.train: init is policy, which needs gamma; set reward.train.gamma")
         if part.function is not None:
             find_function(part.function)
         if part.exact and not target:
             raise RewardError(_NO_TARGET)
+
+
+def _lacks_gamma(part: RewardSettings) -> bool:
+    """Whether it is trained as γ ln π₀ and a correction, and names no γ."""
+    return part.train is not None and part.train.init == "policy" and part.train.gamma is None
+
+
+def follow_gamma(part: RewardSettings, gamma: float) -> RewardSettings:
+    """The settings with this γ, if they lack one."""
+    if part.train is None or not _lacks_gamma(part):
+        return part
+    return part.model_copy(update={"train": part.train.model_copy(update={"gamma": gamma})})
 
 
 def check_columns(label: str, needs: Needs, pairs: Sequence[EncodedPair]) -> None:

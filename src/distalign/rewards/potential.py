@@ -14,13 +14,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine import Group, score_in_batches
+from distalign.methods import Method
 from distalign.rewards.fit import Trained
+from distalign.rewards.reward_model import TrainedReward
 from distalign.stats.intervals import Estimate, mean_and_se
+from distalign.stats.laplace import Posterior
 
 # The file of it in a trained reward's folder.
 POTENTIAL = "potential.json"
 
-# Responses to each prompt, of π₀ and of a known target.
+# Prompts, and responses to each, of π₀ and of a known target.
+PROMPTS = 32
 SAMPLES = 8
 
 
@@ -84,7 +88,37 @@ def potential(
     target_responses: Sequence[list[list[int]]] = (),
 ) -> Potential:
     """The potential of a reward from `SAMPLES` or so responses of π₀ (and of a known target) to each prompt."""
-    reward = trained.reward
+    reward, samples = trained.reward, len(reference[0])
+    moved, noise = moves(reward, trained.posterior, prompts, reference, gamma=gamma)
+    if target is None:
+        return Potential(moved, noise, gamma)
+    groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, target_responses, strict=True)]
+    base, true = (score_together(model, groups, reward.token_budget) for model in (reward.base, target))
+    learned = reward.values(groups).view(len(groups), -1) / gamma
+    values = forward_kl(true, learned, base, samples)
+    return Potential(moved, noise, gamma, mean_and_se(values), mean_and_se((true - base)[:, samples:].mean(1)))
+
+
+def start_share(method: Method, gamma: float) -> float | None:
+    """The s of π ∝ π₀^s π*^{1 − s}, if that is what a method ends at with the exact reward γ ln π*; else None.
+
+    Its implicit reward is a ln π − b ln π₀. Set equal to the exact one it gives π ∝ π*^{γ/a} π₀^{b/a}: s = b/a, if
+    a = γ + b.
+    """
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    a, b = float(method.implicit_reward(one, zero)), -float(method.implicit_reward(zero, one))
+    return b / a if b > 0 and abs(a - b - gamma) < 1e-9 else None
+
+
+def moves(
+    reward: TrainedReward,
+    posterior: Posterior,
+    prompts: Sequence[list[int]],
+    reference: Sequence[list[list[int]]],
+    *,
+    gamma: float,
+) -> tuple[float, float]:
+    """Half the variance of f/γ on π₀'s responses to a prompt, and what of it the labels' noise alone gives."""
     groups = [Group(prompt, own) for prompt, own in zip(prompts, reference, strict=True)]
     offset, features = reward.encode(groups)
     _, rows = reward.linearise(groups, offset, features)
@@ -92,19 +126,14 @@ def potential(
     rows = (rows - rows.mean(1, keepdim=True)).flatten(0, 1)
     samples = len(reference[0])
     unbiased = samples / max(samples - 1, 1) / (2 * gamma**2)
-    mean, noise = trained.posterior.moved(rows)
-    moved, noise = float(mean.square().mean()) * unbiased, float(noise.mean()) * unbiased
-    if target is None:
-        return Potential(moved, noise, gamma)
-    groups = [Group(p, [*a, *b]) for p, a, b in zip(prompts, reference, target_responses, strict=True)]
-    budget = reward.token_budget
-    base, true = (
-        score_in_batches(model, groups, token_budget=budget).logps.double().cpu().view(len(groups), -1)
-        for model in (reward.base, target)
-    )
-    learned = reward.values(groups).view(len(groups), -1) / gamma
-    values = forward_kl(true, learned, base, samples)
-    return Potential(moved, noise, gamma, mean_and_se(values), mean_and_se((true - base)[:, samples:].mean(1)))
+    mean, noise = posterior.moved(rows)
+    return float(mean.square().mean()) * unbiased, float(noise.mean()) * unbiased
+
+
+def score_together(model: nn.Module, groups: Sequence[Group], token_budget: int) -> Float[Tensor, "prompts both"]:
+    """ln π of the groups' responses, as many for each prompt."""
+    logps = score_in_batches(model, groups, token_budget=token_budget).logps
+    return logps.double().cpu().view(len(groups), -1)
 
 
 def forward_kl(

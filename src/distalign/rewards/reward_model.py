@@ -58,10 +58,11 @@ class RewardTraining(Section):
     """A reward model trained on the recipe's pairs (eq. 9).
 
     init: policy is R = γ ln π₀ + a learned correction that starts at zero; scratch an ordinary scalar head. `gamma` is
-    the sharpness of the labels (a known target's own, if not given). head: what the correction is linear in, by default
-    what the pairs' evidence speaks for. weight_decay: the precision of the Gaussian prior on the head's weights (null:
-    that of the largest evidence). With a frozen backbone the head is the most probable one; lora and full start there
-    and train both by the settings that follow, which are null for what suits the backbone.
+    the sharpness of the labels (if not given, a known target's own, or that of methods whose gamma is auto). head: what
+    the correction is linear in, by default what the pairs' evidence speaks for. weight_decay: the precision of the
+    Gaussian prior on the head's weights (null: that of the largest evidence). With a frozen backbone the head is the
+    most probable one; lora and full start there and train both by the settings that follow, which are null for what
+    suits the backbone.
     """
 
     init: Literal["policy", "scratch"] = "policy"

@@ -9,7 +9,7 @@ likelihood hardly sees an error that γ then divides; the posterior does: its co
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,12 @@ class Posterior:
         inside = features.double() @ self.basis
         solved = torch.cholesky_solve(inside.T, self.factor).T
         return features.double() @ self.mean, (inside * solved).sum(-1) - self.precision * solved.square().sum(-1)
+
+    def repeated(self, times: float) -> Posterior:
+        """The same mode with the covariance of `times` as many such rows."""
+        prior = self.precision * torch.eye(len(self.factor), dtype=self.factor.dtype)
+        data = self.factor @ self.factor.T - prior
+        return replace(self, factor=torch.linalg.cholesky(times * data + prior))
 
     def variance(self, features: Float[Tensor, "rows features"]) -> Float[Tensor, "rows"]:
         """Posterior variance xᵀ H⁻¹ x of the values of rows of features, what no label speaks about included."""
