@@ -166,7 +166,7 @@ def fit_head(
         rows = rows[:, 0] - rows[:, 1]
         rest = values[:, 0] - values[:, 1] - rows.double() @ head.weight.detach().cpu().double()
         posterior = fit_posterior(rows, labels, rest, precision, near=near)
-        near = posterior.precision
+        precision = posterior.precision
         with torch.no_grad():
             head.weight.copy_(posterior.mean)
     return posterior

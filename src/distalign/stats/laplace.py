@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distalign.methods.preference import preference_nll
 
-_STEPS, _STILL = 50, 1e-8
+_STEPS, _STILL = 50, 1e-8  # nats that a further Newton step would gain
 _STEP = 10**0.25  # between two strengths of the prior
 _NOTHING = 1e-4  # p(1 − p) of a row that says nothing about its weights next to the others
 
