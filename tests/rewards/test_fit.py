@@ -278,6 +278,16 @@ def test_the_start_is_kept_if_nothing_is_better():
     assert all(torch.equal(p, q) for p, q in zip(trained.reward.trunk.parameters(), base().parameters(), strict=True))
 
 
+def test_counts_of_too_many_pairs_are_refused_and_not_tried(monkeypatch):
+    """Features of tokens are held in memory: beyond a limit `auto` takes the hidden states, and others are an error."""
+    monkeypatch.setattr("distalign.rewards.fit._LARGEST", 100)
+    assert train(pairs=TRAIN[:20]).origin.head == "hidden"
+    with pytest.raises(
+        RewardError, match="head is tilt, whose features are 40 responses by 40 tokens; take head: hidden"
+    ):
+        train({"head": "tilt"}, pairs=TRAIN[:20])
+
+
 def test_soft_labels_count_in_the_results():
     """A pair labelled with probability 0 is a pair turned round; one half says nothing in the accuracy."""
     rewards = torch.tensor([[2.0, 0.5], [0.0, 1.0], [3.0, 3.0], [1.0, 0.0]]).double()

@@ -50,6 +50,7 @@ PLANS = {"lora": Plan(3e-4, 3), "full": Plan(3e-5, 3)}
 
 _SUBSET = 512  # pairs on which heads and their priors are compared
 _STRONG = 3.0  # nats of evidence, a factor of 20
+_LARGEST = 2**29  # features of all responses that are held in memory, of token counts
 _CHEAP = 2e9  # logits of one pass over the pairs, up to which the tilt is tried
 
 
@@ -184,7 +185,7 @@ def choose_head(
     """
     tried: dict[HeadName, tuple[TrainedReward, Posterior]] = {}
     some = groups[:_SUBSET]
-    for name in _candidates(settings, some, make("hidden").base):
+    for name in _candidates(settings, groups, make("hidden").base):
         try:
             reward = make(name)
             tried[name] = reward, fit_head(reward, some, labels[:_SUBSET], settings.weight_decay)
@@ -202,13 +203,21 @@ def choose_head(
 
 
 def _candidates(settings: RewardTraining, groups: Sequence[Group], base: PreTrainedModel) -> list[HeadName]:
+    """The heads to try. Raises RewardError for one that is asked for and has no room."""
+    vocabulary = len(embeddings(base))
+    room = 2 * len(groups) * vocabulary <= _LARGEST
+    if settings.head in ("tilt", "counts") and not room:
+        raise RewardError(
+            f"reward.train: head is {settings.head}, whose features are {2 * len(groups)} responses by {vocabulary} "
+            f"tokens; take head: hidden, or at most {_LARGEST // (2 * vocabulary)} pairs (data.limit)"
+        )
     if settings.init == "scratch":
         return ["last"]
     if settings.head != "auto":
         return [settings.head]
-    if settings.backbone != "frozen":
+    if settings.backbone != "frozen" or not room:
         return ["hidden"]
-    logits = sum(len(response) for group in groups for response in group.responses) * len(embeddings(base))
+    logits = sum(len(response) for group in groups[:_SUBSET] for response in group.responses) * vocabulary
     return ["tilt", "counts", "hidden"] if logits < _CHEAP else ["counts", "hidden"]
 
 
