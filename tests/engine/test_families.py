@@ -10,7 +10,7 @@ from distalign.engine import check, score
 from distalign.engine.attention import Layout
 
 # Where a family's own code computes in float32 inside a float64 model, float64 agrees only to float32 rounding.
-FLOAT32_INSIDE = {"gemma2", "deepseek_v3", "gptj", "mpt", "mamba", "llama4"}
+FLOAT32_INSIDE = {"bloom", "gemma2", "deepseek_v3", "gptj", "mpt", "mamba", "llama4"}
 
 
 SHARED = [family for family, (_, _, path) in FAMILIES.items() if path == "shared"]

@@ -46,7 +46,7 @@ def test_gamma_is_the_one_that_labelled_the_pairs():
 
 @pytest.mark.parametrize(
     ("gamma", "sign", "bound", "side"),
-    [(0.07, -1, 0.1, "below"), (0.0005, 1, 0.1, "below"), (math.inf, 1, 5.0, "above")],
+    [(0.07, -1, 0.1, "below"), (0.0005, 1, 0.1, "below"), (math.inf, 1, 8.0, "above")],
     ids=["contradicted", "coins", "separable"],
 )
 def test_a_gamma_that_makes_labels_say_nothing_is_the_bound(gamma, sign, bound, side):
