@@ -7,8 +7,6 @@ parameters every method can be trained on a laptop for as long as the theory ask
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -33,28 +31,18 @@ _TEMPLATE = (
 )
 
 
-def everyday_model(cache: Path) -> Path:
-    """The folder of the model and its tokenizer under `cache`, trained at first use (a minute) and kept."""
-    text = answers()
-    made_of = (text, VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED, SHARPNESS)
-    folder = cache / f"everyday-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
-    if folder.is_dir():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
-    try:
-        rows = [line.split("\t") for line in text.splitlines()]
-        tokenizer = train_tokenizer([" ".join(row) for row in rows])
-        train_model(tokenizer, rows).save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        scratch.rename(folder)
-    except OSError:
-        # Another process was faster: its folder is as good. Anything else is an error.
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+def folder_name() -> str:
+    """The name of the model's folder: another text or other settings are another model."""
+    made_of = (answers(), VOCABULARY, EPOCHS, BATCH, LEARNING_RATE, SEED, SHARPNESS)
+    return f"everyday-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:12]}"
+
+
+def save_model(folder: Path) -> None:
+    """Train the model and its tokenizer (a minute) and write both."""
+    rows = [line.split("\t") for line in answers().splitlines()]
+    tokenizer = train_tokenizer([" ".join(row) for row in rows])
+    train_model(tokenizer, rows).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def answers() -> str:

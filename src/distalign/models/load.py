@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from distalign.errors import InputError
-from distalign.models.everyday import everyday_model
+from distalign.models import everyday
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -111,7 +111,8 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     """
     path = Path(name).expanduser()
     if name == EVERYDAY:
-        return Source(name, str(everyday_model(cache_dir())), "a small model that was trained on this machine")
+        folder = _made_once(cache_dir() / everyday.folder_name(), everyday.save_model)
+        return Source(name, str(folder), "a small model that was trained on this machine")
     if name in PACKAGED:
         package, file, hub_id = PACKAGED[name]
         gguf = _packaged_file(name)
@@ -261,11 +262,22 @@ def _converted(gguf: Path) -> Path:
     model.hf_quantizer, model.quantization_method, model.is_quantized = None, None, False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+    def save(place: Path) -> None:
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+
+    return _made_once(folder, save)
+
+
+def _made_once(folder: Path, save: Callable[[Path], None]) -> Path:
+    """The folder, written by `save` whole or not at all where it is not there yet."""
+    if folder.is_dir():
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        save(scratch)
         scratch.rename(folder)
     except OSError:
         # Another process was faster: its folder is as good. Anything else is an error.

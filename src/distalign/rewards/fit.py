@@ -59,8 +59,8 @@ class Trained:
     """A trained reward, what it achieves on held-out pairs, and how it came about.
 
     `results`: accuracy, nll (nats) and ece on the held-out pairs, and `start_nll` before any step: γ ln π₀ alone, or
-    ln 2 from scratch. The held-out pairs also chose when to stop, which flatters them a little. `history` has one row
-    per evaluation.
+    ln 2 from scratch; with lora and full these pairs also chose when to stop, which flatters them a little. `history`
+    has one row per head that was tried and per evaluation.
     """
 
     reward: TrainedReward
@@ -87,7 +87,7 @@ def train_reward(
     seed: int,
     folder: str | Path | None = None,
 ) -> Trained:
-    """Train a reward on `train`, stop by `held`, and save it if there is a `folder`.
+    """Train a reward on `train`, measure it on `held`, and save it if there is a `folder`.
 
     The settings' own `gamma`, if given, comes before the argument. `base` is frozen and stays as it is. The same seed
     gives the same reward on one machine. Raises RewardError for fewer than two held-out pairs, no `gamma` where it is
@@ -95,7 +95,7 @@ def train_reward(
     """
     if not train or len(held) < 2:
         raise RewardError(
-            f"reward.train: {len(train)} training and {len(held)} held-out pairs; those stop it: give "
+            f"reward.train: {len(train)} training and {len(held)} held-out pairs; those measure it: give "
             "data.eval, or a larger data.held_out"
         )
     gamma = None if settings.init == "scratch" else (settings.gamma or gamma)

@@ -442,7 +442,7 @@ R(x, a) = {formula}, trained on pairwise preferences with distalign by maximum l
 | --- | --- | --- |
 {table}
 
-The same pairs decided when to stop.
+With lora and full the same pairs decided when to stop.
 
 ## Settings
 
