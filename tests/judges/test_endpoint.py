@@ -41,35 +41,31 @@ def expected(n: int) -> list[float]:
 
 
 def run_with(share: float, cache: Path):
-    """400 comparisons through a server that fails this share of the requests: server, judge, judgements, seconds."""
+    """200 comparisons through a server that fails this share of the requests: server, judge, judgements, seconds."""
     with Server(faults(share), latency=0.05) as server:
-        made = EndpointJudge(EndpointSettings(url=server.url, model="m", cache=str(cache), timeout=1.0, backoff=0.02))
+        made = EndpointJudge(EndpointSettings(url=server.url, model="m", cache=str(cache), timeout=4.0, backoff=0.02))
         started = time.monotonic()
-        return server, made, made(comparisons(400)), time.monotonic() - started
+        return server, made, made(comparisons(200)), time.monotonic() - started
 
 
 def test_a_fifth_of_the_requests_fail_and_nothing_is_lost_or_judged_twice(tmp_path):
-    """400 judgements from 800 answers, none sent again after it was answered, within twice the fault-free time."""
-    ratios = []
-    # A busy machine may stretch either run: then both are measured once more.
-    while not ratios or (ratios[-1] >= 2 and len(ratios) < 2):
-        _, _, plain, fault_free = run_with(0.0, tmp_path / f"plain{len(ratios)}.jsonl")
-        server, made, found, seconds = run_with(0.2, tmp_path / f"faults{len(ratios)}.jsonl")
-        assert [one.probability for one in found] == expected(400) == [one.probability for one in plain]
-        assert len(server.answered) == 800
-        assert set(server.answered.values()) == {1}
-        counters = made.counters()
-        assert counters["requests"] == sum(server.asked.values()) > 920
-        assert counters["answered"] == 800
-        failed = {key: value for key, value in counters.items() if key.startswith("failed/")}
-        assert failed == {
-            **{f"failed/HTTP {status}": server.acted[status] for status in (429, 500)},
-            "failed/timeout": server.acted[SLOW],
-            "failed/connection": server.acted[CUT],
-            "failed/malformed": server.acted[MALFORMED],
-        }
-        ratios.append(seconds / fault_free)
-    assert min(ratios) < 2
+    """200 judgements from 400 answers, none sent again after it was answered; two timeouts more than twice as long."""
+    _, _, plain, fault_free = run_with(0.0, tmp_path / "plain.jsonl")
+    server, made, found, seconds = run_with(0.2, tmp_path / "faults.jsonl")
+    assert [one.probability for one in found] == expected(200) == [one.probability for one in plain]
+    assert len(server.answered) == 400
+    assert set(server.answered.values()) == {1}
+    counters = made.counters()
+    assert counters["requests"] == sum(server.asked.values()) > 460
+    assert counters["answered"] == 400
+    failed = {key: value for key, value in counters.items() if key.startswith("failed/")}
+    assert failed == {
+        **{f"failed/HTTP {status}": server.acted[status] for status in (429, 500)},
+        "failed/timeout": server.acted[SLOW],
+        "failed/connection": server.acted[CUT],
+        "failed/malformed": server.acted[MALFORMED],
+    }
+    assert seconds < 2 * fault_free + 8
 
 
 def test_a_killed_run_asks_only_what_is_missing(tmp_path, judge):

@@ -58,13 +58,14 @@ KINDS = [(init, backbone) for init in ("policy", "scratch") for backbone in ("fr
 
 @pytest.mark.parametrize("kind", KINDS, ids="-".join)
 def test_a_saved_reward_reads_back_identically(saved, kind):
-    """Bit for bit, through load_reward and through a recipe that names the folder as its model."""
+    """Through load_reward and through a recipe that names the folder as its model."""
     (folder, scores, _), base = saved[0][kind], saved[1]
-    assert torch.equal(load_reward(folder, base=base, tokenizer=tiny.tokenizer(), token_budget=256)(ASKED), scores)
+    loaded = load_reward(folder, base=base, tokenizer=tiny.tokenizer(), token_budget=256)
+    torch.testing.assert_close(loaded(ASKED), scores, rtol=1e-5, atol=1e-5)
     settings = [RewardSettings(model=str(folder))]
     check_rewards(settings, conversational=True)
     reward = make_reward(settings, base=base, tokenizer=tiny.tokenizer(), token_budget=256)
-    assert torch.equal(reward(ASKED), scores)
+    torch.testing.assert_close(reward(ASKED), scores, rtol=1e-5, atol=1e-5)
     assert reward.counters() == {"responses": 12.0}
     assert float(scores.std()) > 0.01
 
@@ -102,7 +103,7 @@ def test_the_folder_tells_what_it_is(saved, kind):
     assert any("epoch" in row for row in results["history"]) == (kind[1] != "frozen")
     card = (folder / "README.md").read_text()
     assert f"| nll | {trained.results['nll'].mean:.4f} ± {trained.results['nll'].se:.4f} | 40 |" in card
-    assert "The same pairs decided when to stop" in card
+    assert "With lora and full the same pairs decided when to stop" in card
     assert f"- backbone: {kind[1]}" in card
     assert not [path for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pkl")]
     assert trained.results["start_nll"].mean == pytest.approx(math.log(2)) or kind[0] == "policy"
