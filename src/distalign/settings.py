@@ -123,8 +123,33 @@ def parse_value(text: str) -> Any:
 
 
 def dump_yaml(value: object) -> str:
-    """YAML that `read_yaml` reads back as it was."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """YAML that `read_yaml` reads back as it was, but for secrets."""
+    return yaml.dump(masked(value), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+# Settings whose values are secrets, and what tokens of the hub, of judges and of loggers look like wherever they stand.
+_SECRET = re.compile(
+    r"(?:^|_)(?:(?:hub|hf|access|auth|api|bearer|refresh|github)_?(?:token|key)|secret|password|credentials?)$"
+    r"|^(?:token|authorization)$",
+    re.IGNORECASE,
+)
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w-]{12,}|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|nvapi-[\w-]{16,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"
+)
+HIDDEN = "<hidden>"
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """A value as it may be written: no secret-named setting, nothing that looks like a token."""
+    if isinstance(value, Mapping):
+        return {key: masked(part, str(key)) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if value and _SECRET.search(name) else _TOKEN.sub(HIDDEN, value)
 
 
 RECIPES = Path(__file__).parent / "experiments" / "recipes"

@@ -154,7 +154,7 @@ def test_templates_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(DataError) as refused:
         encode_pairs(bare, read_pairs([{"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}]), max_length=None)
     assert str(refused.value) == f"rows: {what}"
-    with pytest.raises(ValueError, match="ends an assistant's turn with no special token"):
+    with pytest.raises(ValueError, match="writes no special token after an assistant's words"):
         end_token_id(make_tokenizer(template="{{ messages[-1].content }}"), conversational=True)
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
     row = replace(CHAT, prompt=[{"role": "system", "content": "a"}, USER])

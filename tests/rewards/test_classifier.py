@@ -142,7 +142,7 @@ def test_a_classifier_without_a_score_head_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RewardError, match=r"it has no weights for score\.weight"):
+    with pytest.raises(RewardError, match=r"its files lack 1 of its tensors \(score\.weight\)"):
         classifier(name)
 
 

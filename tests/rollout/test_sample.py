@@ -12,7 +12,7 @@ from engine_models import FAMILIES, build
 from distalign.engine import Group, score
 from distalign.errors import InputError
 from distalign.rollout.decode import choose, shares_prompts
-from distalign.rollout.sample import sample
+from distalign.rollout.sample import end_ids, sample
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 
@@ -251,3 +251,19 @@ def test_what_cannot_be_sampled_is_refused(change, message):
     settings = {"prompts": [[1]], "n": 1, "max_new_tokens": 2, "end_id": 3, "seed": 0, **change}
     with pytest.raises(ValueError, match=message):
         sample(tiny.model(), settings.pop("prompts"), **settings)
+
+
+def test_any_end_token_of_the_model_ends_a_response():
+    """generation_config lists several for chat models; a response that another one ends is whole, too."""
+    model = tiny.model()
+    head = torch.nn.Linear(32, 40)
+    torch.nn.init.zeros_(head.weight)
+    head.bias.data = torch.zeros(40).index_fill(0, torch.tensor(5), 50.0)
+    model.lm_head = head
+    assert sample(model, [[7, 8]], max_new_tokens=6, end_id=tiny.END, seed=0) == [[[5] * 6]]
+    model.generation_config.eos_token_id = [tiny.END, 5]
+    assert end_ids(model, tiny.END) == (tiny.END, 5)
+    assert sample(model, [[7, 8]], max_new_tokens=6, end_id=tiny.END, seed=0) == [[[5]]]
+    cut = sample(model, [[7, 8]], max_new_tokens=6, min_new_tokens=2, end_id=tiny.END, seed=0)
+    assert cut[0][0][-1] == 5
+    assert not {tiny.END, 5} & set(cut[0][0][:2])

@@ -41,7 +41,7 @@ def feed(watch, *rounds, start=0):
 def test_completion_metrics_by_hand():
     """Two responses of ten tokens, one of them a loop of two and cut; the end token is in no n-gram."""
     loop, varied = [1, 2] * 5, [*range(1, 11), END]
-    found = completion_metrics([loop, varied], end_id=END)
+    found = completion_metrics([loop, varied], end_ids=(END,))
     assert found["completions/number"] == 2
     assert found["completions/mean_length"] == 10.5
     assert found["completions/clipped_ratio"] == 0.5
@@ -58,23 +58,23 @@ def test_completion_metrics_by_hand():
 def test_short_responses_have_no_diversity():
     """Half of them must have eight tokens before their end; an empty response has no end."""
     long, short = [*range(1, 9), END], [*range(1, 8), END]
-    assert "health/distinct_2" in completion_metrics([long, short], end_id=END)
-    found = completion_metrics([long, short, short], end_id=END)
+    assert "health/distinct_2" in completion_metrics([long, short], end_ids=(END,))
+    found = completion_metrics([long, short, short], end_ids=(END,))
     assert not {"health/distinct_2", "health/repeated_4grams"} & set(found)
-    assert completion_metrics([[]], end_id=END)["completions/clipped_ratio"] == 1
+    assert completion_metrics([[]], end_ids=(END,))["completions/clipped_ratio"] == 1
     with pytest.raises(ValueError, match="no responses"):
-        completion_metrics([], end_id=END)
+        completion_metrics([], end_ids=(END,))
 
 
 def test_reward_and_length():
     """Perfectly correlated; left out where it is undefined or rests on few."""
     responses = [[1] * length for length in range(1, 9)]
     key = "health/reward_length_correlation"
-    found = completion_metrics(responses, end_id=END, rewards=torch.arange(8.0))
+    found = completion_metrics(responses, end_ids=(END,), rewards=torch.arange(8.0))
     assert found[key] == pytest.approx(1)
-    assert key not in completion_metrics(responses, end_id=END, rewards=torch.ones(8))
-    assert key not in completion_metrics(responses[:7], end_id=END, rewards=torch.arange(7.0))
-    assert key not in completion_metrics([[1, 2]] * 8, end_id=END, rewards=torch.arange(8.0))
+    assert key not in completion_metrics(responses, end_ids=(END,), rewards=torch.ones(8))
+    assert key not in completion_metrics(responses[:7], end_ids=(END,), rewards=torch.arange(7.0))
+    assert key not in completion_metrics([[1, 2]] * 8, end_ids=(END,), rewards=torch.arange(8.0))
 
 
 # Warnings -------------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_stationary_policy_raises_no_alarm(kind, n, caplog):
             rewards = torch.tensor([0.05 * len(own) + source.gauss(0, 0.6) for own in responses])
             surprise = [sum(math.log(7.0 * token + 1) for token in own) for own in responses]
             metrics = {"objective/entropy": sum(surprise) / n, "logps/chosen": source.gauss(-200, 10)}
-            watch.update(metrics | completion_metrics(responses, end_id=END, rewards=rewards), step)
+            watch.update(metrics | completion_metrics(responses, end_ids=(END,), rewards=rewards), step)
     assert len(caplog.records) <= 1
 
 
@@ -231,13 +231,13 @@ def test_a_reward_for_one_token_is_caught():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     watch, entropies = monitor(), []
     for step in range(60):
-        responses = sample(model, [[2, 4, 10]], n=n, max_new_tokens=12, end_id=tiny.END, seed=step)[0]
+        responses = sample(model, [[2, 4, 10]], n=n, max_new_tokens=12, end_ids=(tiny.END,), seed=step)[0]
         rewards = torch.tensor([float(own.count(token)) for own in responses])
         logps = score(model, [Group([2, 4, 10], responses)]).logps
         optimizer.zero_grad()
         (-(rewards - rewards.mean()) * logps).mean().backward()
         optimizer.step()
-        metrics = completion_metrics(responses, end_id=tiny.END, rewards=rewards)
+        metrics = completion_metrics(responses, end_ids=(tiny.END,), rewards=rewards)
         entropy = -float(logps.detach().mean())
         entropies.append(entropy / metrics["completions/mean_length"])
         watch.update({"objective/entropy": entropy, **metrics}, step)

@@ -137,8 +137,16 @@ def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
 
 def command_line(*more: str, without: str = "") -> str:
     """The command that runs, as a shell takes it, with further flags and without one of its own."""
-    words = [word for word in sys.argv[1:] if word != without]
+    # "training.hub_token=…" as a setting of that name would be written.
+    words = [_masked_word(word) for word in sys.argv[1:] if word != without]
     return shlex.join(["distalign", *words, *(word for word in more if word not in words)])
+
+
+def _masked_word(word: str) -> str:
+    from distalign.settings import masked
+
+    name, equals, value = word.partition("=")
+    return f"{name}={masked(value, name.rpartition('.')[2])}" if equals else masked(word)
 
 
 def print_words(columns: list[str], rows: list[list[Any]]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from difflib import get_close_matches
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
@@ -203,14 +205,14 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
     rewards = [_number(row, f"{name}_reward", where) for name in ("chosen", "rejected")]
     if (rewards[0] is None) != (rewards[1] is None):
         _refuse(where, "only one of chosen_reward and rejected_reward; give both or neither")
-    extra = {name: value for name, value in row.items() if name not in _PAIR_COLUMNS}
+    extra = _extra(row, _PAIR_COLUMNS, where)
     return Pair(prompt, chosen, rejected, where, probability, rewards[0], rewards[1], extra), implicit
 
 
 def _prompt(row: Record, where: str) -> tuple[Prompt, bool]:
     prompt = _text(row, "prompt", where)
     _check_prompt(prompt, where)
-    return Prompt(prompt, where, {name: value for name, value in row.items() if name != "prompt"}), False
+    return Prompt(prompt, where, _extra(row, ("prompt",), where)), False
 
 
 def _check_prompt(prompt: Text, where: str) -> None:
@@ -220,7 +222,8 @@ def _check_prompt(prompt: Text, where: str) -> None:
 
 
 def _check_filled(name: str, text: Text, where: str) -> None:
-    if not plain_text(text).strip():
+    # A tool call is an answer without words.
+    if not plain_text(text).strip() and not (not isinstance(text, str) and text[-1].get("tool_calls")):
         _refuse(where, f"{name} is empty; fill it in or remove the line")
 
 
@@ -299,9 +302,26 @@ def _number(row: Record, name: str, where: str) -> float | None:
     value = row.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        _refuse(where, f"{name} is {value!r}; a finite number is needed")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | Decimal) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        _refuse(where, f"{name} is {repr(value)[:40]}; a finite number is needed")
+    return number
+
+
+def _extra(row: Record, used: Collection[str], where: str) -> dict[str, Any]:
+    """The other columns. `tools` may be JSON text, as TRL prefers it: a table would fill in fields of other tools."""
+    extra = {name: value for name, value in row.items() if name not in used}
+    if isinstance(extra.get("tools"), str):
+        try:
+            extra["tools"] = json.loads(extra["tools"])
+        except (ValueError, RecursionError) as error:
+            _refuse(where, f"tools is text that is not JSON ({error}); write a list of schemas, or json.dumps of it")
+    if not isinstance(extra.get("tools"), list | None):
+        _refuse(where, f"tools is {type(extra['tools']).__name__}; a list of schemas is needed")
+    return extra
 
 
 def _refuse(where: str, what: str) -> NoReturn:

@@ -22,6 +22,8 @@ Source = str | Path | Iterable[Record]
 SHOWN_PROBLEMS = 10
 NUMBERS = ("p_chosen", "chosen_reward", "rejected_reward")
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
+# A longer line is no row: a few kilobytes of gzip can hold gigabytes.
+LONGEST_LINE = 1 << 28
 
 
 class Problem(NamedTuple):
@@ -82,7 +84,7 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
 
 
 def _read_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    suffix = (Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix).lower()
     if suffix == ".parquet":
         yield from _read_parquet(path)
     elif suffix == ".csv":
@@ -105,7 +107,11 @@ def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]
     number = 0
     try:
         with gzip.open(path) if head == b"\x1f\x8b" else open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                if len(raw) == LONGEST_LINE:
+                    what = f"a line of more than {LONGEST_LINE >> 20} MB; write one row per line"
+                    problems.append(Problem(f"{path}:{number}", what))
+                    return
                 line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
                 try:
                     yield number, line.decode()
@@ -120,7 +126,7 @@ def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]
 
 def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
     """One object per line, or one array of objects."""
-    may_be_array = path.name.removesuffix(".gz").endswith(".json")
+    may_be_array = path.name.lower().removesuffix(".gz").endswith(".json")
     lines = _read_lines(path, problems)
     for number, text in lines:
         if not text.strip():
@@ -134,6 +140,10 @@ def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
             problems.append(
                 Problem(where, f"not JSON ({error.msg} at column {error.colno}); write one object per line")
             )
+            continue
+        except (ValueError, RecursionError) as error:
+            what = f"not a row ({' '.join(str(error).split())[:100]}); write plain numbers, and few levels of nesting"
+            problems.append(Problem(f"{path}:{number}", what))
             continue
         rows = enumerate(value, 1) if may_be_array and isinstance(value, list) else [(number, value)]
         for place, row in rows:
@@ -179,7 +189,7 @@ def _cell(name: str, cell: str) -> object:
     if cell.startswith("["):
         try:
             value = json.loads(cell)
-        except ValueError:
+        except (ValueError, RecursionError):
             return cell
         return value if isinstance(value, list) and value and isinstance(value[0], dict) else cell
     return cell
@@ -189,16 +199,25 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     import pyarrow
     from pyarrow import parquet
 
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError([Problem(str(path), f"not a Parquet file ({error}); copy or download it again")]) from None
-    with file:
-        number = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", without_nulls(row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+        reason = (
+            f"not a Parquet file, or a damaged one ({' '.join(str(error).split())[:200]}); copy or download it again"
+        )
+        raise DataError([Problem(f"{path}:{number + 1}" if number else str(path), reason)]) from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of an Arrow table without the fields that are null: a column of structures fills in what a row lacks."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(part) for name, part in value.items() if part is not None}
+    return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
 def _load_folder(path: Path) -> Any:
@@ -232,8 +251,9 @@ def _table(table: Any, split: str | None, name: str) -> Iterator[tuple[str, Reco
             what = f'no split "{chosen}"' if chosen else "several splits"
             raise DataError([Problem(name, f"{what}; choose one of {', '.join(table)}")])
         table, name = table[chosen], f"{name}[{chosen}]"
+    of_arrow = hasattr(table, "features")
     for number, row in enumerate(table, 1):
         if not isinstance(row, Mapping):
             what = f"{type(row).__name__}, not a row; give a list of dicts, or a datasets.Dataset (Dataset.from_pandas)"
             raise DataError([Problem(f"{name}:{number}", what)])
-        yield f"{name}:{number}", row
+        yield f"{name}:{number}", without_nulls(row) if of_arrow else row

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from distalign.data.pairs import Data, Pair, Prompt, Text
+from distalign.data.pairs import Data, Pair, Prompt, Text, plain_text
 from distalign.data.readers import DataError, Problem
 from distalign.errors import InputError
 
+# Words that no template writes by itself; what stands before a response that is encoded or decoded without its prompt.
+_WORDS, _BEFORE = "distalignprobe", "\n"
 _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
 
 
@@ -85,8 +87,8 @@ class Counts:
 def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
     """The token that ends a response, at which sampling has to stop too.
 
-    For strings the end-of-sequence token; in a chat the first special token that the template writes after an
-    assistant's words, such as `<|im_end|>`. Raises InputError if there is none.
+    For strings the end-of-sequence token; in a chat the first special token that the template writes after the words
+    of an assistant's turn, such as `<|im_end|>`. Raises InputError if there is none.
     """
     if not conversational:
         if tokenizer.eos_token_id is None:
@@ -94,16 +96,36 @@ def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
         return tokenizer.eos_token_id
     if not tokenizer.chat_template:
         raise InputError(_NO_TEMPLATE)
-    user, assistant = {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}
-    start, whole = _render(tokenizer, [user], {}, True), _render(tokenizer, [user, assistant], {}, False)
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _WORDS}]
+    try:
+        _, words, after = _render(tokenizer, turns, {}, False).rpartition(_WORDS)
+    except Exception as error:  # a template may raise anything
+        raise InputError(f"the chat template fails on a question and its answer ({error}); mend it") from error
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {index for index, token in added.items() if token.special} | {tokenizer.eos_token_id}
-    for index in _ids(tokenizer, whole.removeprefix(start).removeprefix("x")):
+    for index in _ids(tokenizer, after) if words else ():
         if index in special:
             return index
     raise InputError(
-        "the chat template ends an assistant's turn with no special token; add {{ eos_token }} to it there"
+        "the chat template writes no special token after an assistant's words, so that where a response ends is not "
+        "known; add {{ eos_token }} to it there, or set end_token_id (AlignmentConfig)"
     )
+
+
+def decode_after(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of a response, without special tokens, as it stands after a prompt.
+
+    By itself some tokenizers (Metaspace, of SentencePiece) would take its first space off.
+    """
+    before = _ids(tokenizer, _BEFORE)
+    start, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (before, [*before, *ids]))
+    return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def _ids_after(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a response as it stands after a prompt: by itself some tokenizers would put a space before it."""
+    before, whole = _ids(tokenizer, _BEFORE), _ids(tokenizer, _BEFORE + text)
+    return whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, text)
 
 
 def encode_prompt(tokenizer: Tokenizer, row: Prompt | Pair) -> list[int]:
@@ -124,9 +146,10 @@ def encode_pair(
 ) -> EncodedPair:
     """One pair as token ids.
 
-    Strings: prompt and response are encoded apart, so no token spans the boundary, and the end-of-sequence token is
-    added once. Chats: the template renders prompt and response together, and what follows the prompt's ids is the
-    response, up to its end token: the newline that many templates write after it is not sampled, so it is not scored.
+    Strings: prompt and response are encoded apart, so no token spans the boundary, the response as a text that goes on
+    (no space is put before it); the end-of-sequence token is added once. Chats: the template renders prompt and
+    response together, and what follows the prompt's ids is the response, up to its end token: the newline that many
+    templates write after it is not sampled, so it is not scored. An `end_id` that the template does not write is added.
     A response of more than `max_response_tokens` tokens is cut, and then has no end token. `end_id` defaults to
     `end_token_id`. Raises DataError if the prompt's ids are not the start of the whole, or the end token stands inside
     a response.
@@ -150,6 +173,7 @@ def encode_pairs(
     max_length: int | None,
     max_response_tokens: int | None = None,
     too_long: Literal["error", "drop"] = "error",
+    end_id: int | None = None,
 ) -> tuple[list[EncodedPair], Counts]:
     """All pairs as token ids, and what was cut or left out on the way.
 
@@ -158,7 +182,8 @@ def encode_pairs(
     """
     counts, problems, encoded = Counts(pairs=len(data)), [], []
     try:
-        end_id = end_token_id(tokenizer, conversational=data.format == "conversational")
+        if end_id is None:
+            end_id = end_token_id(tokenizer, conversational=data.format == "conversational")
     except ValueError as error:
         raise DataError([Problem(data.source, str(error))]) from None
     for row in data:
@@ -176,7 +201,7 @@ def encode_pairs(
         elif pair.chosen == pair.rejected:
             counts.same_after_cut += 1
             if not cut_chosen:
-                what = "chosen and rejected differ in white space only and are the same tokens; remove the line"
+                what = _same(row)
                 problems.append(Problem(row.where, what))
         else:
             encoded.append(pair)
@@ -190,6 +215,12 @@ def encode_pairs(
         raise DataError(problems)
     counts.kept = len(encoded)
     return encoded, counts
+
+
+def _same(row: Pair) -> str:
+    chosen, rejected = (plain_text(text).split() for text in (row.chosen, row.rejected))
+    how = "in white space only" if chosen == rejected else "only in what the tokenizer or the chat template leaves out"
+    return f"chosen and rejected differ {how} and are the same tokens; remove the line"
 
 
 def _too_long(prompt: int, response: int, limit: int) -> str:
@@ -206,31 +237,40 @@ def _too_long(prompt: int, response: int, limit: int) -> str:
 
 def _response(tokenizer: Tokenizer, row: Pair, text: Text, prompt: list[int], name: str, end_id: int) -> list[int]:
     if isinstance(text, str):
-        ids = _ids(tokenizer, text)
+        ids = _ids_after(tokenizer, text)
         ids = ids if ids[-1:] == [end_id] else [*ids, end_id]
         inside = end_id in ids[:-1]
     else:
-        whole = _ids(tokenizer, _chat(tokenizer, row, [*row.prompt, *text], prompt=False))
+        rendered = _chat(tokenizer, row, [*row.prompt, *text], prompt=False)
+        whole = _ids(tokenizer, rendered)
         if whole[: len(prompt)] != prompt:
-            raise DataError([Problem(row.where, _boundary(tokenizer, prompt, whole, name))])
+            raise DataError([Problem(row.where, _boundary(tokenizer, row, prompt, whole, rendered, name))])
         ids = whole[len(prompt) :]
+        if end_id not in ids and rendered.rstrip().endswith(plain_text(text).strip()):
+            ids = [*ids, end_id]
         if end_id not in ids:
             what = f"the chat template did not end {name} with {tokenizer.decode([end_id])!r}; check the template"
             raise DataError([Problem(row.where, what)])
         ids = ids[: ids.index(end_id) + 1]
-        inside = tokenizer.decode([end_id]) in text[0].get("content", "")
+        inside = tokenizer.decode([end_id]) in plain_text(text)
     if inside:
         what = f"{name} contains the end token {tokenizer.decode([end_id])!r} in its text; remove it from the text"
         raise DataError([Problem(row.where, what)])
     return ids
 
 
-def _boundary(tokenizer: Tokenizer, prompt: list[int], whole: list[int], name: str) -> str:
-    """Why the prompt's ids are not the start of the whole conversation's."""
+def _boundary(tokenizer: Tokenizer, row: Pair, prompt: list[int], whole: list[int], text: str, name: str) -> str:
+    """Why the prompt's ids are not the start of those of `text`, the whole conversation."""
     at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
     alone, together = (tokenizer.decode(ids[at : at + 3]) for ids in (prompt, whole))
-    if at >= len(prompt) - 1:
+    asked, turns = (_chat(tokenizer, row, row.prompt, prompt=prompt) for prompt in (True, False))
+    if text.startswith(asked):
         cause = f"the tokenizer merges the prompt's end with the start of {name}; remove white space at its start"
+    elif text.startswith(turns):
+        cause = (
+            f"the chat template asks for an answer with {asked.removeprefix(turns)!r}, and does not write that before "
+            "an answer (a thinking model?); set chat_template_kwargs (enable_thinking), or mend the template"
+        )
     else:
         cause = "the chat template rewrites earlier turns; use a template that only appends"
     return f"the prompt's tokens are not the start of prompt + {name}: {alone!r} becomes {together!r}. Here {cause}"
@@ -243,7 +283,7 @@ def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, 
         raise DataError([Problem(row.where, _NO_TEMPLATE)])
     try:
         return _render(tokenizer, messages, row.extra, prompt)
-    except (TemplateError, TypeError) as error:
+    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
         raise DataError(
             [Problem(row.where, f"the chat template refuses the row ({error}); change its turns")]
         ) from None

@@ -132,7 +132,7 @@ def draw_answers(
             prompts,
             n=settings.samples,
             max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
+            temperature=settings.temperature or 1.0,
             end_id=end_id,
             seed=1_000_003 * settings.seed + int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1_000_003,
             rows=settings.rows,
@@ -146,7 +146,7 @@ def draw_answers(
             token_budget=budget,
             reference=None if model is reference else reference,
             entropy=True,
-            temperature=settings.temperature,
+            temperature=settings.temperature or 1.0,
             progress=advance,
         )
     assert scores.step_entropy is not None

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, plain_text
+from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, decode_after, plain_text
 from distalign.engine import score_in_batches
 from distalign.errors import InputError
 from distalign.evaluation.answers import Answers, is_answered, policy_answers
@@ -35,6 +35,8 @@ from distalign.judges import Comparison, EndpointJudge, Ids, Judge, JudgeSetting
 from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.progress import progress
+from distalign.rollout.sample import end_ids
+from distalign.settings import masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
@@ -117,7 +119,7 @@ def _results(setup: EvaluationSetup, measured: Mapping[str, Measured], judged: M
         "points": {name: _points(policy) for name, policy in measured.items()},
         **_forecast(setup),
         "pairs": setup.statistics,
-        "settings": settings.model_dump(mode="json"),
+        "settings": masked(settings.model_dump(mode="json")),
         "environment": environment(),
         "seconds": setup.seconds,
         "citation": CITATION,
@@ -157,7 +159,7 @@ def _measure_answers(setup: EvaluationSetup, answers: Answers, reference: Answer
     values = {
         "entropy": per_prompt(answers.scores["entropy"], samples),
         "kl_reference": per_prompt(answers.scores["kl"], samples),
-        **length_values(answers.responses, setup.end_id),
+        **length_values(answers.responses, end_ids(setup.base, setup.end_id)),
     }
     measured = Measured(values, answers.responses)
     if setup.pairs:
@@ -254,7 +256,7 @@ def judge_all(
         for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             for number, (one, other) in enumerate(zip(responses[first][index], responses[second][index], strict=True)):
                 ids = Ids(prompt.prompt, one, other)
-                both = (tokenizer.decode(response, skip_special_tokens=True) for response in (one, other))
+                both = (decode_after(tokenizer, response) for response in (one, other))
                 key = f"{first} against {second}, prompt {index + 1}, sample {number + 1}"
                 comparisons.append(Comparison(text, *both, key=key, ids=ids, row=prompt.row))
     with progress("judge", len(comparisons)) as advance:

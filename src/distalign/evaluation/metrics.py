@@ -7,7 +7,7 @@ the only noise is that of the responses. What is compared is compared on the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from distalign.engine.packing import FORWARD_BUDGET
 from distalign.errors import InputError
 from distalign.models.targets import Target
 from distalign.rewards import Request, Reward
-from distalign.rollout.sample import sample
+from distalign.rollout.sample import end_ids, sample
 from distalign.settings import Count, Positive, Section
 from distalign.stats.calibration import Bin, expected_calibration_error, reliability_table
 from distalign.stats.intervals import (
@@ -240,14 +240,16 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
         step_kl = _scores(policy, groups, task, reference=reference).step_kl
         assert step_kl is not None
         values["kl_reference"] = per_prompt(step_kl.sum(-1), task.samples)
-    values |= length_values(responses, task.end_id)
+    values |= length_values(responses, end_ids(task.base, task.end_id))
     return Measured(values, responses, target_logps=target_logps)
 
 
-def length_values(responses: Sequence[Sequence[list[int]]], end_id: int) -> dict[str, Float[Tensor, "prompts"]]:
+def length_values(
+    responses: Sequence[Sequence[list[int]]], ends: Collection[int]
+) -> dict[str, Float[Tensor, "prompts"]]:
     """Length in tokens, and the share of responses that were cut before their end, a value for each prompt."""
     lengths = torch.tensor([[float(len(ids)) for ids in samples] for samples in responses])
-    open_end = torch.tensor([[float(ids[-1] != end_id) for ids in samples] for samples in responses])
+    open_end = torch.tensor([[float(ids[-1] not in ends) for ids in samples] for samples in responses])
     return {"length": lengths.double().mean(-1), "missing_end": open_end.double().mean(-1)}
 
 

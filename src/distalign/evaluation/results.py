@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distalign.data import Tokenizer
+from distalign.data import Tokenizer, decode_after
 
 if TYPE_CHECKING:
     from distalign.evaluation.metrics import Measured
@@ -58,7 +58,7 @@ def write_samples(folder: Path, tokenizer: Tokenizer, prompts: Sequence[str], me
             line: dict[str, Any] = {"prompt": prompt, "responses": {}}
             for name, policy in measured.items():
                 responses = policy.responses[index]
-                line["responses"][name] = tokenizer.decode(responses[0], skip_special_tokens=True)
+                line["responses"][name] = decode_after(tokenizer, responses[0])
                 for key, value in numbers.items():
                     if len(responses) == 1 and value in policy.values:
                         line.setdefault(key, {})[name] = float(policy.values[value][index])

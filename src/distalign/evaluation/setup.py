@@ -32,6 +32,7 @@ from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
 from distalign.models.load import Source, find_model, weights_digest
+from distalign.models.policy import trained_temperature
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
 from distalign.rewards import Reward, Rewards, check_rewards, make_reward
 from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings
@@ -52,8 +53,9 @@ class Evaluation(Section):
     pairs, for what policies prefer. limit: the prompts to answer; rows count as one only if their prompt and all their
     other columns are the same. target: a known target made of `model`. reward scores responses, judge compares
     them (null: by the target's own preference, or by the reward where there is one; without either nothing is
-    compared). opponents: every two policies, or each with the reference alone. gamma: sharpness of P_π (null: found on
-    the pairs by each policy, half judging the other half).
+    compared). opponents: every two policies, or each with the reference alone. temperature: of what is sampled and
+    measured (null: the policies' own, which training wrote into their generation_config.json). gamma: sharpness of P_π
+    (null: found on the pairs by each policy, half judging the other half).
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -73,7 +75,7 @@ class Evaluation(Section):
     gamma: Positive | None = None
     samples: Count = 1
     max_new_tokens: Count = 128
-    temperature: Positive = 1.0
+    temperature: Positive | None = None
     max_length: Count | None = None
     token_budget: Count = 4096
     rows: Count = 64
@@ -245,11 +247,31 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
     _check_positions(settings, sources, prompts)
     end_id = end_token_id(tokenizer, conversational=conversational)
+    settings = settings.model_copy(update={"temperature": _temperature(settings, sources)})
     if settings.target is not None:
         target = target or make_target(settings.target, sources["reference"], tokenizer)
     base = _load(settings, sources["reference"])
     target_model = None if settings.target is None or target is None else target.model(base, tokenizer)
     return EvaluationSetup(settings, sources, tokenizer, prompts, pairs, end_id, statistics, base, target_model)
+
+
+def _temperature(settings: Evaluation, sources: Mapping[str, Source]) -> float:
+    """The setting; else the temperature that the policies were trained at, which says what their distribution is."""
+    folders = {name: source.adapter or source.path for name, source in sources.items() if name != "reference"}
+    trained = {name: found for name, place in folders.items() if (found := trained_temperature(place)) is not None}
+    listed = ", ".join(f"{name} at {value:g}" for name, value in trained.items())
+    if settings.temperature is None:
+        if len(set(trained.values())) > 1:
+            raise InputError(
+                f"{settings.name}: policies were trained at several temperatures ({listed}); set temperature"
+            )
+        return next(iter(trained.values()), 1.0)
+    if any(value != settings.temperature for value in trained.values()):
+        logger.warning(
+            "%s: temperature is %g, and policies were trained at another (%s): that is the distribution they learned",
+            settings.name, settings.temperature, listed,
+        )  # fmt: skip
+    return settings.temperature
 
 
 def _load(settings: Evaluation, source: Source) -> PreTrainedModel:

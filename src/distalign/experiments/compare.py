@@ -43,6 +43,7 @@ from distalign.models.targets import Target
 from distalign.progress import in_words, progress
 from distalign.rewards import RewardError, UnreadableReward
 from distalign.rewards.potential import POTENTIAL
+from distalign.settings import masked
 from distalign.training.prompts import implicit_rewards
 from distalign.training.trainer import AlignmentTrainer
 
@@ -113,7 +114,7 @@ def _results(
             for name in methods
         },
         "pairs": setup.statistics,
-        "settings": recipe.model_dump(mode="json"),
+        "settings": masked(recipe.model_dump(mode="json")),
         "environment": environment(),
         "citation": CITATION,
     }

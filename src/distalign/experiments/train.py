@@ -95,6 +95,10 @@ def training_arguments(
         raise RecipeError(
             f"{recipe.name}: training.learning_rate is {settings['learning_rate']}; it must not be below 0"
         )
+    if settings.get("push_to_hub"):
+        # A repository for each method, and for each seed of a comparison.
+        hub_id = settings.get("hub_model_id") or recipe.name
+        settings["hub_model_id"] = f"{hub_id}-{name}" + (f"-seed-{seed}" if compared else "")
     settings |= recipe.rollout_for(name).model_dump()
     settings |= {"token_budget": recipe.token_budget, "recompute": recipe.recompute, "end_token_id": end_token_id}
     try:

@@ -20,6 +20,7 @@ from distalign.evaluation.results import environment, finite
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import Recipe, load_recipe
 from distalign.report.shown import Curve, Panel, Shown, Table
+from distalign.settings import masked
 from distalign.stats.intervals import Estimate, mean_and_se, student_quantile
 
 logger = logging.getLogger("distalign.experiments.study")
@@ -66,7 +67,7 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, An
         rows += _rows(cell, content)
         result = {
             "experiment": "study",
-            "settings": recipe.model_dump(mode="json"),
+            "settings": masked(recipe.model_dump(mode="json")),
             "seeds": seeds,
             "rows": rows,
             "slopes": slopes(rows),

@@ -7,7 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from distalign.methods import Method
+from distalign.settings import masked
+
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}")  # with peft installed, where it is an adapter
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```
+
+Its distribution is softmax(logits / {temperature:g}), all of it: temperature {temperature:g}, top_p 1, top_k 0, as
+`generation_config.json` says. Other sampling settings draw from another distribution."""
 
 CITATION = """@article{yun2025alignment,
   title   = {Alignment as Distribution Learning: Your Preference Model is Explicitly a Language Model},
@@ -29,6 +42,7 @@ def model_card(
     dataset_name: str | None = None,
     tags: Sequence[str] = (),
     adapter: Mapping[str, Any] | None = None,
+    temperature: float = 1.0,
 ) -> str:
     """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs.
 
@@ -44,13 +58,26 @@ def model_card(
         f"---\nlibrary_name: {library}\n{hub_id}{datasets}tags:\n{listed}\n---",
         f"# {model_name or f'{base_model}, trained with {name.upper()}'}",
         f"Trained on pairwise preferences with distalign. Method: {name} ({method.source}).",
-        "## Method settings\n" + _bullets(asdict(method)),
-        "## Training settings\n" + _bullets({**training, **(adapter or {})}),
-        "## Data\n" + _bullets(data),
+        "## Use\n" + USE.format(place=model_name or "path/to/this/folder", temperature=temperature),
+        "## Method settings\n" + _bullets(masked(asdict(method))),
+        "## Training settings\n" + _bullets(masked({**training, **(adapter or {})})),
+        "## Data\n" + _bullets(masked(data)),
         "## On held-out pairs\n" + (_bullets(results) or "Not measured."),
         f"## Citation\n```bibtex\n{CITATION}\n```",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def add_licence(card: Path, base: str) -> None:
+    """Give a card the licence that the base model's own card names: its folder's, or on the hub. Nothing without."""
+    try:
+        licence = ModelCard.load(str(Path(base) / "README.md") if Path(base).is_dir() else base).data.license
+    except (OSError, ValueError):
+        return
+    if licence:
+        made = ModelCard.load(card)
+        made.data.license = licence
+        made.save(card)
 
 
 def _bullets(values: Mapping[str, Any]) -> str:

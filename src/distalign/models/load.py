@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -29,6 +28,7 @@ from transformers import (
 
 from distalign.errors import InputError
 from distalign.models import everyday
+from distalign.models.verify import ModelError, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -47,10 +47,6 @@ EVERYDAY = "everyday"
 
 # State of the hash of weights after files, in their order: what begins with the same files goes on from there.
 _DIGESTS: dict[tuple[Any, ...], Any] = {}
-
-
-class ModelError(InputError):
-    """A model that cannot be loaded or used: says which, what was found, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +84,22 @@ class Source:
         return positions(self.config())
 
     def model(self, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
-        """The model's weights on `device`, from safetensors only, in evaluation mode. Raises ModelError."""
+        """The model's weights on `device`, verified, in evaluation mode. Raises ModelError.
+
+        Its adapter is merged into it; not into quantised weights, which merging would round again.
+        """
         with _explained(self.name):
-            model: Any = AutoModelForCausalLM.from_pretrained(
+            model: Any = load_verified(
+                AutoModelForCausalLM,
+                f"model {self.name}",
                 self.path,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                use_safetensors=True,
                 trust_remote_code=self.trust_remote_code,
             )
             model = model if device is None else model.to(device)
             if self.adapter is not None:
-                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+                model = load_adapter(f"model {self.name}", model, self.adapter)
+                model = model if getattr(model, "is_quantized", False) else model.merge_and_unload()
             return model.eval()
 
 
@@ -226,6 +227,8 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what transformers says about a missing or unusable model into one line that says what to do."""
     try:
         yield
+    except ModelError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if "trust_remote_code" in reason:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
@@ -146,18 +146,44 @@ class Policy:
                 "trained adapter, or merge it first"
             )
 
-    def save(self, folder: Path, card: str, *, merge: bool = False) -> None:
+    def save(self, folder: Path, card: str, *, merge: bool = False, sampling: GenerationConfig | None = None) -> None:
         """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card.
 
+        `sampling` says how to draw from it, in place of what its base said (`whole_distribution`).
         An adapter on a model that another adapter was merged into is always merged, for its base is in no folder.
         """
         folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
         if (merge or self.source.adapter is not None) and isinstance(model, PeftModel):
             model = copy.deepcopy(model).merge_and_unload()
+        own = model.generation_config
+        model.generation_config = sampling or own
         model.save_pretrained(folder, safe_serialization=True)
+        model.generation_config = own
         self.tokenizer.save_pretrained(folder)
+        if sampling is not None:
+            # Beside an adapter PEFT writes none.
+            sampling.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def whole_distribution(temperature: float, ends: Sequence[int], pad: int | None = None) -> GenerationConfig:
+    """To draw from softmax(logits / temperature), and stop at any of `ends`.
+
+    A base's own settings (top_k 50, top_p 0.9, a penalty) would truncate the distribution that was trained.
+    """
+    return GenerationConfig(
+        do_sample=True, temperature=temperature, top_p=1.0, top_k=0, eos_token_id=list(ends), pad_token_id=pad
+    )
+
+
+def trained_temperature(folder: str) -> float | None:
+    """The temperature at which a saved policy was trained, if `whole_distribution` is in its folder."""
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    found = GenerationConfig.from_pretrained(folder)
+    whole = found.do_sample and found.top_k == 0 and found.top_p == 1.0
+    return found.temperature if whole else None
 
 
 def make_policy(

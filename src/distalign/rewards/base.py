@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from distalign.data import Pair, Prompt, Text
+from distalign.data import Pair, Prompt, Text, decode_after
 from distalign.engine import Group, score_in_batches
 from distalign.errors import InputError
 from distalign.methods.preference import induced_reward
@@ -72,31 +72,30 @@ def as_text(requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase) -> 
     responses: list[TextResponse] = []
     for request in requests:
         row = request.row
-        prompt = _decoded(tokenizer, request.prompt) if row is None else row.prompt
+        prompt = str(tokenizer.decode(request.prompt, skip_special_tokens=True)) if row is None else row.prompt
         columns = {} if row is None else row.extra
         if isinstance(row, Pair):
             columns = {**columns, "chosen": row.chosen, "rejected": row.rejected}
         for ids in request.responses:
-            text = _decoded(tokenizer, ids)
+            text = decode_after(tokenizer, ids)
             completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             responses.append(TextResponse(prompt, completion, ids, columns))
     return responses
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+# Nats. Beyond, sums and squares of single precision overflow, and so would the loss or the length of its gradient.
+LARGEST = 1e15
 
 
 def finite(values: Tensor, name: str) -> Float[Tensor, "responses"]:
-    """Rewards as the protocol promises them. Raises RewardError if one is not finite."""
+    """Rewards as the protocol promises them. Raises RewardError if one is not a number within ± `LARGEST`."""
     values = values.detach().to("cpu", torch.float32)
-    wrong = (~values.isfinite()).nonzero().flatten().tolist()
+    wrong = (~(values.abs() < LARGEST)).nonzero().flatten().tolist()
     if wrong:
         raise RewardError(
-            f"reward {name}: {len(wrong)} of {len(values)} rewards are not finite, first response {wrong[0]} "
-            f"({float(values[wrong[0]])}); a model that diverged or overflows in half precision cannot reward"
+            f"reward {name}: {len(wrong)} of {len(values)} rewards are not finite, or beyond {LARGEST:g}; first "
+            f"response {wrong[0]} ({float(values[wrong[0]])}); a model that diverged or overflows in half precision "
+            "cannot reward"
         )
     return values
 
@@ -162,7 +161,7 @@ class WeightedSum:
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """The sum over the parts."""
-        return torch.stack([weight * reward(requests) for _, weight, reward in self.parts]).sum(0)
+        return finite(torch.stack([weight * reward(requests) for _, weight, reward in self.parts]).sum(0), "sum")
 
     def counters(self) -> dict[str, float]:
         """Of every part, as `name/counter`."""

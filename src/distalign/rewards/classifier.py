@@ -24,9 +24,12 @@ from transformers import (
 )
 
 from distalign.models.load import Source, find_model
+from distalign.models.verify import ModelError, load_adapter, load_verified
 from distalign.rewards.base import Request, RewardError, TextResponse, as_text, finite
 
 _CLASSIFIER = "ForSequenceClassification"
+# What the families call the head that gives the score.
+_HEADS = ("score.", "classifier.", "classification_head.")
 
 
 @dataclass(frozen=True)
@@ -54,21 +57,19 @@ class ClassifierSource:
         """The weights, from safetensors only, in evaluation mode. Raises RewardError if the score head is missing."""
         path, adapter = self.source.path, self.source.adapter
         try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
+            model: Any = load_verified(
+                AutoModelForSequenceClassification,
+                f"reward model {self.name}",
                 path,
+                later=() if adapter is None else _HEADS,
                 num_labels=1,
                 dtype=dtype,
-                use_safetensors=True,
                 trust_remote_code=False,
-                output_loading_info=True,
             )
             if adapter is not None:
-                model = PeftModel.from_pretrained(model, adapter)
-            elif report["missing_keys"]:
-                missing = ", ".join(sorted(report["missing_keys"])[:3])
-                raise RewardError(
-                    f"reward model {self.name}: it has no weights for {missing}; train it, or take another"
-                )
+                model = load_adapter(f"reward model {self.name}", model, adapter)
+        except ModelError as error:
+            raise RewardError(str(error)) from None
         except (OSError, RuntimeError, ImportError, KeyError) as error:
             raise _unusable(self.name, error) from error
         return model.requires_grad_(False).eval()
@@ -105,7 +106,7 @@ def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSo
 def _check_adapter(name: str, folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         keys = list(file.keys())
-    if not any(part in key for key in keys for part in (".score.", ".classifier.", ".classification_head.")):
+    if not any(f".{head}" in key for key in keys for head in _HEADS):
         raise RewardError(f"reward model {name}: the adapter holds no score head; save it with task_type SEQ_CLS")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from threading import Thread
 from typing import Literal, NamedTuple
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distalign.errors import InputError
-from distalign.rewards.base import Request, RewardError, as_text
+from distalign.rewards.base import LARGEST, Request, RewardError, as_text
 from distalign.user_code import load_named
 
 SIGNATURE = "(prompts, completions, **columns) -> list of floats"
@@ -123,10 +122,10 @@ _WORDS = {
         "rewards",
         "completion",
         "reward of completion",
-        "return a finite number for each completion",
+        f"return a finite number below {LARGEST:g} for each completion",
         "timeout in the recipe's reward",
-        -sys.float_info.max,
-        sys.float_info.max,
+        -LARGEST,
+        LARGEST,
     ),
     "judge": _Words(
         "numbers",

@@ -39,6 +39,7 @@ from distalign.methods.preference import induced_reward
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
 from distalign.models.targets import with_logit_bias
+from distalign.models.verify import check_complete, check_finite
 from distalign.rewards.base import Request, RewardError, finite
 from distalign.rewards.heads import Head, HeadName, Tilt, embeddings, new_head
 from distalign.settings import Count, Positive, Section
@@ -338,6 +339,7 @@ def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
 def _load_tensors(folder: Path, reward: TrainedReward, backbone: str) -> None:
     """init: policy: tensors of our own, for ln π₀ is not part of any class of transformers."""
     tensors = load_file(folder / _TENSORS)
+    check_finite(f"reward {folder}", tensors)
     reward.head.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("head.")})
     with torch.no_grad():
         for name, parameter in reward.trained_parameters().items():
@@ -373,11 +375,15 @@ def _load_scratch(folder: Path, reward: TrainedReward, backbone: str) -> None:
     """The weights of the standard folder in a trunk that the engine reads."""
     lora = backbone == "lora"
     state = load_file(folder / (_ADAPTER if lora else _MODEL))
+    check_finite(f"reward {folder}", state)
     score = state.pop(_SCORE if lora else "score.weight")
     if lora:
+        check_complete(f"reward {folder}", get_peft_model_state_dict(reward.trunk).keys() - state.keys())
         set_peft_model_state_dict(reward.trunk, state)
     elif backbone == "full":
-        reward.trunk.load_state_dict(state, strict=False)
+        # The trunk still has the head of a language model, which a score does not read.
+        missing, _ = reward.trunk.load_state_dict(state, strict=False)
+        check_complete(f"reward {folder}", [key for key in missing if key.startswith(reward.trunk.base_model_prefix)])
     reward.trunk.requires_grad_(False)
     with torch.no_grad():
         reward.head.weight.copy_(score[0])

@@ -40,7 +40,7 @@ class Sampling:
     min_new_tokens: int
     temperature: float
     top_p: float
-    end_id: int
+    end_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -194,14 +194,15 @@ def _decode(
     """One token per step for each response that has not ended, from the logits of the first token on."""
     responses: list[list[int]] = [[] for _ in range(len(logits))]
     alive = torch.arange(len(responses), device=logits.device)
+    ends = torch.tensor(settings.end_ids, device=logits.device)
     with decoder.decoding():
         for step in range(settings.max_new_tokens):
             if step < settings.min_new_tokens:
-                logits[:, settings.end_id] = -math.inf
+                logits[:, settings.end_ids] = -math.inf
             tokens = choose(logits, settings.temperature, settings.top_p, generator)
             for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
                 responses[row].append(token)
-            going = close_gaps(tokens != settings.end_id)
+            going = close_gaps(~torch.isin(tokens, ends))
             if not len(going) or step == settings.max_new_tokens - 1:
                 break
             if len(going) < len(alive):

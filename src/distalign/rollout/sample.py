@@ -16,6 +16,15 @@ from distalign.engine.forward import device_of, evaluating
 from distalign.rollout.decode import Sampling, encode_prompts, respond
 
 
+def end_ids(model: nn.Module, end_id: int) -> tuple[int, ...]:
+    """The tokens that end a response: `end_id`, then the others that the model's generation_config lists."""
+    config = getattr(model, "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    vocabulary = model.config.get_text_config().vocab_size if listed else 0  # pyright: ignore
+    return tuple(dict.fromkeys([end_id, *(index for index in listed if 0 <= index < vocabulary)]))
+
+
 @torch.no_grad()
 def sample(
     model: nn.Module,
@@ -33,14 +42,15 @@ def sample(
 ) -> list[list[list[int]]]:
     """`n` responses to every prompt, as token ids: result[prompt][response].
 
-    A response ends with `end_id`, or has `max_new_tokens` tokens and no end. At least `min_new_tokens` come before the
-    end: until then it is not drawn, and the other tokens keep their proportion. Temperature 0 takes the most likely
-    token. With `top_p` < 1 only the most likely tokens that together reach it are sampled, renormalised.
-    `rows` bounds the responses decoded at once; where `n` exceeds it they are decoded in parts, from one encoding of
-    the prompt. The same arguments and seed give the same responses on one machine; the global random state is left
+    A response ends with one of `end_ids(model, end_id)`, or has `max_new_tokens` tokens and no end. At least
+    `min_new_tokens` come before the end: until then it is not drawn, and the other tokens keep their proportion.
+    Temperature 0 takes the most likely token. With `top_p` < 1 only the most likely tokens that together reach it are
+    sampled, renormalised. `rows` bounds the responses decoded at once; where `n` exceeds it they are decoded in parts,
+    from one encoding of the prompt. The same arguments and seed give the same responses on one machine; the global
+    random state is left
     alone. Raises ValueError for an empty prompt or settings out of range.
     """
-    settings = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, end_id)
+    settings = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, end_ids(model, end_id))
     _check(prompts, n, rows)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import ValidationError
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from distalign.engine.memory import Recompute
 from distalign.settings import lower_first, unknown_setting
@@ -101,6 +102,8 @@ class AlignmentConfig(TrainingArguments):
     per_device_train_batch_size: int = 16
     num_train_epochs: float = 1.0
     logging_steps: float = 1
+    hub_strategy: HubStrategy | str = "end"  # the model that is kept, once
+    logging_nan_inf_filter: bool = False  # a loss that is no number is logged as such
     save_strategy: str = "no"
     report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -43,7 +43,7 @@ LITTLE_ENTROPY = 0.02
 
 
 def completion_metrics(
-    responses: Sequence[list[int]], *, end_id: int, rewards: Float[Tensor, "responses"] | None = None
+    responses: Sequence[list[int]], *, end_ids: Collection[int], rewards: Float[Tensor, "responses"] | None = None
 ) -> dict[str, float]:
     """What the responses of a round look like, without judging them.
 
@@ -54,7 +54,7 @@ def completion_metrics(
     """
     if not responses:
         raise ValueError("completion_metrics: no responses; give at least one")
-    ended = [bool(response) and response[-1] == end_id for response in responses]
+    ended = [bool(response) and response[-1] in end_ids for response in responses]
     lengths = torch.tensor([float(len(response)) for response in responses], dtype=torch.float64)
     metrics = {
         "completions/number": float(len(responses)),

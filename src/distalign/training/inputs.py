@@ -159,6 +159,7 @@ def read_pairs_of(
         max_length=min((length for length in (args.max_length, limit) if length is not None), default=None),
         max_response_tokens=args.max_response_tokens,
         too_long=args.too_long,
+        end_id=args.end_token_id,
     )
     left_out = counts.kept < counts.pairs or counts.cut_chosen or counts.cut_rejected
     logger.log(logging.WARNING if left_out else logging.INFO, "%s: %s", name, counts)

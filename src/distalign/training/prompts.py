@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distalign.engine import Group, Scores, micro_batches
+from distalign.errors import InputError
 from distalign.methods import Method, Needs, Pairs, Samples
 from distalign.methods.estimators import sequence_sum
 
@@ -26,6 +27,8 @@ logger = logging.getLogger("distalign.training.trainer")
 INFORMATIVE = (0.1, 8.0)
 # Below this it is 0 but for rounding: a method whose reward is a log-ratio, before its first step.
 AT_START = 1e-3
+# Above it nearly every label is certain in single precision, and most pairs have no gradient at all.
+SATURATED = 100.0
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,14 @@ def merge(first: PromptGroup, second: PromptGroup) -> PromptGroup:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Prompts that go through the policy together; `weight` is their share of the prompts of the optimizer step."""
+    """Prompts that go through the policy together.
+
+    `weight` is their share of the prompts of the optimizer step, `indices` their places in the batch.
+    """
 
     prompts: list[PromptGroup]
     weight: float
+    indices: Sequence[int] = ()
 
     @property
     def groups(self) -> list[Group]:
@@ -140,7 +147,7 @@ class Batch:
     def micro_batches(self, token_budget: int) -> Iterator[MicroBatch]:
         """The batch in parts of at most `token_budget` tokens."""
         for indices in micro_batches([prompt.group for prompt in self.prompts], token_budget):
-            yield MicroBatch([self.prompts[index] for index in indices], len(indices) / self.step_prompts)
+            yield MicroBatch([self.prompts[index] for index in indices], len(indices) / self.step_prompts, indices)
 
 
 def labelled_pairs(logps: Float[Tensor, "pairs 2"], prompts: Sequence[PromptGroup]) -> Pairs:
@@ -251,9 +258,17 @@ def pair_metrics(method: Method, pairs: Pairs) -> dict[str, float]:
         return {name: float(values.detach().mean()) for name, values in means.items()}
 
 
-def warn_about_sharpness(label: str, median: float) -> None:
-    """Warn if the median |implicit reward gap| of labelled pairs, in nats, says that labels carry no information."""
+def check_sharpness(label: str, median: float) -> None:
+    """Warn if the median |implicit reward gap| of labelled pairs, in nats, says that labels carry no information.
+
+    Raises InputError above `SATURATED`.
+    """
     low, high = INFORMATIVE
+    if median > SATURATED:
+        raise InputError(
+            f"{label}: the median pair has |logit| {median:.3g} at the start, so that most pairs have no gradient; "
+            f"divide gamma by about {median:.2g}, or set gamma: auto"
+        )
     if median > high:
         logger.warning(
             "%s: the median pair has |logit| %.3g at the start: labels look certain and gradients vanish; "

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -252,15 +252,17 @@ def apply_missing_end(
 class Rollout:
     """How responses are drawn and rewarded: the recipe's `rollout` section, the token that ends a response, a reward.
 
-    `reward` is None for methods that read none.
+    `reward` is None for methods that read none. `end_ids` are all tokens that end a response (`rollout.end_ids`).
     """
 
     settings: RolloutSettings
     end_id: int
     reward: Reward | None = None
+    end_ids: Collection[int] = ()
     backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
+        self.end_ids = self.end_ids or (self.end_id,)
         self.backend = TransformersBackend(self.settings.decode_batch_size)
 
     def sample(
@@ -283,7 +285,7 @@ class Rollout:
         """Rewards of the responses to these rows, the missing-end rule applied. Raises RewardError."""
         assert self.reward is not None
         requests = [Request(row.prompt, group, row.row) for row, group in zip(rows, responses, strict=True)]
-        ended = torch.tensor([response[-1] == self.end_id for group in responses for response in group])
+        ended = torch.tensor([response[-1] in self.end_ids for group in responses for response in group])
         return apply_missing_end(self.reward(requests), ended, self.settings.missing_end)
 
     def scores(
@@ -553,7 +555,7 @@ class RolloutWorker:
             metrics["objective/kl"] = float(seen["kl"].mean())
         if rewards is not None:
             metrics["objective/reward"] = float(rewards.mean())
-        metrics |= completion_metrics(responses, end_id=self.rollout.end_id, rewards=rewards)
+        metrics |= completion_metrics(responses, end_ids=self.rollout.end_ids, rewards=rewards)
         if self.monitor is not None:
             metrics |= self.monitor.update(metrics, step)
         self.metrics.add(metrics, 1)
@@ -618,4 +620,4 @@ def observe(
     if policy.reference is not None:
         with policy.as_reference() as reference:
             metrics["objective/kl"] = float((logps - rollout.scores(reference, groups, token_budget).logps).mean())
-    return metrics | completion_metrics([drawn for group in responses for drawn in group], end_id=rollout.end_id)
+    return metrics | completion_metrics([drawn for group in responses for drawn in group], end_ids=rollout.end_ids)

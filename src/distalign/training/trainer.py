@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from httpx import HTTPError
+from huggingface_hub import HfApi
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
@@ -44,11 +48,12 @@ from distalign.errors import InputError
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
-from distalign.models.card import model_card
+from distalign.models.card import add_licence, model_card
 from distalign.models.load import positions
-from distalign.models.policy import Policy
+from distalign.models.policy import Policy, whole_distribution
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
+from distalign.rollout.sample import end_ids
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
     load_reference,
@@ -61,6 +66,7 @@ from distalign.training.checkpoint import (
     save_worker,
 )
 from distalign.training.config import AlignmentConfig, names_what_was_meant
+from distalign.training.guard import ADVICE, Guard
 from distalign.training.health import Monitor
 from distalign.training.inputs import (
     Model,
@@ -84,11 +90,11 @@ from distalign.training.prompts import (
     MetricAverager,
     MicroBatch,
     PromptGroup,
+    check_sharpness,
     implicit_rewards,
     labelled_pairs,
     merge,
     pair_metrics,
-    warn_about_sharpness,
 )
 from distalign.training.rounds import (
     ReferenceResponses,
@@ -234,7 +240,7 @@ class AlignmentTrainer(Trainer):
             args,
             token_budget=self.token_budget or FORWARD_BUDGET,
         )
-        self.rollout = Rollout(args.rollout, end_id, reward)
+        self.rollout = Rollout(args.rollout, end_id, reward, end_ids(policy.model, end_id))
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
@@ -243,6 +249,7 @@ class AlignmentTrainer(Trainer):
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
         health = args.health_settings
         self.monitor = Monitor(health, self.label) if health is not None else None
+        self.guard = Guard(self.label)
         self.metrics = MetricAverager()
         self._pair_rewards: dict[tuple, Tensor] = {}
         self.worker = self._worker() if self.on_policy else None
@@ -285,17 +292,21 @@ class AlignmentTrainer(Trainer):
             self.memory = self.estimate_memory()
         started = time.perf_counter()
         model.train()
-        batch = self.collect(inputs["rows"], inputs["indices"], num_items_in_batch)
+        rows, step = inputs["rows"], self.state.global_step
+        batch = self.collect(rows, inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
         for micro in batch.micro_batches(self._budget()):
             with self.explain_out_of_memory(micro):
                 scores = self.score(micro.groups)
                 pairs, samples = micro.inputs(scores, self.needs, self.pairing)
                 loss = self.method.loss(pairs, samples) * micro.weight
+                self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
                 # Its share of the step is in the weight: accelerate divides by nothing more.
                 self.accelerator.backward(loss)
             self.record(micro, scores, samples)
             total += loss.detach().to(total.dtype)
+        if self.accelerator.sync_gradients:
+            self.guard.check_gradients(model.parameters(), step, scaled=self.accelerator.scaler is not None)
         return self.log_step(batch, total, started)
 
     def collect(self, rows: Sequence[Row], indices: Sequence[int], step_prompts: int | None = None) -> Batch:
@@ -380,7 +391,7 @@ class AlignmentTrainer(Trainer):
         self._tokens += batch.tokens
         if self.accelerator.sync_gradients:
             if self._gaps:
-                warn_about_sharpness(self.label, float(torch.cat(self._gaps).median()))
+                check_sharpness(self.label, float(torch.cat(self._gaps).median()))
                 self._gaps = []
             self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
             if self._weights:
@@ -502,6 +513,7 @@ class AlignmentTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         # The one private method of transformers that is overridden: it deletes older checkpoints at its end, so what a
         # run needs besides is written before.
+        self._check_policy()
         folder = self._folder / f"checkpoint-{self.state.global_step}"
         folder.mkdir(parents=True, exist_ok=True)
         if self.worker is not None:
@@ -645,12 +657,14 @@ class AlignmentTrainer(Trainer):
             **pair_metrics(self.method, pairs),
             "preference/median_logit": float(logit.abs().median()),
         }
+        if not math.isfinite(values["loss"]):
+            raise TrainingError(f"{self.label}: the held-out loss is {values['loss']}; {ADVICE}")
         if prefix not in self.start:
             # A run that goes on remembers where it started.
             logged = [row for row in self.state.log_history if f"{prefix}_logps/chosen" in row]
             self.start[prefix] = {name: logged[0][f"{prefix}_{name}"] for name in values} if logged else values
             if self.state.global_step == 0:
-                warn_about_sharpness(self.label, self.start[prefix]["preference/median_logit"])
+                check_sharpness(self.label, self.start[prefix]["preference/median_logit"])
         values["health/chosen_logps_change"] = values["logps/chosen"] - self.start[prefix]["logps/chosen"]
         return values | self._watch(values["logps/chosen"], rows)
 
@@ -697,8 +711,47 @@ class AlignmentTrainer(Trainer):
         """Write the model as it is (under LoRA the adapter), the tokenizer and the card."""
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
+            # A pickle, with the hub's token in it.
+            (Path(output_dir or self._folder) / "training_args.bin").unlink(missing_ok=True)
         else:
-            self.policy.save(Path(output_dir or self._folder), self.card())
+            self._check_policy()
+            self._save_policy(Path(output_dir or self._folder))
+            if self.args.push_to_hub:
+                self.push_to_hub()
+
+    def _save_policy(self, folder: Path) -> None:
+        sampling = whole_distribution(self.temperature, self.rollout.end_ids, self.policy.tokenizer.pad_token_id)
+        self.policy.save(folder, self.card(), sampling=sampling)
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except (OSError, ValueError, HTTPError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TrainingError(
+                f"{self.label}: push_to_hub is set and the hub makes no repository ({reason}); log in with hf auth "
+                "login, or leave it out and upload the folder of the model later"
+            ) from error
+
+    def push_to_hub(self, commit_message: str | None = "distalign", **kwargs: Any) -> Any:
+        """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self._save_policy(Path(scratch))
+            add_licence(Path(scratch) / "README.md", self.policy.source.path)
+            return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=scratch,
+                commit_message=commit_message,
+                revision=kwargs.get("revision") or self.args.hub_revision,
+            )
+
+    def _check_policy(self) -> None:
+        """Raise TrainingError for a policy that diverged: no bad one is saved."""
+        groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
+        with evaluating(self.policy.model):
+            logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
+        self.guard.check_policy(self.policy.model, logps, self.state.global_step)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
@@ -721,6 +774,7 @@ class AlignmentTrainer(Trainer):
             training={**training, "kept_step": self.kept_step, "seed": args.seed},
             results=self.last_evaluation(),
             adapter=self._adapter(),
+            temperature=self.temperature,
             **more,
         )
 
@@ -786,6 +840,11 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         raise TrainingError(
             f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
             "show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.push_to_hub and args.hub_strategy != "end":
+        raise TrainingError(
+            f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "
+            "it out"
         )
     if args.torch_compile:
         raise TrainingError(

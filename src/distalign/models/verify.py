@@ -1,0 +1,86 @@
+"""What is loaded is what the files hold: every tensor of the model was in them, and every number is finite."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from distalign.errors import InputError
+
+logger = logging.getLogger("distalign.models.verify")
+
+
+class ModelError(InputError):
+    """A model that cannot be loaded or used: says which, what was found, and what to do."""
+
+
+def load_verified(kind: Any, label: str, path: str, *, later: tuple[str, ...] = (), **settings: Any) -> PreTrainedModel:
+    """`kind.from_pretrained(path)`, from safetensors only; tensors whose names start with `later` come with an adapter.
+
+    `label` begins every message. Raises ModelError for tensors that the files lack, which transformers would fill with
+    random numbers, and for numbers that are not finite. Tensors that the model has no place for are named in a warning.
+    """
+    model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **settings)
+    missing = [key for key in report["missing_keys"] if not key.startswith(later)]
+    check_complete(label, missing, report["unexpected_keys"])
+    check_finite(label, model)
+    return model
+
+
+def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
+    """The model with the adapter that PEFT saved in `folder`, verified as `load_verified` does. Raises ModelError.
+
+    A model whose embeddings the adapter was trained with after resizing them is resized too.
+    """
+    if PeftConfig.from_pretrained(folder).is_prompt_learning:
+        raise ModelError(
+            f"{label}: the adapter in {folder} is a learned prompt, which cannot be merged; train a LoRA adapter"
+        )
+    saved = load_peft_weights(folder, device="cpu")
+    rows = [value.shape[0] for key, value in saved.items() if key.endswith(("embed_tokens.weight", "wte.weight"))]
+    if rows and rows[0] != (own_rows := model.get_input_embeddings().num_embeddings):
+        logger.info("%s: its %d embeddings become %d, as in the adapter", label, own_rows, rows[0])
+        model.resize_token_embeddings(rows[0], mean_resizing=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        adapted = PeftModel.from_pretrained(model, folder)
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    check_complete(label, own - saved.keys(), {key for key in saved.keys() - own if "lora_" in key})
+    check_finite(label, adapted)
+    return adapted
+
+
+def check_complete(label: str, missing: Collection[str], unexpected: Collection[str] = ()) -> None:
+    """Raise ModelError if tensors of the model are not in its files; warn of tensors that have no place in it."""
+    if missing:
+        instead = f", and hold {_few(unexpected)}, which the model does not have" if unexpected else ""
+        raise ModelError(
+            f"{label}: its files lack {len(missing)} of its tensors ({_few(missing)}){instead}; they would be "
+            "random numbers. Save the whole causal language model again with save_pretrained, without a wrapper "
+            "(torch.compile, DDP) and with its head"
+        )
+    if unexpected:
+        logger.warning("%s: %d tensors of its files are not used: %s", label, len(unexpected), _few(unexpected))
+
+
+def check_finite(label: str, weights: nn.Module | Mapping[str, torch.Tensor]) -> None:
+    """Raise ModelError if a weight is NaN or infinite."""
+    named: Iterable[tuple[str, torch.Tensor]] = (
+        weights.named_parameters() if isinstance(weights, nn.Module) else weights.items()
+    )
+    for key, tensor in named:
+        if tensor.is_floating_point() and tensor.device.type != "meta" and not tensor.isfinite().all():
+            raise ModelError(f"{label}: the tensor {key} holds NaN or infinite numbers; take another checkpoint")
+
+
+def _few(names: Collection[str], most: int = 4) -> str:
+    shown = ", ".join(sorted(names)[:most])
+    return shown if len(names) <= most else f"{shown}, …"

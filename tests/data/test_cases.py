@@ -1,0 +1,215 @@
+"""Inputs that people have and that were once read wrongly: templates, tokenizers, tools, files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from decimal import Decimal
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from distalign.data import DataError, Pair, decode_after, encode_pairs, end_token_id, read_pairs, readers
+from distalign.errors import InputError
+from distalign.judges import Comparison
+from distalign.judges.local import encode
+from distalign.rewards.base import Request, as_text
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>"]
+CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+OPENED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+HARMONY = (
+    "{% for m in messages %}<|start|>{{ m.role }}{% if m.role=='assistant' %}<|channel|>final{% endif %}<|message|>"
+    "{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+THINKING = (
+    "{{ '<s>' }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% if m.role=='assistant' %}</s>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant:<think>{% endif %}"
+)
+TOOLS = (
+    "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{{ m.tool_calls | default('') | tojson }}<|im_end|>"
+    "{% endfor %}"
+)
+
+
+def byte_tokenizer(template=CHATML + OPENED, extra=()):
+    """One token for each byte, and special ones."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, special=True) for name in (*SPECIAL, *extra)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|im_end|>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def chat(question, good, bad):
+    """A row of messages."""
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": good}],
+        "rejected": [{"role": "assistant", "content": bad}],
+    }
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "end"),
+    [
+        (CHATML, [], "<|im_end|>"),
+        (CHATML + OPENED, [], "<|im_end|>"),
+        (HARMONY, ["<|start|>", "<|channel|>", "<|message|>", "<|end|>"], "<|end|>"),
+        (THINKING, ["<think>"], "</s>"),
+    ],
+    ids=["no generation prompt", "chatml", "channels", "thinking"],
+)
+def test_the_end_token_is_what_stands_after_the_words(template, extra, end):
+    """Not the first special token after the prompt."""
+    tokenizer = byte_tokenizer(template, extra)
+    assert tokenizer.decode([end_token_id(tokenizer, conversational=True)]) == end
+    rows = read_pairs([chat("2+2?", "4", "five")])
+    if template is THINKING:
+        with pytest.raises(DataError, match=r"asks for an answer with .*<think>"):
+            encode_pairs(tokenizer, rows, max_length=None)
+    else:
+        (pair,), _ = encode_pairs(tokenizer, rows, max_length=None)
+        assert tokenizer.decode(pair.chosen).endswith(f"4{end}")
+
+
+def test_an_end_that_no_template_writes_is_asked_for():
+    """GLM ends a turn with the next one's role: the setting says which token ends a response."""
+    turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    tokenizer = byte_tokenizer(turns + OPENED)
+    rows = read_pairs([chat("2+2?", "4", "five")])
+    with pytest.raises(DataError, match="set end_token_id"):
+        encode_pairs(tokenizer, rows, max_length=None)
+    end = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    (pair,), _ = encode_pairs(tokenizer, rows, max_length=None, end_id=end)
+    assert tokenizer.decode(pair.chosen) == "4<|im_start|>"
+
+
+def test_a_template_that_fails_is_named():
+    """Before any row is read."""
+    tokenizer = byte_tokenizer("{{ raise_exception('no system') }}")
+    with pytest.raises(InputError, match="the chat template fails on a question"):
+        end_token_id(tokenizer, conversational=True)
+
+
+def metaspace():
+    """As SentencePiece tokenizers of Llama 2 and Mistral are converted: a space before the first word of a text."""
+    letters = sorted(set("▁abcdefghijklmnopqrstuvwxyz.:ABCDEFGHIJKLMNOPQRSTUVWXYZ\n"))
+    made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(letters)}, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    made.decoder = decoders.Metaspace(prepend_scheme="first")
+    made.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def test_a_response_keeps_its_first_space_and_gains_none():
+    """In training, for rewards, and for judges."""
+    tokenizer = metaspace()
+    data = read_pairs([{"prompt": "The sky is", "chosen": " red now", "rejected": " blue"}])
+    (pair,), _ = encode_pairs(tokenizer, data, max_length=None)
+    assert decode_after(tokenizer, pair.chosen) == " red now"
+    (seen,) = as_text([Request(pair.prompt, [pair.chosen], pair.row)], tokenizer)
+    assert seen.prompt + seen.completion == "The sky is red now"
+    data = read_pairs([{"prompt": "Answer:\n", "chosen": "red now", "rejected": "blue"}])
+    (pair,), _ = encode_pairs(tokenizer, data, max_length=None)
+    assert pair.prompt + pair.chosen[:-1] == tokenizer("Answer:\nred now", add_special_tokens=False)["input_ids"]
+    assert encode(Comparison("Answer:\n", "red now", "blue", key="k"), tokenizer).first == pair.chosen
+
+
+def test_a_table_fills_in_no_fields(tmp_path):
+    """Arrow gives every row the fields of all rows; the prompt is that of the JSON file."""
+    import pyarrow
+    from pyarrow import parquet
+
+    def row(name):
+        call = {"type": "function", "function": {"name": "f", "arguments": {name: "x"}}}
+        schema = {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {name: {"type": "string"}}}},
+        }
+        asked = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+                 {"role": "tool", "content": "r"}]  # fmt: skip
+        return {**chat("", "a", "b"), "prompt": asked, "tools": [schema]}
+
+    rows = [row("town"), row("code")]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tools.parquet")
+    tokenizer = byte_tokenizer(TOOLS)
+    plain, table = (
+        encode_pairs(tokenizer, read_pairs(s), max_length=None)[0] for s in (rows, tmp_path / "tools.parquet")
+    )
+    assert [pair.prompt for pair in plain] == [pair.prompt for pair in table]
+    assert "null" not in tokenizer.decode(table[0].prompt)
+    texts = [{**one, "tools": json.dumps(one["tools"])} for one in rows]
+    assert [pair.prompt for pair in encode_pairs(tokenizer, read_pairs(texts), max_length=None)[0]] == [
+        pair.prompt for pair in plain
+    ]
+    with pytest.raises(DataError, match="tools is text that is not JSON"):
+        read_pairs([{**rows[0], "tools": "weather"}])
+
+
+@pytest.mark.parametrize("content", ["", None])
+def test_a_tool_call_is_an_answer(content):
+    """Without words."""
+    call = {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    (pair,) = read_pairs([{**chat("q", "a", "I cannot know."), "chosen": [call]}])
+    assert isinstance(pair, Pair)
+    assert pair.chosen[0]["tool_calls"]
+    rows = read_pairs([{**chat("q", "a", "No."), "chosen": [call]}])
+    encoded, _ = encode_pairs(byte_tokenizer(TOOLS), rows, max_length=None)
+    assert len(encoded) == 1
+
+
+def test_what_differs_only_in_what_the_template_drops_is_called_so():
+    """Not white space."""
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content[:14] }}<|im_end|>{% endfor %}")
+    with pytest.raises(DataError, match="only in what the tokenizer or the chat template leaves out"):
+        encode_pairs(tokenizer, read_pairs([chat("q", "a" * 15, "a" * 14 + "b")]), max_length=None)
+
+
+ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_numbers_as_tables_and_hands_write_them(tmp_path):
+    """A Decimal is a probability; a huge integer and deep nesting are refused, not a traceback."""
+    assert read_pairs([{**ROW, "p_chosen": Decimal("0.75")}])[0].probability == 0.75
+    huge = tmp_path / "huge.jsonl"
+    huge.write_text(json.dumps(ROW)[:-1] + f', "p_chosen": 1{"0" * 400}}}\n')
+    with pytest.raises(DataError, match="a finite number is needed"):
+        read_pairs(huge)
+    huge.write_text(json.dumps(ROW)[:-1] + f', "p_chosen": 1{"0" * 5000}}}\n')
+    with pytest.raises(DataError, match="write plain numbers"):
+        read_pairs(huge)
+    huge.write_text("[" * 100_000 + "\n")
+    with pytest.raises(DataError, match="few levels of nesting"):
+        read_pairs(huge)
+
+
+def test_files_whose_names_shout_and_files_that_are_bombs(tmp_path, monkeypatch):
+    """`.JSONL` is JSON lines; a line without end stops early."""
+    (tmp_path / "DATA.JSONL").write_text(json.dumps(ROW) + "\n")
+    assert len(read_pairs(tmp_path / "DATA.JSONL")) == 1
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb") as file:
+        file.write(b"x" * 5000)
+    with pytest.raises(DataError, match="a line of more than"):
+        read_pairs(tmp_path / "bomb.jsonl.gz")
+
+
+def test_a_damaged_table_is_named(tmp_path):
+    """Wherever the damage is."""
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "pairs.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([ROW] * 50), path)
+    whole = path.read_bytes()
+    for place in range(4, len(whole), 37):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        try:
+            read_pairs(path)
+        except DataError:
+            continue

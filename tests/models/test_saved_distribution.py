@@ -1,0 +1,96 @@
+"""The saved policy is the trained one: its temperature, its ends, its card; what goes to the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from distalign import PMLE, RKL, AlignmentConfig, AlignmentTrainer
+from distalign.evaluation.setup import load_evaluation, load_setup
+from distalign.models.policy import trained_temperature
+from distalign.training.rounds import TrainingError
+
+ROWS = [{"prompt": p, "chosen": " happy tea", "rejected": " cold bad rain"} for p in tiny.prompts(8)]
+
+
+def trainer(folder, method, **settings):
+    """One step of two prompts on the tiny model."""
+    args = AlignmentConfig(
+        output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, max_completion_length=4, token_budget=512,
+        use_cpu=True, **settings,
+    )  # fmt: skip
+    reward = (lambda completions, **_: [float(len(one)) for one in completions]) if method.needs.reward else None
+    model = AutoModelForCausalLM.from_pretrained(tiny.save(folder.parent / "base"))
+    model.generation_config.update(do_sample=True, top_k=5, eos_token_id=[tiny.END, 7])
+    return AlignmentTrainer(model, method, args, ROWS, processing_class=tiny.tokenizer(), reward_funcs=reward)
+
+
+def test_the_temperature_is_saved_said_and_evaluated_with(tmp_path, caplog):
+    """softmax(z/T) was trained: generate draws from it, and evaluate measures it, unless told otherwise."""
+    run = trainer(tmp_path / "run", RKL(gamma=0.5), temperature=0.5)
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert [saved[name] for name in ("do_sample", "temperature", "top_p", "top_k")] == [True, 0.5, 1.0, 0]
+    assert saved["eos_token_id"] == [tiny.END, 7]
+    assert "temperature 0.5, top_p 1, top_k 0" in (tmp_path / "model" / "README.md").read_text()
+    assert trained_temperature(str(tmp_path / "model")) == 0.5
+    assert trained_temperature(str(tmp_path / "base")) is None
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS))
+    settings = {"name": "t", "model": str(tmp_path / "base"), "prompts": str(prompts), "max_new_tokens": 4}
+    evaluation = load_evaluation({**settings, "policies": {"mine": str(tmp_path / "model")}})
+    assert load_setup(evaluation).settings.temperature == 0.5
+    other = load_evaluation({**settings, "policies": {"mine": str(tmp_path / "model")}, "temperature": 1.0})
+    assert load_setup(other).settings.temperature == 1.0
+    assert "mine at 0.5" in caplog.text
+
+
+def test_pairs_are_learned_at_temperature_one(tmp_path):
+    """Whatever the base samples with."""
+    run = trainer(tmp_path / "run", PMLE(gamma=0.5, beta=0.0), temperature=0.7)
+    run.train()
+    run.save_model(str(tmp_path / "model"))
+    assert trained_temperature(str(tmp_path / "model")) == 1.0
+
+
+def test_the_kept_model_goes_to_the_hub_once(tmp_path, monkeypatch):
+    """With card and sampling settings; no checkpoint, no samples, no pickle."""
+    made = type("Repository", (), {"repo_id": "me/mine"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: made)
+    sent = []
+
+    def upload(self, *, repo_id, folder_path, **_):
+        model = AutoModelForCausalLM.from_pretrained(folder_path)
+        sent.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), model))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    settings = {"push_to_hub": True, "hub_model_id": "mine", "save_strategy": "steps", "save_steps": 1}
+    run = trainer(tmp_path / "run", PMLE(gamma=0.5, beta=0.0), **settings)
+    run.train()
+    assert not sent
+    run.save_model(str(tmp_path / "model"))
+    ((name, files, model),) = sent
+    assert name == "me/mine"
+    assert {"README.md", "generation_config.json", "model.safetensors"} <= set(files)
+    assert not [file for file in files if file.endswith((".bin", ".pt", ".jsonl")) or "checkpoint" in file]
+    trained = run.policy.model.state_dict()
+    assert all(torch.equal(value, trained[key]) for key, value in model.state_dict().items())
+    with pytest.raises(TrainingError, match="hub_strategy is"):
+        trainer(tmp_path / "other", PMLE(gamma=0.5, beta=0.0), push_to_hub=True, hub_strategy="every_save")
+
+
+def test_a_hub_that_does_not_answer_is_named_before_training(tmp_path, monkeypatch):
+    """Not after hours."""
+
+    def fail(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    with pytest.raises(TrainingError, match="the hub makes no repository"):
+        trainer(tmp_path / "run", PMLE(gamma=0.5, beta=0.0), push_to_hub=True)

@@ -1,0 +1,47 @@
+"""No secret is written: not by its setting's name, not by what it looks like."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import tiny
+import yaml
+
+from distalign.cli.shared import command_line
+from distalign.experiments.recipe import load_recipe
+from distalign.experiments.train import train
+from distalign.settings import HIDDEN, dump_yaml, masked
+
+TOKEN = "hf_" + "aB3" * 11
+
+
+@pytest.mark.parametrize("name", ["hub_token", "token", "api_key", "HF_TOKEN", "password", "wandb_api_key", "secret"])
+def test_settings_with_the_name_of_a_secret_are_hidden(name):
+    """Whatever their value looks like; names that only sound like it are kept."""
+    assert masked({"training": [{name: "hf_NOT_A_REAL_ONE"}]}) == {"training": [{name: HIDDEN}]}
+    kept = {"token_budget": 512, "end_token": "</s>", "pad_token_id": 0, "tokenizer": "a/b", "monkey": "x", name: None}
+    assert masked(kept) == kept
+
+
+@pytest.mark.parametrize("value", [TOKEN, "sk-" + "x1" * 12, "ghp_" + "a" * 36, "https://me:pass@host/v1"])
+def test_what_looks_like_a_secret_is_hidden_anywhere(value):
+    """In any setting, and in the middle of a text."""
+    written = dump_yaml({"note": f"see {value} there"})
+    assert HIDDEN in written
+    assert value not in written
+    assert masked({"model": "hf_models/task-long-name-of-a-model"}) == {"model": "hf_models/task-long-name-of-a-model"}
+
+
+def test_no_file_of_a_run_holds_the_token(tmp_path, monkeypatch):
+    """Recipe, card, results, report; nor does the line that says how to go on."""
+    tiny.save(tmp_path / "model")
+    settings = yaml.safe_load(tiny.recipe_text(tmp_path))
+    settings["training"] = {**settings["training"], "hub_token": "hf_NOT_A_REAL_ONE", "max_steps": 1}
+    train(load_recipe(settings), "dpo")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if b"hf_NOT_A_REAL_ONE" in path.read_bytes()]
+    monkeypatch.setattr(sys, "argv", ["distalign", "train", "--set", "training.hub_token=hf_NOT_A_REAL_ONE", TOKEN])
+    assert "NOT_A_REAL" not in command_line()
+    assert TOKEN not in command_line()
