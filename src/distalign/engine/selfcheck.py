@@ -8,6 +8,7 @@ layers, it is compared with the attention by segments on the same terms, values 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -37,6 +38,7 @@ from distalign.engine.forward import (
 )
 from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
+from distalign.errors import InputError
 
 logger = logging.getLogger("distalign.engine")
 
@@ -49,9 +51,9 @@ class EngineReport:
 
     path: "shared" (prompt encoded once), "padded" (sequences on their own, tiled head) or "plain" (the model's own
     logits). reason: one sentence. max_error: largest difference of one log-probability from the model's own, in nats,
-    on the path taken. length_limit: sequences longer than this are served "plain", because their position encoding
-    depends on the longest sequence of a call; None where there is no such limit. by_flex: on the shared path,
-    FlexAttention computes what it serves (`distalign.engine.flex`), the attention by segments the rest.
+    on the path taken. length_limit: sequences longer than this are served "plain", because what is computed of one
+    depends on the others of a call, or on their padding; None where there is no such limit. by_flex: on the shared
+    path, FlexAttention computes what it serves (`distalign.engine.flex`), the attention by segments the rest.
     """
 
     path: Path
@@ -78,6 +80,9 @@ _FLEX_TOLERANCES: dict[torch.dtype | None, float] = {torch.float32: 5e-3, torch.
 
 # More than two blocks of the mask, none of whose edges is the edge of a piece; a piece of no tokens and one of one.
 _FLEX_SAMPLE = (Segment(140, (60, 0, 1, 37)), Segment(3, (90,)))
+
+# What configurations call the number of keys that a query reads, at most (DeepSeek 3.2, Qwen 4, Doge).
+SPARSE = ("index_topk", "index_topk_blocks", "indexer_budget", "keep_window_size")
 
 # The report of every state of a model, and the calls of its layers on which FlexAttention has not been tried yet.
 _REPORTS: WeakKeyDictionary[nn.Module, dict[tuple, tuple[EngineReport, list[flex.Call]]]] = WeakKeyDictionary()
@@ -119,6 +124,7 @@ def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:
     """How the model is served, and what its layers ask for where it is served by packed rows."""
     config = text_config(model)
     groups = sample_groups(config, len(embedding_weight(model)))
+    _require_causal(model, groups[0].prompt)
     truth = encode(model, groups, "plain", 1.0)
     targets = frame(groups, device_of(model)).targets
     expected = score_rows(truth, targets).logps
@@ -135,6 +141,19 @@ def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:
     if not wrong:
         return replace(report, path="padded", reason=f"{reason}; prompts are not shared", max_error=error), []
     return replace(report, reason=f"{reason}; padded rows differ from its own logits too, by {error:.2g} nats"), []
+
+
+def _require_causal(model: Any, ids: list[int]) -> None:
+    """Raise InputError if a token changes what is said of those before it: BERT, or a decoder loaded as an encoder."""
+    device = device_of(model)
+    rows = [torch.tensor([[*ids[:-1], last]], device=device) for last in (ids[-1], ids[0])]
+    first, second = (model(input_ids=row, use_cache=False).logits[0, : len(ids) - 1].float() for row in rows)
+    rounding = 1e-4 if _precision(model) in (torch.float32, torch.float64) else 0.02
+    if (first - second).abs().max() > rounding * first.abs().max():
+        raise InputError(
+            f"{type(model).__name__}: a token changes the log-probabilities of the tokens before it, so it is no "
+            "causal language model; take a decoder (BERT and its family: a checkpoint trained with is_decoder: true)"
+        )
 
 
 def _try_shared(
@@ -236,6 +255,17 @@ def _compare(found: Tensor, expected: Tensor, limits: tuple[float, float]) -> tu
     return error, not (error <= limits[0] and mean <= limits[1])
 
 
+def distance(found: Tensor, expected: Tensor) -> float:
+    """Largest difference of a log-probability between logits, in nats; infinite for what is not a number."""
+    gap = float((found.log_softmax(-1) - expected.log_softmax(-1)).abs().max())
+    return math.inf if math.isnan(gap) else gap
+
+
+def tolerance_of(model: nn.Module) -> float:
+    """Largest difference of a log-probability that rounding explains, in nats."""
+    return _tolerances(model)[0]
+
+
 def _tolerances(model: nn.Module) -> tuple[float, float]:
     return _TOLERANCES.get(_precision(model), _TOLERANCES[torch.bfloat16])
 
@@ -266,7 +296,13 @@ def sample_groups(config: PretrainedConfig, vocabulary: int) -> list[Group]:
 
 
 def _length_limit(config: PretrainedConfig) -> int | None:
-    """Length up to which position encodings do not depend on the other sequences of a call (dynamic and long RoPE)."""
+    """Length up to which a sequence does not depend on the others of a call.
+
+    Dynamic and long RoPE choose by the longest; sparse attention picks the best keys of a row, padding among them.
+    """
+    sparse = [value for name in SPARSE if isinstance(value := getattr(config, name, None), int)]
+    if sparse:
+        return min(sparse)
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in nested or [parameters]:

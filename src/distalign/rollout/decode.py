@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distalign.engine.attention import CannotShare, attention_configs, attention_of, attention_set, expected_windows
 from distalign.engine.forward import device_of, embedding_weight, evaluating, text_config
-from distalign.engine.selfcheck import sample_groups
+from distalign.engine.selfcheck import distance, sample_groups
 from distalign.errors import InputError
 
 logger = logging.getLogger("distalign.rollout")
@@ -86,12 +86,17 @@ class Caller:
                 f"{self.name} keeps no cache of transformers' Cache class, so responses cannot be continued; "
                 "use a model class of transformers"
             )
-        if not logits.amax(-1).isfinite().all():
-            raise InputError(
-                f"sample: the logits of {self.name} are not numbers; if it was trained, lower the learning rate, and "
-                'if it is float64, load it with attn_implementation="sdpa" (eager attention overflows at padding)'
-            )
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), cache
+        return numbers(logits, self.name), cache
+
+
+def numbers(logits: Float[Tensor, "rows vocabulary"], name: str) -> Float[Tensor, "rows vocabulary"]:
+    """The logits in at least single precision. Raises InputError if a row has none."""
+    if not logits.amax(-1).isfinite().all():
+        raise InputError(
+            f"sample: the logits of {name} are not numbers; if it was trained, lower the learning rate, and if it is "
+            'float64, load it with attn_implementation="sdpa" (eager attention overflows at padding)'
+        )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @dataclass
@@ -175,13 +180,51 @@ class Shared:
         return logits
 
 
+class Uncached:
+    """Responses of a model whose cache cannot be used: the whole sequence is read again for each token.
+
+    The prompts have one length.
+    """
+
+    def __init__(self, model: nn.Module, ids: Int[Tensor, "rows steps"]) -> None:
+        self.model, self.ids = model, ids
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """The model attends as it always does."""
+        return nullcontext()
+
+    def keep(self, rows: Int[Tensor, "kept"]) -> None:
+        """Keep these responses, in this order."""
+        self.ids = self.ids[rows]
+
+    def step(self, tokens: Int[Tensor, "rows"] | None) -> Float[Tensor, "rows vocabulary"]:
+        """Append a token to every response; the logits of the next one."""
+        if tokens is not None:
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        return numbers(self.model(input_ids=self.ids, use_cache=False).logits[:, -1], type(self.model).__name__)
+
+
 def respond(
-    model: nn.Module, encoded: Encoded, n: int, rows: int, settings: Sampling, generator: torch.Generator
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    n: int,
+    rows: int,
+    settings: Sampling,
+    generator: torch.Generator,
+    *,
+    cached: bool = True,
 ) -> list[list[int]]:
-    """`n` responses to each prompt, in order, at most `rows` at once."""
-    kind = Shared if shares_prompts(model) else Forked
-    parts = torch.arange(len(encoded.mask), device=generator.device).repeat_interleave(n).split(rows)
+    """`n` responses to each prompt, in order, at most `rows` at once; without `cached` the prompts have one length."""
+    parts = torch.arange(len(prompts), device=generator.device).repeat_interleave(n).split(rows)
     responses: list[list[int]] = []
+    if not cached:
+        ids = torch.tensor(prompts, device=generator.device)
+        for parents in parts:
+            decoder = Uncached(model, ids[parents])
+            responses += _decode(decoder, decoder.step(None), settings, generator)
+        return responses
+    encoded = encode_prompts(model, prompts, settings.end_ids[0])
+    kind = Shared if shares_prompts(model) else Forked
     for index, parents in enumerate(parts):
         decoder = kind(encoded, parents, settings.max_new_tokens, again=index < len(parts) - 1)
         responses += _decode(decoder, encoded.logits[parents], settings, generator)
@@ -189,7 +232,10 @@ def respond(
 
 
 def _decode(
-    decoder: Forked | Shared, logits: Float[Tensor, "rows vocabulary"], settings: Sampling, generator: torch.Generator
+    decoder: Forked | Shared | Uncached,
+    logits: Float[Tensor, "rows vocabulary"],
+    settings: Sampling,
+    generator: torch.Generator,
 ) -> list[list[int]]:
     """One token per step for each response that has not ended, from the logits of the first token on."""
     responses: list[list[int]] = [[] for _ in range(len(logits))]
@@ -308,14 +354,8 @@ def _why_not(model: nn.Module, tolerance: float) -> str | None:
     expected = [forked.step(tokens)]
     forked.keep(kept)
     expected.append(forked.step(tokens[kept]))
-    error = max(_distance(a, b) for a, b in zip(logits, expected, strict=True))
+    error = max(distance(a, b) for a, b in zip(logits, expected, strict=True))
     return None if error <= tolerance else f"a shared cache changes log-probabilities by {error:.2g} nats"
-
-
-def _distance(found: Tensor, expected: Tensor) -> float:
-    """Largest difference of a log-probability, in nats; infinite for what is not a number."""
-    gap = float((found.log_softmax(-1) - expected.log_softmax(-1)).abs().max())
-    return math.inf if math.isnan(gap) else gap
 
 
 # One copy of a prompt's keys and values -------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from distalign.engine.forward import device_of, evaluating
-from distalign.rollout.decode import Sampling, encode_prompts, respond
+from distalign.rollout.decode import Sampling, respond
+from distalign.rollout.trial import way_of
 
 
 def end_ids(model: nn.Module, end_id: int) -> tuple[int, ...]:
@@ -53,19 +54,32 @@ def sample(
     settings = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, end_ids(model, end_id))
     _check(prompts, n, rows)
     generator = torch.Generator(device_of(model)).manual_seed(seed)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    size = max(1, rows // n)
+    way = way_of(model, max(map(len, prompts), default=0) + max_new_tokens)
     results: list[list[list[int]]] = [[] for _ in prompts]
+    done = 0
     with evaluating(model):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            encoded = encode_prompts(model, [prompts[i] for i in batch], end_id)
-            responses = respond(model, encoded, n, rows, settings, generator)
+        for batch in _batches(prompts, max(1, rows // n), of_one_length=way != "padded"):
+            chosen = [prompts[i] for i in batch]
+            responses = respond(model, chosen, n, rows, settings, generator, cached=way != "uncached")
             for position, index in enumerate(batch):
                 results[index] = responses[position * n : (position + 1) * n]
+            done += len(batch)
             if progress is not None:
-                progress(min(start + size, len(order)), len(order))
+                progress(done, len(prompts))
     return results
+
+
+def _batches(prompts: Sequence[list[int]], size: int, *, of_one_length: bool) -> list[list[int]]:
+    """Indices of prompts that are decoded together, shortest first."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        last = batches[-1] if batches else []
+        other = of_one_length and last and len(prompts[last[0]]) != len(prompts[index])
+        if not last or len(last) == size or other:
+            batches.append([index])
+        else:
+            last.append(index)
+    return batches
 
 
 def _check(prompts: Sequence[list[int]], n: int, rows: int) -> None:

@@ -1,0 +1,82 @@
+"""How responses of a model are sampled, found out at its first use by comparing with its own logits."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from distalign.engine.attention import attention_of
+from distalign.engine.forward import device_of, embedding_weight, evaluating, text_config
+from distalign.engine.selfcheck import check, distance, sample_groups, tolerance_of
+from distalign.rollout.decode import Forked, encode_prompts, numbers
+
+logger = logging.getLogger("distalign.rollout")
+
+# padded: prompts of several lengths at once, each as long as the longest. equal: one length at a time. uncached: one
+# length at a time, and the whole sequence read again for each token.
+Way = Literal["padded", "equal", "uncached"]
+
+_WAYS: WeakKeyDictionary[nn.Module, dict[tuple, Way]] = WeakKeyDictionary()
+
+
+def way_of(model: nn.Module, longest: int) -> Way:
+    """The fastest way that draws from the model's own distribution, for sequences of up to `longest` tokens.
+
+    Raises InputError for a model that is not causal.
+    """
+    report = check(model, kernels=False)
+    weight = embedding_weight(model)
+    key = type(model), weight.dtype, weight.device, attention_of(text_config(model))
+    ways = _WAYS.setdefault(model, {})
+    if key not in ways:
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []), evaluating(model):
+            ways[key], reason = _find(model)
+        if reason:
+            how = "its prompts are not padded: they are answered one length at a time"
+            if ways[key] == "uncached":
+                how = "its cache is not used: every token reads the whole sequence again, which is slow"
+            logger.warning("%s: %s (%s)", report.model_type, how, reason)
+    beyond = report.length_limit is not None and longest > report.length_limit
+    return "equal" if beyond and ways[key] == "padded" else ways[key]
+
+
+def _find(model: nn.Module) -> tuple[Way, str]:
+    """The way, and why not a faster one: two prompts, two tokens after each."""
+    groups = sample_groups(text_config(model), len(embedding_weight(model)))
+    prompts, after = [group.prompt for group in groups], [group.responses[0][:2] for group in groups]
+    truth = [_own(model, prompt, own) for prompt, own in zip(prompts, after, strict=True)]
+    tolerance, reason = tolerance_of(model), ""
+    for way, batches in (("padded", [[0, 1]]), ("equal", [[0], [1]])):
+        try:
+            found = [_by_cache(model, [prompts[i] for i in batch], [after[i] for i in batch]) for batch in batches]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as problem:
+            # Foreign code met a cache or a mask it was not written for; whatever it raises means the same.
+            reason = reason or f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+            continue
+        error = distance(torch.cat(found), torch.stack(truth))
+        if error <= tolerance:
+            return way, reason
+        reason = reason or f"padding changes log-probabilities by {error:.2g} nats"
+    return "uncached", reason
+
+
+def _own(model: nn.Module, prompt: list[int], after: list[int]) -> Tensor:
+    """Logits after the prompt and after each token, by the model alone: places, vocabulary."""
+    ids = torch.tensor([[*prompt, *after]], device=device_of(model))
+    return numbers(model(input_ids=ids, use_cache=False).logits[0, -len(after) - 1 :], type(model).__name__)
+
+
+def _by_cache(model: nn.Module, prompts: list[list[int]], after: list[list[int]]) -> Tensor:
+    """The same by a cache, for several prompts: prompts, places, vocabulary."""
+    encoded = encode_prompts(model, prompts, prompts[0][0])
+    logits = [encoded.logits]
+    decoder = Forked(encoded, torch.arange(len(prompts), device=device_of(model)), len(after[0]))
+    for tokens in torch.tensor(after, device=device_of(model)).unbind(1):
+        logits.append(decoder.step(tokens))
+    return torch.stack(logits, 1)
