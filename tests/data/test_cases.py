@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distalign.data import DataError, Pair, decode_after, encode_pairs, end_token_id, read_pairs, readers
+from distalign.data.labels import label_warnings
 from distalign.errors import InputError
 from distalign.judges import Comparison
 from distalign.judges.local import encode
@@ -168,6 +169,20 @@ def test_what_differs_only_in_what_the_template_drops_is_called_so():
     tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content[:14] }}<|im_end|>{% endfor %}")
     with pytest.raises(DataError, match="only in what the tokenizer or the chat template leaves out"):
         encode_pairs(tokenizer, read_pairs([chat("q", "a" * 15, "a" * 14 + "b")]), max_length=None)
+
+
+def test_labels_that_no_target_fits_are_told():
+    """Ties, and pairs made of the best and the worst of several."""
+    clean = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b", "tags": ["x", "y", "z"]} for i in range(10)]
+    assert label_warnings(read_pairs(clean).rows) == []
+    ties = [{**row, "p_chosen": 0.5 if i < 3 else 1.0} for i, row in enumerate(clean)]
+    (warning,) = label_warnings(read_pairs(ties).rows)
+    assert warning.startswith("30 % of the pairs are ties")
+    dropped = read_pairs(ties, drop_ties=True)
+    assert (len(dropped), dropped.ties) == (7, 3)
+    several = [{**row, "completions": [{"response": text} for text in "abc"]} for row in clean]
+    (warning,) = label_warnings(read_pairs(several).rows)
+    assert "pair the best with a random other" in warning
 
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}

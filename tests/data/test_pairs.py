@@ -310,7 +310,7 @@ def test_split_sizes():
 def test_inspection_counts(write):
     """Repeats, opposite labels, ties, lengths, with the error of the rate clustered by prompt."""
     rows = [
-        {"prompt": "a", "chosen": "long one", "rejected": "short", "p_chosen": 0.5},
+        {"prompt": "a", "chosen": "long one", "rejected": "short", "p_chosen": 0.6},
         {"prompt": "a", "chosen": "long one", "rejected": "short", "p_chosen": 1.0},
         {"prompt": "A ", "chosen": "short", "rejected": "long one", "note": "x"},
         {"prompt": "b", "chosen": "x", "rejected": "y"},
@@ -325,7 +325,7 @@ def test_inspection_counts(write):
     assert found.chosen_longer == pytest.approx(0.75)
     # Residuals 0.25, 0.25, −0.75 of prompt a and 0.25 of prompt d: two clusters of −0.25 and 0.25.
     assert found.chosen_longer_se == pytest.approx((2 * 0.25**2 * 2) ** 0.5 / 4)
-    assert (found.soft_label_count, found.soft_labels[2]) == (2, 0.75)
+    assert (found.soft_label_count, found.soft_labels[2]) == (2, 0.8)
     assert found.lengths["words"]["chosen"][-1] == 2
     assert found.example["chosen"] == "a⟦prompt | response⟧long one"
     assert json.loads(json.dumps(found.to_json()))["pairs"] == 5

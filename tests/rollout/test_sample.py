@@ -13,6 +13,7 @@ from distalign.engine import Group, score
 from distalign.errors import InputError
 from distalign.rollout.decode import choose, shares_prompts
 from distalign.rollout.sample import end_ids, sample
+from distalign.rollout.trial import way_of
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 
@@ -156,6 +157,7 @@ def test_rows_bound_what_is_decoded_at_once(family):
     with torch.no_grad():
         expected = [one_at_a_time(model, prompt, 6) for prompt in prompts]
     shares_prompts(model)
+    way_of(model, 15)
     calls = Calls(model)
     for rows, prefills in ((3, [1, 1, 1, 1]), (10, [2, 2]), (64, [4])):
         calls.shapes.clear()

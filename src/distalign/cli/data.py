@@ -74,11 +74,13 @@ def describe_pairs(counts: Inspection) -> Group:
     if counts.soft_labels:
         summary.add_row("soft labels", f"{counts.soft_label_count:,}, median p_chosen {counts.soft_labels[2]:.3f}")
     if counts.rewards:
-        summary.add_row("rewards", f"{counts.rewards:,} pairs")
+        summary.add_row("rewards", f"{counts.rewards:,} pairs; only PD reads them, with a scale (docs/rewards.md)")
     if counts.too_long is not None:
         summary.add_row("too long", f"{counts.too_long:,} pairs exceed max_length")
     if counts.extra_columns:
         summary.add_row("other columns", Text(", ".join(counts.extra_columns)))
+    for warning in counts.warnings:
+        summary.add_row("labels", warning)
     return Group(pair, lengths, summary)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from distalign.data.labels import label_warnings
 from distalign.data.pairs import Data, Pair, plain_text, prompt_key, read_pairs
 from distalign.data.readers import Source
 from distalign.data.tokenize import EncodedPair, Tokenizer, encode_pairs
@@ -47,6 +48,7 @@ class Inspection:
     length_unit: str
     lengths: dict[str, dict[str, list[float]]]
     extra_columns: list[str]
+    warnings: list[str]
     too_long: int | None
     example: dict[str, str]
 
@@ -96,6 +98,7 @@ def inspect_pairs(
         length_unit=unit,
         lengths={u: {column: _quantiles(values) for column, values in c.items()} for u, c in lengths.items()},
         extra_columns=sorted({name for row in data for name in row.extra}),
+        warnings=label_warnings(data.rows),
         too_long=too_long,
         example=_example(data[0], tokenizer, encoded[0] if encoded else None),
     )

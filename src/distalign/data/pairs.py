@@ -87,7 +87,7 @@ def read_pairs(
     """Read preference pairs: JSON lines (.gz too), CSV, Parquet, a `datasets` folder, a hub id, or rows in memory.
 
     Every row is checked before anything is returned; DataError lists what is wrong, place by place. `drop_ties` leaves
-    out (and counts) pairs whose responses are the same; `limit` stops after that many pairs.
+    out (and counts) pairs whose responses are the same, or whose p_chosen is 0.5; `limit` stops after that many pairs.
     """
     return _read(source, split, limit, lambda row, where: _pair(row, where, drop_ties=drop_ties))
 
@@ -200,6 +200,8 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
             roles = ", ".join(m["role"] for m in text)
             _refuse(where, f"{name} holds the turns {roles}; a response is one assistant turn, the rest is the prompt")
     probability = _number(row, "p_chosen", where)
+    if probability == 0.5 and drop_ties:
+        return None, implicit
     if probability is not None and not 0 <= probability <= 1:
         _refuse(where, f"p_chosen is {probability:g}; a probability between 0 and 1 is needed")
     rewards = [_number(row, f"{name}_reward", where) for name in ("chosen", "rejected")]

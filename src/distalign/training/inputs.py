@@ -30,6 +30,7 @@ from distalign.data import (
     read_pairs,
     read_prompts,
 )
+from distalign.data.labels import label_warnings
 from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model
 from distalign.models.policy import Policy, adapter_off, make_policy, share
@@ -137,6 +138,9 @@ def read_rows(
     else:
         held = None if held_out is None else encode(held_out, "eval_dataset")
     made = Rows(rows, pairs, held, statistics)
+    if labelled:
+        for warning in label_warnings([row.row for row in pairs if isinstance(row.row, Pair)]):
+            logger.warning("train_dataset: %s", warning)
     if isinstance(held, Mapping):
         statistics |= {f"eval_dataset {name}": f"{len(part)} pairs" for name, part in held.items()}
     elif held:

@@ -200,7 +200,7 @@ class AlignmentTrainer(Trainer):
             policy, base = load_policy(
                 model, tokenizer, source, peft_config, args, reference=reference, frozen=needs_base(rewards)
             )
-        check_reference(self.label, self.method, policy)
+        check_policy(self.label, self.method, policy)
         check_trained(self.label, policy.model, optimizers[0])
         if args.recompute != "none":
             try:
@@ -871,8 +871,14 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
         check_rollout(label, method, args.rollout)
 
 
-def check_reference(label: str, method: Method, policy: Policy) -> None:
-    """Raise TrainingError if the method needs a reference and there is none."""
+def check_policy(label: str, method: Method, policy: Policy) -> None:
+    """Raise TrainingError if the method needs a reference and there is none; tell what the model asks for in vain."""
+    if getattr(policy.model.config.get_text_config(), "output_router_logits", False):
+        logger.warning(
+            "%s: the model's configuration asks for the router's auxiliary loss (output_router_logits), which is not "
+            "added: the loss is the method's alone",
+            label,
+        )
     if (method.needs.reference or method.needs.kl) and policy.reference is None:
         raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
 
