@@ -30,7 +30,8 @@ def ppo_loss(samples: Samples, *, clip: float, value_coefficient: float) -> Floa
     surrogate = clipped_surrogate(
         samples.token_logps, samples.behavior_token_logps, samples.advantages, samples.mask, clip=clip
     )
-    error = sequence_sum((samples.values - samples.returns.detach()).square(), samples.mask)
+    # Masked before it is squared: off the mask a value may be NaN, and 0 · NaN would be the gradient.
+    error = masked(samples.values - samples.returns.detach(), samples.mask).square().sum(-1)
     return -sequence_sum(surrogate, samples.mask) + value_coefficient * error / 2
 
 
