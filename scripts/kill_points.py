@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from distalign.errors import InputError
 from distalign.experiments.recipe import Recipe, load_recipe
@@ -51,6 +53,7 @@ SETTINGS = {
     "pd": {"methods": {"pd": {"gamma": 0.5, "beta": 0.1, "pairs": "data+policy"}}, "training": {"logging_steps": 3}},
     "rkl": {"methods": {"rkl": {"gamma": 0.5, "beta": 0.1, "estimator": "ppo"}}, "rollout": ROLLOUT},
 }
+LONG = 120.0
 CLOCK = ("time", "per_second", "runtime")
 
 
@@ -89,6 +92,8 @@ def in_child(work: Callable[[], object], *, after: float | None = None) -> objec
         try:
             os.close(read)
             torch.set_num_threads(1)
+            # tqdm's own lock is shared with the other forks, and stays locked when one is killed.
+            tqdm.set_lock(threading.RLock())
             # What SIGKILL leaves does not depend on it.
             os.fsync = lambda _: None
             # What libraries print is not wanted; what a failure says is returned.
@@ -166,7 +171,11 @@ def watch(folder: Path, hit: Callable[[int, str], None]) -> None:
             event == "os.mkdir" and not Path(arguments[0]).exists()
         ):
             # Whole folders are removed by names within an open folder.
-            inside = f"/proc/self/fd/{arguments[1]}" if event in ("os.remove", "os.rmdir") and arguments[1] > 0 else ""
+            inside = (
+                f"/proc/self/fd/{arguments[1]}"
+                if event in ("os.remove", "os.rmdir") and isinstance(arguments[1], int) and arguments[1] > 0
+                else ""
+            )
             path = Path(os.readlink(inside), arguments[0]) if inside and os.path.exists(inside) else arguments[0]
             at(event.removeprefix("os."), path)
 
@@ -253,14 +262,18 @@ class Bench:
 
     def compare(self, settings: Recipe, kind: str) -> None:
         """Resume, and take down how the run ended."""
-        how = in_child(lambda: run(settings, self.method, True))
-        if isinstance(how, str):
+        try:
+            how = in_child(lambda: run(settings, self.method, True), after=LONG)
+        except Killed:
+            how = {"error": f"did not end within {LONG:g} s"}
+        same = isinstance(how, str)
+        if same:
             now = outcome(settings, self.method)
             differs = [name for name in now if now[name] != self.whole[name]]
-            self.rows.append((kind, how if not differs else f"{how}: DIFFERS in {', '.join(differs)}", not differs))
-        else:
-            self.rows.append((kind, f"FAILED: {how}", False))
-        if self.rows[-1][2]:
+            same = not differs
+            how = how if same else f"{how}: DIFFERS in {', '.join(differs)}"
+        self.rows.append((kind, str(how), same))
+        if same:
             shutil.rmtree(settings.run_dir)
         else:
             print(self.method, *self.rows[-1], settings.run_dir, file=sys.stderr)
