@@ -1,10 +1,10 @@
 """Kill runs with SIGKILL, resume them, and compare with the run that nothing disturbed. Prints a table in Markdown.
 
-    python scripts/kill_points.py [--random 100] [--seed 0] [--methods pmle,pd,rkl]
+    python scripts/kill_points.py [--random 100] [--seed 0] [--methods pmle,pd,rkl] [--kinds random,files,resume,torn]
 
 Random points: after a random time; every fourth is killed a second time while it resumes. Targeted points: before each
-file that the run opens for writing, renames or removes, in a run and in one that resumes; and logs whose last line is
-torn. Weights, samples.jsonl and metrics.jsonl (but what a clock measured) must be the same to the last bit.
+file that the run opens for writing, renames or removes (files), in a run that resumes too (resume); and while a line
+of a log is written (torn). Weights, samples.jsonl and metrics.jsonl (but what a clock measured) must be the same to the last bit.
 
 Every run is a process of its own, forked from one that has imported everything and run nothing.
 """
@@ -287,32 +287,34 @@ class Bench:
                 self.killed(settings, resume=True, after=source.uniform(0, self.seconds))
             self.compare(settings, "random, twice" if i % 4 == 3 else "random")
 
-    def targeted_points(self) -> None:
-        """Killed before each file that is written; and while it resumes."""
-        points = self.points(self.new(), resume=False)
-        total = len(points)
-        for at in range(1, total + 1):
+    def between_files(self) -> None:
+        """Killed before each file that is written."""
+        for at in range(1, len(self.points(self.new(), resume=False)) + 1):
             settings = self.new()
             self.killed(settings, resume=False, at=at)
             self.compare(settings, "between two files")
-        middle = total // 2
-        settings = self.new()
+
+    def while_it_resumes(self) -> None:
+        """Killed in the middle, and again before each file that the resumed run writes up to its first checkpoint."""
+        settings, middle = self.new(), len(self.points(self.new(), resume=False)) // 2
         self.killed(settings, resume=False, at=middle)
         resumed = self.points(settings, resume=True)
-        # Up to the first checkpoint that it writes itself: then it is a run like any other.
         first = next((i for i, what in enumerate(resumed) if what.startswith("mkdir .saving")), len(resumed))
         for at in range(1, first + 1):
             settings = self.new()
             self.killed(settings, resume=False, at=middle)
             self.killed(settings, resume=True, at=at)
             self.compare(settings, "between two files, while it resumes")
+
+    def torn_lines(self) -> None:
+        """Killed in the middle, while a line of a log was written."""
+        middle = len(self.points(self.new(), resume=False)) // 2
         for log in ("metrics.jsonl", "samples.jsonl"):
             settings = self.new()
             self.killed(settings, resume=False, at=middle)
-            path = settings.train_dir / self.method / log
-            if path.is_file() and path.stat().st_size > 5:
-                os.truncate(path, path.stat().st_size - 5)
-                self.compare(settings, "torn last line of a log")
+            with (settings.train_dir / self.method / log).open("a", encoding="utf-8") as file:
+                file.write('{"step": 4, "lo')
+            self.compare(settings, "torn last line of a log")
 
 
 def main() -> None:
@@ -321,7 +323,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=100, help="random points, over all methods")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--methods", default="pmle,pd,rkl")
-    parser.add_argument("--no-targeted", action="store_true")
+    parser.add_argument("--kinds", default="random,files,resume,torn")
     options = parser.parse_args()
     place, methods = Path(tempfile.mkdtemp(prefix="kill-points-")), options.methods.split(",")
     tiny.save(place / "model", num_hidden_layers=1)
@@ -348,9 +350,15 @@ def main() -> None:
     for i, method in enumerate(methods):
         bench = Bench(place, method)
         print(f"{method}: {bench.seconds:.1f} s undisturbed", file=sys.stderr)
-        bench.random_points(options.random // len(methods) + (i < options.random % len(methods)), source)
-        if not options.no_targeted:
-            bench.targeted_points()
+        count = options.random // len(methods) + (i < options.random % len(methods))
+        kinds = {
+            "random": lambda bench=bench, count=count: bench.random_points(count, source),
+            "files": bench.between_files,
+            "resume": bench.while_it_resumes,
+            "torn": bench.torn_lines,
+        }
+        for kind in options.kinds.split(","):
+            kinds[kind]()
         for kind, how, same in bench.rows:
             table.setdefault((kind, how), Counter())[method] += 1
             good &= same

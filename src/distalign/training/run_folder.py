@@ -126,12 +126,12 @@ def whole_folder(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
 
 def disk_error(error: BaseException) -> str | None:
     """Why the disk did not take what was written, if that is what the error says; else None."""
-    text = " ".join(str(error).split())
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-    # What torch.save and safetensors raise.
-    if full or isinstance(error, SafetensorError) or re.search(r"PytorchStreamWriter|inline_container", text):
-        return text[:200]
-    return None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return error.strerror
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # What torch.save raises says no more than this.
+    return "the disk took a part only" if re.search(r"PytorchStreamWriter|inline_container", str(error)) else None
 
 
 def cut_log(path: Path, last: int) -> None:
