@@ -2,9 +2,9 @@
 
     python scripts/kill_points.py [--random 100] [--seed 0] [--methods pmle,pd,rkl] [--kinds random,files,resume,torn]
 
-Random points: after a random time; every fourth is killed a second time while it resumes. Targeted points: before each
-file that the run opens for writing, renames or removes (files), in a run that resumes too (resume); and while a line
-of a log is written (torn). Weights, samples.jsonl and metrics.jsonl (but what a clock measured) must be the same to the last bit.
+Points: after a random time, where every fourth is killed a second time while it resumes (random); before each file that
+the run opens for writing, renames or removes (files), in a run that resumes too (resume); while a line of a log is
+written (torn). Weights, samples.jsonl and metrics.jsonl (but what a clock measured) must be the same to the last bit.
 
 Every run is a process of its own, forked from one that has imported everything and run nothing.
 """

@@ -48,7 +48,7 @@ def locked(folder: Path) -> Iterator[None]:
                 raise
             file.seek(0)
             raise InputError(
-                f"{folder}: another process ({file.read().strip()}) works in this folder; wait for its end, or give "
+                f"{folder}: {file.read().strip() or 'another process'} works in this folder; wait for its end, or give "
                 "another folder (--set name=…)"
             ) from None
         file.truncate(0)
