@@ -66,6 +66,7 @@ def trainer(
         "lr_scheduler_type": "constant",
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_total_limit": None,
         "report_to": "none",
         "use_cpu": True,
         "max_grad_norm": 0.0,
@@ -90,3 +91,11 @@ def parameters(made):
 def metrics(folder):
     """Lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def logs(folder):
+    """Lines of metrics.jsonl without what was measured with a clock, and samples.jsonl."""
+    clock = ("time", "per_second", "runtime")
+    rows = [{key: value for key, value in row.items() if not key.endswith(clock)} for row in metrics(folder)]
+    samples = folder / "samples.jsonl"
+    return rows, samples.read_text() if samples.is_file() else ""

@@ -32,6 +32,12 @@ def _reproducible():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """A test's files need not outlive a loss of power."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny language model and its tokenizer, as save_pretrained writes them."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
+import signal
 
 import pytest
 from rich.console import Console
@@ -109,3 +112,48 @@ def test_env_asks_for_the_device_only_when_told(distalign):
     assert code == 0
     assert versions()["torch"] in out
     assert "shown with --device" in out
+
+
+def test_sigterm_in_training_ends_with_the_line_that_goes_on(distalign, monkeypatch):
+    """Exit code 143; the command of the line goes on, and once more there is nothing to train."""
+    words = ("train", "own.yaml", "--method", "pmle", "--set", "training.max_steps=3")
+    from distalign.training.trainer import AlignmentTrainer
+
+    real = AlignmentTrainer.training_step
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentTrainer, "training_step", signalled)
+        code, _, err = distalign(*words)
+    assert code == 143
+    command = "distalign train own.yaml --method pmle --set training.max_steps=3 --resume"
+    assert err.splitlines()[-1] == f"stopped; go on with: {command}"
+    assert distalign(*words, "--resume")[0] == 0
+    code, _, err = distalign(*words, "--resume")
+    assert code == 0
+    assert "had ended at step 3: nothing is trained" in err
+
+
+def test_sigterm_elsewhere_stops_at_once(distalign, monkeypatch):
+    """While a model is read, say."""
+    monkeypatch.setattr("distalign.data.inspect_pairs", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = distalign("data", "check", "pairs.jsonl")
+    assert code == 143
+    assert err.splitlines()[-1] == "stopped; run it again"
+
+
+def test_a_full_disk_is_one_message(distalign, monkeypatch):
+    """Wherever it is met: exit code 2."""
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x")
+
+    monkeypatch.setattr("distalign.data.inspect_pairs", full)
+    code, _, err = distalign("data", "check", "pairs.jsonl")
+    assert code == 2
+    assert "No space left on device: 'runs/x'; make space" in err
+    assert "Traceback" not in err

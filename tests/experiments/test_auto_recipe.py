@@ -106,8 +106,8 @@ def test_beta_is_a_number_for_all_seeds_and_when_going_on(made, caplog):
     (folder / "recipe.yaml").write_text(
         (folder / "recipe.yaml").read_text().replace(f"beta: {pmle}", "beta: 0.0625"), encoding="utf-8"
     )
-    train(recipe, "pmle", resume=True)
-    assert written(folder)["methods"]["pmle"]["beta"] == 0.0625
+    with pytest.raises(InputError, match=r"another method: it had .*this run has PMLE .'beta': 0.0625"):
+        train(recipe, "pmle", resume=True)
 
 
 def test_an_exact_reward_has_no_noise(made, caplog):

@@ -25,6 +25,7 @@ from distalign.report import write_report
 from distalign.report.results import Results
 from distalign.settings import RecipeError
 from distalign.training.rounds import TrainingError
+from distalign.training.run_folder import locked
 
 METRICS = {
     *("forward_kl", "reverse_kl", "kl_reference", "entropy", "accuracy", "nll", "ece", "distinct_2", "length"),
@@ -369,3 +370,125 @@ def test_wandb_has_one_run_for_each_method_in_the_recipes_group(monkeypatch, tmp
         assert os.environ["WANDB_RUN_GROUP"] == "theirs"
     assert os.environ["WANDB_RUN_GROUP"] == "theirs"
     assert wandb.run is not None
+
+
+# A folder that is kept ------------------------------------------------------------------------------------------------
+
+
+RKL = {"rkl": {"gamma": 0.5, "beta": 0.1}}
+
+
+def contents(folder):
+    """Files and when they were written, but for the lock and the probe whether a folder can be written."""
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def in_another_process(work):
+    """The exit code that the command line would give."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except InputError:
+            code = 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_nothing_is_deleted_before_everything_is_checked(place, tmp_path, monkeypatch):
+    """What cannot be used is found in the data, the settings, or only by the trainer; or another process is there."""
+    short = (*own_data(place), "training.max_steps=1", "reward={train: {gamma: 0.5}}")
+    settings = recipe(place, tmp_path, *short, methods=RKL)
+    folder = train(settings, "rkl").folder
+    before = contents(folder)
+
+    def again(*overrides):
+        train(recipe(place, tmp_path, *short, "methods.rkl.gamma=0.4", *overrides, methods=RKL), "rkl", overwrite=True)
+
+    for wrong in ("data.train=nowhere.jsonl", "training.optim=adamm"):
+        with pytest.raises(InputError):
+            again(wrong)
+    with monkeypatch.context() as patch:
+        patch.setattr("distalign.training.trainer.check_trained", refuse)
+        with pytest.raises(TrainingError, match="seen by the trainer"):
+            again()
+    with locked(folder):
+        assert in_another_process(again) == 2
+    assert before.items() <= contents(folder).items()
+    again()
+    assert not before.items() & {path: time for path, time in contents(folder).items() if "reward" in str(path)}.items()
+
+
+def refuse(*_):
+    """What only the trainer sees."""
+    raise TrainingError("seen by the trainer")
+
+
+def test_a_comparison_keeps_its_results_until_another_begins(place, tmp_path):
+    """Data that cannot be read, or another process in the folder, costs nothing."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", method="dpo")
+    folder = compare(settings, ["dpo"], [0]).folder
+    before = contents(folder)
+    with pytest.raises(InputError):
+        compare(recipe(place, tmp_path, *own_data(place), "data.train=nowhere.jsonl", method="dpo"), ["dpo"], [0])
+    with locked(folder):
+        assert in_another_process(lambda: compare(settings, ["dpo"], [0])) == 2
+    assert contents(folder) == before
+
+
+def test_overwrite_does_not_go_through_a_link(place, tmp_path):
+    """A folder of the run that is a link is refused; a link in it goes, and what it points to stays."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", method="pmle")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "checkpoint-9").mkdir(parents=True)
+    folder = settings.train_dir / "pmle"
+    settings.train_dir.mkdir(parents=True)
+    folder.symlink_to(elsewhere)
+    with pytest.raises(InputError, match=r"pmle: is a link to .*elsewhere, and nothing is deleted through a link"):
+        train(settings, "pmle", overwrite=True)
+    folder.unlink()
+    folder.mkdir()
+    for name in ("checkpoint-9", "tables", "model", "samples.jsonl"):
+        (folder / name).symlink_to(elsewhere)
+    train(settings, "pmle", overwrite=True)
+    assert not (folder / "checkpoint-9").is_symlink()
+    assert not (folder / "model").is_symlink()
+    assert [path.name for path in elsewhere.rglob("*")] == ["checkpoint-9"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(place, tmp_path, monkeypatch, caplog):
+    """Also with only a damaged one: --resume begins it again and says so, and the reward that was trained is kept."""
+    settings = recipe(
+        place, tmp_path, *own_data(place), "training.max_steps=2", "reward={train: {gamma: 0.5}}", methods=RKL
+    )
+    whole = train(settings, "rkl")
+    weights = (whole.model / "adapter_model.safetensors").read_bytes()
+    lines = (whole.folder / "samples.jsonl").read_text()
+    for checkpoint in whole.folder.glob("checkpoint-*"):
+        (checkpoint / "manifest.json").unlink()
+    monkeypatch.setattr("distalign.experiments.train.train_reward", lambda *_, **__: pytest.fail("trained again"))
+    train(settings, "rkl", resume=True)
+    assert "holds no complete checkpoint: the run begins anew" in caplog.text
+    assert (whole.model / "adapter_model.safetensors").read_bytes() == weights
+    assert (whole.folder / "samples.jsonl").read_text() == lines
+
+
+def test_a_reward_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch):
+    """Lost while it is written, it is trained again by --resume."""
+    settings = recipe(
+        place, tmp_path, *own_data(place), "training.max_steps=1", "reward={train: {gamma: 0.5}}", methods=RKL
+    )
+
+    def lost(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "_potential", lost)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, "rkl")
+    assert not list((settings.train_dir / "rkl").rglob("reward.json"))
+    train(settings, "rkl", resume=True)
+    assert (settings.train_dir / "rkl" / "reward" / "reward.json").is_file()

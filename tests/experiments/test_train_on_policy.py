@@ -84,7 +84,7 @@ def test_labels_choose_the_step_only_where_they_can(made, tmp_path):
     train(function, "rkl")
     rows = [json.loads(line) for line in (function.train_dir / "rkl" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 1, 2]
-    assert not list((function.train_dir / "rkl").glob("checkpoint-*"))
+    assert [path.name for path in (function.train_dir / "rkl").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_mended_reward_goes_on(made, tmp_path):

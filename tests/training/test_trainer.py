@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import acting
 import pytest
 import tiny
 import torch
 from transformers import EarlyStoppingCallback
 
 from distalign.engine import Group, score
-from distalign.errors import InputError
 from distalign.methods import METHODS, Method, Needs, Pairs, Samples
 from distalign.models.load import ModelError, Source
 from distalign.models.policy import Lora, make_policy
@@ -48,6 +45,7 @@ def trainer(folder, method=PMLE, pairs=None, held=None, *, lora=None, token_budg
         "optim": "sgd",
         "logging_steps": 1,
         "save_strategy": "no",
+        "save_total_limit": None,
         "report_to": "none",
         "use_cpu": True,
         "max_grad_norm": 0.0,
@@ -306,7 +304,6 @@ def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, lora):
     assert torch.equal(parameters(again), parameters(whole))
     assert again.kept_step == whole.kept_step
     timing = {"step_time", "tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
-    timing |= {"total_flos", "train_loss"}
     told = [
         [{k: v for k, v in row.items() if k not in timing} for row in metrics(tmp_path / name) if row["step"] > 3]
         for name in ("whole", "again")
@@ -331,29 +328,6 @@ def test_a_saved_reference_belongs_to_its_pairs(tmp_path):
     loaded = load_reference(rows, tmp_path, torch.device("cpu"))
     assert loaded.keys() == {pair.key for pair in pairs[4:]}
     assert all(torch.equal(logps, saved[key]) for key, logps in loaded.items())
-    (tmp_path / "reference.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match="remove it to score the reference again"):
-        load_reference(rows, tmp_path, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("method", ["dpo", "rkl"])
-def test_a_new_checkpoint_is_whole_before_the_old_one_goes(tmp_path, method, monkeypatch):
-    """When older checkpoints are deleted, the round and the reference of the new one are there."""
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
-    if method == "dpo":
-        made = trainer(tmp_path, DPO, **settings)
-    else:
-        made = acting.trainer(tmp_path, acting.METHODS["rkl"], **settings)
-    file = "reference.safetensors" if method == "dpo" else "rollout.safetensors"
-    saved = made.save_model
-
-    def save_model(folder, *args, **kwargs):
-        assert (Path(folder) / file).is_file()
-        return saved(folder, *args, **kwargs)
-
-    monkeypatch.setattr(made, "save_model", save_model)
-    made.train()
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The command line. Each command imports its own part when it is called, so that `distalign --help` is quick.
 
-Exit codes: 0 fine, 2 bad input (the message says where, what was found and what to do), 130 stopped by Ctrl-C.
+Exit codes: 0 fine, 2 bad input (the message says where, what was found and what to do), 130 stopped by Ctrl-C,
+143 by SIGTERM.
 """
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -77,3 +79,8 @@ def main() -> None:
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error}; make space, and go on with --resume where the command has it", file=sys.stderr)
+        sys.exit(2)

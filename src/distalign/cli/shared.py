@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,14 +127,26 @@ def refuse(message: str) -> NoReturn:
 
 @contextmanager
 def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
-    """End a command that is interrupted (Ctrl-C) with one line, which says how to go on, and exit code 130."""
+    """End a command that is stopped (Ctrl-C, SIGTERM) with one line, which says how to go on; exit code 130 or 143."""
+
+    def terminate(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if main else None
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        if code not in (130, 143):
+            raise
         # A terminal has shown ^C where the line was.
         start = "\n" if sys.stderr.isatty() else ""
         print(f"{start}stopped; {advice if isinstance(advice, str) else advice()}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(code) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def command_line(*more: str, without: str = "") -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distalign.data import Tokenizer, decode_after
+from distalign.training.run_folder import remove, write_text
 
 if TYPE_CHECKING:
     from distalign.evaluation.metrics import Measured
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json."""
     text = json.dumps(finite(results), indent=1, ensure_ascii=False)
-    (folder / "results.json").write_text(text, encoding="utf-8")
+    write_text(folder / "results.json", text)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,5 @@ def environment() -> dict[str, str]:
 
 def forget_results(folder: Path) -> None:
     """Remove the results and the report of an earlier run in this folder."""
-    for name in ("results.json", "samples.jsonl", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("tables", "figures"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("results.json", "samples.jsonl", "report.html", "tables", "figures"):
+        remove(folder / name)

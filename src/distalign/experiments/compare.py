@@ -44,7 +44,9 @@ from distalign.progress import in_words, progress
 from distalign.rewards import RewardError, UnreadableReward
 from distalign.rewards.potential import POTENTIAL
 from distalign.settings import masked
+from distalign.training.checkpoint import checkpoints
 from distalign.training.prompts import implicit_rewards
+from distalign.training.run_folder import locked
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.compare")
@@ -73,24 +75,25 @@ def compare(
     recipe = recipe.only(methods)
     check(recipe, methods)
     root = recipe.run_dir
-    forget_results(root)
-    recipe.dump(root / "recipe.yaml")
     runs: dict[str, list[Measured]] = {}
     training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}, "potential": []}
     results: dict[str, Any] = {}
-    for number, seed in enumerate(seeds, 1):
-        setup = load_setup(recipe, seed, measured=True, target=target)
-        if number == 1:
-            # What is auto is chosen on the pairs of the first seed, for all.
-            recipe = setup.recipe
-            recipe.dump(root / "recipe.yaml")
-        logger.info("pairs: %s", in_words(setup.statistics))
-        _compare_seed(setup, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, training, resume)
-        if number == 1:
-            write_samples(root, setup.tokenizer, setup.prompt_texts, {name: own[0] for name, own in runs.items()})
-        # After every seed: a run that is stopped keeps those that it has.
-        results = _results(setup, methods, seeds[:number], runs, training)
-        write_results(root, results)
+    with locked(root):
+        for number, seed in enumerate(seeds, 1):
+            setup = load_setup(recipe, seed, measured=True, target=target)
+            if number == 1:
+                # What is auto is chosen on the pairs of the first seed, for all.
+                recipe = setup.recipe
+                forget_results(root)
+                recipe.dump(root / "recipe.yaml")
+            logger.info("pairs: %s", in_words(setup.statistics))
+            _compare_seed(setup, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, training, resume)
+            if number == 1:
+                samples = {name: own[0] for name, own in runs.items()}
+                write_samples(root, setup.tokenizer, setup.prompt_texts, samples)
+            # After every seed: a run that is stopped keeps those that it has.
+            results = _results(setup, methods, seeds[:number], runs, training)
+            write_results(root, results)
     return Results(root, results)
 
 
@@ -184,7 +187,7 @@ def _run_method(setup: Setup, name: str, folder: Path, resume: bool) -> ResumeRe
     if record is not None:
         logger.info("%s, seed %d: done before", name, setup.seed)
         return record
-    going_on = resume and is_of(folder, key) and any(folder.glob("checkpoint-*"))
+    going_on = resume and is_of(folder, key) and any(checkpoints(folder))
     claim(folder, key)
     policy, trainer = train_method(setup, name, folder, compared=True, resume=going_on)
     started = time.monotonic()

@@ -46,6 +46,7 @@ from distalign.settings import (
 )
 from distalign.training.health import HealthSettings
 from distalign.training.rounds import RolloutSettings
+from distalign.training.run_folder import write_text
 from distalign.user_code import load_named
 
 # What people call a setting elsewhere, and what it is here.
@@ -240,7 +241,7 @@ class Recipe(Section):
     def dump(self, path: str | Path) -> None:
         """Write the recipe as resolved, every default filled in; `load_recipe` reads it back equal."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(dump_yaml(self.model_dump(mode="json")), encoding="utf-8")
+        write_text(Path(path), dump_yaml(self.model_dump(mode="json")))
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self.methods:

@@ -16,6 +16,7 @@ from distalign.data import EncodedPair
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
 from distalign.rewards.base import column_rewards
+from distalign.training.run_folder import write_text
 from distalign.user_code import source_file
 
 _TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
@@ -40,7 +41,7 @@ class ResumeRecord:
             tensors["target_logps"] = measured.target_logps
         (folder / _REST).unlink(missing_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
-        (folder / _REST).write_text(json.dumps({"key": key, "responses": measured.responses, **rest}), encoding="utf-8")
+        write_text(folder / _REST, json.dumps({"key": key, "responses": measured.responses, **rest}))
 
 
 def load_resume_record(folder: Path, key: str, pairs: list[EncodedPair]) -> ResumeRecord | None:
@@ -98,7 +99,7 @@ def claim(folder: Path, key: str) -> None:
     """What is made in a folder from now on is made under this key; what another run had finished there is forgotten."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _REST).unlink(missing_ok=True)
-    (folder / _KEY).write_text(json.dumps({"key": key}), encoding="utf-8")
+    write_text(folder / _KEY, json.dumps({"key": key}))
 
 
 def _method(recipe: Recipe, name: str) -> list[Path]:

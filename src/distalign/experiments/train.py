@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from pydantic import BaseModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.engine import Group
 from distalign.errors import InputError
@@ -43,14 +41,18 @@ from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
 from distalign.stats.intervals import mean_and_se
+from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import check_rollout, draws_responses
+from distalign.training.run_folder import check_no_links, locked, remove, whole_folder
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
 
 # Held-out prompts of the forward KL that is followed during training.
 CURVE_PROMPTS = 16
+# A reward that is trained waits here until all has been checked and an earlier run's may go.
+NEW_REWARD = "reward.new"
 
 
 def training_arguments(
@@ -74,16 +76,12 @@ def training_arguments(
     if held_out and (compared or recipe.early_stopping is not None):
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
-        settings |= {
-            "eval_on_start": follow,
-            "load_best_model_at_end": follow and not compared and labels_choose_step(recipe, name),
-            "metric_for_best_model": "eval_loss",
-            **evaluated,
-        }
-        if follow and (compared or settings["load_best_model_at_end"]):
-            # A step can be kept, or gone on from, only if it was saved.
-            saved = {"save_strategy": evaluated["eval_strategy"], "save_steps": evaluated["eval_steps"]}
-            settings |= {**saved, "save_total_limit": 1, **given}
+        settings |= {"eval_on_start": follow, **evaluated}
+        if follow:
+            # A step can be kept only if it was saved.
+            settings |= {"save_strategy": evaluated["eval_strategy"], "save_steps": evaluated["eval_steps"], **given}
+        if follow and not compared and labels_choose_step(recipe, name):
+            settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", **given}
     if not held_out and settings.get("eval_strategy", "no") != "no":
         raise RecipeError(
             f"{recipe.name}: eval_strategy needs held-out pairs; give data.eval, or data.held_out above 0"
@@ -194,19 +192,26 @@ def train(
     recipe = recipe.only([name])
     check(recipe, [name])
     folder = recipe.train_dir / name
-    if resume:
-        _last_checkpoint(folder)
-        recipe = _as_begun(recipe, name, folder)
-        _check_same_run(recipe, name, folder)
-    elif not overwrite and (old := sorted(folder.glob("checkpoint-*"))):
-        raise InputError(
-            f"{folder}: holds {old[-1].name} of an earlier run; go on with --resume, start over with --overwrite, or "
-            "give another name with --set name=…"
-        )
-    setup = load_setup(recipe, recipe.seed, measured=False)
-    if recipe.method(name).needs.reward:
-        make_setup_reward(setup, folder / "reward", reuse=resume)
-    _, trainer = train_method(setup, name, folder, resume=resume)
+    if overwrite:
+        check_no_links(folder, Path(recipe.output_dir))
+    with locked(writable(folder)):
+        if resume:
+            if not (folder / "recipe.yaml").is_file():
+                raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out")
+            recipe = _as_begun(recipe, name, folder)
+            _check_same_run(recipe, name, folder)
+        elif not overwrite and (old := checkpoints(folder)):
+            raise InputError(
+                f"{folder}: holds {old[-1].name} of an earlier run; go on with --resume, start over with --overwrite, "
+                "or give another name with --set name=…"
+            )
+        if not (folder / "recipe.yaml").is_file():
+            # If the run is killed before its first step, --resume begins it anew.
+            recipe.dump(folder / "recipe.yaml")
+        setup = load_setup(recipe, recipe.seed, measured=False)
+        if recipe.method(name).needs.reward:
+            make_setup_reward(setup, folder / ("reward" if resume else NEW_REWARD), reuse=resume)
+        _, trainer = train_method(setup, name, folder, resume=resume)
     held_out = {key.removeprefix("eval_"): value for key, value in trainer.last_evaluation().items()}
     return TrainResult(name, folder, folder / "model", trainer.kept_step, held_out)
 
@@ -224,7 +229,7 @@ def _as_begun(recipe: Recipe, name: str, folder: Path) -> Recipe:
     """The recipe with the numbers that the folder's run took for what is auto."""
     before = load_recipe(folder / "recipe.yaml").methods.get(name, {})
     for setting in ("gamma", "beta"):
-        if recipe.automatic(setting) and setting in before:
+        if recipe.automatic(setting) and before.get(setting, "auto") != "auto":
             recipe = recipe.with_numbers(setting, {name: before[setting]})
     return recipe
 
@@ -275,10 +280,7 @@ def train_method(
     """Train a policy of its own for one method and save it under `folder`; the setup stays as it is."""
     recipe = setup.recipe
     writable(folder)
-    recipe.only([name]).dump(folder / "recipe.yaml")
     logger.info("%s: %s", name, where_it_ends(setup, recipe.method(name)))
-    checkpoint = _last_checkpoint(folder) if resume else None
-    _forget_after(folder, checkpoint)
     args = training_arguments(
         recipe,
         name,
@@ -292,6 +294,12 @@ def train_method(
     # The reference costs no memory here, and that the run starts there is checked for every method.
     policy = make_policy(setup.base, setup.tokenizer, setup.source, lora=recipe.lora, reference=True)
     trainer = _make_trainer(setup, name, policy, args)
+    # All has been checked: from here on the folder is this run's.
+    checkpoint = newest_complete(folder) if resume else None
+    if resume and checkpoint is None:
+        logger.warning("%s: holds no complete checkpoint: the run begins anew", folder)
+    _forget(folder, everything=checkpoint is None)
+    recipe.only([name]).dump(folder / "recipe.yaml")
     started = time.monotonic()
     try:
         with one_run(args, recipe.name):
@@ -302,7 +310,8 @@ def train_method(
     policy.model.eval()
     if args.load_best_model_at_end:
         _log_kept_step(name, trainer, len(setup.held))
-    trainer.save_model(str(folder / "model"))
+    with whole_folder(folder / "model") as scratch:
+        trainer.save_model(str(scratch))
     return policy, trainer
 
 
@@ -368,32 +377,18 @@ def _log_kept_step(name: str, trainer: AlignmentTrainer, pairs: int) -> None:
         logger.warning("%s improved nothing on the held-out pairs: the model kept is the one it started from", name)
 
 
-def _last_checkpoint(folder: Path) -> Path:
-    """The checkpoint with the largest step. Raises InputError if there is none."""
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint is None:
-        raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out, or set save_strategy")
-    return Path(checkpoint)
-
-
-def _forget_after(folder: Path, checkpoint: Path | None) -> None:
-    """Remove what a run logged after the checkpoint that it goes on from; without one, all of the run before."""
-    if checkpoint is None:
-        forget_results(folder)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
+def _forget(folder: Path, *, everything: bool) -> None:
+    """Remove what an earlier run left, or of one that goes on what was made of it; the trainer cuts its logs."""
+    if not everything:
+        remove(folder / "results.json")
+        remove(folder / "report.html")
         return
-    (folder / "results.json").unlink(missing_ok=True)
-    (folder / "report.html").unlink(missing_ok=True)
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    # Metrics of a step are written after it, samples before it.
-    for name, last in (("metrics.jsonl", step), ("samples.jsonl", step - 1)):
-        path = folder / name
-        if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            rows = [row for row in rows if row["step"] <= last and "train_runtime" not in row]
-            path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    forget_results(folder)
+    for old in (folder / "metrics.jsonl", folder / SAVING, *checkpoints(folder)):
+        remove(old)
+    if (folder / NEW_REWARD).is_dir():
+        remove(folder / "reward")
+        (folder / NEW_REWARD).rename(folder / "reward")
 
 
 # The reward -----------------------------------------------------------------------------------------------------------
@@ -404,10 +399,10 @@ def train_reward_model(recipe: Recipe) -> Trained:
     settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
     known = recipe.target is not None
     check_rewards([settings], conversational=False, target=known, gamma=recipe.has_gamma)
-    folder = writable(recipe.train_dir) / "reward"
-    setup = load_setup(recipe.only([]), recipe.seed, measured=False)
-    setup.recipe = settle_gamma(recipe, setup.base, setup.train)
-    return _fit_reward(setup, folder)
+    with locked(writable(recipe.train_dir)):
+        setup = load_setup(recipe.only([]), recipe.seed, measured=False)
+        setup.recipe = settle_gamma(recipe, setup.base, setup.train)
+        return _fit_reward(setup, recipe.train_dir / "reward")
 
 
 def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> None:
@@ -438,31 +433,31 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
     """Train a reward on the recipe's pairs and save it in `folder`. Raises RewardError."""
     recipe = setup.recipe
     settings = next((one.train for one in recipe.reward if one.train is not None), RewardTraining())
-    shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
-    trained = train_reward(
-        settings,
-        setup.base,
-        setup.tokenizer,
-        setup.source,
-        setup.train,
-        setup.held,
-        gamma=recipe.target_gamma,
-        token_budget=recipe.forward_budget,
-        seed=setup.seed,
-        folder=folder,
-    )
-    setup.seconds["reward"] = time.monotonic() - started
-    summary = ", ".join(f"{name} {value.mean:.3f} ± {value.se:.3f}" for name, value in trained.results.items())
-    logger.info("reward: head %s; %s on %d held-out pairs", trained.origin.head, summary, len(setup.held))
-    setup.statistics["reward model, held out"] = summary
-    if trained.origin.gamma is not None and setup.task.prompts:
-        made = _potential(setup, trained, trained.origin.gamma)
-        logger.info("reward: %s", made)
-        setup.statistics["reward model, potential"] = str(made)
-        (folder / POTENTIAL).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
-        if made.warning is not None:
-            logger.warning("%s", made.warning)
+    with whole_folder(folder) as scratch:
+        trained = train_reward(
+            settings,
+            setup.base,
+            setup.tokenizer,
+            setup.source,
+            setup.train,
+            setup.held,
+            gamma=recipe.target_gamma,
+            token_budget=recipe.forward_budget,
+            seed=setup.seed,
+            folder=scratch,
+        )
+        setup.seconds["reward"] = time.monotonic() - started
+        summary = ", ".join(f"{name} {value.mean:.3f} ± {value.se:.3f}" for name, value in trained.results.items())
+        logger.info("reward: head %s; %s on %d held-out pairs", trained.origin.head, summary, len(setup.held))
+        setup.statistics["reward model, held out"] = summary
+        if trained.origin.gamma is not None and setup.task.prompts:
+            made = _potential(setup, trained, trained.origin.gamma)
+            logger.info("reward: %s", made)
+            setup.statistics["reward model, potential"] = str(made)
+            (scratch / POTENTIAL).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
+            if made.warning is not None:
+                logger.warning("%s", made.warning)
     return trained
 
 

@@ -1,62 +1,180 @@
-"""What a checkpoint holds besides transformers' files: the round, the value head, the health monitor, counters,
-the size of a micro-batch, the responses that the reference drew.
+"""What a checkpoint holds besides transformers' files, and how one is known to be whole and of this run.
 
-And the reference's log-probabilities of the pairs seen: scored again beside other pairs they would round differently.
+manifest.json                   the step, what run it is of, a SHA-256 of every file: written last
+distalign.json                  health, the reward's counters, numbers for the next log line, the size of a micro-batch
+rollout.safetensors             the round of drawn responses that the run is in
+reference_rollout.safetensors   what the reference drew before the first step
+reference.safetensors           the reference's log-probabilities of the pairs seen: scored again, beside other pairs,
+                                they would round differently
+value_head.safetensors          of a critic
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-import zlib
-from collections.abc import Mapping, Sequence
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from distalign.data import EncodedPair
 from distalign.errors import InputError
-from distalign.training.rounds import RolloutWorker, Round
+from distalign.training.rounds import Round, Row
+from distalign.training.run_folder import remove, sync, whole_folder, write_text
 
-ROUND, DRAWN_ONCE, MONITOR, VALUES, COUNTERS, REFERENCE, BUDGET = (
+logger = logging.getLogger("distalign.training.checkpoint")
+
+MANIFEST, STATE, ROUND, DRAWN_ONCE, VALUES, REFERENCE = (
+    "manifest.json",
+    "distalign.json",
     "rollout.safetensors",
     "reference_rollout.safetensors",
-    "health.json",
     "value_head.safetensors",
-    "reward_counts.json",
     "reference.safetensors",
-    "token_budget.json",
 )
+# A checkpoint is written in this folder of the run's.
+SAVING = ".saving"
 
 # Tensors of the round are stored as "tensor.<name>", beside the ids.
 _PREFIX = "tensor."
 
 
-def save_worker(worker: RolloutWorker, folder: Path, step: int) -> None:
-    """Write what a run needs to go on after `step` optimizer steps into a checkpoint's folder."""
-    drawn = worker.position_at(step)
-    if drawn is not None:
-        save_round(drawn, folder)
-    if worker.policy.value_head is not None:
-        save_file(worker.policy.value_head.state_dict(), folder / VALUES)
-    if worker.monitor is not None:
-        _write(folder / MONITOR, worker.monitor.state_dict())
-    _write(folder / COUNTERS, worker.reward_counters())
+# Whole, and of this run -----------------------------------------------------------------------------------------------
 
 
-def load_worker(worker: RolloutWorker, folder: Path, step: int) -> None:
-    """Go on from what `save_worker` wrote. Raises InputError for a damaged round or JSON file."""
-    drawn = load_round(folder) if (folder / ROUND).is_file() else None
-    counters = _read(folder / COUNTERS) if (folder / COUNTERS).is_file() else {}
-    worker.resume(drawn, counters, step)
-    if worker.policy.value_head is not None:
-        worker.policy.value_head.load_state_dict(load_file(folder / VALUES))
-    if worker.monitor is not None and (folder / MONITOR).is_file():
-        worker.monitor.load_state_dict(_read(folder / MONITOR))
+def step_of(checkpoint: Path) -> int:
+    """The optimizer steps that a checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run's folder, whole or not, by their step."""
+    return sorted((path for path in folder.glob("checkpoint-*") if re.search(r"-\d+$", path.name)), key=step_of)
+
+
+@contextmanager
+def saving(folder: Path, step: int, run: Mapping[str, str]) -> Iterator[Path]:
+    """Where to write the checkpoint of a step; at the end it gets its manifest and its name, whole or not at all.
+
+    Raises InputError where the disk does not take it; the checkpoints that there are stay.
+    """
+    with whole_folder(folder / f"checkpoint-{step}", folder / SAVING / f"checkpoint-{step}") as scratch:
+        yield scratch
+        files = {str(path.relative_to(scratch)): _digest(path) for path in scratch.rglob("*") if path.is_file()}
+        write_text(scratch / MANIFEST, json.dumps({"step": step, "run": run, "files": files}, indent=1))
+        for log in ("metrics.jsonl", "samples.jsonl"):
+            if (folder / log).is_file():
+                sync(folder / log)
+
+
+def prune(folder: Path, keep: set[Path], limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, but none of `keep`."""
+    others = [path for path in checkpoints(folder) if path not in keep]
+    for path in others[: max(0, len(others) + len(keep) - limit) if limit else 0]:
+        remove(path)
+
+
+def newest_complete(folder: Path) -> Path | None:
+    """The complete checkpoint with the largest step; says which are passed over, and why."""
+    for scratch in checkpoints(folder / SAVING):
+        # Killed between the end of its writing and its renaming.
+        if defect(scratch) is None:
+            remove(folder / scratch.name)
+            os.replace(scratch, folder / scratch.name)
+    for checkpoint in reversed(checkpoints(folder)):
+        reason = defect(checkpoint)
+        if reason is None:
+            return checkpoint
+        logger.warning("%s is passed over: %s", checkpoint, reason)
+    return None
+
+
+def defect(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint; None if it is whole."""
+    try:
+        manifest = _manifest(checkpoint)
+        if manifest["step"] != step_of(checkpoint):
+            return f"it is of step {manifest['step']}"
+        for name, digest in manifest["files"].items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if _digest(checkpoint / name) != digest:
+                return f"{name} is not what was saved (its checksum differs)"
+    except FileNotFoundError:
+        if not checkpoint.is_dir():
+            return "there is no such checkpoint"
+        return f"it has no {MANIFEST}, so it was not written to its end"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def check_belongs(checkpoint: Path, run: Mapping[str, str]) -> None:
+    """Raise InputError if a complete checkpoint is of a run with another method, other data or another model."""
+    saved = _manifest(checkpoint)["run"]
+    for name, value in run.items():
+        if saved.get(name) != value:
+            both = "" if len(value) == 64 else f": it had {saved.get(name)}, this run has {value}"
+            raise InputError(
+                f"{checkpoint}: is of a run with another {name}{both}; give the same, or train anew in another folder"
+            )
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Hash of what is learned from: ids and probabilities, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        ids = [row.prompt, row.chosen, row.rejected] if isinstance(row, EncodedPair) else [row.prompt]
+        probability = row.probability if isinstance(row, EncodedPair) else None
+        digest.update(f"{list(map(len, ids))} {probability}".encode())
+        digest.update(array("q", [token for part in ids for token in part]).tobytes())
+    return digest.hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Hash of the start of every weight that an adapter does not train: another model has others almost everywhere."""
+    digest, adapted = hashlib.sha256(), isinstance(model, PeftModel)
+    for name, weight in model.named_parameters():
+        if not (adapted and weight.requires_grad):
+            digest.update(f"{name} {list(weight.shape)}".encode())
+            digest.update(weight.detach().flatten()[:64].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# Its parts ------------------------------------------------------------------------------------------------------------
+
+
+def save_state(state: Mapping[str, Any], folder: Path) -> None:
+    """Write the numbers that a run needs to go on."""
+    (folder / STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save_state` wrote."""
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def save_reference(rows: Sequence[EncodedPair], logps: Mapping[tuple, Tensor], folder: Path) -> None:
@@ -68,27 +186,13 @@ def save_reference(rows: Sequence[EncodedPair], logps: Mapping[tuple, Tensor], f
 
 
 def load_reference(rows: Sequence[EncodedPair], folder: Path, device: torch.device) -> dict[tuple, Tensor]:
-    """What `save_reference` wrote of these pairs, wherever they stand now. Raises InputError for a damaged file."""
+    """What `save_reference` wrote of these pairs, wherever they stand now."""
     path = folder / REFERENCE
     if not path.is_file():
         return {}
-    try:
-        tensors = load_file(path, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); remove it to score the reference again") from error
+    tensors = load_file(path, device=str(device))
     saved = dict(zip(tensors["pairs"].tolist(), tensors["logps"], strict=True))
     return {key: saved[mark] for row in rows if (mark := _fingerprint(key := row.key)) in saved}
-
-
-def save_token_budget(budget: int, folder: Path) -> None:
-    """Write how many tokens a micro-batch has, which a run that goes on keeps."""
-    _write(folder / BUDGET, {"token_budget": budget})
-
-
-def load_token_budget(folder: Path) -> int | None:
-    """What `save_token_budget` wrote; None if it did not. Raises InputError for a damaged file."""
-    path = folder / BUDGET
-    return _read(path)["token_budget"] if path.is_file() else None
 
 
 def _fingerprint(key: tuple[tuple[int, ...], ...]) -> int:
@@ -96,20 +200,8 @@ def _fingerprint(key: tuple[tuple[int, ...], ...]) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big", signed=True)
 
 
-def _write(path: Path, state: dict) -> None:
-    path.write_text(json.dumps(state), encoding="utf-8")
-
-
-def _read(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read ({error}); resume from an earlier checkpoint") from error
-
-
-def save_round(drawn: Round, folder: Path, name: str = ROUND) -> Path:
-    """Write `rollout.safetensors` into `folder`: the whole of it or nothing. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_round(drawn: Round, folder: Path, name: str = ROUND) -> None:
+    """Write a round's prompts, responses and their numbers into a checkpoint's folder."""
     flat = [response for group in drawn.responses for response in group]
     content = {
         "indices": torch.tensor(drawn.indices, dtype=torch.int64),
@@ -118,41 +210,24 @@ def save_round(drawn: Round, folder: Path, name: str = ROUND) -> Path:
         **_pack("responses", flat),
         **{_PREFIX + k: v.detach().to("cpu", copy=True).contiguous() for k, v in drawn.tensors.items()},
     }
-    about = {"round": drawn.number, "position": drawn.position, "checksum": _checksum(content)}
-    path, scratch = folder / name, folder / f".{name}.{os.getpid()}"
-    try:
-        save_file(content, scratch, metadata={"buffer": json.dumps(about)})
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
-    return path
+    about = {"round": drawn.number, "position": drawn.position}
+    save_file(content, folder / name, metadata={"buffer": json.dumps(about)})
 
 
 def load_round(folder: Path, name: str = ROUND) -> Round:
-    """What `save_round` wrote, exactly as it was, on the CPU. Raises InputError for a missing or damaged file."""
-    path = folder / name
-    try:
-        with safe_open(path, framework="pt") as file:
-            content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = json.loads((file.metadata() or {})["buffer"])
-        if about["checksum"] != _checksum(content):
-            raise ValueError("its checksum is wrong")
-        flat = iter(_unpack("responses", content))
-        return Round(
-            number=about["round"],
-            position=about["position"],
-            indices=content["indices"].tolist(),
-            prompts=_unpack("prompts", content),
-            responses=[[next(flat) for _ in range(count)] for count in content["counts"].tolist()],
-            tensors={k.removeprefix(_PREFIX): v for k, v in content.items() if k.startswith(_PREFIX)},
-        )
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())
-        again = ", or remove the file to sample the round again" if name == ROUND else ""
-        raise InputError(
-            f"{path}: the responses of a round cannot be read ({type(error).__name__}: {reason}); resume from an "
-            f"earlier checkpoint{again}"
-        ) from error
+    """What `save_round` wrote, exactly as it was, on the CPU."""
+    with safe_open(folder / name, framework="pt") as file:
+        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads((file.metadata() or {})["buffer"])
+    flat = iter(_unpack("responses", content))
+    return Round(
+        number=about["round"],
+        position=about["position"],
+        indices=content["indices"].tolist(),
+        prompts=_unpack("prompts", content),
+        responses=[[next(flat) for _ in range(count)] for count in content["counts"].tolist()],
+        tensors={k.removeprefix(_PREFIX): v for k, v in content.items() if k.startswith(_PREFIX)},
+    )
 
 
 def _pack(name: str, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
@@ -165,13 +240,3 @@ def _pack(name: str, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
 
 def _unpack(name: str, content: dict[str, Tensor]) -> list[list[int]]:
     return [part.tolist() for part in content[f"{name}.ids"].split(content[f"{name}.lengths"].tolist())]
-
-
-def _checksum(content: dict[str, Tensor]) -> int:
-    """CRC-32 of names, types, shapes and bytes: safetensors itself notices a short file, not a changed one."""
-    crc = 0
-    for name in sorted(content):
-        tensor = content[name]
-        crc = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
@@ -60,6 +61,16 @@ def names_what_was_meant(elsewhere: Mapping[str, str]) -> Callable[[type[Kind]],
     return decorate
 
 
+def refuse_several_processes() -> None:
+    """Raise TrainingError in one of several processes, before they meet: this version trains in one."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise TrainingError(
+            f"{count} processes were started (WORLD_SIZE); this version trains in one: start it without torchrun or "
+            "torch.distributed.run"
+        )
+
+
 @names_what_was_meant(_ELSEWHERE)
 @dataclass
 class AlignmentConfig(TrainingArguments):
@@ -104,7 +115,9 @@ class AlignmentConfig(TrainingArguments):
     logging_steps: float = 1
     hub_strategy: HubStrategy | str = "end"  # the model that is kept, once
     logging_nan_inf_filter: bool = False  # a loss that is no number is logged as such
-    save_strategy: str = "no"
+    save_strategy: str = "steps"
+    save_steps: float = 0.1
+    save_total_limit: int | None = 1
     report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     restore_callback_states_from_checkpoint: bool = True
@@ -138,6 +151,10 @@ class AlignmentConfig(TrainingArguments):
     health: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        refuse_several_processes()
+        if (self.load_best_model_at_end or self.metric_for_best_model) and self.save_total_limit == 1:
+            # The best, and the last: only from this a run goes on, and transformers would remove it at the end.
+            self.save_total_limit = 2
         super().__post_init__()
         self._check()
 

@@ -7,10 +7,9 @@ then those drawn in the round, then fresh ones if the KL term wants them. The pr
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -219,21 +218,28 @@ class MetricAverager:
     """Numbers for the next log line."""
 
     def __init__(self) -> None:
-        self._noted: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        # The sum of a number times its weight, and of the weights.
+        self._noted: dict[str, tuple[float, int]] = {}
 
     def add(self, metrics: dict[str, float], weight: int) -> None:
         """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged."""
         for name, value in metrics.items():
-            self._noted[name] = [*(self._noted[name] if weight else []), (value, weight)]
+            total, weights = self._noted.get(name, (0.0, 0)) if weight else (value, 0)
+            self._noted[name] = (total + value * weight, weights + weight)
 
     def take(self) -> dict[str, float]:
         """The means of what was added since it was last taken."""
-        means = {}
-        for name, values in self._noted.items():
-            total = sum(weight for _, weight in values)
-            means[name] = sum(value * weight for value, weight in values) / total if total else values[-1][0]
+        means = {name: total / weights if weights else total for name, (total, weights) in self._noted.items()}
         self._noted.clear()
         return means
+
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """What was added and not taken yet, as JSON can hold it."""
+        return dict(self._noted)
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Any]]) -> None:
+        """Go on from `state_dict`."""
+        self._noted = {name: (total, weights) for name, (total, weights) in state.items()}
 
 
 def implicit_rewards(method: Method, pairs: Pairs) -> Float[Tensor, "pairs 2"]:

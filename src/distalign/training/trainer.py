@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,6 +26,7 @@ from httpx import HTTPError
 from huggingface_hub import HfApi
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -33,11 +37,11 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, score, score_in_batches
@@ -56,14 +60,23 @@ from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
+    ROUND,
+    VALUES,
+    check_belongs,
+    checkpoints,
+    defect,
     load_reference,
     load_round,
-    load_token_budget,
-    load_worker,
+    load_state,
+    model_digest,
+    newest_complete,
+    prune,
+    rows_digest,
     save_reference,
     save_round,
-    save_token_budget,
-    save_worker,
+    save_state,
+    saving,
+    step_of,
 )
 from distalign.training.config import AlignmentConfig, names_what_was_meant
 from distalign.training.guard import ADVICE, Guard
@@ -108,6 +121,7 @@ from distalign.training.rounds import (
     is_on_policy,
     observe,
 )
+from distalign.training.run_folder import cut_log, locked, remove
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -117,6 +131,8 @@ CARD_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "max_grad_norm"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
 )
+# Settings of rollouts that may be others where a run goes on: memory and what is shown, not results.
+FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print"}
 
 
 @names_what_was_meant(
@@ -250,7 +266,8 @@ class AlignmentTrainer(Trainer):
         health = args.health_settings
         self.monitor = Monitor(health, self.label) if health is not None else None
         self.guard = Guard(self.label)
-        self.metrics = MetricAverager()
+        # Numbers for the next log line, and for the last one.
+        self.metrics, self.whole_run = MetricAverager(), MetricAverager()
         self._pair_rewards: dict[tuple, Tensor] = {}
         self.worker = self._worker() if self.on_policy else None
         self.reference_responses: ReferenceResponses | None = None
@@ -262,6 +279,14 @@ class AlignmentTrainer(Trainer):
         self.memory: MemoryEstimate | None = None
         self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
         self._gaps: list[Tensor] = []
+        self._loss = 0.0
+        # Where a checkpoint is written; the step of the last one; what it holds if the next step fails half-way.
+        self._scratch: Path | None = None
+        self._saved_step = -1
+        self._at_step_start: dict[str, Any] = {}
+        self._stop_signal: int | None = None
+        self.ended_before = False
+        self.add_callback(_NothingAfterTheEnd(self))
 
     def _worker(self) -> RolloutWorker:
         return RolloutWorker(
@@ -389,20 +414,34 @@ class AlignmentTrainer(Trainer):
             self._stop_if_collapsed()
         self._seconds += time.perf_counter() - started
         self._tokens += batch.tokens
+        self._loss += float(total)
         if self.accelerator.sync_gradients:
+            # transformers' own sums are not in its checkpoints: a run that goes on would log other means.
+            self.metrics.add({"loss": self._loss}, 1)
+            self.whole_run.add({"train_loss": self._loss}, 1)
             if self._gaps:
                 check_sharpness(self.label, float(torch.cat(self._gaps).median()))
                 self._gaps = []
             self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
             if self._weights:
                 self.metrics.add({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
-            self._seconds, self._tokens, self._weights = 0.0, 0, []
+            self._seconds, self._tokens, self._weights, self._loss = 0.0, 0, [], 0.0
         mean = total * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
-        """As the Trainer's: the batches of an optimizer step; with the number of their prompts."""
+        """As the Trainer's: the batches of an optimizer step; with the number of their prompts.
+
+        Here a step begins, or does not: where the run was asked to stop, or had ended before it was gone on with.
+        """
+        if self._stop_signal is not None:
+            self._save_and_stop(self._stop_signal)
+        self.ended_before = self.ended_before or self.state.global_step >= self.state.max_steps
+        if self.ended_before:
+            self.control.should_training_stop = True
+            return [], 0
+        self._at_step_start, self._loss = self._state(), 0.0
         batches, _ = super().get_batch_samples(*args, **kwargs)
         return batches, sum(len(batch["rows"]) for batch in batches)
 
@@ -469,26 +508,69 @@ class AlignmentTrainer(Trainer):
     # A run ------------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """Train, showing progress. As `transformers.Trainer.train`; a resumed run skips the checks of the start."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(self._folder)) if self._folder.is_dir() else None
-            if resume_from_checkpoint is None:
-                raise TrainingError(
-                    f"{self._folder}: holds no checkpoint to go on from; set save_strategy, or train anew"
-                )
-        self.args.eval_on_start = self.args.eval_on_start and not resume_from_checkpoint
-        if resume_from_checkpoint:
-            self._resume(Path(str(resume_from_checkpoint)))
-        else:
-            if self.state.global_step == 0:
+        """Train, showing progress. As `transformers.Trainer.train`; a resumed run skips the checks of the start.
+
+        True goes on from the newest complete checkpoint; a run that had ended trains no step. SIGINT and SIGTERM let
+        the step end, save, and raise KeyboardInterrupt and SystemExit(143). Raises InputError where another process
+        trains in the folder, and for a checkpoint that is not whole or is of another run.
+        """
+        # Of the weights before the first step.
+        _ = self.identity
+        with locked(self._folder), self._finish_step_on_signals():
+            checkpoint = self._checkpoint(resume_from_checkpoint)
+            self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
+            self.ended_before = False
+            if checkpoint is not None:
+                self._resume(checkpoint)
+            elif self.state.global_step == 0:
+                for old in checkpoints(self._folder):
+                    logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
                 groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
                 self.run(lambda: self.policy.assert_starts_at_reference(groups))
-        with progress(self.label, 1) as self._advance, self._explain_out_of_memory_outside():
-            try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-            finally:
-                self.policy.remove_value_head()
-                self._put_forward_back()
+            with progress(self.label, 1) as self._advance, self._explain_out_of_memory_outside():
+                try:
+                    result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
+                    if checkpoint is not None and self.state.global_step == step_of(checkpoint):
+                        logger.info("%s: had ended at step %d: nothing is trained", self.label, step_of(checkpoint))
+                    if self._stop_signal is not None:
+                        self._save_and_stop(self._stop_signal)
+                    return result
+                finally:
+                    self.policy.remove_value_head()
+                    self._put_forward_back()
+
+    @contextmanager
+    def _finish_step_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted, and heard at the end of the step; a second one stops at once."""
+        self._stop_signal = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _: object) -> None:
+            if self._stop_signal is not None:
+                raise _stop(number)
+            self._stop_signal = number
+            # print is not safe here: the signal may have come in the middle of another.
+            os.write(2, b"stopping after this step; the same again stops at once\n")
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored (under nohup) stays ignored; what is not Python's cannot be put back.
+        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save_and_stop(self, number: int) -> None:
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self._wrapper, trial=None)
+        place = self._folder / f"checkpoint-{self.state.global_step}"
+        logger.warning("%s: stopped; %s holds the run: train(resume_from_checkpoint=True) goes on", self.label, place)
+        raise _stop(number)
 
     def _put_forward_back(self) -> None:
         """Take off the autocast that accelerate put around the model's forward."""
@@ -498,39 +580,127 @@ class AlignmentTrainer(Trainer):
         else:
             self.policy.model.forward = self._own_forward
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must be of for this run to go on from it."""
+        numbers = (int, float, str, type(None))
+        settings = {name: value for name, value in sorted(vars(self.method).items()) if isinstance(value, numbers)}
+        rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
+        args = self.args
+        return {
+            "method": f"{type(self.method).__name__} {settings}",
+            "data": rows_digest(self.rows),
+            "model": model_digest(self.policy.model),
+            "rollout": str(rollout),
+            "batches": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+            "seed": str(args.seed),
+        }
+
+    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The checkpoint to go on from, which is whole and of this run."""
+        if not resume_from_checkpoint:
+            return None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_complete(self._folder)
+            if checkpoint is None:
+                raise TrainingError(
+                    f"{self._folder}: holds no checkpoint to go on from; set save_strategy, or train anew"
+                )
+        else:
+            checkpoint = Path(resume_from_checkpoint)
+            if reason := defect(checkpoint):
+                raise TrainingError(f"{checkpoint}: {reason}; go on from another checkpoint")
+        check_belongs(checkpoint, self.identity)
+        return checkpoint
+
     def _resume(self, checkpoint: Path) -> None:
-        step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+        step, state = step_of(checkpoint), load_state(checkpoint)
         if self.worker is not None:
-            load_worker(self.worker, checkpoint, step)
+            drawn = load_round(checkpoint) if (checkpoint / ROUND).is_file() else None
+            self.worker.resume(drawn, state["reward_counters"], step)
+        if self.policy.value_head is not None:
+            self.policy.value_head.load_state_dict(load_file(checkpoint / VALUES))
         # After the first step only the file knows what the reference drew.
         if self.reference_responses is not None and (step > 0 or (checkpoint / DRAWN_ONCE).is_file()):
             self.reference_responses.round = load_round(checkpoint, DRAWN_ONCE)
         if self._remembers_reference:
             self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
+        if self.monitor is not None and state["health"] is not None:
+            self.monitor.load_state_dict(state["health"])
         if self.token_budget is None:
-            self._set_token_budget(load_token_budget(checkpoint))
+            self._set_token_budget(state["token_budget"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.whole_run.load_state_dict(state["whole_run"])
+        self._saved_step = step
+        self.ended_before = state["ended_early"]
+        # What came after is done again. Metrics of a step are written after it, samples before it.
+        cut_log(self._folder / "metrics.jsonl", step)
+        cut_log(self._folder / "samples.jsonl", step - 1)
+        for later in checkpoints(self._folder):
+            if step_of(later) > step:
+                remove(later)
 
-    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
-        # The one private method of transformers that is overridden: it deletes older checkpoints at its end, so what a
-        # run needs besides is written before.
+    def _state(self) -> dict[str, Any]:
+        collapsed = self.monitor is not None and self.monitor.collapsed is not None
+        return {
+            "metrics": self.metrics.state_dict(),
+            "whole_run": self.whole_run.state_dict(),
+            "health": None if self.monitor is None else self.monitor.state_dict(),
+            # Early stopping ends a run; after a collapse one goes on, with other settings.
+            "ended_early": self.control.should_training_stop
+            and self.state.global_step < self.state.max_steps
+            and not collapsed,
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Private, with _save_checkpoint: the one way to have transformers write a checkpoint under another name.
+        return str(self._scratch or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Private: transformers writes into the checkpoint's own folder and then deletes older ones, with no public way
+        # to write more before.
+        self._write_checkpoint(model, trial, self._state())
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint whole, then remove older ones. Raises TrainingError where the disk does not take it."""
         self._check_policy()
-        folder = self._folder / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.worker is not None:
-            save_worker(self.worker, folder, self.state.global_step)
-        if self.reference_responses is not None and self.reference_responses.round is not None:
-            save_round(self.reference_responses.round, folder, DRAWN_ONCE)
-        if self._remembers_reference:
-            save_reference(self.rows, self.reference_cache, folder)
-        save_token_budget(self._budget(), folder)
-        super()._save_checkpoint(model, trial)
+        folder, step, best = self._folder, self.state.global_step, self.state.best_global_step
+        place = folder / f"checkpoint-{step}"
+        if best and (best == step or (folder / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        best_place = self.state.best_model_checkpoint
+        try:
+            with saving(folder, step, self.identity) as scratch:
+                self._scratch = scratch.parent
+                super()._save_checkpoint(model, trial)
+                self.state.best_model_checkpoint = best_place
+                self.state.save_to_json(str(scratch / "trainer_state.json"))
+                if self.worker is not None and (drawn := self.worker.position_at(step)) is not None:
+                    save_round(drawn, scratch)
+                if self.policy.value_head is not None:
+                    save_file(self.policy.value_head.state_dict(), scratch / VALUES)
+                if self.reference_responses is not None and self.reference_responses.round is not None:
+                    save_round(self.reference_responses.round, scratch, DRAWN_ONCE)
+                if self._remembers_reference:
+                    save_reference(self.rows, self.reference_cache, scratch)
+                counters = {} if self.worker is None else self.worker.reward_counters()
+                save_state({**state, "reward_counters": counters, "token_budget": self._budget()}, scratch)
+        except InputError as error:
+            whole = newest_complete(folder)
+            kept = "no checkpoint was saved before" if whole is None else f"{whole.name} is whole: then --resume"
+            raise TrainingError(f"{self.label}: {error}; {kept}") from error
+        finally:
+            self._scratch = None
+        self._saved_step = step
+        prune(folder, {place, *([Path(best_place)] if best_place else [])}, self.args.save_total_limit)
 
     @property
     def _remembers_reference(self) -> bool:
         return "labelled" in self.needs.pairs and self.needs.reference
 
     def _save_now(self) -> str:
-        self._save_checkpoint(self._wrapper, trial=None)
+        """Save in the middle of a step: it begins anew where the run goes on."""
+        self._write_checkpoint(self._wrapper, None, self._at_step_start)
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
     @contextmanager
@@ -799,6 +969,11 @@ class AlignmentTrainer(Trainer):
         """Log, with the means of what was added since the last training log, and write the line to metrics.jsonl."""
         if "loss" in logs:
             logs |= self.metrics.take()
+        if "train_loss" in logs:
+            # The last step has ended, and the best is not loaded yet.
+            if self._stop_signal is not None:
+                self._save_and_stop(self._stop_signal)
+            logs |= self.whole_run.take()
         super().log(logs, start_time)
         if self.is_world_process_zero():
             line = {"step": self.state.global_step, **logs}
@@ -808,6 +983,24 @@ class AlignmentTrainer(Trainer):
     @property
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
+
+
+class _NothingAfterTheEnd(TrainerCallback):
+    """A run that had ended is not evaluated and saved once more for the epoch in which it ended."""
+
+    def __init__(self, trainer: AlignmentTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.ended_before:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+def _stop(number: int) -> BaseException:
+    """What a signal raises: as Python does for SIGINT, and a shell's exit code for SIGTERM."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

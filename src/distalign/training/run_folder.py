@@ -1,0 +1,155 @@
+"""Files of a run's folder, for a process that may be killed at any moment, and for two that want the same folder.
+
+A file or a folder is written under another name and then renamed, so it is there whole or not at all. Logs are appended
+to: their last line may be torn, and what a run logged after the step that it goes on from is dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from distalign.errors import InputError
+
+logger = logging.getLogger("distalign.training.run_folder")
+
+# Locks of this process: a comparison locks its folder, and each of its methods' trainers its own.
+_HELD: set[tuple[Path, int]] = set()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder. Raises InputError at once if one is in it.
+
+    The lock is the system's, on the file `.lock`: it ends with the process, however that ends.
+    """
+    import fcntl  # not on Windows
+
+    place = (folder.resolve(), os.getpid())
+    if place in _HELD:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            # A record lock: unlike flock's, it does not pass to children, which may outlive a killed process.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            file.seek(0)
+            raise InputError(
+                f"{folder}: {file.read().strip() or 'another process'} works in this folder; wait for its end, or give "
+                "another folder (--set name=…)"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()}\n")
+        file.flush()
+        _HELD.add(place)
+        try:
+            yield
+        finally:
+            _HELD.discard(place)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there; of a symbolic link the link, never what it points to."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def check_no_links(folder: Path, above: Path) -> None:
+    """Raise InputError if `folder`, or a folder between it and `above`, is a symbolic link."""
+    for place in (folder, *folder.parents):
+        if place == above:
+            return
+        if place.is_symlink():
+            raise InputError(
+                f"{place}: is a link to {place.resolve()}, and nothing is deleted through a link; remove the link, or "
+                "give the place itself as output_dir"
+            )
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file: afterwards it is the new one, and if the process is killed on the way the old one."""
+    scratch = path.with_name(f".{path.name}.new")
+    with scratch.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+@contextmanager
+def whole_folder(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
+    """A folder to write into, which takes the name `folder` at the end; after an error nothing has changed.
+
+    Raises InputError where the disk does not take it.
+    """
+    scratch = scratch or folder.with_name(f".{folder.name}.new")
+    try:
+        remove(scratch)
+        scratch.mkdir(parents=True)
+        yield scratch
+        for path in scratch.rglob("*"):
+            sync(path)
+        sync(scratch)
+        remove(folder)
+        os.replace(scratch, folder)
+        sync(folder.parent)
+    except BaseException as error:
+        remove(scratch)
+        if reason := disk_error(error):
+            raise InputError(f"{folder}: cannot be written ({reason}); make space") from error
+        raise
+
+
+def disk_error(error: BaseException) -> str | None:
+    """Why the disk did not take what was written, if that is what the error says; else None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS):
+        return error.strerror
+    if isinstance(error, SafetensorError):
+        return str(error)
+    # What torch.save raises says no more than this.
+    return "the disk took a part only" if re.search(r"PytorchStreamWriter|inline_container", str(error)) else None
+
+
+def cut_log(path: Path, last: int) -> None:
+    """Drop the lines of a log of a run that goes on which came after the step `last`, and the one that ends a run.
+
+    A torn last line, of a process that was killed while it wrote, goes with a message.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if row["step"] <= last and "train_runtime" not in row:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise InputError(f"{path}:{number}: not a line of this log; remove it to go on") from None
+            logger.warning("%s: the last line is torn and is dropped", path)
+    write_text(path, "".join(kept))

@@ -1,0 +1,458 @@
+"""Checkpoints are whole or not there, of this run or refused; a stopped run ends as if nothing had stopped it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from acting import METHODS, logs, parameters, trainer
+
+from distalign.errors import InputError
+from distalign.methods import DPO, PMLE
+from distalign.models.policy import Lora
+from distalign.training import checkpoint as checkpoints
+from distalign.training import run_folder
+from distalign.training.checkpoint import MANIFEST, newest_complete
+from distalign.training.config import AlignmentConfig
+from distalign.training.health import HealthSettings
+from distalign.training.rounds import TrainingError
+from distalign.training.run_folder import cut_log, locked, remove, write_text
+from distalign.training.trainer import AlignmentTrainer
+
+SAVED = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "per_device_train_batch_size": 4}
+
+
+class Lost(Exception):
+    """The process, as far as a test is concerned."""
+
+
+def lost_before_step(monkeypatch, step):
+    """Training ends with Lost where it would begin the step after `step`; the function that is given mends it."""
+    real = AlignmentTrainer.training_step
+
+    def failing(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise Lost
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", failing)
+    return lambda: monkeypatch.setattr(AlignmentTrainer, "training_step", real)
+
+
+def interrupted(monkeypatch, folder, method, at, **settings):
+    """A run that is lost before step `at` + 1."""
+    mend = lost_before_step(monkeypatch, at)
+    with pytest.raises(Lost):
+        trainer(folder, METHODS[method], **settings).train()
+    mend()
+
+
+# A run that goes on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["pmle", "rkl-gae", "pd-data+reference"])
+@pytest.mark.parametrize("logging_steps", [1, 3])
+def test_a_run_that_goes_on_logs_what_it_would_have(tmp_path, monkeypatch, method, logging_steps):
+    """Lost at step 3 with a checkpoint of step 2, between two log lines or not: all lines and the weights are equal."""
+    settings = {**SAVED, "logging_steps": logging_steps, "health": HealthSettings(), "minibatches": 2}
+    whole = trainer(tmp_path / "whole", METHODS[method], **settings)
+    whole.train()
+    interrupted(monkeypatch, tmp_path / "cut", method, 3, **settings)
+    again = trainer(tmp_path / "cut", METHODS[method], **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(whole))
+    assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
+
+
+def offline(folder, **settings):
+    """PMLE on pairs alone, evaluated: responses are drawn only to watch its health."""
+    pairs = tiny.encoded_pairs(8)
+    torch.manual_seed(0)
+    args = {**SAVED, "use_cpu": True, "max_completion_length": 5, "token_budget": 512, "eval_strategy": "steps"}
+    args |= {"eval_steps": 1, "learning_rate": 1e-2, "save_total_limit": None, **settings}
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    args = AlignmentConfig(str(folder), **args)
+    return AlignmentTrainer(model, PMLE(0.5, 0.0), args, pairs, pairs, processing_class=tokenizer)
+
+
+def test_an_offline_run_remembers_its_health(tmp_path, monkeypatch):
+    """What its start was, and what was warned of: its lines and its monitor are those of the run that was not lost."""
+    whole = offline(tmp_path / "whole")
+    whole.train()
+    mend = lost_before_step(monkeypatch, 3)
+    with pytest.raises(Lost):
+        offline(tmp_path / "cut").train()
+    mend()
+    again = offline(tmp_path / "cut")
+    again.train(resume_from_checkpoint=True)
+    assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
+    assert again.monitor.state_dict() == whole.monitor.state_dict()
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_a_run_that_has_ended_trains_nothing(tmp_path, monkeypatch, caplog, strategy):
+    """By its steps or in the middle of an epoch: same weights and lines, no step, and it says so."""
+    settings = {"save_strategy": strategy, "eval_strategy": strategy, "max_steps": 3}
+    whole = offline(tmp_path, **settings)
+    whole.train()
+    expected = logs(tmp_path)
+    monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *_: pytest.fail("a step was trained"))
+    again = offline(tmp_path, **settings)
+    with caplog.at_level(logging.INFO, "distalign"):
+        again.train(resume_from_checkpoint=True)
+    assert "had ended at step 3: nothing is trained" in caplog.text
+    assert torch.equal(parameters(again), parameters(whole))
+    assert logs(tmp_path) == expected
+
+
+def test_a_run_that_stopped_early_has_ended(tmp_path, monkeypatch):
+    """Its patience is over; the best step is what it gives again, and the last one is still there to say so."""
+    from transformers import EarlyStoppingCallback
+
+    def stopping():
+        made = offline(
+            tmp_path,
+            max_steps=9,
+            save_steps=1,
+            load_best_model_at_end=True,
+            learning_rate=0.5,
+            save_total_limit=1,
+        )
+        made.add_callback(EarlyStoppingCallback(2))
+        return made
+
+    whole = stopping()
+    whole.train()
+    assert whole.state.global_step < 9
+    monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *_: pytest.fail("a step was trained"))
+    again = stopping()
+    again.train(resume_from_checkpoint=True)
+    assert again.kept_step == whole.kept_step
+    assert torch.equal(parameters(again), parameters(whole))
+
+
+def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(tmp_path):
+    """More steps than before: it had not ended."""
+    settings = {**SAVED, "lr_scheduler_type": "constant"}
+    trainer(tmp_path, METHODS["rkl"], **settings).train()
+    longer = trainer(tmp_path, METHODS["rkl"], **{**settings, "max_steps": 7})
+    longer.train(resume_from_checkpoint=True)
+    assert longer.state.global_step == 7
+
+
+# Whole, or passed over ------------------------------------------------------------------------------------------------
+
+
+def a_run(folder, **settings):
+    """Checkpoints of steps 2, 4 and 5."""
+    made = trainer(folder, METHODS["rkl"], **{**SAVED, **settings})
+    made.train()
+    return made
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
+    """While anything is written the older one is the only one; every file is synced and in the manifest."""
+    seen, synced = [], set()
+    real = checkpoints.write_text
+    monkeypatch.setattr(os, "fsync", lambda number: synced.add(os.readlink(f"/proc/self/fd/{number}")))
+
+    def note(path, text):
+        seen.append([place.name for place in checkpoints.checkpoints(tmp_path)])
+        real(path, text)
+
+    monkeypatch.setattr(checkpoints, "write_text", note)
+    a_run(tmp_path, save_total_limit=1)
+    assert seen == [[], ["checkpoint-2"], ["checkpoint-4"]]
+    assert [place.name for place in checkpoints.checkpoints(tmp_path)] == ["checkpoint-5"]
+    files = {path.name for path in (tmp_path / "checkpoint-5").rglob("*") if path.is_file()}
+    assert {"rollout.safetensors", "distalign.json", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= files
+    manifest = json.loads((tmp_path / "checkpoint-5" / MANIFEST).read_text())
+    assert manifest["files"].keys() == files - {MANIFEST}
+    place = tmp_path / checkpoints.SAVING / "checkpoint-5"
+    assert {str(place / name) for name in files - {MANIFEST}} <= synced
+    assert str(tmp_path / "metrics.jsonl") in synced
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "missing", "no manifest", "of another step", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
+    """By its name and with the reason; the one before it is taken, and given by its path it is refused."""
+    a_run(tmp_path)
+    newest, before = tmp_path / "checkpoint-5", tmp_path / "checkpoint-4"
+    file = newest / "rollout.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    if damage == "cut":
+        file.write_bytes(content[:-5])
+    elif damage == "changed":
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no manifest":
+        (newest / MANIFEST).unlink()
+    elif damage == "manifest":
+        (newest / MANIFEST).write_text('{"step": 5, "fil')
+    else:
+        # The round of another step: whatever it is, it is not what was saved here.
+        file.write_bytes((before / "rollout.safetensors").read_bytes())
+    assert newest_complete(tmp_path) == before
+    reason = {
+        "missing": "rollout.safetensors is missing",
+        "no manifest": "has no manifest.json",
+        "manifest": "cannot be read",
+    }
+    assert f"{newest} is passed over: " in caplog.text
+    assert reason.get(damage, "rollout.safetensors is not what was saved") in caplog.text
+    with pytest.raises(TrainingError, match=r"checkpoint-5: .*; go on from another checkpoint"):
+        trainer(tmp_path, METHODS["rkl"], **SAVED).train(resume_from_checkpoint=str(newest))
+    again = trainer(tmp_path, METHODS["rkl"], **SAVED)
+    again.train(resume_from_checkpoint=True)
+    assert checkpoints.defect(newest) is None, "the run that went on wrote its own"
+
+
+def test_a_renamed_checkpoint_is_not_of_that_step(tmp_path, caplog):
+    """A name says a step, the manifest another."""
+    a_run(tmp_path)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-9")
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-5"
+    assert "checkpoint-9 is passed over: it is of step 4" in caplog.text
+
+
+def test_a_checkpoint_that_only_wanted_its_name_gets_it(tmp_path):
+    """Killed after the old one of the same step was removed, before the new one was renamed."""
+    a_run(tmp_path)
+    (tmp_path / checkpoints.SAVING).mkdir(exist_ok=True)
+    (tmp_path / "checkpoint-5").rename(tmp_path / checkpoints.SAVING / "checkpoint-5")
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-5"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("method", {"method": DPO(0.5)}),
+        ("method", {"method": PMLE(0.4, 0.0)}),
+        ("data", {"rows": [replace(pair, chosen=[8, 3]) for pair in tiny.encoded_pairs(8)]}),
+        ("data", {"rows": tiny.encoded_pairs(8)[::-1]}),
+        ("model", {"kind": "qwen2"}),
+        ("seed", {"seed": 1}),
+        ("batches", {"per_device_train_batch_size": 8}),
+    ],
+    ids=["method", "gamma", "rows", "order", "model", "seed", "batches"],
+)
+@pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, changes, lora):
+    """With what is different; nothing is changed in the folder."""
+    settings = {**SAVED, "max_steps": 2, "lora": lora}
+    trainer(tmp_path, PMLE(0.5, 0.0), **settings).train()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
+    again = {"method": PMLE(0.5, 0.0), **settings, **changes}
+    with pytest.raises(InputError, match=rf"checkpoint-2: is of a run with another {name}.*give the same"):
+        trainer(tmp_path, **again).train(resume_from_checkpoint=True)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}.items()
+
+
+def test_weights_of_the_same_shape_are_another_model(tmp_path):
+    """One weight far from the start of its tensor's neighbours is enough."""
+    model = tiny.model()
+    first = checkpoints.model_digest(model)
+    assert checkpoints.model_digest(tiny.model()) == first
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1e-6
+    assert checkpoints.model_digest(model) != first
+
+
+def test_by_default_the_last_checkpoint_is_kept(tmp_path):
+    """Ten times a run, also of a method with a Python reward; beside the last the best, where there is one."""
+    args = AlignmentConfig(str(tmp_path))
+    assert (args.save_strategy, args.save_steps, args.save_total_limit) == ("steps", 0.1, 1)
+    best = AlignmentConfig(str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", eval_steps=0.1)
+    assert best.save_total_limit == 2
+
+
+# A disk that is full --------------------------------------------------------------------------------------------------
+
+FULL = {
+    "torch.save": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    "Python": OSError(28, "No space left on device"),
+}
+
+
+@pytest.mark.parametrize("error", FULL.values(), ids=FULL)
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, error):
+    """It stops with a message that names it, leaves nothing half-written, and goes on once there is space."""
+    whole = a_run(tmp_path / "whole", save_total_limit=1)
+    real = checkpoints.save_file if isinstance(error, OSError) else torch.save
+
+    def full(content, path, **more):
+        if "checkpoint-4" in str(path):
+            with open(path, "wb") as file:
+                file.write(b"half")
+            raise error
+        return real(content, path, **more)
+
+    with monkeypatch.context() as patch:
+        if isinstance(error, OSError):
+            patch.setattr(checkpoints, "save_file", full)
+        else:
+            patch.setattr(torch, "save", full)
+        with pytest.raises(TrainingError, match=r"cannot be written .*make space; checkpoint-2 is whole.*--resume"):
+            a_run(tmp_path / "full", save_total_limit=1)
+    assert [path.name for path in (tmp_path / "full").rglob("checkpoint-*")] == ["checkpoint-2"]
+    again = trainer(
+        tmp_path / "full",
+        METHODS["rkl"],
+        **SAVED,
+    )
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(whole))
+    assert logs(tmp_path / "full") == logs(tmp_path / "whole")
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "stop"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("at", ["step", "log", "last step"])
+def test_a_signal_lets_the_step_end_and_saves(tmp_path, monkeypatch, number, stop, at):
+    """In the middle of a step or after it: its checkpoint is there, and the run ends as if nothing had been."""
+    settings = {**SAVED, "save_strategy": "no", "optim": "adamw_torch"}
+    whole = trainer(tmp_path / "whole", METHODS["rkl"], **settings)
+    whole.train()
+    step = 4 if at == "last step" else 2
+    name = "log" if at == "log" else "training_step"
+    real = getattr(AlignmentTrainer, name)
+
+    def signalled(self, *args, **kwargs):
+        if self.state.global_step == step and self._stop_signal is None:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **kwargs)
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(AlignmentTrainer, name, signalled)
+        with pytest.raises(stop) as stopped:
+            trainer(tmp_path / "cut", METHODS["rkl"], **settings).train()
+    assert number == signal.SIGINT or stopped.value.code == 143
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+    done = {"step": 3, "log": 2, "last step": 5}[at]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "cut")] == [f"checkpoint-{done}"]
+    again = trainer(tmp_path / "cut", METHODS["rkl"], **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(whole))
+    assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    """Without a checkpoint, in the middle of the step."""
+    ended = []
+
+    def signalled(self, *_, **__):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        ended.append(True)
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", signalled)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, METHODS["rkl"], **SAVED).train()
+    assert not ended
+    assert not checkpoints.checkpoints(tmp_path)
+
+
+# The folder -----------------------------------------------------------------------------------------------------------
+
+
+def elsewhere(work):
+    """The exit code of a process that works and ends with 2 after an InputError."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except InputError:
+            code = 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path):
+    """A second one is refused, by name of the first; the lock is nobody's after its process was killed."""
+
+    def lock():
+        with locked(tmp_path):
+            pass
+
+    def killed():
+        with locked(tmp_path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with locked(tmp_path), locked(tmp_path):
+        assert elsewhere(lock) == 2
+        assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
+    assert elsewhere(lock) == 0
+    assert elsewhere(killed) == -signal.SIGKILL
+    lock()
+
+
+def test_a_second_trainer_is_refused_before_it_trains(tmp_path):
+    """And has removed nothing."""
+    a_run(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    made = trainer(tmp_path, METHODS["rkl"], **SAVED)
+    with locked(tmp_path):
+        assert elsewhere(lambda: made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_torn_last_line_is_dropped_with_a_message(tmp_path, caplog):
+    """Lines after the step and the line that ends a run go too; a line within that is none is refused by its number."""
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1}', '{"step": 2}', '{"step": 3}', '{"step": 2, "train_runtime": 1.0}', '{"step": 2, "lo']
+    path.write_text("\n".join(lines))
+    cut_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert f"{path}: the last line is torn and is dropped" in caplog.text
+    path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a line of this log; remove it"):
+        cut_log(path, 2)
+    cut_log(tmp_path / "samples.jsonl", 2)
+
+
+def test_a_file_is_the_old_one_until_it_is_the_new_one(tmp_path, monkeypatch):
+    """Lost while it is written, or before it is renamed."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("old")
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(run_folder.os, name, lambda *_: (_ for _ in ()).throw(Lost))
+            with pytest.raises(Lost):
+                write_text(path, "new")
+        assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_link_is_removed_and_what_it_points_to_is_not(tmp_path):
+    """A folder, a file, a link to a folder; what is not there is no error."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    for name in ("link", "nothing"):
+        remove(tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["precious", "file"]
+
+
+def test_several_processes_are_refused_before_they_meet(tmp_path, monkeypatch):
+    """torch.distributed.run says in the environment how many there are; nothing is written."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"2 processes were started.*without torchrun"):
+        AlignmentConfig(str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    AlignmentConfig(str(tmp_path / "out"))
