@@ -15,7 +15,7 @@ from distalign.engine import Group, score
 from distalign.methods import METHODS, Method, Needs, Pairs, Samples
 from distalign.models.load import ModelError, Source
 from distalign.models.policy import Lora, make_policy
-from distalign.training.checkpoint import load_reference, save_reference
+from distalign.training.checkpoint import load_reference, newest_complete, save_reference
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
@@ -278,14 +278,13 @@ def test_the_best_step_may_be_the_best_by_another_number(tmp_path):
 
 
 def test_a_run_that_breaks_keeps_the_best_step_before(tmp_path):
-    """A held-out loss that is no number is never the best."""
+    """It stops, and what it had saved is whole."""
     made = stopping(tmp_path, optim="sgd", learning_rate=1e6)
-    made.train()
+    with pytest.raises(TrainingError, match=r"at step \d|after step \d|held-out loss"):
+        made.train()
     losses = [row["eval_loss"] for row in metrics(tmp_path) if "eval_loss" in row]
-    numbers = [loss for loss in losses if loss == loss]
-    assert len(numbers) < len(losses)
-    assert made.kept_step == numbers.index(min(numbers))
-    assert made.evaluate()["eval_loss"] == pytest.approx(min(numbers), rel=1e-6)
+    assert made.state.best_metric == pytest.approx(min(losses))
+    assert newest_complete(tmp_path) is not None
 
 
 # Going on -------------------------------------------------------------------------------------------------------------
@@ -383,7 +382,7 @@ def test_a_policy_that_moved_is_refused_before_the_first_step(tmp_path):
         made.train()
 
 
-@pytest.mark.parametrize(("gamma", "message"), [(50.0, "lower gamma"), (1e-3, "raise gamma"), (0.3, None)])
+@pytest.mark.parametrize(("gamma", "message"), [(5.0, "lower gamma"), (1e-3, "raise gamma"), (0.3, None)])
 def test_a_sharpness_that_tells_nothing_is_warned_of(tmp_path, caplog, gamma, message):
     """At the first evaluation, once."""
     made = trainer(tmp_path, METHODS["pmle"](gamma=gamma, beta=0.0), held=tiny.encoded_pairs(8))

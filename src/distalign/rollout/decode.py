@@ -61,9 +61,8 @@ class Caller:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
         known = inspect.signature(inner.forward).parameters
         self.model, self.name = model, type(inner).__name__
-        # State-space models call their cache by another name, and read the mask of the new tokens alone.
-        self.recurrent = "cache_params" in known
-        self.cache_name = "cache_params" if self.recurrent else "past_key_values"
+        # transformers 5.24 calls it cache everywhere; before, state-space models had a name of their own.
+        self.cache_name = next((name for name in ("cache", "cache_params") if name in known), "past_key_values")
         self.takes_positions = "position_ids" in known
 
     def __call__(
@@ -76,7 +75,7 @@ class Caller:
         """Logits of the next token, and the cache with `ids` in it."""
         extra: dict[str, Any] = {self.cache_name: cache}
         if mask is not None:
-            extra["attention_mask"] = mask[:, -ids.shape[1] :] if self.recurrent else mask
+            extra["attention_mask"] = mask[:, -ids.shape[1] :] if _recurrent(cache) else mask
         if self.takes_positions:
             extra["position_ids"] = positions
         output = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **extra)
@@ -87,6 +86,11 @@ class Caller:
                 "use a model class of transformers"
             )
         return numbers(logits, self.name), cache
+
+
+def _recurrent(cache: Cache | None) -> bool:
+    """Whether no layer keeps keys: such a model reads the mask of the new tokens alone."""
+    return cache is not None and not any(hasattr(layer, "keys") for layer in cache.layers)
 
 
 def numbers(logits: Float[Tensor, "rows vocabulary"], name: str) -> Float[Tensor, "rows vocabulary"]:
