@@ -45,10 +45,11 @@ def way_of(model: nn.Module, longest: int) -> Way:
 
 
 def _find(model: nn.Module) -> tuple[Way, str]:
-    """The way, and why not a faster one: two prompts, two tokens after each."""
+    """The way, and why not a faster one: two prompts, two equal responses to each, of two tokens."""
     groups = sample_groups(text_config(model), len(embedding_weight(model)))
     prompts, after = [group.prompt for group in groups], [group.responses[0][:2] for group in groups]
-    truth = [_own(model, prompt, own) for prompt, own in zip(prompts, after, strict=True)]
+    truth = torch.stack([_own(model, prompt, own) for prompt, own in zip(prompts, after, strict=True)])
+    truth = truth.repeat_interleave(2, 0)
     tolerance, reason = tolerance_of(model), ""
     for way, batches in (("padded", [[0, 1]]), ("equal", [[0], [1]])):
         try:
@@ -59,7 +60,7 @@ def _find(model: nn.Module) -> tuple[Way, str]:
             # Foreign code met a cache or a mask it was not written for; whatever it raises means the same.
             reason = reason or f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
             continue
-        error = distance(torch.cat(found), torch.stack(truth))
+        error = distance(torch.cat(found), truth)
         if error <= tolerance:
             return way, reason
         reason = reason or f"padding changes log-probabilities by {error:.2g} nats"
@@ -73,10 +74,11 @@ def _own(model: nn.Module, prompt: list[int], after: list[int]) -> Tensor:
 
 
 def _by_cache(model: nn.Module, prompts: list[list[int]], after: list[list[int]]) -> Tensor:
-    """The same by a cache, for several prompts: prompts, places, vocabulary."""
+    """The same by a cache, for several prompts and twice for each: responses, places, vocabulary."""
     encoded = encode_prompts(model, prompts, prompts[0][0])
-    logits = [encoded.logits]
-    decoder = Forked(encoded, torch.arange(len(prompts), device=device_of(model)), len(after[0]))
-    for tokens in torch.tensor(after, device=device_of(model)).unbind(1):
+    parents = torch.arange(len(prompts), device=device_of(model)).repeat_interleave(2)
+    logits = [encoded.logits[parents]]
+    decoder = Forked(encoded, parents, len(after[0]))
+    for tokens in torch.tensor(after, device=device_of(model))[parents].unbind(1):
         logits.append(decoder.step(tokens))
     return torch.stack(logits, 1)
