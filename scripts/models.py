@@ -42,7 +42,7 @@ SIZES: dict[str, Any] = {
     "moe_topk": 2, "n_shared_experts": 1, "top_k_experts": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "state_size": 8, "index_n_heads": 2, "index_head_dim": 16,
-    "attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1], "lru_width": 32, "attention_window_size": 16, "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8,
+    "full_attention_interval": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1], "lru_width": 32, "attention_window_size": 16, "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8,
     "mamba_num_heads": 8, "mamba_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 101, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -61,6 +61,9 @@ def small(kind: str) -> Any:
     given = dict(own.to_dict())
     names = {*given, *own.attribute_map}
     settings = {name: value for name, value in SIZES.items() if name in names}
+    for name, part in given.items():  # the parts of a model of several kinds of input
+        if isinstance(part, dict) and name.endswith("_config"):
+            settings[name] = {key: value for key, value in SIZES.items() if key in part}
     if "qk_rope_head_dim" in names:  # latent attention: its heads are of two parts
         settings |= {"head_dim": 8, "num_key_value_heads": 4} if "head_dim" in names else {"num_key_value_heads": 4}
     for name in PER_LAYER:

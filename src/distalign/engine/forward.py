@@ -80,6 +80,8 @@ def decoder_of(model: nn.Module) -> nn.Module:
     # Some classes name their decoder so that transformers does not find it, and answers with the whole model.
     if getattr(decoder, "lm_head", None) is not None:
         decoder = getattr(decoder, "model", None)
+    elif isinstance(decoder, nn.Linear):  # and some call their head so
+        decoder = getattr(model, "model", None)
     if decoder is None:
         raise CannotTile("its decoder cannot be told from its head")
     return decoder

@@ -223,6 +223,7 @@ def _validate(model: Any, groups: Sequence[Group], source: str = "groups") -> No
     config = model.config.get_text_config()
     stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
     positions = None if stretches else getattr(config, "max_position_embeddings", None)
+    positions = None if positions is None or positions < 0 else positions  # XLNet says −1
     validate(groups, vocabulary=len(model.get_input_embeddings().weight), max_positions=positions, source=source)
 
 

@@ -181,7 +181,9 @@ def check_positions(
 
 def positions(config: PretrainedConfig) -> int | None:
     """Longest sequence that a model of this configuration can encode, in tokens; None if it names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    # XLNet says −1.
+    return limit if limit is not None and limit > 0 else None
 
 
 def weights_digest(source: Source) -> str:

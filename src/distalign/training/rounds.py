@@ -31,6 +31,7 @@ from distalign.engine import Group, Reference, Scores, score_in_batches
 from distalign.engine.forward import evaluating
 from distalign.errors import InputError
 from distalign.methods import Method, Needs, Samples
+from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
 from distalign.rollout.backends import Backend, TransformersBackend
@@ -608,8 +609,7 @@ def observe(
 
     The first different ones that leave the model space to answer; empty if there is none.
     """
-    positions = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = positions - rollout.settings.max_completion_length
+    longest = (positions(policy.model.config) or math.inf) - rollout.settings.max_completion_length
     prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())[:limit]
     if not prompts:
         return {}
