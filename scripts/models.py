@@ -39,10 +39,13 @@ SIZES: dict[str, Any] = {
     "num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "rotary_dim": 8, "attention_hidden_size": 32,
     "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64, "initializer_range": 0.3, "init_std": 0.3,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
-    "moe_topk": 2, "n_shared_experts": 1, "top_k_experts": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
+    "moe_topk": 2, "n_shared_experts": 1,
+    "top_k_experts": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 8, "v_head_dim": 8, "state_size": 8, "index_n_heads": 2, "index_head_dim": 16,
-    "full_attention_interval": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1], "lru_width": 32, "attention_window_size": 16, "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8,
+    "full_attention_interval": 2,
+    "attn_layer_period": 2, "attn_layer_offset": 1, "attn_layer_indices": [1], "lru_width": 32,
+    "attention_window_size": 16, "mamba_d_state": 8, "mamba_n_heads": 8, "mamba_d_head": 8,
     "mamba_num_heads": 8, "mamba_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": 101, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -167,9 +170,9 @@ def main() -> int:
     print("# Models\n")
     print(
         "Every type of `AutoModelForCausalLM`, built small with random weights: log-probabilities of responses and "
-        "greedy samples against the model's own forward, one sequence at a time, to 1e-4 (relative to the largest sum). "
-        "Scored: `shared` (a prompt once for all its responses), `padded`, `plain` (one sequence at a time). Sampled: "
-        "`padded`, `equal` (prompts of one length at a time), `uncached` (every token reads the whole sequence again). "
+        "greedy samples against the model's own forward, one sequence at a time, to 1e-4 (relative to the largest "
+        "sum). Scored: `shared` (a prompt once for all its responses), `padded`, `plain` (one sequence at a time). "
+        "Sampled: `padded`, `equal` (prompts of one length at a time), `uncached` (every token reads the whole sequence again). "
         f"Made by `python scripts/models.py` with transformers {transformers.__version__}: "
         + ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
         + ".\n"

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distalign.engine import Group
 
 VOCABULARY = 101
+# transformers 5.24 gave GPT-J the attention of all others.
+NEW_CACHE = Version(version("transformers")) >= Version("5.24")
 
 # Weights large enough that one wrong attention edge moves a log-probability by more than 0.1 nats.
 _COMMON = {
@@ -49,7 +54,7 @@ FAMILIES = {
     "granite": ("granite", {"logits_scaling": 3.0, "residual_multiplier": 0.7}, "shared"),
     "gpt_oss": ("gpt_oss", {**_EXPERTS, **_ALTERNATING}, "shared"),
     "falcon": ("falcon", {"alibi": False, "new_decoder_architecture": False}, "padded"),
-    "gptj": ("gptj", {"n_embd": 32, "rotary_dim": 4}, "padded"),
+    "gptj": ("gptj", {"n_embd": 32, "rotary_dim": 4}, "shared" if NEW_CACHE else "padded"),
     "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3}, "padded"),
     "olmo2": ("olmo2", {}, "shared"),
     "starcoder2": ("starcoder2", {"sliding_window": 5}, "shared"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
@@ -40,6 +41,7 @@ def test_a_model_that_reads_its_padding_is_sampled_one_length_at_a_time(monkeypa
     model = build("llama")
     own = type(model).forward
 
+    @functools.wraps(own)
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, **more):
         return own(self, input_ids=input_ids, attention_mask=None, **more)
 

@@ -36,7 +36,7 @@ from distalign.engine.forward import (
     shared_hidden,
     text_config,
 )
-from distalign.engine.lm_head import CannotTile, HiddenRows, head_of, score_rows
+from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, head_of, score_rows
 from distalign.engine.packing import Group, Segment, frame
 from distalign.errors import InputError
 
@@ -124,8 +124,10 @@ def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:
     """How the model is served, and what its layers ask for where it is served by packed rows."""
     config = text_config(model)
     groups = sample_groups(config, len(embedding_weight(model)))
-    _require_causal(model, groups[0].prompt)
     truth = encode(model, groups, "plain", 1.0)
+    assert isinstance(truth, LogitRows)
+    lengths = [len(response) for response in groups[0].responses]
+    _require_causal(model, truth.logits[: sum(lengths)], lengths)
     targets = frame(groups, device_of(model)).targets
     expected = score_rows(truth, targets).logps
     limits = _tolerances(model)
@@ -143,13 +145,14 @@ def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:
     return replace(report, reason=f"{reason}; padded rows differ from its own logits too, by {error:.2g} nats"), []
 
 
-def _require_causal(model: Any, ids: list[int]) -> None:
-    """Raise InputError if a token changes what is said of those before it: BERT, or a decoder loaded as an encoder."""
-    device = device_of(model)
-    rows = [torch.tensor([[*ids[:-1], last]], device=device) for last in (ids[-1], ids[0])]
-    first, second = (model(input_ids=row, use_cache=False).logits[0, : len(ids) - 1].float() for row in rows)
+def _require_causal(model: nn.Module, logits: Tensor, lengths: Sequence[int]) -> None:
+    """Raise InputError if what is said after a prompt depends on the response: BERT, or a decoder loaded as an encoder.
+
+    `logits` are the rows of several responses to one prompt, of these lengths, one response after the other.
+    """
+    first = torch.stack([part[0] for part in logits.float().split(list(lengths))])
     rounding = 1e-4 if _precision(model) in (torch.float32, torch.float64) else 0.02
-    if (first - second).abs().max() > rounding * first.abs().max():
+    if (first - first[0]).abs().max() > rounding * first.abs().max():
         raise InputError(
             f"{type(model).__name__}: a token changes the log-probabilities of the tokens before it, so it is no "
             "causal language model; take a decoder (BERT and its family: a checkpoint trained with is_decoder: true)"

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from distalign.engine.attention import attention_of
 from distalign.engine.forward import device_of, embedding_weight, evaluating, text_config
-from distalign.engine.selfcheck import check, distance, sample_groups, tolerance_of
+from distalign.engine.selfcheck import EngineReport, check, distance, sample_groups, tolerance_of
 from distalign.rollout.decode import Forked, encode_prompts, numbers
 
 logger = logging.getLogger("distalign.rollout")
@@ -20,7 +20,8 @@ logger = logging.getLogger("distalign.rollout")
 # length at a time, and the whole sequence read again for each token.
 Way = Literal["padded", "equal", "uncached"]
 
-_WAYS: WeakKeyDictionary[nn.Module, dict[tuple, Way]] = WeakKeyDictionary()
+# The way found, and the engine's report at that time: another dtype, device or attention has another.
+_WAYS: WeakKeyDictionary[nn.Module, tuple[EngineReport, Way]] = WeakKeyDictionary()
 
 
 def way_of(model: nn.Module, longest: int) -> Way:
@@ -28,20 +29,20 @@ def way_of(model: nn.Module, longest: int) -> Way:
 
     Raises InputError for a model that is not causal.
     """
-    report = check(model, kernels=False)
-    weight = embedding_weight(model)
-    key = type(model), weight.dtype, weight.device, attention_of(text_config(model))
-    ways = _WAYS.setdefault(model, {})
-    if key not in ways:
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else []), evaluating(model):
-            ways[key], reason = _find(model)
+    report = replace(check(model, kernels=False), by_flex=False)
+    known, way = _WAYS.get(model, (None, "padded"))
+    if known != report:
+        device = device_of(model)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+            way, reason = _find(model)
+        _WAYS[model] = report, way
         if reason:
             how = "its prompts are not padded: they are answered one length at a time"
-            if ways[key] == "uncached":
+            if way == "uncached":
                 how = "its cache is not used: every token reads the whole sequence again, which is slow"
             logger.warning("%s: %s (%s)", report.model_type, how, reason)
     beyond = report.length_limit is not None and longest > report.length_limit
-    return "equal" if beyond and ways[key] == "padded" else ways[key]
+    return "equal" if beyond and way == "padded" else way
 
 
 def _find(model: nn.Module) -> tuple[Way, str]:
