@@ -311,7 +311,9 @@ def train_method(
     if args.load_best_model_at_end:
         _log_kept_step(name, trainer, len(setup.held))
     with whole_folder(folder / "model") as scratch:
-        trainer.save_model(str(scratch))
+        trainer.save_policy(scratch)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return policy, trainer
 
 

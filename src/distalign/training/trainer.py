@@ -884,12 +884,13 @@ class AlignmentTrainer(Trainer):
             # A pickle, with the hub's token in it.
             (Path(output_dir or self._folder) / "training_args.bin").unlink(missing_ok=True)
         else:
-            self._check_policy()
-            self._save_policy(Path(output_dir or self._folder))
+            self.save_policy(Path(output_dir or self._folder))
             if self.args.push_to_hub:
                 self.push_to_hub()
 
-    def _save_policy(self, folder: Path) -> None:
+    def save_policy(self, folder: Path) -> None:
+        """Write the model, the tokenizer and the card, and nothing to the hub."""
+        self._check_policy()
         sampling = whole_distribution(self.temperature, self.rollout.end_ids, self.policy.tokenizer.pad_token_id)
         self.policy.save(folder, self.card(), sampling=sampling)
 
@@ -907,7 +908,7 @@ class AlignmentTrainer(Trainer):
     def push_to_hub(self, commit_message: str | None = "distalign", **kwargs: Any) -> Any:
         """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder."""
         with tempfile.TemporaryDirectory() as scratch:
-            self._save_policy(Path(scratch))
+            self.save_policy(Path(scratch))
             add_licence(Path(scratch) / "README.md", self.policy.source.path)
             return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
                 repo_id=str(self.hub_model_id),
