@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from distalign import PMLE, RKL, AlignmentConfig, AlignmentTrainer
 from distalign.evaluation.setup import load_evaluation, load_setup
+from distalign.models.card import add_licence
 from distalign.models.policy import trained_temperature
 from distalign.training.rounds import TrainingError
 
@@ -94,3 +95,16 @@ def test_a_hub_that_does_not_answer_is_named_before_training(tmp_path, monkeypat
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
     with pytest.raises(TrainingError, match="the hub makes no repository"):
         trainer(tmp_path / "run", PMLE(gamma=0.5, beta=0.0), push_to_hub=True)
+
+
+def test_the_licence_of_the_base_is_the_models(tmp_path):
+    """Where its folder names one."""
+    (tmp_path / "base").mkdir()
+    card = tmp_path / "README.md"
+    card.write_text("---\nlibrary_name: transformers\n---\n\n# A model\n")
+    add_licence(card, str(tmp_path / "base"))
+    assert "license" not in card.read_text()
+    (tmp_path / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n\n# A base\n")
+    add_licence(card, str(tmp_path / "base"))
+    assert "license: apache-2.0" in card.read_text()
+    assert "# A model" in card.read_text()

@@ -20,8 +20,8 @@ from distalign.engine import score
 from distalign.engine.memory import MemoryEstimate, available, estimate
 from distalign.methods import METHODS
 from distalign.models.policy import Lora
+from distalign.training.inputs import expected_lengths
 from distalign.training.rounds import TrainingError
-from distalign.training.trainer import expected_lengths
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300, "max_position_embeddings": 512}
 LENGTHS = (70, (40, 25))

@@ -71,12 +71,12 @@ def model_card(
 def add_licence(card: Path, base: str) -> None:
     """Give a card the licence that the base model's own card names: its folder's, or on the hub. Nothing without."""
     try:
-        licence = ModelCard.load(str(Path(base) / "README.md") if Path(base).is_dir() else base).data.license
+        named: Any = ModelCard.load(str(Path(base) / "README.md") if Path(base).is_dir() else base).data
     except (OSError, ValueError):
         return
-    if licence:
+    if named.get("license"):
         made = ModelCard.load(card)
-        made.data.license = licence
+        made.data["license"] = named["license"]
         made.save(card)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,13 +167,15 @@ class Policy:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def whole_distribution(temperature: float, ends: Sequence[int], pad: int | None = None) -> GenerationConfig:
+def whole_distribution(temperature: float, ends: Iterable[int]) -> GenerationConfig:
     """To draw from softmax(logits / temperature), and stop at any of `ends`.
 
     A base's own settings (top_k 50, top_p 0.9, a penalty) would truncate the distribution that was trained.
     """
+    # Padded with the end, as transformers does where nothing is said.
+    stops = list(ends)
     return GenerationConfig(
-        do_sample=True, temperature=temperature, top_p=1.0, top_k=0, eos_token_id=list(ends), pad_token_id=pad
+        do_sample=True, temperature=temperature, top_p=1.0, top_k=0, eos_token_id=stops, pad_token_id=stops[0]
     )
 
 

@@ -358,3 +358,93 @@ def load_rewards(
             for i, (name, weight, part) in enumerate(zip(names, weights, loaded, strict=True))
         ]
     )
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
+
+
+def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Raise TrainingError if nothing would be trained: all weights frozen, or none of them in a given optimizer."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    if not trained:
+        raise TrainingError(f"{label}: every weight of the model is frozen; set requires_grad, or pass peft_config")
+    given = [p for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]]
+    if given and not any(id(parameter) in trained for parameter in given):
+        raise TrainingError(
+            f"{label}: the optimizer holds none of the weights that are trained; make it from those of the model "
+            "that is trained (with an adapter: get_peft_model first, and pass the PeftModel)"
+        )
+
+
+def _config(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
+    network = model.model if isinstance(model, Policy) else model
+    base = network.get_base_model() if isinstance(network, PeftModel) else network
+    return base.config  # pyright: ignore[reportReturnType]
+
+
+def check_arguments(label: str, args: TrainingArguments) -> None:
+    """Raise TrainingError for arguments of transformers that cannot be followed here."""
+    if not isinstance(args, AlignmentConfig):
+        raise TrainingError(
+            f"{label}: args is {type(args).__name__}; give distalign.AlignmentConfig, which has the fields of "
+            "transformers.TrainingArguments and distalign's own"
+        )
+    if args.world_size > 1 or args.n_gpu > 1:
+        raise TrainingError(
+            f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
+            "show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.push_to_hub and args.hub_strategy != "end":
+        raise TrainingError(
+            f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "
+            "it out"
+        )
+    if args.torch_compile:
+        raise TrainingError(
+            f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
+            "leave it out of training"
+        )
+
+
+def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: object) -> None:
+    """Raise TrainingError for what the method needs and was not given, or was given and would not read."""
+    if method.needs.reward and not rewards:
+        raise TrainingError(f"{label} needs a reward for the responses; give one as reward_funcs")
+    if rewards and not method.needs.reward:
+        raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
+    sets = list(held_out) if isinstance(held_out, Mapping) else []
+    if args.eval_strategy != "no" and (held_out is None or (isinstance(held_out, Mapping) and not sets)):
+        raise TrainingError(f"{label}: eval_strategy is set and there is no eval_dataset; pass one, or leave it out")
+    best = str(args.metric_for_best_model).removeprefix("eval_")
+    if args.load_best_model_at_end and sets and not any(best.startswith(f"{name}_") for name in sets):
+        raise TrainingError(
+            f"{label}: metric_for_best_model is {best}; of several sets take one's, such as {sets[0]}_loss"
+        )
+    if draws_responses(method):
+        check_rollout(label, method, args.rollout)
+
+
+def check_policy(label: str, method: Method, policy: Policy) -> None:
+    """Raise TrainingError if the method needs a reference and there is none; tell what the model asks for in vain."""
+    if getattr(policy.model.config.get_text_config(), "output_router_logits", False):
+        logger.warning(
+            "%s: the model's configuration asks for the router's auxiliary loss (output_router_logits), which is not "
+            "added: the loss is the method's alone",
+            label,
+        )
+    if (method.needs.reference or method.needs.kl) and policy.reference is None:
+        raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
+
+
+def expected_lengths(
+    rows: Sequence[Any], method: Method, settings: RolloutSettings
+) -> list[tuple[int, tuple[int, ...]]]:
+    """(prompt, responses) of the groups of a run: labelled pairs as they are, drawn responses at their longest."""
+    needs = method.needs
+    # Pairs are made of what was drawn; the KL term may want fresh responses beside.
+    fresh = needs.samples and "sampled" in needs.pairs and settings.stale == "resample"
+    sets = ("reference" in needs.pairs) + is_on_policy(method) + fresh
+    drawn = (settings.max_completion_length,) * (settings.num_generations * sets)
+    if "labelled" not in needs.pairs:
+        return [(len(row.prompt), drawn) for row in rows]
+    return [(len(row.prompt), (len(row.chosen), len(row.rejected), *drawn)) for row in rows]

@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import signal
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial, reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,20 +23,13 @@ from httpx import HTTPError
 from huggingface_hub import HfApi
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
 
@@ -48,7 +38,6 @@ from distalign.engine import Group, Scores, score, score_in_batches
 from distalign.engine.forward import evaluating, redirect
 from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory, set_recompute
 from distalign.engine.packing import FORWARD_BUDGET
-from distalign.errors import InputError
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
@@ -59,23 +48,7 @@ from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
 from distalign.training.checkpoint import (
-    DRAWN_ONCE,
-    ROUND,
-    VALUES,
-    check_belongs,
     checkpoints,
-    defect,
-    load_reference,
-    load_round,
-    load_state,
-    model_digest,
-    newest_complete,
-    prune,
-    rows_digest,
-    save_reference,
-    save_round,
-    save_state,
-    saving,
     step_of,
 )
 from distalign.training.config import AlignmentConfig, names_what_was_meant
@@ -86,8 +59,13 @@ from distalign.training.inputs import (
     RewardFunc,
     RowSource,
     as_method,
+    check_arguments,
+    check_given,
+    check_policy,
     check_reward_funcs,
     check_rows,
+    check_trained,
+    expected_lengths,
     find_source,
     find_tokenizer,
     load_policy,
@@ -109,6 +87,7 @@ from distalign.training.prompts import (
     merge,
     pair_metrics,
 )
+from distalign.training.resumable import NothingAfterTheEnd, ResumableTrainer
 from distalign.training.rounds import (
     ReferenceResponses,
     Rollout,
@@ -116,12 +95,11 @@ from distalign.training.rounds import (
     RolloutWorker,
     Row,
     TrainingError,
-    check_rollout,
     draws_responses,
     is_on_policy,
     observe,
 )
-from distalign.training.run_folder import cut_log, locked, remove
+from distalign.training.run_folder import locked
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -131,8 +109,6 @@ CARD_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "max_grad_norm"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
 )
-# Settings of rollouts that may be others where a run goes on: memory and what is shown, not results.
-FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print"}
 
 
 @names_what_was_meant(
@@ -142,7 +118,7 @@ FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print"}
         "compute_metrics": "evaluations measure held-out pairs: leave it out, or use extra_evaluation",
     }
 )
-class AlignmentTrainer(Trainer):
+class AlignmentTrainer(ResumableTrainer):
     """Train a language model by any method, on labelled pairs, on responses that it draws itself, or on both.
 
         trainer = AlignmentTrainer(
@@ -286,7 +262,7 @@ class AlignmentTrainer(Trainer):
         self._at_step_start: dict[str, Any] = {}
         self._stop_signal: int | None = None
         self.ended_before = False
-        self.add_callback(_NothingAfterTheEnd(self))
+        self.add_callback(NothingAfterTheEnd(self))
 
     def _worker(self) -> RolloutWorker:
         return RolloutWorker(
@@ -379,12 +355,6 @@ class AlignmentTrainer(Trainer):
 
         with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
             return redirect(self._wrapper, self.policy.model, under_autocast)
-
-    @property
-    def _wrapper(self) -> nn.Module:
-        """The model as it is trained: in whatever wraps it."""
-        assert isinstance(self.model_wrapped, nn.Module)
-        return self.model_wrapped
 
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
@@ -539,39 +509,6 @@ class AlignmentTrainer(Trainer):
                     self.policy.remove_value_head()
                     self._put_forward_back()
 
-    @contextmanager
-    def _finish_step_on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted, and heard at the end of the step; a second one stops at once."""
-        self._stop_signal = None
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, _: object) -> None:
-            if self._stop_signal is not None:
-                raise _stop(number)
-            self._stop_signal = number
-            # print is not safe here: the signal may have come in the middle of another.
-            os.write(2, b"stopping after this step; the same again stops at once\n")
-
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # What is ignored (under nohup) stays ignored; what is not Python's cannot be put back.
-        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-        for number in before:
-            signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _save_and_stop(self, number: int) -> None:
-        if self._saved_step != self.state.global_step:
-            self._save_checkpoint(self._wrapper, trial=None)
-        place = self._folder / f"checkpoint-{self.state.global_step}"
-        logger.warning("%s: stopped; %s holds the run: train(resume_from_checkpoint=True) goes on", self.label, place)
-        raise _stop(number)
-
     def _put_forward_back(self) -> None:
         """Take off the autocast that accelerate put around the model's forward."""
         vars(self.policy.model).pop("_original_forward", None)
@@ -579,145 +516,6 @@ class AlignmentTrainer(Trainer):
             vars(self.policy.model).pop("forward", None)
         else:
             self.policy.model.forward = self._own_forward
-
-    @cached_property
-    def identity(self) -> dict[str, str]:
-        """What a checkpoint must be of for this run to go on from it."""
-        numbers = (int, float, str, type(None))
-        settings = {name: value for name, value in sorted(vars(self.method).items()) if isinstance(value, numbers)}
-        rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
-        args = self.args
-        return {
-            "method": f"{type(self.method).__name__} {settings}",
-            "data": rows_digest(self.rows),
-            "model": model_digest(self.policy.model),
-            "rollout": str(rollout),
-            "batches": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
-            "seed": str(args.seed),
-        }
-
-    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
-        """The checkpoint to go on from, which is whole and of this run."""
-        if not resume_from_checkpoint:
-            return None
-        if resume_from_checkpoint is True:
-            checkpoint = newest_complete(self._folder)
-            if checkpoint is None:
-                raise TrainingError(
-                    f"{self._folder}: holds no checkpoint to go on from; set save_strategy, or train anew"
-                )
-        else:
-            checkpoint = Path(resume_from_checkpoint)
-            if reason := defect(checkpoint):
-                raise TrainingError(f"{checkpoint}: {reason}; go on from another checkpoint")
-        check_belongs(checkpoint, self.identity)
-        return checkpoint
-
-    def _resume(self, checkpoint: Path) -> None:
-        step, state = step_of(checkpoint), load_state(checkpoint)
-        if self.worker is not None:
-            drawn = load_round(checkpoint) if (checkpoint / ROUND).is_file() else None
-            self.worker.resume(drawn, state["reward_counters"], step)
-        if self.policy.value_head is not None:
-            self.policy.value_head.load_state_dict(load_file(checkpoint / VALUES))
-        # After the first step only the file knows what the reference drew.
-        if self.reference_responses is not None and (step > 0 or (checkpoint / DRAWN_ONCE).is_file()):
-            self.reference_responses.round = load_round(checkpoint, DRAWN_ONCE)
-        if self._remembers_reference:
-            self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
-        if self.monitor is not None and state["health"] is not None:
-            self.monitor.load_state_dict(state["health"])
-        if self.token_budget is None:
-            self._set_token_budget(state["token_budget"])
-        self.metrics.load_state_dict(state["metrics"])
-        self.whole_run.load_state_dict(state["whole_run"])
-        self._saved_step = step
-        self.ended_before = state["ended_early"]
-        # What came after is done again. Metrics of a step are written after it, samples before it.
-        cut_log(self._folder / "metrics.jsonl", step)
-        cut_log(self._folder / "samples.jsonl", step - 1)
-        for later in checkpoints(self._folder):
-            if step_of(later) > step:
-                remove(later)
-
-    def _state(self) -> dict[str, Any]:
-        collapsed = self.monitor is not None and self.monitor.collapsed is not None
-        return {
-            "metrics": self.metrics.state_dict(),
-            "whole_run": self.whole_run.state_dict(),
-            "health": None if self.monitor is None else self.monitor.state_dict(),
-            # Early stopping ends a run; after a collapse one goes on, with other settings.
-            "ended_early": self.control.should_training_stop
-            and self.state.global_step < self.state.max_steps
-            and not collapsed,
-        }
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # Private, with _save_checkpoint: the one way to have transformers write a checkpoint under another name.
-        return str(self._scratch or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Private: transformers writes into the checkpoint's own folder and then deletes older ones, with no public way
-        # to write more before.
-        self._write_checkpoint(model, trial, self._state())
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint whole, then remove older ones. Raises TrainingError where the disk does not take it."""
-        self._check_policy()
-        folder, step, best = self._folder, self.state.global_step, self.state.best_global_step
-        place = folder / f"checkpoint-{step}"
-        if best and (best == step or (folder / f"checkpoint-{best}").is_dir()):
-            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
-        best_place = self.state.best_model_checkpoint
-        try:
-            with saving(folder, step, self.identity) as scratch:
-                self._scratch = scratch.parent
-                super()._save_checkpoint(model, trial)
-                self.state.best_model_checkpoint = best_place
-                self.state.save_to_json(str(scratch / "trainer_state.json"))
-                if self.worker is not None and (drawn := self.worker.position_at(step)) is not None:
-                    save_round(drawn, scratch)
-                if self.policy.value_head is not None:
-                    save_file(self.policy.value_head.state_dict(), scratch / VALUES)
-                if self.reference_responses is not None and self.reference_responses.round is not None:
-                    save_round(self.reference_responses.round, scratch, DRAWN_ONCE)
-                if self._remembers_reference:
-                    save_reference(self.rows, self.reference_cache, scratch)
-                counters = {} if self.worker is None else self.worker.reward_counters()
-                save_state({**state, "reward_counters": counters, "token_budget": self._budget()}, scratch)
-        except InputError as error:
-            whole = newest_complete(folder)
-            kept = "no checkpoint was saved before" if whole is None else f"{whole.name} is whole: then --resume"
-            raise TrainingError(f"{self.label}: {error}; {kept}") from error
-        finally:
-            self._scratch = None
-        self._saved_step = step
-        prune(folder, {place, *([Path(best_place)] if best_place else [])}, self.args.save_total_limit)
-
-    @property
-    def _remembers_reference(self) -> bool:
-        return "labelled" in self.needs.pairs and self.needs.reference
-
-    def _save_now(self) -> str:
-        """Save in the middle of a step: it begins anew where the run goes on."""
-        self._write_checkpoint(self._wrapper, None, self._at_step_start)
-        return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
-
-    @contextmanager
-    def save_on_failure(self) -> Iterator[None]:
-        """If drawing or rewarding a round fails, the run is saved with what there is of it."""
-        try:
-            yield
-        except Exception as error:
-            saved = self._save_now()
-            if out_of_memory(error):
-                raise TrainingError(
-                    f"{self.label}: out of memory while responses were drawn and scored; lower "
-                    f"decode_batch_size, token_budget or max_completion_length; {saved}; train on with --resume"
-                ) from error
-            if not isinstance(error, InputError):
-                raise
-            raise type(error)(f"{error}; {saved} and the responses of this round: fix it and --resume") from error
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -891,7 +689,7 @@ class AlignmentTrainer(Trainer):
     def save_policy(self, folder: Path) -> None:
         """Write the model, the tokenizer and the card, and nothing to the hub."""
         self._check_policy()
-        sampling = whole_distribution(self.temperature, self.rollout.end_ids, self.policy.tokenizer.pad_token_id)
+        sampling = whole_distribution(self.temperature, self.rollout.end_ids)
         self.policy.save(folder, self.card(), sampling=sampling)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -980,115 +778,6 @@ class AlignmentTrainer(Trainer):
             line = {"step": self.state.global_step, **logs}
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-    @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir))
-
-
-class _NothingAfterTheEnd(TrainerCallback):
-    """A run that had ended is not evaluated and saved once more for the epoch in which it ended."""
-
-    def __init__(self, trainer: AlignmentTrainer) -> None:
-        self.trainer = trainer
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.ended_before:
-            control.should_log = control.should_evaluate = control.should_save = False
-
-
-def _stop(number: int) -> BaseException:
-    """What a signal raises: as Python does for SIGINT, and a shell's exit code for SIGTERM."""
-    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
-
-
-def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Raise TrainingError if nothing would be trained: all weights frozen, or none of them in a given optimizer."""
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    if not trained:
-        raise TrainingError(f"{label}: every weight of the model is frozen; set requires_grad, or pass peft_config")
-    given = [p for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]]
-    if given and not any(id(parameter) in trained for parameter in given):
-        raise TrainingError(
-            f"{label}: the optimizer holds none of the weights that are trained; make it from those of the model "
-            "that is trained (with an adapter: get_peft_model first, and pass the PeftModel)"
-        )
-
-
-def _config(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
-    network = model.model if isinstance(model, Policy) else model
-    base = network.get_base_model() if isinstance(network, PeftModel) else network
-    return base.config  # pyright: ignore[reportReturnType]
-
-
-def check_arguments(label: str, args: TrainingArguments) -> None:
-    """Raise TrainingError for arguments of transformers that cannot be followed here."""
-    if not isinstance(args, AlignmentConfig):
-        raise TrainingError(
-            f"{label}: args is {type(args).__name__}; give distalign.AlignmentConfig, which has the fields of "
-            "transformers.TrainingArguments and distalign's own"
-        )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise TrainingError(
-            f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
-            "show it one device (CUDA_VISIBLE_DEVICES=0)"
-        )
-    if args.push_to_hub and args.hub_strategy != "end":
-        raise TrainingError(
-            f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "
-            "it out"
-        )
-    if args.torch_compile:
-        raise TrainingError(
-            f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
-            "leave it out of training"
-        )
-
-
-def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: object) -> None:
-    """Raise TrainingError for what the method needs and was not given, or was given and would not read."""
-    if method.needs.reward and not rewards:
-        raise TrainingError(f"{label} needs a reward for the responses; give one as reward_funcs")
-    if rewards and not method.needs.reward:
-        raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
-    sets = list(held_out) if isinstance(held_out, Mapping) else []
-    if args.eval_strategy != "no" and (held_out is None or (isinstance(held_out, Mapping) and not sets)):
-        raise TrainingError(f"{label}: eval_strategy is set and there is no eval_dataset; pass one, or leave it out")
-    best = str(args.metric_for_best_model).removeprefix("eval_")
-    if args.load_best_model_at_end and sets and not any(best.startswith(f"{name}_") for name in sets):
-        raise TrainingError(
-            f"{label}: metric_for_best_model is {best}; of several sets take one's, such as {sets[0]}_loss"
-        )
-    if draws_responses(method):
-        check_rollout(label, method, args.rollout)
-
-
-def check_policy(label: str, method: Method, policy: Policy) -> None:
-    """Raise TrainingError if the method needs a reference and there is none; tell what the model asks for in vain."""
-    if getattr(policy.model.config.get_text_config(), "output_router_logits", False):
-        logger.warning(
-            "%s: the model's configuration asks for the router's auxiliary loss (output_router_logits), which is not "
-            "added: the loss is the method's alone",
-            label,
-        )
-    if (method.needs.reference or method.needs.kl) and policy.reference is None:
-        raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
-
-
-def expected_lengths(
-    rows: Sequence[Any], method: Method, settings: RolloutSettings
-) -> list[tuple[int, tuple[int, ...]]]:
-    """(prompt, responses) of the groups of a run: labelled pairs as they are, drawn responses at their longest."""
-    needs = method.needs
-    # Pairs are made of what was drawn; the KL term may want fresh responses beside.
-    fresh = needs.samples and "sampled" in needs.pairs and settings.stale == "resample"
-    sets = ("reference" in needs.pairs) + is_on_policy(method) + fresh
-    drawn = (settings.max_completion_length,) * (settings.num_generations * sets)
-    if "labelled" not in needs.pairs:
-        return [(len(row.prompt), drawn) for row in rows]
-    return [(len(row.prompt), (len(row.chosen), len(row.rejected), *drawn)) for row in rows]
 
 
 def effective_share(weights: Float[Tensor, "responses"]) -> float:

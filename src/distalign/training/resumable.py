@@ -1,0 +1,289 @@
+"""A trainer whose run can be stopped at any moment and goes on as if it had not been: signals, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from distalign.engine.memory import out_of_memory
+from distalign.errors import InputError
+from distalign.methods import Method, Needs
+from distalign.models.policy import Policy
+from distalign.training.checkpoint import (
+    DRAWN_ONCE,
+    ROUND,
+    VALUES,
+    check_belongs,
+    checkpoints,
+    defect,
+    load_reference,
+    load_round,
+    load_state,
+    model_digest,
+    newest_complete,
+    prune,
+    rows_digest,
+    save_reference,
+    save_round,
+    save_state,
+    saving,
+    step_of,
+)
+from distalign.training.config import AlignmentConfig
+from distalign.training.health import Monitor
+from distalign.training.prompts import MetricAverager
+from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, TrainingError, draws_responses
+from distalign.training.run_folder import cut_log, remove
+
+logger = logging.getLogger("distalign.training.trainer")
+
+# Settings of rollouts that may be others where a run goes on: memory and what is shown, not results.
+FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print"}
+
+
+class ResumableTrainer(Trainer):
+    """What `AlignmentTrainer` does beside training: it writes checkpoints whole, stops on signals, and goes on."""
+
+    args: AlignmentConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    label: str
+    method: Method
+    needs: Needs
+    policy: Policy
+    rows: list[Any]
+    rollout: Rollout
+    worker: RolloutWorker | None
+    reference_responses: ReferenceResponses | None
+    reference_cache: dict[tuple, Tensor]
+    monitor: Monitor | None
+    metrics: MetricAverager
+    whole_run: MetricAverager
+    token_budget: int | None
+    ended_before: bool
+    _at_step_start: dict[str, Any]
+
+    @property
+    def _wrapper(self) -> nn.Module:
+        """The model as it is trained: in whatever wraps it."""
+        assert isinstance(self.model_wrapped, nn.Module)
+        return self.model_wrapped
+
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _budget(self) -> int:
+        """Tokens of a micro-batch."""
+        raise NotImplementedError
+
+    def _set_token_budget(self, budget: int | None) -> None:
+        raise NotImplementedError
+
+    def _check_policy(self) -> None:
+        """Raise TrainingError for a policy that is not to be saved."""
+        raise NotImplementedError
+
+    # Signals ----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _finish_step_on_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted, and heard at the end of the step; a second one stops at once."""
+        self._stop_signal = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, _: object) -> None:
+            if self._stop_signal is not None:
+                raise _stop(number)
+            self._stop_signal = number
+            # print is not safe here: the signal may have come in the middle of another.
+            os.write(2, b"stopping after this step; the same again stops at once\n")
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # What is ignored (under nohup) stays ignored; what is not Python's cannot be put back.
+        before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _save_and_stop(self, number: int) -> None:
+        if self._saved_step != self.state.global_step:
+            self._save_checkpoint(self._wrapper, trial=None)
+        place = self._folder / f"checkpoint-{self.state.global_step}"
+        logger.warning("%s: stopped; %s holds the run: train(resume_from_checkpoint=True) goes on", self.label, place)
+        raise _stop(number)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint must be of for this run to go on from it."""
+        numbers = (int, float, str, type(None))
+        settings = {name: value for name, value in sorted(vars(self.method).items()) if isinstance(value, numbers)}
+        rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
+        args = self.args
+        return {
+            "method": f"{type(self.method).__name__} {settings}",
+            "data": rows_digest(self.rows),
+            "model": model_digest(self.policy.model),
+            "rollout": str(rollout),
+            "batches": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+            "seed": str(args.seed),
+        }
+
+    def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
+        """The checkpoint to go on from, which is whole and of this run."""
+        if not resume_from_checkpoint:
+            return None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_complete(self._folder)
+            if checkpoint is None:
+                raise TrainingError(
+                    f"{self._folder}: holds no checkpoint to go on from; set save_strategy, or train anew"
+                )
+        else:
+            checkpoint = Path(resume_from_checkpoint)
+            if reason := defect(checkpoint):
+                raise TrainingError(f"{checkpoint}: {reason}; go on from another checkpoint")
+        check_belongs(checkpoint, self.identity)
+        return checkpoint
+
+    def _resume(self, checkpoint: Path) -> None:
+        step, state = step_of(checkpoint), load_state(checkpoint)
+        if self.worker is not None:
+            drawn = load_round(checkpoint) if (checkpoint / ROUND).is_file() else None
+            self.worker.resume(drawn, state["reward_counters"], step)
+        if self.policy.value_head is not None:
+            self.policy.value_head.load_state_dict(load_file(checkpoint / VALUES))
+        # After the first step only the file knows what the reference drew.
+        if self.reference_responses is not None and (step > 0 or (checkpoint / DRAWN_ONCE).is_file()):
+            self.reference_responses.round = load_round(checkpoint, DRAWN_ONCE)
+        if self._remembers_reference:
+            self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
+        if self.monitor is not None and state["health"] is not None:
+            self.monitor.load_state_dict(state["health"])
+        if self.token_budget is None:
+            self._set_token_budget(state["token_budget"])
+        self.metrics.load_state_dict(state["metrics"])
+        self.whole_run.load_state_dict(state["whole_run"])
+        self._saved_step = step
+        self.ended_before = state["ended_early"]
+        # What came after is done again. Metrics of a step are written after it, samples before it.
+        cut_log(self._folder / "metrics.jsonl", step)
+        cut_log(self._folder / "samples.jsonl", step - 1)
+        for later in checkpoints(self._folder):
+            if step_of(later) > step:
+                remove(later)
+
+    def _state(self) -> dict[str, Any]:
+        collapsed = self.monitor is not None and self.monitor.collapsed is not None
+        return {
+            "metrics": self.metrics.state_dict(),
+            "whole_run": self.whole_run.state_dict(),
+            "health": None if self.monitor is None else self.monitor.state_dict(),
+            # Early stopping ends a run; after a collapse one goes on, with other settings.
+            "ended_early": self.control.should_training_stop
+            and self.state.global_step < self.state.max_steps
+            and not collapsed,
+        }
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Private, with _save_checkpoint: the one way to have transformers write a checkpoint under another name.
+        return str(self._scratch or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Private: transformers writes into the checkpoint's own folder and then deletes older ones, with no public way
+        # to write more before.
+        self._write_checkpoint(model, trial, self._state())
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint whole, then remove older ones. Raises TrainingError where the disk does not take it."""
+        self._check_policy()
+        folder, step, best = self._folder, self.state.global_step, self.state.best_global_step
+        place = folder / f"checkpoint-{step}"
+        if best and (best == step or (folder / f"checkpoint-{best}").is_dir()):
+            self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
+        best_place = self.state.best_model_checkpoint
+        try:
+            with saving(folder, step, self.identity) as scratch:
+                self._scratch = scratch.parent
+                super()._save_checkpoint(model, trial)
+                self.state.best_model_checkpoint = best_place
+                self.state.save_to_json(str(scratch / "trainer_state.json"))
+                if self.worker is not None and (drawn := self.worker.position_at(step)) is not None:
+                    save_round(drawn, scratch)
+                if self.policy.value_head is not None:
+                    save_file(self.policy.value_head.state_dict(), scratch / VALUES)
+                if self.reference_responses is not None and self.reference_responses.round is not None:
+                    save_round(self.reference_responses.round, scratch, DRAWN_ONCE)
+                if self._remembers_reference:
+                    save_reference(self.rows, self.reference_cache, scratch)
+                counters = {} if self.worker is None else self.worker.reward_counters()
+                save_state({**state, "reward_counters": counters, "token_budget": self._budget()}, scratch)
+        except InputError as error:
+            whole = newest_complete(folder)
+            kept = "no checkpoint was saved before" if whole is None else f"{whole.name} is whole: then --resume"
+            raise TrainingError(f"{self.label}: {error}; {kept}") from error
+        finally:
+            self._scratch = None
+        self._saved_step = step
+        prune(folder, {place, *([Path(best_place)] if best_place else [])}, self.args.save_total_limit)
+
+    @property
+    def _remembers_reference(self) -> bool:
+        return "labelled" in self.needs.pairs and self.needs.reference
+
+    def _save_now(self) -> str:
+        """Save in the middle of a step: it begins anew where the run goes on."""
+        self._write_checkpoint(self._wrapper, None, self._at_step_start)
+        return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
+
+    @contextmanager
+    def save_on_failure(self) -> Iterator[None]:
+        """If drawing or rewarding a round fails, the run is saved with what there is of it."""
+        try:
+            yield
+        except Exception as error:
+            saved = self._save_now()
+            if out_of_memory(error):
+                raise TrainingError(
+                    f"{self.label}: out of memory while responses were drawn and scored; lower "
+                    f"decode_batch_size, token_budget or max_completion_length; {saved}; train on with --resume"
+                ) from error
+            if not isinstance(error, InputError):
+                raise
+            raise type(error)(f"{error}; {saved} and the responses of this round: fix it and --resume") from error
+
+
+class NothingAfterTheEnd(TrainerCallback):
+    """A run that had ended is not evaluated and saved once more for the epoch in which it ended."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Of transformers."""
+        if self.trainer.ended_before:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+
+def _stop(number: int) -> BaseException:
+    """What a signal raises: as Python does for SIGINT, and a shell's exit code for SIGTERM."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
