@@ -13,8 +13,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from distalign.data import (
     Data,
@@ -52,7 +54,14 @@ from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import Row, TrainingError, draws_responses
+from distalign.training.rounds import (
+    RolloutSettings,
+    Row,
+    TrainingError,
+    check_rollout,
+    draws_responses,
+    is_on_policy,
+)
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -376,7 +385,8 @@ def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer
         )
 
 
-def _config(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
+def config_of(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
+    """The configuration of the model, under its adapter where it has one."""
     network = model.model if isinstance(model, Policy) else model
     base = network.get_base_model() if isinstance(network, PeftModel) else network
     return base.config  # pyright: ignore[reportReturnType]

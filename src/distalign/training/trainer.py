@@ -65,6 +65,7 @@ from distalign.training.inputs import (
     check_reward_funcs,
     check_rows,
     check_trained,
+    config_of,
     expected_lengths,
     find_source,
     find_tokenizer,
@@ -176,7 +177,7 @@ class AlignmentTrainer(ResumableTrainer):
 
         # What can be read without weights is read, and refused, before they are loaded.
         source = model.source if isinstance(model, Policy) else find_source(model, args)
-        config = source.config() if isinstance(model, str) else _config(model)
+        config = source.config() if isinstance(model, str) else config_of(model)
         tokenizer = find_tokenizer(model, processing_class, source)
         self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
         data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
