@@ -33,5 +33,6 @@ def label_warnings(rows: Sequence[Pair]) -> list[str]:
 
 def _several(value: object) -> bool:
     """Whether a column holds three responses or more: texts with what was said of them."""
-    texts = isinstance(value, list) and len(value) > 2
-    return texts and all(isinstance(one, dict) and {"response", "text", "completion"} & one.keys() for one in value)
+    if not isinstance(value, list) or len(value) < 3:
+        return False
+    return all(isinstance(one, dict) and {"response", "text", "completion"} & one.keys() for one in value)

@@ -52,7 +52,8 @@ def _find(model: nn.Module) -> tuple[Way, str]:
     truth = torch.stack([_own(model, prompt, own) for prompt, own in zip(prompts, after, strict=True)])
     truth = truth.repeat_interleave(2, 0)
     tolerance, reason = tolerance_of(model), ""
-    for way, batches in (("padded", [[0, 1]]), ("equal", [[0], [1]])):
+    ways: list[tuple[Way, list[list[int]]]] = [("padded", [[0, 1]]), ("equal", [[0], [1]])]
+    for way, batches in ways:
         try:
             found = [_by_cache(model, [prompts[i] for i in batch], [after[i] for i in batch]) for batch in batches]
         except torch.OutOfMemoryError:
