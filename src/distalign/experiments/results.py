@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def _method(recipe: Recipe, name: str) -> list[Path]:
     """The file of a method that is the user's own."""
     place = recipe.methods[name].get("class")
     file = source_file(place) if place and ":" in place else None
-    return [Path(file).expanduser()] if file else []
+    return [Path(os.path.expanduser(file))] if file else []
 
 
 def _target(recipe: Recipe) -> list[Path]:
@@ -122,9 +123,9 @@ def _rewards(recipe: Recipe) -> list[Path]:
 def _files(code: str | None, model: str | None) -> list[Path]:
     """The file of code by its name, or the files of a model in a folder."""
     place = source_file(code) if code else model
-    path = Path(place).expanduser() if place else None
-    if path is None or not path.is_dir():
-        return [path] if path is not None and path.is_file() else []
+    path = Path(os.path.expanduser(place)) if place else None
+    if path is None or not os.path.isdir(path):
+        return [path] if path is not None and os.path.isfile(path) else []
     return sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,7 +282,7 @@ def load_reward(
     `base` and `tokenizer` are those of the policy, and must be those it was trained with. Raises RewardError if they
     are not, UnreadableReward if the folder is incomplete.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     try:
         about = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if about["vocabulary"] != _fingerprint(tokenizer):
@@ -310,7 +311,7 @@ def load_reward(
 
 def is_reward_model(name: str) -> bool:
     """Whether `save_reward` wrote the folder of that name."""
-    return (Path(name).expanduser() / MARK).is_file()
+    return os.path.isfile(Path(os.path.expanduser(name)) / MARK)
 
 
 def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
