@@ -207,9 +207,9 @@ def write_markdown(path: Path | None, content: dict[str, Any], command: str) -> 
 
 def check_path(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that could not be written after the work is done."""
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         refuse(f"{option} {path}: is a folder; name a file in it")
-    if path is not None and not path.exists():
+    if path is not None and not os.path.exists(path):
         write_text(path, "", option)
         path.unlink()
 
@@ -219,4 +219,4 @@ def write_text(path: Path, text: str, option: str = "--json") -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        refuse(f"{option} {path}: cannot be written ({error.strerror}); choose another place")
+        refuse(f"{option} {str(path)[:200]}: cannot be written ({error.strerror}); choose another place")

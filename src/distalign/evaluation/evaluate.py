@@ -40,6 +40,7 @@ from distalign.settings import masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
+from distalign.training.run_folder import writable
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -89,13 +90,13 @@ def evaluate(
 
 def _check_folder(settings: Evaluation) -> None:
     """Raise InputError if the folder holds a run of another kind."""
-    folder = settings.run_dir
+    folder = writable(settings.run_dir)
     results = folder / "results.json"
     other = (folder / "metrics.jsonl").is_file()
     if results.is_file():
         try:
             other |= json.loads(results.read_text(encoding="utf-8")).get("kind") != "evaluation"
-        except ValueError:
+        except (OSError, ValueError, RecursionError, AttributeError):
             logger.warning("%s: cannot be read and is written anew", results)
     if other:
         raise InputError(f"{folder}: holds another run; give the evaluation another name with --set name=…")

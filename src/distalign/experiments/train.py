@@ -44,7 +44,7 @@ from distalign.stats.intervals import mean_and_se
 from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import check_rollout, draws_responses
-from distalign.training.run_folder import check_no_links, locked, remove, whole_folder
+from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -148,19 +148,6 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
                 "data.held_out above 0"
             )
     writable(recipe.run_dir)
-
-
-def writable(folder: Path) -> Path:
-    """Make a folder and check that files can be written in it. Raises InputError saying what to do."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{folder}: cannot be written ({reason}); choose another: --set output_dir=FOLDER") from None
-    return folder
 
 
 # One method -----------------------------------------------------------------------------------------------------------

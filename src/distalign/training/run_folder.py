@@ -26,6 +26,21 @@ logger = logging.getLogger("distalign.training.run_folder")
 _HELD: set[tuple[Path, int]] = set()
 
 
+def writable(folder: Path) -> Path:
+    """Make a folder and check that files can be written in it. Raises InputError saying what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write"
+        probe.write_text("")
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{str(folder)[:200]}: cannot be written ({reason}); choose another: --set output_dir=FOLDER"
+        ) from None
+    return folder
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder. Raises InputError at once if one is in it.
