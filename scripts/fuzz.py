@@ -493,9 +493,11 @@ def as_process(words: list[str], place: Path) -> BaseException | None:
     """The same of the command in a process of its own."""
     command = [sys.executable, "-m", "distalign", *words]
     try:
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=PATIENCE, errors="replace")
+        done = subprocess.run(
+            command, cwd=place, capture_output=True, text=True, timeout=10 * PATIENCE, errors="replace"
+        )
     except subprocess.TimeoutExpired:
-        return Hang(f"the command runs after {PATIENCE} s")
+        return Hang(f"the command runs after {10 * PATIENCE} s")
     except (ValueError, OSError):  # no system takes these words
         return None
     ended = done.returncode in (0, 2) and (done.stdout + done.stderr).strip() and "Traceback" not in done.stderr

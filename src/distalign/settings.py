@@ -20,7 +20,9 @@ from distalign.errors import InputError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
-Count = Annotated[int, Field(gt=0)]
+# What a tensor's size, and a seed of numpy, can be.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -147,7 +149,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if os.path.isdir(path):
         raise RecipeError(f"{path}: a folder; give a recipe's file, or the name of a packaged recipe")
     try:
-        value = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        value = load_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise RecipeError(
@@ -168,10 +170,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text as recipes are read. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
 def parse_value(text: str, override: str) -> Any:
     """The YAML value of an `override`, as `--set key=value` takes it. Raises RecipeError."""
     try:
-        return yaml.load(text, _Loader)
+        return load_yaml(text)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         raise RecipeError(f"--set {override[:200]}: the value is not YAML ({reason}); quote it") from None

@@ -94,6 +94,8 @@ def read_seeds(text: str | None, default: int) -> list[int]:
         refuse(f'--seeds {text}: not a number; write how many ("3") or which ("0,7")')
     if min(numbers) < 0 or numbers == [0] or len(set(numbers)) < len(numbers):
         refuse(f"--seeds {text}: give at least one seed, none below 0, none twice")
+    if max(numbers) >= (2**32 if "," in text else 1000):
+        refuse(f"--seeds {text[:200]}: too many, or too large a seed; give less than 1000, or seeds below 2**32")
     return list(range(numbers[0])) if "," not in text else numbers
 
 

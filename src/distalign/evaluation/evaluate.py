@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, decode_after, plain_text
 from distalign.engine import score_in_batches
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.answers import Answers, is_answered, policy_answers
 from distalign.evaluation.frontier import FRONTIER
 from distalign.evaluation.metrics import (
@@ -96,7 +96,7 @@ def _check_folder(settings: Evaluation) -> None:
     if results.is_file():
         try:
             other |= json.loads(results.read_text(encoding="utf-8")).get("kind") != "evaluation"
-        except (OSError, ValueError, RecursionError, AttributeError):
+        except DAMAGED:
             logger.warning("%s: cannot be read and is written anew", results)
     if other:
         raise InputError(f"{folder}: holds another run; give the evaluation another name with --set name=…")
@@ -136,7 +136,7 @@ def _forecast(setup: EvaluationSetup) -> dict[str, Any]:
     try:
         frontier = json.loads(path.read_text(encoding="utf-8"))
         same = frontier.pop("of") == setup.identity()
-    except (ValueError, KeyError, AttributeError):
+    except DAMAGED:
         same = False
     if not same:
         logger.warning("%s: is not of this reference and reward, and is left out", path)

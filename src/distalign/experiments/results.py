@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.data import EncodedPair
+from distalign.errors import DAMAGED
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
 from distalign.rewards.base import column_rewards
@@ -54,7 +55,7 @@ def load_resume_record(folder: Path, key: str, pairs: list[EncodedPair]) -> Resu
         tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
         confidence, correct = tensors["confidence"], tensors["correct"]
         responses, curve, kept_step, seconds = (rest[key] for key in ("responses", "curve", "kept_step", "seconds"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (*DAMAGED, SafetensorError):
         return None
     values = {name.removeprefix("values/"): own for name, own in tensors.items() if name.startswith("values/")}
     logps = tensors.get("target_logps")
@@ -92,7 +93,7 @@ def is_of(folder: Path, key: str) -> bool:
     """Whether what is in a folder was made under this key."""
     try:
         return json.loads((folder / _KEY).read_text(encoding="utf-8"))["key"] == key
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         return False
 
 

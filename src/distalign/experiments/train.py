@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from distalign.engine import Group
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.auto import settle_gamma
@@ -104,7 +104,7 @@ def training_arguments(
         # A logger whose package is missing says so here, not after the model is loaded.
         for logger_callback in get_reporting_integration_callbacks(arguments.report_to):
             logger_callback()
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (*DAMAGED, ImportError, RuntimeError) as error:
         raise RecipeError(f"{recipe.name}: training of {name}: {error}") from None
     return arguments
 

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
 from distalign.engine.forward import evaluating
+from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
 from distalign.settings import Count, Positive, Section, Share
 
@@ -189,7 +190,7 @@ def trained_temperature(folder: str) -> float | None:
         return None
     try:
         found = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"model {folder}: its generation_config.json cannot be read ({reason}); mend or remove it"

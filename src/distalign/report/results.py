@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from distalign.errors import InputError
+from distalign.settings import load_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -274,14 +275,19 @@ class Sample(NamedTuple):
         return math.fsum(gains) / len(gains) if gains else math.nan
 
 
-def legible(value: object) -> Any:
-    """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit."""
+def legible(value: object, levels: int = 50) -> Any:
+    """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit.
+
+    Raises RecursionError for more levels of nesting than a page can show.
+    """
+    if not levels:
+        raise RecursionError("too many levels of nesting")
     if isinstance(value, str):
         return _ILLEGAL.sub("\ufffd", value)
     if isinstance(value, list):
-        return [legible(part) for part in value]
+        return [legible(part, levels - 1) for part in value]
     if isinstance(value, dict):
-        return {legible(key): legible(part) for key, part in value.items()}
+        return {legible(key): legible(part, levels - 1) for key, part in value.items()}
     return value
 
 
@@ -538,7 +544,7 @@ def _read_recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
     """A recipe as it is written, and its settings; "" and none without a file."""
     text = _text(path) if path.exists() else ""
     try:
-        settings = yaml.safe_load(text)
+        settings = load_yaml(text)
     except yaml.YAMLError as error:
         message = " ".join(str(error).split())
         raise ReportError(f"{path}: not YAML ({message}); restore the file from the run") from None

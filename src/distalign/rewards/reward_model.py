@@ -36,6 +36,7 @@ from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches, score_in_batches
 from distalign.engine.forward import evaluating
 from distalign.engine.scoring import expected_counts, read
+from distalign.errors import DAMAGED
 from distalign.methods.preference import induced_reward
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
@@ -294,7 +295,7 @@ def load_reward(
         head = new_head(about["head"], base)
         reward = TrainedReward(base, trunk, head, gamma=about["gamma"], token_budget=token_budget)
         (_load_tensors if about["init"] == "policy" else _load_scratch)(folder, reward, about["backbone"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*DAMAGED, RuntimeError, SafetensorError) as error:
         if isinstance(error, RewardError):
             raise
         raise UnreadableReward(f"reward {folder}: it cannot be read ({error}); train it again") from error

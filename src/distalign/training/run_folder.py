@@ -18,7 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 
 logger = logging.getLogger("distalign.training.run_folder")
 
@@ -163,7 +163,7 @@ def cut_log(path: Path, last: int) -> None:
             row = json.loads(line)
             if row["step"] <= last and "train_runtime" not in row:
                 kept.append(f"{line}\n")
-        except (ValueError, KeyError, TypeError):
+        except DAMAGED:
             if number < len(lines):
                 raise InputError(f"{path}:{number}: not a line of this log; remove it to go on") from None
             logger.warning("%s: the last line is torn and is dropped", path)
