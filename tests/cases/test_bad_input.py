@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import report_data
 import tiny
+import torch
 
+from distalign.cli.shared import read_seeds
 from distalign.data import DataError, encode_pairs, read_pairs
+from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.evaluation.evaluate import evaluate
 from distalign.experiments.recipe import load_recipe
-from distalign.models.load import find_model
-from distalign.models.policy import trained_temperature
+from distalign.experiments.results import is_of
+from distalign.experiments.train import check
+from distalign.models.load import Source, find_model
+from distalign.models.policy import Lora, make_policy, trained_temperature
 from distalign.models.verify import ModelError
 from distalign.report import ReportError, write_report
+from distalign.report.numbers import format_estimate, format_seconds
 from distalign.rewards.reward_model import is_reward_model
 from distalign.settings import RecipeError, parse_value, read_yaml
+from distalign.training.checkpoint import defect
 from distalign.user_code import load_named
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -182,3 +190,94 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
     with pytest.raises(ReportError, match="check the path"):
         write_report("x" * 5000)
     assert write_report(folder, tmp_path / "new" / "folder", files=False).is_file()
+
+
+RECIPE = {"name": "x", "model": "m", "methods": {"dpo": None}, "data": {"train": "x.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"training": {"eval_steps": math.inf}}, "training.eval_steps is inf; a finite number is needed"),
+        ({"training": {"learning_rate": math.nan}}, "training.learning_rate is nan; a finite number is needed"),
+        ({"methods": {"dpo": {"training": {"max_grad_norm": math.inf}}}}, "dpo.training.max_grad_norm is inf"),
+        ({"methods": {1: {"class": "dpo"}}}, "methods: 1 is no name"),
+        ({"seed": 2**32}, "seed is 4294967296; input should be less than 4294967296"),
+        ({"token_budget": 10**400}, "token_budget is 1000.*…; input should be less than 2147483648"),
+    ],
+)
+def test_numbers_that_no_run_takes_are_refused(change, said):
+    """Before anything is loaded, and not written out in full."""
+    with pytest.raises(RecipeError, match=said):
+        load_recipe({**RECIPE, **change})
+
+
+@pytest.mark.parametrize("text", [str(2**63), "0," + "9" * 40, "1000"])
+def test_seeds_that_no_run_takes_are_refused(text):
+    """Not a list of as many numbers."""
+    with pytest.raises(InputError, match="too many, or too large a seed"):
+        read_seeds(text, 0)
+
+
+def test_a_training_setting_that_its_library_refuses_is_one_message(monkeypatch, tmp_path):
+    """Whatever it raises."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="x: training of dpo: "):
+        check(
+            load_recipe({**RECIPE, "training": {"use_cpu": True, "fsdp_config": "no-such.json", "fsdp": True}}), ["dpo"]
+        )
+
+
+@pytest.mark.parametrize("text", ["a: !!int x", "[" * 3000, "a: &a [*a]", "\x00"])
+def test_a_damaged_recipe_of_a_run_is_named_by_its_report(tmp_path, text):
+    """It is read as recipes are."""
+    folder = report_data.write_training(tmp_path / "run")
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(ReportError, match=r"recipe\.yaml: not YAML"):
+        write_report(folder, files=False)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '"x"', '{"step": 2, "files": [], "run": {}}'])
+def test_a_damaged_manifest_is_a_checkpoint_passed_over(tmp_path, text):
+    """And a damaged key a result that is made again."""
+    folder = tmp_path / "checkpoint-2"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(text)
+    assert defect(folder)
+    (folder / "key.json").write_text(text)
+    assert not is_of(folder, "key")
+
+
+def test_durations_and_errors_that_are_no_plain_numbers():
+    """A JSON file may hold NaN, and the least float."""
+    assert format_seconds(math.nan) == "n/a"
+    assert format_seconds(math.inf) == "∞"
+    assert format_estimate(1.0, 5e-324) == "1 ± 0"
+
+
+def test_weights_that_give_no_numbers_are_not_called_an_adapter(monkeypatch):
+    """The message is about the weights."""
+    base, tokenizer = tiny.model(), tiny.tokenizer()
+    policy = make_policy(base, tokenizer, Source("tiny", "tiny", "a test"), lora=Lora(r=2), reference=True)
+    with torch.no_grad():
+        base.model.norm.weight.fill_(math.nan)
+    with pytest.raises(ModelError, match="log-probabilities are not finite"):
+        policy.assert_starts_at_reference([Group([2, 4, 7], [[8, 3], [9, 3]])])
+
+
+@pytest.mark.parametrize("change", [{"x_limits": [1, math.nan]}, {"y_limits": [2, 2]}])
+def test_limits_that_no_axis_takes_are_refused(tmp_path, change):
+    """With the file's name."""
+    shown = report_data.panel(report_data.curve(), **change)
+    report_data.write_lab(tmp_path, report_data.measured("figure1", panels=[shown]))
+    with pytest.raises(ReportError, match=r"lab\.json: .*limits need two finite numbers"):
+        write_report(tmp_path)
+
+
+def test_points_that_no_axis_holds_are_left_out(tmp_path):
+    """Their sums and squares are not finite."""
+    curve = report_data.curve(y=(1.0, 1e300, 1e-300), low=[-1e300, 1, 1], high=[1e308, 1e308, 1])
+    report_data.write_lab(
+        tmp_path, report_data.measured("figure1", panels=[report_data.panel(curve, y_scale="linear")])
+    )
+    assert "Not drawn: 1 point" in write_report(tmp_path).read_text(encoding="utf-8")

@@ -385,6 +385,9 @@ def _methods(entries: object) -> dict[str, Any]:
         )
     checked, problems = {}, []
     for name, settings in entries.items():
+        if not isinstance(name, str):
+            problems.append(f"methods: {shown(name)} is no name; write one of {', '.join(METHODS)}, or one in quotes")
+            continue
         try:
             checked[name] = _method(name, {} if settings is None else settings)
         except ValueError as error:
@@ -506,7 +509,8 @@ def _checked(
 
 
 def _unknown_method(name: str, known: Iterable[str], owner: str) -> str:
-    near = get_close_matches(str(name).lower(), list(known), 1)
+    known = list(map(str, known))
+    near = get_close_matches(str(name).lower(), known, 1)
     return f'{owner} has no method "{name}"; it has {", ".join(known)}' + (
         f'; did you mean "{near[0]}"?' if near else ""
     )
