@@ -169,6 +169,16 @@ def test_a_template_that_fails_on_a_row_is_named():
         encode_pairs(tokenizer, read_pairs([row]), max_length=None)
 
 
+def test_a_prompt_of_one_turn_has_no_earlier_turns():
+    """The message says what is rewritten."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ 'tell ' if messages | length == 1 }}" + tiny.TEMPLATE
+    row = {"prompt": [{"role": "user", "content": "me"}]}
+    row |= {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "sun"), ("rejected", "cold"))}
+    with pytest.raises(DataError, match="rewrites the question where an answer follows"):
+        encode_pairs(tokenizer, read_pairs([row]), max_length=None)
+
+
 def test_what_is_far_from_every_setting_is_not_called_one(tmp_path):
     """Quantization is no misspelled evaluation."""
     with pytest.raises(RecipeError) as refused:

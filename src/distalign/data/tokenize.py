@@ -275,7 +275,8 @@ def _boundary(tokenizer: Tokenizer, row: Pair, prompt: list[int], whole: list[in
             "an answer (a thinking model?); set chat_template_kwargs (enable_thinking), or mend the template"
         )
     else:
-        cause = "the chat template rewrites earlier turns; use a template that only appends"
+        what = "earlier turns" if len(row.prompt) > 1 else "the question where an answer follows"
+        cause = f"the chat template rewrites {what}; use a template that only appends"
     return f"the prompt's tokens are not the start of prompt + {name}: {alone!r} becomes {together!r}. Here {cause}"
 
 
