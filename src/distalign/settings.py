@@ -5,6 +5,7 @@ YAML as people expect it: 1e-5 is a number, yes and no are words, a key that sta
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -19,7 +20,9 @@ from distalign.errors import InputError
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
-Count = Annotated[int, Field(gt=0)]
+# What a tensor's size, and a seed of numpy, can be.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -60,15 +63,62 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans; no dates."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    _level = 0
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in keys:
                 raise yaml.MarkedYAMLError(None, None, f'"{key.value}" stands twice, keep one of them', key.start_mark)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
+
+    def get_single_data(self) -> Any:
+        """The document, refused where it is too large or too deep for settings: an alias may double what it names."""
+        node = self.get_single_node()
+        if node is None:
+            return None
+        _size(node, {})
+        return self.construct_document(node)
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        """Raises MarkedYAMLError for more than `_DEEPEST` levels of nesting."""
+        self._level += 1
+        if self._level > _DEEPEST:
+            what = f"more than {_DEEPEST} levels of nesting, too many for settings"
+            raise yaml.MarkedYAMLError(None, None, what, self.peek_event().start_mark)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._level -= 1
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Raises MarkedYAMLError for a text that is not what its tag says, such as `!!int x`."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            kind, reason = node.tag.rpartition(":")[2], " ".join(str(error).split())[:80]
+            raise yaml.MarkedYAMLError(None, None, f"this is no {kind}: {reason}", node.start_mark) from None
+
+
+# Nodes that settings may have, an alias counted as all that it names, and levels of nesting.
+_LARGEST, _DEEPEST = 100_000, 50
+
+
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """How many nodes a node is, written out. Raises MarkedYAMLError above `_LARGEST`, or if it contains itself."""
+    if node in sizes:
+        size, problem = sizes[node], "an alias of what it stands in"
+    else:
+        sizes[node], problem = 0, "aliases that make it too large"
+        parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+        size = 1 + sum(_size(one, sizes) for part in parts for one in (part if isinstance(part, tuple) else (part,)))
+        sizes[node] = size
+    if not 0 < size <= _LARGEST:
+        raise yaml.MarkedYAMLError(None, None, f"{problem}, which no settings need", node.start_mark)
+    return size
 
 
 class _Dumper(yaml.SafeDumper):
@@ -96,10 +146,10 @@ _Dumper.add_representer(str, _text)
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError with the line."""
+    if os.path.isdir(path):
+        raise RecipeError(f"{path}: a folder; give a recipe's file, or the name of a packaged recipe")
     try:
-        value = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: a folder; give a recipe's file, or the name of a packaged recipe") from None
+        value = load_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
         raise RecipeError(
@@ -112,14 +162,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}{line}: not YAML ({error.problem}); check the indentation and quotes") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML ({error}); save it as plain text") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{str(path)[:200]}: cannot be read ({reason}); give a recipe's file") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: {type(value).__name__}, not settings; write setting: value lines")
     return value
 
 
-def parse_value(text: str) -> Any:
-    """One YAML value, as `--set key=value` takes it."""
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text as recipes are read. Raises yaml.YAMLError."""
     return yaml.load(text, _Loader)
+
+
+def parse_value(text: str, override: str) -> Any:
+    """The YAML value of an `override`, as `--set key=value` takes it. Raises RecipeError."""
+    try:
+        return load_yaml(text)
+    except yaml.YAMLError as error:
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise RecipeError(f"--set {override[:200]}: the value is not YAML ({reason}); quote it") from None
 
 
 def dump_yaml(value: object) -> str:
@@ -161,7 +223,7 @@ def find_recipe(name: str | Path, kind: str = "") -> Path:
     Raises RecipeError if there is neither.
     """
     path, folder = Path(name), RECIPES / kind
-    if path.suffix or path.is_file() or "/" in str(name):
+    if path.suffix or os.path.isfile(path) or "/" in str(name):
         return path
     packaged = list(packaged_recipes(kind))
     if path.name in packaged:
@@ -220,10 +282,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raw = raw[section]
         if not isinstance(raw, dict):
             raise RecipeError(f"--set {override}: {'.'.join(sections[:depth])} is no section; set it as a whole")
-    try:
-        raw[last] = parse_value(value)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not YAML ({error}); quote it") from None
+    raw[last] = parse_value(value, override)
 
 
 def _find_files(section: object, keys: Iterable[str], folder: Path) -> None:
@@ -239,13 +298,13 @@ def find_file(name: str, folder: Path) -> str:
     """The name of a file, or of code in it (`file.py:name`), from its recipe's folder where only that has it."""
     stem, mark, code = name.partition(".py:")
     file = f"{stem}.py" if mark else name
-    place = str(folder / file) if not Path(file).exists() and (folder / file).exists() else file
+    place = str(folder / file) if not os.path.exists(file) and os.path.exists(folder / file) else file
     return f"{place}:{code}" if mark else place
 
 
 def unknown_setting(section: str, key: str, names: Sequence[str], elsewhere: str | None = None) -> str:
     """The message for a setting that a section does not have; `elsewhere` says where to set it instead."""
-    near = get_close_matches(key, names, 1, 0.5)
+    near = get_close_matches(key, names, 1, 0.65)
     if elsewhere:
         hint = elsewhere
     elif near:
@@ -268,7 +327,13 @@ def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
         return [f'{section} has no "{key}"; add it']
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]).splitlines()
-    return [f"{'.'.join(map(str, error['loc']))} is {error['input']!r}; {lower_first(error['msg'])}"]
+    return [f"{'.'.join(map(str, error['loc']))} is {shown(error['input'])}; {lower_first(error['msg'])}"]
+
+
+def shown(value: object) -> str:
+    """A value in a message, shortened."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:199]}…"
 
 
 def _section_at(sections: Iterable[Any], model: type[BaseModel]) -> type[BaseModel]:

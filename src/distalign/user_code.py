@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def load_named(name: str, kind: str, is_kind: Callable[[object], bool], *, label
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
         raise error(f"{label}: write file.py:{kind} or module:{kind}")
-    if place.endswith(".py") and not Path(place).expanduser().is_file():
+    if place.endswith(".py") and not os.path.isfile(os.path.expanduser(place)):
         raise error(f"{label}: there is no file {place}; paths start at the working directory")
     try:
         module = _module(place)
@@ -59,7 +60,7 @@ def _module(place: str) -> ModuleType:
     """The module at a path or of a name."""
     if not place.endswith(".py"):
         return importlib.import_module(place)
-    path = Path(place).expanduser().resolve()
+    path = Path(os.path.expanduser(place)).resolve()
     changed = path.stat().st_mtime_ns
     if path in _LOADED and _LOADED[path][0] == changed:
         return _LOADED[path][1]

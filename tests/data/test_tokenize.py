@@ -135,7 +135,7 @@ def test_a_template_that_rewrites_the_past_is_refused():
     tokenizer = make_tokenizer(template="{{ messages | length }}" + CHATML)
     message = refusal(tokenizer, CHAT)
     assert "'1<|im_start|>user' becomes '2<|im_start|>user'" in message
-    assert message.endswith("Here the chat template rewrites earlier turns; use a template that only appends")
+    assert message.endswith("rewrites the question where an answer follows; use a template that only appends")
 
 
 def test_end_tokens_in_the_text_are_refused(tokenizer):

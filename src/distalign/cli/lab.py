@@ -97,7 +97,7 @@ def _experiments(name: str, flags: dict[str, int], overrides: list[str]) -> list
         key, equals, value = override.partition("=")
         if not equals:
             refuse(f"--set {override}: write key=value")
-        settings[key.strip()] = parse_value(value)
+        settings[key.strip()] = parse_value(value, override)
     if name == _ALL:
         if settings:
             refuse("--set goes with one experiment, not with all: each has its own settings")

@@ -41,7 +41,7 @@ def report(
     page = write_report(run, out, files=files)
     results = run / "results.json"
     if results.is_file():
-        content = json.loads(results.read_text(encoding="utf-8"))
+        content = json.loads(results.read_text(encoding="utf-8"))  # write_report has checked it
         print_numbers(results_table(content), wide)
         write_json(json_path, content)
         write_markdown(markdown, content, "")

@@ -94,6 +94,8 @@ def read_seeds(text: str | None, default: int) -> list[int]:
         refuse(f'--seeds {text}: not a number; write how many ("3") or which ("0,7")')
     if min(numbers) < 0 or numbers == [0] or len(set(numbers)) < len(numbers):
         refuse(f"--seeds {text}: give at least one seed, none below 0, none twice")
+    if max(numbers) >= (2**32 if "," in text else 1000):
+        refuse(f"--seeds {text[:200]}: too many, or too large a seed; give less than 1000, or seeds below 2**32")
     return list(range(numbers[0])) if "," not in text else numbers
 
 
@@ -207,9 +209,9 @@ def write_markdown(path: Path | None, content: dict[str, Any], command: str) -> 
 
 def check_path(path: Path | None, option: str = "--json") -> None:
     """Refuse a file that could not be written after the work is done."""
-    if path is not None and path.is_dir():
+    if path is not None and os.path.isdir(path):
         refuse(f"{option} {path}: is a folder; name a file in it")
-    if path is not None and not path.exists():
+    if path is not None and not os.path.exists(path):
         write_text(path, "", option)
         path.unlink()
 
@@ -219,4 +221,4 @@ def write_text(path: Path, text: str, option: str = "--json") -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        refuse(f"{option} {path}: cannot be written ({error.strerror}); choose another place")
+        refuse(f"{option} {str(path)[:200]}: cannot be written ({error.strerror}); choose another place")

@@ -225,7 +225,7 @@ def _check_prompt(prompt: Text, where: str) -> None:
 
 def _check_filled(name: str, text: Text, where: str) -> None:
     # A tool call is an answer without words.
-    if not plain_text(text).strip() and not (not isinstance(text, str) and text[-1].get("tool_calls")):
+    if not plain_text(text).strip() and (isinstance(text, str) or not any(m.get("tool_calls") for m in text[-1:])):
         _refuse(where, f"{name} is empty; fill it in or remove the line")
 
 

@@ -71,9 +71,10 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
         yield from _table(source, split, "rows")
         return
     path = Path(source)
-    if path.is_dir():
+    # Of os.path: a name that no system takes (too long, with a zero in it) is no file either.
+    if os.path.isdir(path):
         yield from _table(_load_folder(path), split, str(source))
-    elif path.is_file():
+    elif os.path.isfile(path):
         yield from _read_file(path, problems)
     elif (
         isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in (*_SUFFIXES, ".gz")

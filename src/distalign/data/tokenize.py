@@ -14,6 +14,9 @@ from distalign.errors import InputError
 _WORDS, _BEFORE = "distalignprobe", "\n"
 _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
 
+# By chat template, what `_takes_parts` found.
+_PARTS: dict[str, bool] = {}
+
 
 @runtime_checkable
 class Tokenizer(Protocol):
@@ -272,18 +275,17 @@ def _boundary(tokenizer: Tokenizer, row: Pair, prompt: list[int], whole: list[in
             "an answer (a thinking model?); set chat_template_kwargs (enable_thinking), or mend the template"
         )
     else:
-        cause = "the chat template rewrites earlier turns; use a template that only appends"
+        what = "earlier turns" if len(row.prompt) > 1 else "the question where an answer follows"
+        cause = f"the chat template rewrites {what}; use a template that only appends"
     return f"the prompt's tokens are not the start of prompt + {name}: {alone!r} becomes {together!r}. Here {cause}"
 
 
 def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, prompt: bool) -> str:
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise DataError([Problem(row.where, _NO_TEMPLATE)])
     try:
         return _render(tokenizer, messages, row.extra, prompt)
-    except (TemplateError, TypeError, ValueError, AttributeError, KeyError) as error:
+    except Exception as error:  # a template may raise anything
         raise DataError(
             [Problem(row.where, f"the chat template refuses the row ({error}); change its turns")]
         ) from None
@@ -291,7 +293,30 @@ def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Any], extra: dict[str, Any], prompt: bool) -> str:
     settings = {"tools": extra.get("tools"), **(extra.get("chat_template_kwargs") or {})}
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **settings)
+    turns = [_in_parts(turn) for turn in messages] if _takes_parts(tokenizer) else list(messages)
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **settings)
+
+
+def _takes_parts(tokenizer: Tokenizer) -> bool:
+    """Whether the template writes a message's words only from a list of parts, as those of models that see images."""
+    template = str(tokenizer.chat_template)
+
+    def writes(message: Any) -> bool:
+        try:
+            return _WORDS in tokenizer.apply_chat_template([message], tokenize=False)
+        except Exception:  # a template may raise anything
+            return False
+
+    if template not in _PARTS:
+        message = {"role": "user", "content": _WORDS}
+        _PARTS[template] = not writes(message) and writes(_in_parts(message))
+    return _PARTS[template]
+
+
+def _in_parts(message: Any) -> Any:
+    """The message with its text as a list of one part."""
+    text = message.get("content")
+    return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message
 
 
 def _ids(tokenizer: Tokenizer, text: str) -> list[int]:

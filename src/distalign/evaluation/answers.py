@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from distalign.engine import Group, score_in_batches
 from distalign.engine.scoring import total
+from distalign.errors import DAMAGED
 from distalign.evaluation.setup import Evaluation, EvaluationSetup
 from distalign.models.load import Source, weights_digest
 from distalign.progress import progress
@@ -89,7 +90,7 @@ def load_answers(folder: Path, name: str, key: str) -> Answers | None:
         scores = load_file(folder / "scores.safetensors")
         responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
         pair_logps = scores.pop("pair_logps")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (*DAMAGED, SafetensorError):
         return None
     return Answers(name, key, responses, pair_logps, scores)
 

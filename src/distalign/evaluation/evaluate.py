@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, decode_after, plain_text
 from distalign.engine import score_in_batches
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.answers import Answers, is_answered, policy_answers
 from distalign.evaluation.frontier import FRONTIER
 from distalign.evaluation.metrics import (
@@ -40,6 +40,7 @@ from distalign.settings import masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
+from distalign.training.run_folder import writable
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -89,13 +90,13 @@ def evaluate(
 
 def _check_folder(settings: Evaluation) -> None:
     """Raise InputError if the folder holds a run of another kind."""
-    folder = settings.run_dir
+    folder = writable(settings.run_dir)
     results = folder / "results.json"
     other = (folder / "metrics.jsonl").is_file()
     if results.is_file():
         try:
             other |= json.loads(results.read_text(encoding="utf-8")).get("kind") != "evaluation"
-        except ValueError:
+        except DAMAGED:
             logger.warning("%s: cannot be read and is written anew", results)
     if other:
         raise InputError(f"{folder}: holds another run; give the evaluation another name with --set name=…")
@@ -135,7 +136,7 @@ def _forecast(setup: EvaluationSetup) -> dict[str, Any]:
     try:
         frontier = json.loads(path.read_text(encoding="utf-8"))
         same = frontier.pop("of") == setup.identity()
-    except (ValueError, KeyError, AttributeError):
+    except DAMAGED:
         same = False
     if not same:
         logger.warning("%s: is not of this reference and reward, and is left out", path)

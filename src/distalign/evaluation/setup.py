@@ -35,7 +35,7 @@ from distalign.models.load import Source, find_model, weights_digest
 from distalign.models.policy import trained_temperature
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
 from distalign.rewards import Reward, Rewards, check_rewards, make_reward
-from distalign.settings import Count, Positive, RecipeError, Section, dump_yaml, find_recipe, read_settings
+from distalign.settings import Count, Positive, RecipeError, Section, Seed, dump_yaml, find_recipe, read_settings
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -60,7 +60,7 @@ class Evaluation(Section):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     output_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     model: str
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False

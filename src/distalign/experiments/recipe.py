@@ -6,6 +6,7 @@ The methods' own dataclasses are the schema of `methods`, `transformers.Training
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -34,6 +35,7 @@ from distalign.settings import (
     NotNegative,
     RecipeError,
     Section,
+    Seed,
     Share,
     dump_yaml,
     explain,
@@ -41,6 +43,7 @@ from distalign.settings import (
     find_recipe,
     lower_first,
     read_settings,
+    shown,
     switch,
     unknown_setting,
 )
@@ -100,7 +103,7 @@ class StudySettings(Section):
     """A grid of comparisons: settings by their dotted names with the values each takes, and the seeds of every cell."""
 
     grid: Annotated[dict[str, Annotated[list[Any], Field(min_length=1)]], Field(min_length=1)]
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1, 2)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
 
 
 class Recipe(Section):
@@ -108,7 +111,7 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     output_dir: str = "runs"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     model: str
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False
@@ -377,9 +380,14 @@ def find_method(name: str) -> type[Method]:
 
 def _methods(entries: object) -> dict[str, Any]:
     if not isinstance(entries, dict) or not entries:
-        raise ValueError(f"methods is {entries!r}; name at least one of {', '.join(METHODS)}, each with its settings")
+        raise ValueError(
+            f"methods is {shown(entries)}; name at least one of {', '.join(METHODS)}, each with its settings"
+        )
     checked, problems = {}, []
     for name, settings in entries.items():
+        if not isinstance(name, str):
+            problems.append(f"methods: {shown(name)} is no name; write one of {', '.join(METHODS)}, or one in quotes")
+            continue
         try:
             checked[name] = _method(name, {} if settings is None else settings)
         except ValueError as error:
@@ -392,7 +400,7 @@ def _methods(entries: object) -> dict[str, Any]:
 def _method(name: str, settings: object) -> dict[str, Any]:
     """A method's settings, its defaults filled in, and what stands beside them."""
     if not isinstance(settings, dict):
-        raise ValueError(f"methods.{name} is {settings!r}; write its settings below it, setting: value")
+        raise ValueError(f"methods.{name} is {shown(settings)}; write its settings below it, setting: value")
     built: Any = _build(name, settings)
     checked = {_CLASS: settings[_CLASS]} if _CLASS in settings else {}
     for field in dataclasses.fields(built):
@@ -403,7 +411,7 @@ def _method(name: str, settings: object) -> dict[str, Any]:
         checked["training"] = _training(f"{name}.training", settings["training"])
     if settings.get("rollout"):
         if not isinstance(settings["rollout"], dict):
-            raise ValueError(f"methods.{name}.rollout is {settings['rollout']!r}; write setting: value below it")
+            raise ValueError(f"methods.{name}.rollout is {shown(settings['rollout'])}; write setting: value below it")
         checked["rollout"] = settings["rollout"]
     return checked
 
@@ -442,7 +450,9 @@ def _class_of(name: str, source: object) -> type[Any]:
             raise ValueError(_unknown_method(name, METHODS, "distalign"))
         return METHODS[name]
     if not isinstance(source, str):
-        raise ValueError(f"methods.{name}.{_CLASS} is {source!r}; write file.py:Class, or one of {', '.join(METHODS)}")
+        raise ValueError(
+            f"methods.{name}.{_CLASS} is {shown(source)}; write file.py:Class, or one of {', '.join(METHODS)}"
+        )
     # A known method under another name: its variants side by side.
     method = METHODS[source] if source in METHODS else find_method(source)
     if name in METHODS or name in _TAKEN or not re.fullmatch(r"[^\W_][\w.-]*", name):
@@ -454,11 +464,17 @@ def _training(section: str, values: object) -> dict[str, Any]:
     if not values:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{section} is {values!r}; write setting: value with transformers.TrainingArguments' settings")
+        raise ValueError(
+            f"{section} is {shown(values)}; write setting: value with transformers.TrainingArguments' settings"
+        )
     from transformers import TrainingArguments
 
     types = {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
     checked = _checked(section, values, list(types), types.__getitem__)
+    wrong = [key for key, value in checked.items() if isinstance(value, float) and not math.isfinite(value)]
+    if wrong:
+        lines = [f"{section}.{key} is {checked[key]}; a finite number is needed" for key in wrong]
+        raise ValueError("\n".join(lines))
     # As written, so that TrainingArguments sees what its own documentation describes; only text may become a number.
     return {
         key: checked[key] if isinstance(value, str) and isinstance(checked[key], bool | int | float) else value
@@ -484,7 +500,7 @@ def _checked(
         try:
             fit = adapter.validate_python(value)
         except ValidationError as error:
-            problems.append(f"{section}.{key} is {value!r}; {lower_first(error.errors()[0]['msg'])}")
+            problems.append(f"{section}.{key} is {shown(value)}; {lower_first(error.errors()[0]['msg'])}")
             continue
         checked[key] = fit
     if problems:
@@ -493,7 +509,8 @@ def _checked(
 
 
 def _unknown_method(name: str, known: Iterable[str], owner: str) -> str:
-    near = get_close_matches(str(name).lower(), list(known), 1)
+    known = list(map(str, known))
+    near = get_close_matches(str(name).lower(), known, 1)
     return f'{owner} has no method "{name}"; it has {", ".join(known)}' + (
         f'; did you mean "{near[0]}"?' if near else ""
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from distalign.data import EncodedPair
+from distalign.errors import DAMAGED
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
 from distalign.rewards.base import column_rewards
@@ -53,7 +55,7 @@ def load_resume_record(folder: Path, key: str, pairs: list[EncodedPair]) -> Resu
         tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
         confidence, correct = tensors["confidence"], tensors["correct"]
         responses, curve, kept_step, seconds = (rest[key] for key in ("responses", "curve", "kept_step", "seconds"))
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+    except (*DAMAGED, SafetensorError):
         return None
     values = {name.removeprefix("values/"): own for name, own in tensors.items() if name.startswith("values/")}
     logps = tensors.get("target_logps")
@@ -91,7 +93,7 @@ def is_of(folder: Path, key: str) -> bool:
     """Whether what is in a folder was made under this key."""
     try:
         return json.loads((folder / _KEY).read_text(encoding="utf-8"))["key"] == key
-    except (OSError, ValueError, KeyError, TypeError):
+    except DAMAGED:
         return False
 
 
@@ -106,7 +108,7 @@ def _method(recipe: Recipe, name: str) -> list[Path]:
     """The file of a method that is the user's own."""
     place = recipe.methods[name].get("class")
     file = source_file(place) if place and ":" in place else None
-    return [Path(file).expanduser()] if file else []
+    return [Path(os.path.expanduser(file))] if file else []
 
 
 def _target(recipe: Recipe) -> list[Path]:
@@ -122,9 +124,9 @@ def _rewards(recipe: Recipe) -> list[Path]:
 def _files(code: str | None, model: str | None) -> list[Path]:
     """The file of code by its name, or the files of a model in a folder."""
     place = source_file(code) if code else model
-    path = Path(place).expanduser() if place else None
-    if path is None or not path.is_dir():
-        return [path] if path is not None and path.is_file() else []
+    path = Path(os.path.expanduser(place)) if place else None
+    if path is None or not os.path.isdir(path):
+        return [path] if path is not None and os.path.isfile(path) else []
     return sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
 
 

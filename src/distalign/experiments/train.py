@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from distalign.engine import Group
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import Task, forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.auto import settle_gamma
@@ -44,7 +44,7 @@ from distalign.stats.intervals import mean_and_se
 from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import check_rollout, draws_responses
-from distalign.training.run_folder import check_no_links, locked, remove, whole_folder
+from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -104,7 +104,7 @@ def training_arguments(
         # A logger whose package is missing says so here, not after the model is loaded.
         for logger_callback in get_reporting_integration_callbacks(arguments.report_to):
             logger_callback()
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+    except (*DAMAGED, ImportError, RuntimeError) as error:
         raise RecipeError(f"{recipe.name}: training of {name}: {error}") from None
     return arguments
 
@@ -148,19 +148,6 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
                 "data.held_out above 0"
             )
     writable(recipe.run_dir)
-
-
-def writable(folder: Path) -> Path:
-    """Make a folder and check that files can be written in it. Raises InputError saying what to do."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{folder}: cannot be written ({reason}); choose another: --set output_dir=FOLDER") from None
-    return folder
 
 
 # One method -----------------------------------------------------------------------------------------------------------

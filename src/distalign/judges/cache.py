@@ -55,7 +55,7 @@ class Cache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser()
+        self.path = Path(os.path.expanduser(path))
         self.answers: dict[str, Answer] = {}
         self._lock = FileLock(f"{self.path}.lock")
 

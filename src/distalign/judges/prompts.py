@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,11 +65,11 @@ class Template:
 def load_template(name: str) -> Template:
     """One of ours by its name, or the user's .j2 file. Raises JudgeError if it cannot be read or omits a text."""
     ours = sorted(path.stem for path in ASSETS.glob("*.j2"))
-    path = ASSETS / f"{name}.j2" if name in ours else Path(name).expanduser()
+    path = ASSETS / f"{name}.j2" if name in ours else Path(os.path.expanduser(name))
     try:
         template = Template(name, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
         raise JudgeError(f"judge template {name}: {reason}; give a .j2 file, or one of {', '.join(ours)}") from None
     probe = {"prompt": "a-question", "first": "an-answer", "second": "another-answer"}
     (question,) = template.messages(**probe)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -110,7 +109,7 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     converted to safetensors once and kept in the cache (`DISTALIGN_CACHE`, else `~/.cache/distalign`). Raises
     ModelError if there is no such folder or file, or it holds no model.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name == EVERYDAY:
         folder = _made_once(cache_dir() / everyday.folder_name(), everyday.save_model)
         return Source(name, str(folder), "a small model that was trained on this machine")
@@ -125,10 +124,10 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
             logger.warning("model %s: the hub does not answer; the weights are those of the package %s", name, package)
             return replace(find_model(short), name=name)
     if path.suffix == ".gguf":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"model {name}: there is no such file; give the path of a .gguf file")
         return Source(name, str(_converted(path)), f"{path.name}, dequantised")
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "adapter_config.json").is_file():
             return _with_adapter(name, path, trust_remote_code)
         if not (path / "config.json").is_file():
@@ -229,10 +228,10 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what transformers says about a missing or unusable model into one line that says what to do."""
     try:
         yield
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # of a damaged file the libraries raise anything, tokenizers a bare Exception
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         if "trust_remote_code" in reason:
             raise ModelError(
                 f"model {name}: it brings code of its own, which is not run; "

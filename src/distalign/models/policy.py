@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
 from distalign.engine.forward import evaluating
+from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
 from distalign.settings import Count, Positive, Section, Share
 
@@ -135,6 +137,11 @@ class Policy:
         assert scores.reference_logps is not None
         gap = float((scores.logps - scores.reference_logps).abs().max())
         kl = float(scores.step_kl.sum(-1).max())
+        if not math.isfinite(max(gap, kl)):
+            raise ModelError(
+                f"model {self.source.name}: before any step its log-probabilities are not finite; its weights hold NaN "
+                "or infinite numbers, or overflow in this dtype: take another checkpoint, or dtype: float32"
+            )
         if not max(gap, kl) < 1e-2:
             if not self.new_adapter:
                 logger.warning("the adapter is trained already: the policy starts %.3g nats from its reference, which "
@@ -183,9 +190,15 @@ def trained_temperature(folder: str) -> float | None:
     """The temperature at which a saved policy was trained, if `whole_distribution` is in its folder."""
     if not (Path(folder) / "generation_config.json").is_file():
         return None
-    found = GenerationConfig.from_pretrained(folder)
+    try:
+        found = GenerationConfig.from_pretrained(folder)
+    except DAMAGED as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"model {folder}: its generation_config.json cannot be read ({reason}); mend or remove it"
+        ) from None
     whole = found.do_sample and found.top_k == 0 and found.top_p == 1.0
-    return found.temperature if whole else None
+    return found.temperature if whole and isinstance(found.temperature, int | float) else None
 
 
 def make_policy(

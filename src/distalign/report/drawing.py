@@ -189,7 +189,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: Look, colors: Mapp
         return
     if curve.low:
         floor = min((v for v in (*curve.low, *y) if _fits(v, panel.y_scale)), default=0.0)
-        band = [i for i in points if math.isfinite(curve.low[i]) and _fits(curve.high[i], panel.y_scale)]
+        band = [i for i in points if _drawn(curve.low[i]) and _fits(curve.high[i], panel.y_scale)]
         low, high = [max(curve.low[i], floor) for i in band], [curve.high[i] for i in band]
         axes.fill_between([curve.x[i] for i in band], low, high, color=color, alpha=0.15, linewidth=0)
     if curve.kind == "bound" and len(x) == 1:
@@ -207,7 +207,7 @@ def _errors(
     if not low:
         return None
     reach = [[values[i] - low[i] for i in points], [high[i] - values[i] for i in points]]
-    return [[max(0.0, distance) if math.isfinite(distance) else 0.0 for distance in side] for side in reach]
+    return [[max(0.0, distance) if _drawn(distance) else 0.0 for distance in side] for side in reach]
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, thin: str) -> None:
@@ -282,7 +282,12 @@ def _drawn_points(panel: Panel, curve: Curve) -> list[int]:
 
 
 def _fits(value: float, scale: Scale) -> bool:
-    return math.isfinite(value) and (scale == "linear" or value > 0)
+    return _drawn(value) and (scale == "linear" or value > 1e-150)
+
+
+def _drawn(value: float) -> bool:
+    """Whether an axis holds it: finite, and so are sums and squares."""
+    return abs(value) < 1e150
 
 
 def _wrapped(label: str) -> str:

@@ -58,6 +58,8 @@ def format_interval(mean: float, low: float, high: float, *, sign: str = "+") ->
 
 def format_seconds(seconds: float) -> str:
     """A duration in the two units that matter: 41 s, 2 min 30 s, 3 h 5 min."""
+    if not math.isfinite(seconds):
+        return _not_finite(seconds)
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s" if seconds >= 1 else f"{seconds:.2g} s"
@@ -99,7 +101,7 @@ def interval_texts(values: Sequence[float], sign: str) -> list[str]:
 
 def _decimals(se: float) -> int:
     """Digits after the point that a standard error leaves meaningful."""
-    if se <= 0:
+    if se < 1e-300:
         return 3
     exponent = math.floor(math.log10(se))
     digits = 2 if se / 10**exponent < 3 else 1

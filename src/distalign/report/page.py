@@ -63,6 +63,15 @@ def write_report(
     Raises ReportError, which says where and what to do, if none is there, a file is broken, or several folders come
     without `out` or twice; nothing is written then.
     """
+    try:
+        return _report(folder, out, files)
+    except OSError as error:
+        place = str(error.filename or out or folder)[:200]
+        reason = error.strerror or error
+        raise ReportError(f"{place}: {reason}; check the path, or write the page elsewhere with --out") from None
+
+
+def _report(folder: str | Path | Sequence[str | Path], out: str | Path | None, files: bool) -> Path:
     if not isinstance(folder, str | Path):
         if not folder:
             raise ReportError("no run folder was given; give at least one")

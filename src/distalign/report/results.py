@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from distalign.errors import InputError
+from distalign.settings import load_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -273,24 +275,36 @@ class Sample(NamedTuple):
         return math.fsum(gains) / len(gains) if gains else math.nan
 
 
-def legible(value: object) -> Any:
-    """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit."""
+def legible(value: object, levels: int = 50) -> Any:
+    """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit.
+
+    Raises RecursionError for more levels of nesting than a page can show.
+    """
+    if not levels:
+        raise RecursionError("too many levels of nesting")
     if isinstance(value, str):
         return _ILLEGAL.sub("\ufffd", value)
     if isinstance(value, list):
-        return [legible(part) for part in value]
+        return [legible(part, levels - 1) for part in value]
     if isinstance(value, dict):
-        return {legible(key): legible(part) for key, part in value.items()}
+        return {legible(key): legible(part, levels - 1) for key, part in value.items()}
     return value
 
 
 def read_json(path: Path, model: type[Model], remedy: str) -> Model:
     """Read one JSON file and check it against a model. Raises ReportError with the remedy if either fails."""
+    return _checked(model, _content(_text(path), path, 1, remedy), str(path), remedy)
+
+
+def _content(text: str, path: Path, line: int, remedy: str) -> Any:
+    """The value of a JSON text that begins at a line of a file, legible. Raises ReportError with the remedy."""
     try:
-        content = json.loads(_text(path))
+        return legible(json.loads(text))
     except json.JSONDecodeError as error:
-        raise ReportError(f"{path}:{error.lineno}: not JSON ({error.msg}); {remedy}") from None
-    return _checked(model, content, str(path), remedy)
+        raise ReportError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ReportError(f"{path}:{line}: numbers too long or levels too many ({reason}); {remedy}") from None
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -299,13 +313,10 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ReportError(f"{path}:{number}: not JSON ({error.msg}); repair or remove the line") from None
+        row = _content(line, path, number, "repair or remove the line")
         if not isinstance(row, dict):
             raise ReportError(f"{path}:{number}: found {_short(row)}, not a JSON object; repair or remove the line")
-        rows.append({"_where": f"{path}:{number}", **legible(row)})
+        rows.append({"_where": f"{path}:{number}", **row})
     return rows
 
 
@@ -391,7 +402,9 @@ def _text(path: Path) -> str:
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it is a number that a float can hold."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
 
 
 def _short(value: object) -> str:
@@ -531,7 +544,7 @@ def _read_recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
     """A recipe as it is written, and its settings; "" and none without a file."""
     text = _text(path) if path.exists() else ""
     try:
-        settings = yaml.safe_load(text)
+        settings = load_yaml(text)
     except yaml.YAMLError as error:
         message = " ".join(str(error).split())
         raise ReportError(f"{path}: not YAML ({message}); restore the file from the run") from None

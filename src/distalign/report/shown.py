@@ -5,6 +5,7 @@ The fields of these classes are the format of `shown` in lab.json.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,12 @@ class Panel:
     x_limits: tuple[float, float] | None = None
     y_limits: tuple[float, float] | None = None
     direct: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a limit is not finite, or the upper one not above the lower."""
+        for low, high in filter(None, (self.x_limits, self.y_limits)):
+            if not -math.inf < low < high < math.inf:
+                raise ValueError(f"limits need two finite numbers, the lower first; they are {low} and {high}")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from distalign.data import EncodedPair
 from distalign.engine import Group, micro_batches, score_in_batches
 from distalign.engine.forward import evaluating
 from distalign.engine.scoring import expected_counts, read
+from distalign.errors import DAMAGED
 from distalign.methods.preference import induced_reward
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
@@ -281,7 +283,7 @@ def load_reward(
     `base` and `tokenizer` are those of the policy, and must be those it was trained with. Raises RewardError if they
     are not, UnreadableReward if the folder is incomplete.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     try:
         about = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if about["vocabulary"] != _fingerprint(tokenizer):
@@ -293,7 +295,7 @@ def load_reward(
         head = new_head(about["head"], base)
         reward = TrainedReward(base, trunk, head, gamma=about["gamma"], token_budget=token_budget)
         (_load_tensors if about["init"] == "policy" else _load_scratch)(folder, reward, about["backbone"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*DAMAGED, RuntimeError, SafetensorError) as error:
         if isinstance(error, RewardError):
             raise
         raise UnreadableReward(f"reward {folder}: it cannot be read ({error}); train it again") from error
@@ -310,7 +312,7 @@ def load_reward(
 
 def is_reward_model(name: str) -> bool:
     """Whether `save_reward` wrote the folder of that name."""
-    return (Path(name).expanduser() / MARK).is_file()
+    return os.path.isfile(Path(os.path.expanduser(name)) / MARK)
 
 
 def as_classifier(model: PreTrainedModel | PeftModel) -> Any:

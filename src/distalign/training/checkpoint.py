@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distalign.data import EncodedPair
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 from distalign.training.rounds import Round, Row
 from distalign.training.run_folder import remove, sync, whole_folder, write_text
 
@@ -115,7 +115,7 @@ def defect(checkpoint: Path) -> str | None:
         if not checkpoint.is_dir():
             return "there is no such checkpoint"
         return f"it has no {MANIFEST}, so it was not written to its end"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
 

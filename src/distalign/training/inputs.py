@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -317,7 +318,7 @@ def _named(reward: RewardFunc) -> RewardSettings | None:
     if isinstance(reward, str):
         return (
             RewardSettings(function=reward)
-            if ":" in reward and not Path(reward).exists()
+            if ":" in reward and not os.path.exists(reward)
             else RewardSettings(model=reward)
         )
     return RewardSettings(train=reward) if isinstance(reward, RewardTraining) else None

@@ -18,12 +18,27 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 
 logger = logging.getLogger("distalign.training.run_folder")
 
 # Locks of this process: a comparison locks its folder, and each of its methods' trainers its own.
 _HELD: set[tuple[Path, int]] = set()
+
+
+def writable(folder: Path) -> Path:
+    """Make a folder and check that files can be written in it. Raises InputError saying what to do."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write"
+        probe.write_text("")
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{str(folder)[:200]}: cannot be written ({reason}); choose another: --set output_dir=FOLDER"
+        ) from None
+    return folder
 
 
 @contextmanager
@@ -148,7 +163,7 @@ def cut_log(path: Path, last: int) -> None:
             row = json.loads(line)
             if row["step"] <= last and "train_runtime" not in row:
                 kept.append(f"{line}\n")
-        except (ValueError, KeyError, TypeError):
+        except DAMAGED:
             if number < len(lines):
                 raise InputError(f"{path}:{number}: not a line of this log; remove it to go on") from None
             logger.warning("%s: the last line is torn and is dropped", path)
