@@ -172,7 +172,7 @@ def main() -> int:
         "Every type of `AutoModelForCausalLM`, built small with random weights: log-probabilities of responses and "
         "greedy samples against the model's own forward, one sequence at a time, to 1e-4 (relative to the largest "
         "sum). Scored: `shared` (a prompt once for all its responses), `padded`, `plain` (one sequence at a time). "
-        "Sampled: `padded`, `equal` (prompts of one length at a time), `uncached` (every token reads the whole sequence "
+        "Sampled: `padded`, `equal` (prompts of one length at a time), `uncached` (each token reads the whole sequence "
         "again). "
         f"Made by `python scripts/models.py` with transformers {transformers.__version__}: "
         + ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
