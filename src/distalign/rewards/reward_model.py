@@ -341,7 +341,8 @@ def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
 def _load_tensors(folder: Path, reward: TrainedReward, backbone: str) -> None:
     """init: policy: tensors of our own, for ln π₀ is not part of any class of transformers."""
     tensors = load_file(folder / _TENSORS)
-    check_finite(f"reward {folder}", tensors)
+    # Without a bound a head is linear everywhere: that is written as infinite.
+    check_finite(f"reward {folder}", {name: value for name, value in tensors.items() if name != "head.bound"})
     reward.head.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("head.")})
     with torch.no_grad():
         for name, parameter in reward.trained_parameters().items():
