@@ -194,9 +194,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
     with pytest.raises(InputError, match="cannot be written"):
         evaluate(settings)
     folder = report_data.write_training(tmp_path / "run")
-    for out in ("/dev/null/x", "x" * 5000):
-        with pytest.raises(ReportError, match="write the page elsewhere with --out"):
-            write_report(folder, out, files=False)
+    with pytest.raises(ReportError, match="write the page elsewhere with --out"):
+        write_report(folder, "/dev/null/x", files=False)
     with pytest.raises(ReportError, match="check the path"):
         write_report("x" * 5000)
     assert write_report(folder, tmp_path / "new" / "folder", files=False).is_file()
