@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
         _size(node, {})
         return self.construct_document(node)
 
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Raises MarkedYAMLError for more than `_DEEPEST` levels of nesting."""
         self._level += 1
         if self._level > _DEEPEST:

@@ -403,8 +403,9 @@ def _text(path: Path) -> str:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     """Whether it is a number that a float can hold."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and (isinstance(value, float) or abs(value) <= sys.float_info.max)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, float)
 
 
 def _short(value: object) -> str:
