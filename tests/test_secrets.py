@@ -16,15 +16,22 @@ from distalign.settings import HIDDEN, dump_yaml, masked
 TOKEN = "hf_" + "aB3" * 11
 
 
-@pytest.mark.parametrize("name", ["hub_token", "token", "api_key", "HF_TOKEN", "password", "wandb_api_key", "secret"])
+@pytest.mark.parametrize(
+    "name", ["hub_token", "token", "api_key", "HF_TOKEN", "passwd", "wandb_key", "secret", "X-Api-Key"]
+)
 def test_settings_with_the_name_of_a_secret_are_hidden(name):
     """Whatever their value looks like; names that only sound like it are kept."""
     assert masked({"training": [{name: "hf_NOT_A_REAL_ONE"}]}) == {"training": [{name: HIDDEN}]}
+    assert masked({"credentials": {"user": "me"}, "api_keys": ["x"], "password": 1}) == dict.fromkeys(
+        ("credentials", "api_keys", "password"), HIDDEN
+    )
     kept = {"token_budget": 512, "end_token": "</s>", "pad_token_id": 0, "tokenizer": "a/b", "monkey": "x", name: None}
     assert masked(kept) == kept
 
 
-@pytest.mark.parametrize("value", [TOKEN, "sk-" + "x1" * 12, "ghp_" + "a" * 36, "https://me:pass@host/v1"])
+@pytest.mark.parametrize(
+    "value", [TOKEN, "sk-" + "x1" * 12, "ghp_" + "a" * 36, "https://me:pass@host/v1", "Bearer abcdefgh123"]
+)
 def test_what_looks_like_a_secret_is_hidden_anywhere(value):
     """In any setting, and in the middle of a text."""
     written = dump_yaml({"note": f"see {value} there"})

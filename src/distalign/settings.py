@@ -191,27 +191,28 @@ def dump_yaml(value: object) -> str:
 
 # Settings whose values are secrets, and what tokens of the hub, of judges and of loggers look like wherever they stand.
 _SECRET = re.compile(
-    r"(?:^|_)(?:(?:hub|hf|access|auth|api|bearer|refresh|github)_?(?:token|key)|secret|password|credentials?)$"
-    r"|^(?:token|authorization)$",
+    r"(?:^|_)(?:(?:hub|hf|access|auth|api|bearer|refresh|github|wandb|secret)_?(?:token|key)s?|secrets?|password|passwd"
+    r"|credentials?)$|^(?:token|authorization)$",
     re.IGNORECASE,
 )
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}"
     r"|glpat-[\w-]{12,}|xox[a-z]-[\w-]{10,}|AKIA[0-9A-Z]{16}|AIza[\w-]{30,}|nvapi-[\w-]{16,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})|(?<=://)[^/\s:@]+:[^/\s:@]+(?=@)"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,})|(?<=://)[^/\s@]+(?=@)|(?<=Bearer )\S{8,}"
+    r"|(?<=[?&]api_key=)[^&\s]+|(?<=[?&]token=)[^&\s]+"
 )
 HIDDEN = "<hidden>"
 
 
 def masked(value: Any, name: str = "") -> Any:
     """A value as it may be written: no secret-named setting, nothing that looks like a token."""
+    if value and not isinstance(value, bool) and _SECRET.search(name.replace("-", "_")):
+        return HIDDEN
     if isinstance(value, Mapping):
         return {key: masked(part, str(key)) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [masked(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    return HIDDEN if value and _SECRET.search(name) else _TOKEN.sub(HIDDEN, value)
+    return _TOKEN.sub(HIDDEN, value) if isinstance(value, str) else value
 
 
 RECIPES = Path(__file__).parent / "experiments" / "recipes"

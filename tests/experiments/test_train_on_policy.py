@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -141,3 +142,15 @@ def test_pd_takes_other_pairs_in_a_recipe(tmp_path, tiny_folder, pairs):
     steps = {json.loads(line)["step"] for line in (done.folder / "samples.jsonl").read_text().splitlines()}
     assert (steps == {0}) == ("reference" in pairs)
     assert (done.model / "adapter_config.json").is_file()
+
+
+def test_what_would_be_written_down_and_not_used_is_refused(made):
+    """The optimizer's rate comes from the checkpoint, a trained reward from its folder; a model is not written over."""
+    train(made(), "rkl")
+    for change in ("training.learning_rate=0.5", "reward.train={gamma: 0.123}"):
+        with pytest.raises(InputError, match=r"had batches\.learning_rate|trained with other settings"):
+            train(made(change), "rkl", resume=True)
+    for old in (made().train_dir / "rkl").glob("checkpoint-*"):
+        shutil.rmtree(old)
+    with pytest.raises(InputError, match=r"holds model of an earlier run"):
+        train(made(), "rkl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 from distalign.models.load import ModelError, find_model
+from distalign.models.verify import check_finite
 
 GONE = "model.layers.1.mlp.up_proj.weight"
 
@@ -70,6 +72,22 @@ def test_tied_weights_and_further_heads_load(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="distalign"):
         load(folder)
     assert "1 tensors of its files are not used: value_head.weight" in caplog.text
+
+
+def test_layers_that_the_configuration_leaves_out_are_not_dropped(tmp_path):
+    """Half a model would train."""
+    folder = tiny.save(tmp_path / "model", num_hidden_layers=4)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2, "layer_types": None}))
+    with pytest.raises(ModelError, match="hold layers that its config"):
+        load(folder)
+
+
+def test_float8_is_read():
+    """torch has no isfinite for it."""
+    check_finite("model", {"w": torch.ones(2).to(torch.float8_e4m3fn)})
+    with pytest.raises(ModelError, match="w holds NaN"):
+        check_finite("model", {"w": torch.tensor([torch.nan]).to(torch.float8_e4m3fn)})
 
 
 def adapter(folder, config, vocabulary=None):

@@ -187,7 +187,9 @@ def train(
                 raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out")
             recipe = _as_begun(recipe, name, folder)
             _check_same_run(recipe, name, folder)
-        elif not overwrite and (old := checkpoints(folder)):
+            # Of a run that was killed before it took the folder: the reward of this one is in "reward".
+            remove(folder / NEW_REWARD)
+        elif not overwrite and (old := [*folder.glob("model"), *checkpoints(folder)]):
             raise InputError(
                 f"{folder}: holds {old[-1].name} of an earlier run; go on with --resume, start over with --overwrite, "
                 "or give another name with --set name=…"
@@ -234,6 +236,12 @@ def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
                 f"{folder}: the run to go on with had {_difference(key, before[key], now[key])}; give the same, or "
                 "start over with --overwrite"
             )
+    trained = [[one["train"] for one in each["reward"] if one["train"]] for each in (before, now)]
+    if trained[0] != trained[1]:
+        raise InputError(
+            f"{folder}: the run to go on with had a reward that was trained with other settings; give the same, or "
+            "start over with --overwrite"
+        )
     if before["reward"] != now["reward"]:
         logger.warning("%s: the reward is not the one that the run began with", folder)
 
@@ -253,7 +261,11 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     if name not in recipe.methods:
         return {"methods": {name: None}, "rollout": None, "batches": {}}
     training = recipe.training_for(name)
-    batches = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    # The optimizer and its schedule come from the checkpoint: another rate would be written down and not used.
+    batches = (
+        *("per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("learning_rate", "weight_decay", "optim", "lr_scheduler_type"),
+    )
     return {
         "methods": {name: recipe.method(name)},
         "rollout": recipe.rollout_for(name),

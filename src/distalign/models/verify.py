@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
@@ -18,6 +19,10 @@ from distalign.errors import InputError
 logger = logging.getLogger("distalign.models.verify")
 
 
+# What families call their input embeddings, which PEFT saves with an adapter where they were resized.
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
+
 class ModelError(InputError):
     """A model that cannot be loaded or used: says which, what was found, and what to do."""
 
@@ -30,6 +35,11 @@ def load_verified(kind: Any, label: str, path: str, *, later: tuple[str, ...] = 
     """
     model, report = kind.from_pretrained(path, use_safetensors=True, output_loading_info=True, **settings)
     missing = [key for key in report["missing_keys"] if not key.startswith(later)]
+    if beyond := _layers_beyond(model, report["unexpected_keys"]):
+        raise ModelError(
+            f"{label}: its files hold layers that its config.json leaves out ({_few(beyond)}); put the config.json "
+            "that belongs to them beside them"
+        )
     check_complete(label, missing, report["unexpected_keys"])
     check_finite(label, model)
     return model
@@ -45,7 +55,7 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
             f"{label}: the adapter in {folder} is a learned prompt, which cannot be merged; train a LoRA adapter"
         )
     saved = load_peft_weights(folder, device="cpu")
-    rows = [value.shape[0] for key, value in saved.items() if key.endswith(("embed_tokens.weight", "wte.weight"))]
+    rows = [value.shape[0] for key, value in saved.items() if key.endswith(_EMBEDDINGS)]
     if rows and rows[0] != (own_rows := model.get_input_embeddings().num_embeddings):
         logger.info("%s: its %d embeddings become %d, as in the adapter", label, own_rows, rows[0])
         model.resize_token_embeddings(rows[0], mean_resizing=False)
@@ -53,9 +63,20 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
         adapted = PeftModel.from_pretrained(model, folder)
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    check_complete(label, own - saved.keys(), {key for key in saved.keys() - own if "lora_" in key})
+    check_complete(
+        label,
+        own - saved.keys(),
+        {key for key in saved.keys() - own if not key.endswith((*_EMBEDDINGS, "lm_head.weight"))},
+    )
     check_finite(label, adapted)
     return adapted
+
+
+def _layers_beyond(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """The unexpected tensors, if all are as those of the layers; a layer that predicts further tokens is not."""
+    own = {re.sub(r"\.\d+\.", ".N.", key) for key in model.state_dict()}
+    keys = list(unexpected)
+    return keys if all(re.sub(r"\.\d+\.", ".N.", key) in own for key in keys) else []
 
 
 def check_complete(label: str, missing: Collection[str], unexpected: Collection[str] = ()) -> None:
@@ -77,7 +98,10 @@ def check_finite(label: str, weights: nn.Module | Mapping[str, torch.Tensor]) ->
         weights.named_parameters() if isinstance(weights, nn.Module) else weights.items()
     )
     for key, tensor in named:
-        if tensor.is_floating_point() and tensor.device.type != "meta" and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.device.type == "meta":
+            continue
+        # torch cannot ask float8 itself.
+        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():
             raise ModelError(f"{label}: the tensor {key} holds NaN or infinite numbers; take another checkpoint")
 
 

@@ -183,6 +183,8 @@ class ResumableTrainer(Trainer):
         self.whole_run.load_state_dict(state["whole_run"])
         self._saved_step = step
         self.ended_before = state["ended_early"]
+        if checkpoint.resolve().parent != self._folder.resolve():
+            return
         # What came after is done again. Metrics of a step are written after it, samples before it.
         cut_log(self._folder / "metrics.jsonl", step)
         cut_log(self._folder / "samples.jsonl", step - 1)

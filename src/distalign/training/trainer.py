@@ -681,7 +681,9 @@ class AlignmentTrainer(ResumableTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             # A pickle, with the hub's token in it.
-            (Path(output_dir or self._folder) / "training_args.bin").unlink(missing_ok=True)
+            folder = Path(output_dir or self._folder)
+            (folder / "training_args.bin").unlink(missing_ok=True)
+            whole_distribution(self.temperature, self.rollout.end_ids).save_pretrained(folder)
         else:
             self.save_policy(Path(output_dir or self._folder))
             if self.args.push_to_hub:
