@@ -316,6 +316,15 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, error):
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _heard():
+    """SIGINT as on a terminal: what a shell starts in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize(("number", "stop"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 @pytest.mark.parametrize("at", ["step", "log", "last step"])
 def test_a_signal_lets_the_step_end_and_saves(tmp_path, monkeypatch, number, stop, at):
@@ -347,6 +356,7 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, monkeypatch, number, sto
     assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("_heard")
 def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
     """Without a checkpoint, in the middle of the step."""
     ended = []

@@ -390,7 +390,7 @@ def test_max_length_beyond_the_model_is_the_models(tmp_path):
 
 def test_a_gamma_that_is_too_large_is_warned_about_without_held_out_pairs(tmp_path, caplog):
     """From the first step's pairs; not again, and not by an evaluation after training."""
-    made = trainer(tmp_path, PMLE(gamma=100.0, beta=0.0))
+    made = trainer(tmp_path, PMLE(gamma=10.0, beta=0.0))
     made.train()
     made.evaluate(rows(4))
     assert caplog.text.count("labels look certain") == 1

@@ -231,7 +231,7 @@ def test_a_reward_for_one_token_is_caught():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     watch, entropies = monitor(), []
     for step in range(60):
-        responses = sample(model, [[2, 4, 10]], n=n, max_new_tokens=12, end_ids=(tiny.END,), seed=step)[0]
+        responses = sample(model, [[2, 4, 10]], n=n, max_new_tokens=12, end_id=tiny.END, seed=step)[0]
         rewards = torch.tensor([float(own.count(token)) for own in responses])
         logps = score(model, [Group([2, 4, 10], responses)]).logps
         optimizer.zero_grad()

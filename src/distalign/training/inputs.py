@@ -189,11 +189,15 @@ def check_rows(rows: Rows, source: Source, config: PretrainedConfig, method: Met
     """Raise InputError if the model does not know a token, or has no room for responses."""
     pairs = [ids for pair in rows.pairs for ids in (pair.prompt, pair.chosen, pair.rejected)]
     check_token_ids(source.name, config, pairs or (row.prompt for row in rows.train))
-    if args.end_token_id is not None and args.end_token_id >= config.get_text_config().vocab_size:
-        raise TrainingError(f"end_token_id is {args.end_token_id}, and the model has no such token")
     if draws_responses(method):
         longest = args.max_completion_length
         check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
+
+
+def check_end_token(config: PretrainedConfig, args: AlignmentConfig) -> None:
+    """Raise TrainingError if the token that is to end a response is none of the model's."""
+    if args.end_token_id is not None and args.end_token_id >= config.get_text_config().vocab_size:
+        raise TrainingError(f"end_token_id is {args.end_token_id}, and the model has no such token")
 
 
 def response_end(rows: Rows, tokenizer: Tokenizer, args: AlignmentConfig) -> int:

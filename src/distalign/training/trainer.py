@@ -60,6 +60,7 @@ from distalign.training.inputs import (
     RowSource,
     as_method,
     check_arguments,
+    check_end_token,
     check_given,
     check_policy,
     check_reward_funcs,
@@ -178,6 +179,7 @@ class AlignmentTrainer(ResumableTrainer):
         # What can be read without weights is read, and refused, before they are loaded.
         source = model.source if isinstance(model, Policy) else find_source(model, args)
         config = source.config() if isinstance(model, str) else config_of(model)
+        check_end_token(config, args)
         tokenizer = find_tokenizer(model, processing_class, source)
         self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
         data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
