@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 
 import tiny
 import torch
 
 from distalign.data import EncodedPrompt, Prompt
+from distalign.errors import InputError
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
@@ -99,3 +101,18 @@ def logs(folder):
     rows = [{key: value for key, value in row.items() if not key.endswith(clock)} for row in metrics(folder)]
     samples = folder / "samples.jsonl"
     return rows, samples.read_text() if samples.is_file() else ""
+
+
+def exit_code_elsewhere(work):
+    """The exit code of another process that works, and ends with 2 after an InputError as the command line does."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except InputError:
+            code = 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -116,7 +116,7 @@ def test_a_number_that_no_float_holds_is_left_out(tmp_path):
     """Of a log, as text is."""
     folder = report_data.write_training(tmp_path / "run")
     report_data.write_lines(folder / "metrics.jsonl", [{"step": 1, "loss": 1.0, "x": 10**400}])
-    write_report(folder, files=False)
+    assert "0" * 300 not in write_report(folder, files=False).read_text()
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "tokenizer.json", "adapter_config.json"])

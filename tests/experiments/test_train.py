@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from acting import exit_code_elsewhere
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distalign.errors import InputError
@@ -383,21 +384,6 @@ def contents(folder):
     return {path: path.lstat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def in_another_process(work):
-    """The exit code that the command line would give."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except InputError:
-            code = 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_nothing_is_deleted_before_everything_is_checked(place, tmp_path, monkeypatch):
     """What cannot be used is found in the data, the settings, or only by the trainer; or another process is there."""
     short = (*own_data(place), "training.max_steps=1", "reward={train: {gamma: 0.5}}")
@@ -416,7 +402,7 @@ def test_nothing_is_deleted_before_everything_is_checked(place, tmp_path, monkey
         with pytest.raises(TrainingError, match="seen by the trainer"):
             again()
     with locked(folder):
-        assert in_another_process(again) == 2
+        assert exit_code_elsewhere(again) == 2
     assert before.items() <= contents(folder).items()
     again()
     assert not before.items() & {path: time for path, time in contents(folder).items() if "reward" in str(path)}.items()
@@ -435,7 +421,7 @@ def test_a_comparison_keeps_its_results_until_another_begins(place, tmp_path):
     with pytest.raises(InputError):
         compare(recipe(place, tmp_path, *own_data(place), "data.train=nowhere.jsonl", method="dpo"), ["dpo"], [0])
     with locked(folder):
-        assert in_another_process(lambda: compare(settings, ["dpo"], [0])) == 2
+        assert exit_code_elsewhere(lambda: compare(settings, ["dpo"], [0])) == 2
     assert contents(folder) == before
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from acting import METHODS, logs, parameters, trainer
+from acting import METHODS, exit_code_elsewhere, logs, parameters, trainer
 
 from distalign.errors import InputError
 from distalign.methods import DPO, PMLE
@@ -376,21 +376,6 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 # The folder -----------------------------------------------------------------------------------------------------------
 
 
-def elsewhere(work):
-    """The exit code of a process that works and ends with 2 after an InputError."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except InputError:
-            code = 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 def test_a_folder_is_one_process_at_a_time(tmp_path):
     """A second one is refused, by name of the first; the lock is nobody's after its process was killed."""
 
@@ -403,10 +388,10 @@ def test_a_folder_is_one_process_at_a_time(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
     with locked(tmp_path), locked(tmp_path):
-        assert elsewhere(lock) == 2
+        assert exit_code_elsewhere(lock) == 2
         assert f"process {os.getpid()}" in (tmp_path / ".lock").read_text()
-    assert elsewhere(lock) == 0
-    assert elsewhere(killed) == -signal.SIGKILL
+    assert exit_code_elsewhere(lock) == 0
+    assert exit_code_elsewhere(killed) == -signal.SIGKILL
     lock()
 
 
@@ -416,7 +401,7 @@ def test_a_second_trainer_is_refused_before_it_trains(tmp_path):
     before = sorted(tmp_path.rglob("*"))
     made = trainer(tmp_path, METHODS["rkl"], **SAVED)
     with locked(tmp_path):
-        assert elsewhere(lambda: made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))) == 2
+        assert exit_code_elsewhere(lambda: made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))) == 2
     assert sorted(tmp_path.rglob("*")) == before
 
 
