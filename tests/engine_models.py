@@ -109,6 +109,9 @@ def build(family: str = "llama", dtype: torch.dtype = torch.float64, **settings)
     kind, own, _ = FAMILIES[family]
     known = AutoConfig.for_model(kind)
     options = {name: value for name, value in _COMMON.items() if name in known.to_dict() or name in known.attribute_map}
+    if kind == "gemma2":
+        # Before 5.21 its default is SDPA, which leaves the caps of its scores out.
+        options["attn_implementation"] = "eager"
     config = AutoConfig.for_model(kind, **{**options, **own, **settings})
     # The grouped kernel for experts has no float64; transformers' plain loop does.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype).eval()
@@ -117,6 +120,11 @@ def build(family: str = "llama", dtype: torch.dtype = torch.float64, **settings)
             if parameter.dim() < 2:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def checkpointing(model):
+    """The model's method that turns recomputing on, under the name of this transformers."""
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
 
 
 def direct_logits(model, groups=GROUPS) -> list[Tensor]:

@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
-from engine_models import GROUPS, build, direct_token_logps, gradients, largest_difference
+from engine_models import GROUPS, build, checkpointing, direct_token_logps, gradients, largest_difference
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -195,7 +195,7 @@ def test_models(family, forced, attended):
 def test_activation_checkpointing(family, forced, attended):
     """Layers recomputed in the backward pass attend as they did."""
     model, plain = build(family).train(), build(family).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpointing(model)({"use_reentrant": False})
     for either in (model, plain):
         score(either, GROUPS).logps.sum().backward()
     assert len(attended) > 3 * 3

@@ -5,7 +5,16 @@ import copy
 
 import pytest
 import torch
-from engine_models import GROUPS, VOCABULARY, build, direct_logits, direct_token_logps, gradients, largest_difference
+from engine_models import (
+    GROUPS,
+    VOCABULARY,
+    build,
+    checkpointing,
+    direct_logits,
+    direct_token_logps,
+    gradients,
+    largest_difference,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from distalign.engine import Group, check, score, score_in_batches
@@ -223,7 +232,7 @@ def test_activation_checkpointing(family, reentrant):
             module.p = 0.0
     score(model, GROUPS).logps.sum().backward()
     expected = gradients(model)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpointing(model)({"use_reentrant": reentrant})
     scores = score(model, GROUPS)
     scores.logps.sum().backward()
     assert largest_difference(gradients(model), expected) < 1e-6

@@ -14,6 +14,7 @@ import acting
 import pytest
 import tiny
 import torch
+from engine_models import checkpointing
 from test_trainer import DPO, PMLE, parameters, trainer
 
 from distalign.engine import score
@@ -39,7 +40,7 @@ def measured(model, lengths, **settings):
 def test_nothing_is_left_behind():
     """Modes of single modules, the random state, parameters and gradients are those of before."""
     model = tiny.model("gpt2", **WIDE, n_positions=512)
-    model.activation_checkpointing_enable()
+    checkpointing(model)()
     model.transformer.h[0].train()
     next(model.parameters()).grad = torch.ones_like(next(model.parameters()))
     before = {name: p.clone() for name, p in model.named_parameters()}

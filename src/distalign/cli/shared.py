@@ -99,6 +99,11 @@ def read_seeds(text: str | None, default: int) -> list[int]:
     return list(range(numbers[0])) if "," not in text else numbers
 
 
+def is_first() -> bool:
+    """Whether this is the process, of several that train together, that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def quiet() -> None:
     """Our own messages on stderr, none of the libraries' bars and notices; and threads that wait without spinning."""
     import logging
@@ -112,6 +117,8 @@ def quiet() -> None:
     # PEFT 0.21 reads a name that transformers 5.23 renamed; neither has a release that agrees with the other.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     show_logs("distalign")
+    if not is_first():
+        logging.getLogger("distalign").setLevel(logging.ERROR)
     # How the engine serves a model is worth a line only where it had to fall back.
     logging.getLogger("distalign.engine").setLevel(logging.WARNING)
     from transformers.utils import logging as transformers_logging
@@ -144,7 +151,8 @@ def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
             raise
         # A terminal has shown ^C where the line was.
         start = "\n" if sys.stderr.isatty() else ""
-        print(f"{start}stopped; {advice if isinstance(advice, str) else advice()}", file=sys.stderr)
+        if is_first():
+            print(f"{start}stopped; {advice if isinstance(advice, str) else advice()}", file=sys.stderr)
         raise typer.Exit(code) from None
     finally:
         if before is not None:

@@ -16,6 +16,7 @@ from distalign.cli.shared import (
     SetOption,
     check_path,
     command_line,
+    is_first,
     print_words,
     quiet,
     read_recipe,
@@ -70,6 +71,8 @@ def train(
         from distalign.report import write_report
 
         held_out = run(settings, name, resume=resume, overwrite=overwrite).held_out
+        if not is_first():
+            return
         page = write_report(folder)
     if held_out:
         print_words(["on held-out pairs", name], [[key, f"{value:.3g}"] for key, value in held_out.items()])

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from distalign.engine.packing import Group, micro_batches
-from distalign.engine.scoring import Reference, Scores, score, score_in_batches
+from distalign.engine.scoring import Reference, Scores, join, score, score_in_batches
 from distalign.engine.selfcheck import EngineReport, check
 
-__all__ = ["EngineReport", "Group", "Reference", "Scores", "check", "micro_batches", "score", "score_in_batches"]
+__all__ = [
+    "EngineReport",
+    "Group",
+    "Reference",
+    "Scores",
+    "check",
+    "join",
+    "micro_batches",
+    "score",
+    "score_in_batches",
+]

@@ -146,13 +146,14 @@ def redirect(wrapper: nn.Module, model: nn.Module, function: Callable[[], T]) ->
         else:
             model.forward = before
 
-    def forward() -> T:
+    def forward(_: None) -> T:
         restore()
         return function()
 
     model.forward = forward
     try:
-        return wrapper()
+        # DDP on a GPU cannot do without any argument.
+        return wrapper(None)
     finally:
         restore()
 

@@ -48,6 +48,11 @@ class Scores:
     reference_token_logps: Float[Tensor, "responses steps"] | None = None
     values: Float[Tensor, "responses steps"] | None = None
 
+    def to(self, device: torch.device | str) -> Scores:
+        """The same on another device."""
+        values = {name: value.to(device) for name, value in vars(self).items() if value is not None}
+        return Scores(**values)
+
     @property
     def logps(self) -> Float[Tensor, "responses"]:
         """ln π(response | prompt): sums over tokens, in float64 where the device has it (float32: 5e-4 off)."""
@@ -127,9 +132,7 @@ def score_in_batches(
     """
     _validate(model, groups)
     check(model, kernels=worth_compiling(groups))
-    places = frame(groups, device_of(model))
-    starts = _starts(groups)
-    result: dict[str, Tensor] = {}
+    parts: list[tuple[list[int], Scores]] = []
     done = 0
     for batch in micro_batches(groups, token_budget):
         chosen = [groups[index] for index in batch]
@@ -137,16 +140,25 @@ def score_in_batches(
             part = score(
                 model, chosen, reference=reference, entropy=entropy, temperature=temperature, value_head=value_head
             )
-        rows = torch.tensor([row for index in batch for row in range(starts[index], starts[index + 1])])
-        rows = rows.to(places.mask.device)
-        for name in _VALUES:
-            values = getattr(part, name)
-            if values is not None:
-                whole = result.setdefault(name, values.new_zeros(places.mask.shape))
-                whole[rows, : values.shape[1]] = values
+        parts.append((batch, part))
         done += len(batch)
         if progress is not None:
             progress(done, len(groups))
+    return join(groups, parts, device_of(model))
+
+
+def join(groups: Sequence[Group], parts: Sequence[tuple[Sequence[int], Scores]], device: torch.device) -> Scores:
+    """What was scored in parts as one: each part has the scores of the groups at some places, all parts have all."""
+    places = frame(groups, device)
+    starts = _starts(groups)
+    result: dict[str, Tensor] = {}
+    for indices, part in parts:
+        rows = torch.tensor([row for index in indices for row in range(starts[index], starts[index + 1])])
+        for name in _VALUES:
+            values = getattr(part, name)
+            if values is not None:
+                whole = result.setdefault(name, values.new_zeros(places.mask.shape, device=device))
+                whole[rows.to(device), : values.shape[1]] = values.to(device)
     return Scores(mask=places.mask, group=places.group, **result)
 
 

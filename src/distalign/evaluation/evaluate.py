@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from distalign.settings import masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
+from distalign.training.processes import refuse_several_processes
 from distalign.training.run_folder import writable
 
 logger = logging.getLogger("distalign.evaluation")
@@ -57,6 +59,7 @@ def evaluate(
     run. `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can,
     and for a judge's endpoint that does not answer before anything is sampled.
     """
+    refuse_several_processes("an evaluation")
     if not isinstance(settings, Evaluation):
         settings = load_evaluation(settings, [], [f"{name}={place}" for name, place in (policies or {}).items()])
     folder = settings.run_dir

@@ -45,6 +45,7 @@ from distalign.rewards import RewardError, UnreadableReward
 from distalign.rewards.potential import POTENTIAL
 from distalign.settings import masked
 from distalign.training.checkpoint import checkpoints
+from distalign.training.processes import refuse_several_processes
 from distalign.training.prompts import implicit_rewards
 from distalign.training.run_folder import locked
 from distalign.training.trainer import AlignmentTrainer
@@ -72,6 +73,7 @@ def compare(
     recipe = as_recipe(recipe)
     methods = list(methods or recipe.compare or recipe.methods)
     seeds = [recipe.seed] if seeds is None else list(seeds)
+    refuse_several_processes("a comparison")
     recipe = recipe.only(methods)
     check(recipe, methods)
     root = recipe.run_dir

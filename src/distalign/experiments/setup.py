@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from distalign.data import (
     Data,
@@ -40,6 +40,7 @@ from distalign.models.load import Source, check_positions, check_token_ids, find
 from distalign.models.targets import Target, TargetPairs, TargetSettings, make_pairs, make_target, target_prompts
 from distalign.progress import progress
 from distalign.rewards import Reward, check_columns, check_rewards
+from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import draws_responses
 
 logger = logging.getLogger("distalign.experiments.setup")
@@ -228,7 +229,7 @@ def _longest_rollout(recipe: Recipe) -> int:
 
 def _load(source: Source, recipe: Recipe) -> PreTrainedModel:
     use_cpu = bool(recipe.training.get("use_cpu", False))
-    device = TrainingArguments(output_dir="unused", use_cpu=use_cpu).device
+    device = AlignmentConfig(output_dir="unused", use_cpu=use_cpu).device
     return source.model(recipe.dtype, device).requires_grad_(False)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from distalign.settings import RecipeError
 from distalign.stats.intervals import mean_and_se
 from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
+from distalign.training.processes import Processes, refuse_several_processes
 from distalign.training.rounds import check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
@@ -181,20 +183,22 @@ def train(
     folder = recipe.train_dir / name
     if overwrite:
         check_no_links(folder, Path(recipe.output_dir))
-    with locked(writable(folder)):
+    processes = Processes.here()
+    with ExitStack() as stack:
+        processes.from_first(lambda: stack.enter_context(locked(writable(folder))))
         if resume:
             if not (folder / "recipe.yaml").is_file():
                 raise InputError(f"{folder}: holds no checkpoint to continue from; leave --resume out")
             recipe = _as_begun(recipe, name, folder)
             _check_same_run(recipe, name, folder)
             # Of a run that was killed before it took the folder: the reward of this one is in "reward".
-            remove(folder / NEW_REWARD)
+            processes.from_first(lambda: remove(folder / NEW_REWARD))
         elif not overwrite and (old := [*folder.glob("model"), *checkpoints(folder)]):
             raise InputError(
                 f"{folder}: holds {old[-1].name} of an earlier run; go on with --resume, start over with --overwrite, "
                 "or give another name with --set name=…"
             )
-        if not (folder / "recipe.yaml").is_file():
+        if processes.first and not (folder / "recipe.yaml").is_file():
             # If the run is killed before its first step, --resume begins it anew.
             recipe.dump(folder / "recipe.yaml")
         setup = load_setup(recipe, recipe.seed, measured=False)
@@ -277,8 +281,8 @@ def train_method(
     setup: Setup, name: str, folder: Path, *, compared: bool = False, resume: bool = False
 ) -> tuple[Policy, AlignmentTrainer]:
     """Train a policy of its own for one method and save it under `folder`; the setup stays as it is."""
-    recipe = setup.recipe
-    writable(folder)
+    recipe, processes = setup.recipe, Processes.here()
+    processes.from_first(lambda: writable(folder))
     logger.info("%s: %s", name, where_it_ends(setup, recipe.method(name)))
     args = training_arguments(
         recipe,
@@ -294,11 +298,12 @@ def train_method(
     policy = make_policy(setup.base, setup.tokenizer, setup.source, lora=recipe.lora, reference=True)
     trainer = _make_trainer(setup, name, policy, args)
     # All has been checked: from here on the folder is this run's.
-    checkpoint = newest_complete(folder) if resume else None
+    checkpoint = processes.from_first(lambda: newest_complete(folder)) if resume else None
     if resume and checkpoint is None:
         logger.warning("%s: holds no complete checkpoint: the run begins anew", folder)
-    _forget(folder, everything=checkpoint is None)
-    recipe.only([name]).dump(folder / "recipe.yaml")
+    processes.from_first(lambda: _forget(folder, everything=checkpoint is None))
+    if processes.first:
+        recipe.only([name]).dump(folder / "recipe.yaml")
     started = time.monotonic()
     try:
         with one_run(args, recipe.name):
@@ -309,8 +314,9 @@ def train_method(
     policy.model.eval()
     if args.load_best_model_at_end:
         _log_kept_step(name, trainer, len(setup.held))
-    with whole_folder(folder / "model") as scratch:
-        trainer.save_policy(scratch)
+    with ExitStack() as stack:
+        trainer.save_policy(processes.from_first(lambda: stack.enter_context(whole_folder(folder / "model"))))
+        processes.from_first(stack.close)
     if args.push_to_hub:
         trainer.push_to_hub()
     return policy, trainer
@@ -397,6 +403,7 @@ def _forget(folder: Path, *, everything: bool) -> None:
 
 def train_reward_model(recipe: Recipe) -> Trained:
     """Train the recipe's reward model alone, into the folder train/reward of its run. Raises InputError."""
+    refuse_several_processes("training a reward alone")
     settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
     known = recipe.target is not None
     check_rewards([settings], conversational=False, target=known, gamma=recipe.has_gamma)
@@ -413,12 +420,15 @@ def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> Non
     """
     recipe, trained = setup.recipe, None
     if any(one.train is not None for one in recipe.reward):
-        if reuse and folder.is_dir():
-            trained = load_reward(
-                folder, base=setup.base, tokenizer=setup.tokenizer, token_budget=recipe.forward_budget
-            )
-        else:
-            trained = _fit_reward(setup, folder).reward
+        processes = Processes.here()
+        kept = processes.from_first(lambda: reuse and folder.is_dir())
+        with processes.together():
+            if processes.first and not kept:
+                trained = _fit_reward(setup, folder).reward
+        # The first process trains it, the others take what it saved.
+        trained = trained or load_reward(
+            folder, base=setup.base, tokenizer=setup.tokenizer, token_budget=recipe.forward_budget
+        )
     setup.reward = make_reward(
         recipe.reward,
         base=setup.base,

@@ -31,6 +31,7 @@ class Backend(Protocol):
         top_p: float = 1.0,
         end_id: int,
         seed: int,
+        numbers: Sequence[int] | None = None,
         progress: Callable[[int, int], Any] | None = None,
     ) -> list[list[list[int]]]:
         """Raises InputError for settings that this backend cannot honour."""

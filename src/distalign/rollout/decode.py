@@ -214,24 +214,28 @@ def respond(
     n: int,
     rows: int,
     settings: Sampling,
-    generator: torch.Generator,
+    uniform: Float[Tensor, "responses steps 2"],
     *,
     cached: bool = True,
 ) -> list[list[int]]:
-    """`n` responses to each prompt, in order, at most `rows` at once; without `cached` the prompts have one length."""
-    parts = torch.arange(len(prompts), device=generator.device).repeat_interleave(n).split(rows)
+    """`n` responses to each prompt, in order, at most `rows` at once; without `cached` the prompts have one length.
+
+    `uniform` holds the random numbers of each response, from 0 to 1, two for each of its tokens.
+    """
+    parts = torch.arange(len(prompts), device=uniform.device).repeat_interleave(n).split(rows)
+    numbers = uniform.split(rows)
     responses: list[list[int]] = []
     if not cached:
-        ids = torch.tensor(prompts, device=generator.device)
-        for parents in parts:
+        ids = torch.tensor(prompts, device=uniform.device)
+        for parents, own in zip(parts, numbers, strict=True):
             decoder = Uncached(model, ids[parents])
-            responses += _decode(decoder, decoder.step(None), settings, generator)
+            responses += _decode(decoder, decoder.step(None), settings, own)
         return responses
     encoded = encode_prompts(model, prompts, settings.end_ids[0])
     kind = Shared if shares_prompts(model) else Forked
     for index, parents in enumerate(parts):
         decoder = kind(encoded, parents, settings.max_new_tokens, again=index < len(parts) - 1)
-        responses += _decode(decoder, encoded.logits[parents], settings, generator)
+        responses += _decode(decoder, encoded.logits[parents], settings, numbers[index])
     return responses
 
 
@@ -239,7 +243,7 @@ def _decode(
     decoder: Forked | Shared | Uncached,
     logits: Float[Tensor, "rows vocabulary"],
     settings: Sampling,
-    generator: torch.Generator,
+    uniform: Float[Tensor, "rows steps 2"],
 ) -> list[list[int]]:
     """One token per step for each response that has not ended, from the logits of the first token on."""
     responses: list[list[int]] = [[] for _ in range(len(logits))]
@@ -249,7 +253,7 @@ def _decode(
         for step in range(settings.max_new_tokens):
             if step < settings.min_new_tokens:
                 logits[:, settings.end_ids] = -math.inf
-            tokens = choose(logits, settings.temperature, settings.top_p, generator)
+            tokens = choose(logits, settings.temperature, settings.top_p, uniform[alive, step])
             for row, token in zip(alive.tolist(), tokens.tolist(), strict=True):
                 responses[row].append(token)
             going = close_gaps(~torch.isin(tokens, ends))
@@ -263,7 +267,7 @@ def _decode(
 
 
 def choose(
-    logits: Float[Tensor, "rows vocabulary"], temperature: float, top_p: float, generator: torch.Generator
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, top_p: float, uniform: Float[Tensor, "rows 2"]
 ) -> Int[Tensor, "rows"]:
     """A token for each row, from softmax(logits / temperature), cut to the most likely that reach `top_p` together."""
     if temperature == 0:
@@ -273,27 +277,24 @@ def choose(
         ordered, index = probabilities.sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p
         probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered.masked_fill(beyond, 0))
-    return _draw(probabilities, generator)
+    return _draw(probabilities, uniform)
 
 
-def _draw(weights: Float[Tensor, "rows vocabulary"], generator: torch.Generator) -> Int[Tensor, "rows"]:
+def _draw(weights: Float[Tensor, "rows vocabulary"], uniform: Float[Tensor, "rows 2"]) -> Int[Tensor, "rows"]:
     """A token for each row, in proportion to its weight.
 
     `torch.multinomial` makes a random number for every token of the vocabulary, which on a CPU costs a fifth of a
     decoding step. Here two for each row do: for the block of 64 tokens, and for the place in the block.
     """
-    if weights.device.type != "cpu":
-        return torch.multinomial(weights, 1, generator=generator).squeeze(1)
     spare = -weights.shape[1] % 64
     blocks = (F.pad(weights, (0, spare)) if spare else weights).unflatten(1, (-1, 64))
-    block = _invert(blocks.sum(-1), generator)
-    return 64 * block + _invert(blocks[torch.arange(len(blocks)), block], generator)
+    block = _invert(blocks.sum(-1), uniform[:, :1])
+    return 64 * block + _invert(blocks[torch.arange(len(blocks), device=block.device), block], uniform[:, 1:])
 
 
-def _invert(weights: Float[Tensor, "rows choices"], generator: torch.Generator) -> Int[Tensor, "rows"]:
+def _invert(weights: Float[Tensor, "rows choices"], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows"]:
     """A choice for each row, by the inverse of the cumulative distribution."""
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    uniform = torch.rand(len(weights), 1, dtype=torch.float64, generator=generator)
+    cumulative = weights.cumsum(-1, dtype=uniform.dtype)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
 
 

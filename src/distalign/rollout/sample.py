@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from distalign.engine.forward import device_of, evaluating
 from distalign.rollout.decode import Sampling, respond
@@ -38,6 +40,7 @@ def sample(
     top_p: float = 1.0,
     end_id: int,
     seed: int,
+    numbers: Sequence[int] | None = None,
     rows: int = 64,
     progress: Callable[[int, int], Any] | None = None,
 ) -> list[list[list[int]]]:
@@ -47,26 +50,34 @@ def sample(
     `min_new_tokens` come before the end: until then it is not drawn, and the other tokens keep their proportion.
     Temperature 0 takes the most likely token. With `top_p` < 1 only the most likely tokens that together reach it are
     sampled, renormalised. `rows` bounds the responses decoded at once; where `n` exceeds it they are decoded in parts,
-    from one encoding of the prompt. The same arguments and seed give the same responses on one machine; the global
-    random state is left
-    alone. Raises ValueError for an empty prompt or settings out of range.
+    from one encoding of the prompt. Each response has random numbers of its own, by `seed`, the number of its prompt
+    (`numbers`; its place, if not given) and its own: what is drawn does not depend on what is drawn beside it, but for
+    rounding.
+    The global random state is left alone. Raises ValueError for an empty prompt or settings out of range.
     """
     settings = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, end_ids(model, end_id))
     _check(prompts, n, rows)
-    generator = torch.Generator(device_of(model)).manual_seed(seed)
+    numbers, device = range(len(prompts)) if numbers is None else numbers, device_of(model)
     way = way_of(model, max(map(len, prompts), default=0) + max_new_tokens)
     results: list[list[list[int]]] = [[] for _ in prompts]
     done = 0
     with evaluating(model):
         for batch in _batches(prompts, max(1, rows // n), of_one_length=way != "padded"):
             chosen = [prompts[i] for i in batch]
-            responses = respond(model, chosen, n, rows, settings, generator, cached=way != "uncached")
+            uniform = torch.cat([_uniform(seed, numbers[i], n, max_new_tokens, device) for i in batch])
+            responses = respond(model, chosen, n, rows, settings, uniform, cached=way != "uncached")
             for position, index in enumerate(batch):
                 results[index] = responses[position * n : (position + 1) * n]
             done += len(batch)
             if progress is not None:
                 progress(done, len(prompts))
     return results
+
+
+def _uniform(seed: int, number: int, n: int, steps: int, device: torch.device) -> Float[Tensor, "responses steps 2"]:
+    """Random numbers from 0 to 1 for the responses to one prompt; the same on every device."""
+    drawn = np.stack([np.random.default_rng((seed, number, one)).random((steps, 2)) for one in range(n)])
+    return torch.from_numpy(drawn).to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def _batches(prompts: Sequence[list[int]], size: int, *, of_one_length: bool) -> list[list[int]]:

@@ -61,16 +61,6 @@ def names_what_was_meant(elsewhere: Mapping[str, str]) -> Callable[[type[Kind]],
     return decorate
 
 
-def refuse_several_processes() -> None:
-    """Raise TrainingError in one of several processes, before they meet: this version trains in one."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        raise TrainingError(
-            f"{count} processes were started (WORLD_SIZE); this version trains in one: start it without torchrun or "
-            "torch.distributed.run"
-        )
-
-
 @names_what_was_meant(_ELSEWHERE)
 @dataclass
 class AlignmentConfig(TrainingArguments):
@@ -151,11 +141,18 @@ class AlignmentConfig(TrainingArguments):
     health: dict[str, Any] | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        refuse_several_processes()
         if (self.load_best_model_at_end or self.metric_for_best_model) and self.save_total_limit == 1:
             # The best, and the last: only from this a run goes on, and transformers would remove it at the end.
             self.save_total_limit = 2
+        started = os.environ.get("WORLD_SIZE", "1")
+        # accelerate counts processes without an accelerator only where it is told so.
+        self.use_cpu = self.use_cpu or (started != "1" and not torch.accelerator.is_available())
         super().__post_init__()
+        if started.isdigit() and int(started) != self.world_size:
+            raise TrainingError(
+                f"{started} processes were started (WORLD_SIZE) and this one counts {self.world_size}: each would "
+                "train alone; start them by torchrun, or by accelerate launch with num_processes in its configuration"
+            )
         self._check()
 
     def _check(self) -> None:

@@ -404,10 +404,15 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
             f"{label}: args is {type(args).__name__}; give distalign.AlignmentConfig, which has the fields of "
             "transformers.TrainingArguments and distalign's own"
         )
-    if args.world_size > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise TrainingError(
-            f"{max(args.world_size, args.n_gpu)} devices found; this version trains on one: start one process and "
-            "show it one device (CUDA_VISIBLE_DEVICES=0)"
+            f"{args.n_gpu} devices found by one process: start one for each (torchrun --nproc_per_node {args.n_gpu} "
+            "-m distalign train …), or show it one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.world_size > 1 and args.train_sampling_strategy != "random":
+        raise TrainingError(
+            f"{label}: train_sampling_strategy is {args.train_sampling_strategy}; several processes take rows in "
+            "random order, and deal those of a step by their lengths: leave it out"
         )
     if args.push_to_hub and args.hub_strategy != "end":
         raise TrainingError(

@@ -7,7 +7,7 @@ then those drawn in the round, then fresh ones if the KL term wants them. The pr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from distalign.engine import Group, Scores, micro_batches
 from distalign.errors import InputError
 from distalign.methods import Method, Needs, Pairs, Samples
 from distalign.methods.estimators import sequence_sum
+from distalign.training.processes import ALONE, Processes
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -143,10 +144,25 @@ class Batch:
         """Tokens of the batch, each prompt once."""
         return sum(prompt.group.tokens for prompt in self.prompts)
 
-    def micro_batches(self, token_budget: int) -> Iterator[MicroBatch]:
-        """The batch in parts of at most `token_budget` tokens."""
-        for indices in micro_batches([prompt.group for prompt in self.prompts], token_budget):
-            yield MicroBatch([self.prompts[index] for index in indices], len(indices) / self.step_prompts, indices)
+    def micro_batches(self, token_budget: int, processes: Processes = ALONE) -> list[MicroBatch]:
+        """This process's share of the prompts, in parts of at most `token_budget` tokens.
+
+        Every process gets the same number of parts, as passes of a sharded model need it: where one has less to do, its
+        smallest prompt comes again, with weight 0.
+        """
+        sizes = [prompt.group.tokens for prompt in self.prompts]
+        shares = [
+            [
+                [share[place] for place in part]
+                for part in micro_batches([self.prompts[i].group for i in share], token_budget)
+            ]
+            for share in processes.deal(sizes)
+        ]
+        mine = shares[processes.rank]
+        parts = [MicroBatch([self.prompts[i] for i in part], len(part) / self.step_prompts, part) for part in mine]
+        spare = sizes.index(min(sizes))
+        filler = MicroBatch([self.prompts[spare]], 0.0, [spare])
+        return parts + [filler] * (max(map(len, shares)) - len(parts))
 
 
 def labelled_pairs(logps: Float[Tensor, "pairs 2"], prompts: Sequence[PromptGroup]) -> Pairs:
@@ -215,31 +231,47 @@ def _samples(scores: Scores, rows: Int[Tensor, "prompts n"], constants: dict[str
 
 
 class MetricAverager:
-    """Numbers for the next log line."""
+    """Numbers for the next log line, of all processes."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
         # The sum of a number times its weight, and of the weights.
         self._noted: dict[str, tuple[float, int]] = {}
 
     def add(self, metrics: dict[str, float], weight: int) -> None:
-        """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged."""
+        """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged.
+
+        Counters of the processes add up.
+        """
         for name, value in metrics.items():
             total, weights = self._noted.get(name, (0.0, 0)) if weight else (value, 0)
             self._noted[name] = (total + value * weight, weights + weight)
 
     def take(self) -> dict[str, float]:
         """The means of what was added since it was last taken."""
-        means = {name: total / weights if weights else total for name, (total, weights) in self._noted.items()}
-        self._noted.clear()
-        return means
+        noted = merge_sums(self.processes.gather(self._noted))
+        self._noted = {}
+        return {name: total / weights if weights else total for name, (total, weights) in noted.items()}
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
-        """What was added and not taken yet, as JSON can hold it."""
+        """What this process added and nobody took yet, as JSON can hold it."""
         return dict(self._noted)
 
     def load_state_dict(self, state: Mapping[str, Sequence[Any]]) -> None:
-        """Go on from `state_dict`."""
-        self._noted = {name: (total, weights) for name, (total, weights) in state.items()}
+        """Go on from what all processes had, merged by `merge_sums`."""
+        self._noted = (
+            {name: (total, weights) for name, (total, weights) in state.items()} if self.processes.first else {}
+        )
+
+
+def merge_sums(noted: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
+    """Sums and weights of several processes, by name, added up."""
+    merged: dict[str, tuple[float, int]] = {}
+    for part in noted:
+        for name, (total, weight) in part.items():
+            before = merged.get(name, (0.0, 0))
+            merged[name] = (before[0] + total, before[1] + weight)
+    return merged
 
 
 def implicit_rewards(method: Method, pairs: Pairs) -> Float[Tensor, "pairs 2"]:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ from distalign.training.checkpoint import (
 )
 from distalign.training.config import AlignmentConfig
 from distalign.training.health import Monitor
-from distalign.training.prompts import MetricAverager
+from distalign.training.processes import Processes
+from distalign.training.prompts import MetricAverager, merge_sums
 from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, TrainingError, draws_responses
 from distalign.training.run_folder import cut_log, remove
 
@@ -70,6 +71,7 @@ class ResumableTrainer(Trainer):
     whole_run: MetricAverager
     token_budget: int | None
     ended_before: bool
+    processes: Processes
     _at_step_start: dict[str, Any]
 
     @property
@@ -121,6 +123,12 @@ class ResumableTrainer(Trainer):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _stop_if_told(self) -> None:
+        """Save and stop if a signal came, to whichever process."""
+        told = [number for number in self.processes.gather(self._stop_signal) if number is not None]
+        if told:
+            self._save_and_stop(min(told))
+
     def _save_and_stop(self, number: int) -> None:
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(self._wrapper, trial=None)
@@ -136,13 +144,13 @@ class ResumableTrainer(Trainer):
         numbers = (int, float, str, type(None))
         settings = {name: value for name, value in sorted(vars(self.method).items()) if isinstance(value, numbers)}
         rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
-        args = self.args
+        args, prompts = self.args, self.args.per_device_train_batch_size * self.processes.count
         return {
             "method": f"{type(self.method).__name__} {settings}",
             "data": rows_digest(self.rows),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
-            "batches": f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+            "batches": f"{prompts} x {args.gradient_accumulation_steps}",
             "seed": str(args.seed),
         }
 
@@ -151,7 +159,7 @@ class ResumableTrainer(Trainer):
         if not resume_from_checkpoint:
             return None
         if resume_from_checkpoint is True:
-            checkpoint = newest_complete(self._folder)
+            checkpoint = self.processes.from_first(lambda: newest_complete(self._folder))
             if checkpoint is None:
                 raise TrainingError(
                     f"{self._folder}: holds no checkpoint to go on from; set save_strategy, or train anew"
@@ -183,9 +191,11 @@ class ResumableTrainer(Trainer):
         self.whole_run.load_state_dict(state["whole_run"])
         self._saved_step = step
         self.ended_before = state["ended_early"]
-        if checkpoint.resolve().parent != self._folder.resolve():
-            return
-        # What came after is done again. Metrics of a step are written after it, samples before it.
+        if checkpoint.resolve().parent == self._folder.resolve():
+            self.processes.from_first(lambda: self._forget_after(step))
+
+    def _forget_after(self, step: int) -> None:
+        """What came after is done again. Metrics of a step are written after it, samples before it."""
         cut_log(self._folder / "metrics.jsonl", step)
         cut_log(self._folder / "samples.jsonl", step - 1)
         for later in checkpoints(self._folder):
@@ -220,23 +230,20 @@ class ResumableTrainer(Trainer):
         place = folder / f"checkpoint-{step}"
         if best and (best == step or (folder / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
-        best_place = self.state.best_model_checkpoint
+        best_place, together = self.state.best_model_checkpoint, self.processes.together
+        counters = {} if self.worker is None else self.worker.reward_counters()
+        state = {**state, **self._merged(state), "reward_counters": counters, "token_budget": self._budget()}
         try:
-            with saving(folder, step, self.identity) as scratch:
+            with ExitStack() as stack:
+                scratch = self.processes.from_first(lambda: stack.enter_context(saving(folder, step, self.identity)))
                 self._scratch = scratch.parent
-                super()._save_checkpoint(model, trial)
-                self.state.best_model_checkpoint = best_place
-                self.state.save_to_json(str(scratch / "trainer_state.json"))
-                if self.worker is not None and (drawn := self.worker.position_at(step)) is not None:
-                    save_round(drawn, scratch)
-                if self.policy.value_head is not None:
-                    save_file(self.policy.value_head.state_dict(), scratch / VALUES)
-                if self.reference_responses is not None and self.reference_responses.round is not None:
-                    save_round(self.reference_responses.round, scratch, DRAWN_ONCE)
-                if self._remembers_reference:
-                    save_reference(self.rows, self.reference_cache, scratch)
-                counters = {} if self.worker is None else self.worker.reward_counters()
-                save_state({**state, "reward_counters": counters, "token_budget": self._budget()}, scratch)
+                with together():
+                    super()._save_checkpoint(model, trial)
+                    self.state.best_model_checkpoint = best_place
+                    if self.processes.first:
+                        self._write_rest(scratch, step, state)
+                with together():
+                    stack.close()
         except InputError as error:
             whole = newest_complete(folder)
             kept = "no checkpoint was saved before" if whole is None else f"{whole.name} is whole: then --resume"
@@ -244,7 +251,25 @@ class ResumableTrainer(Trainer):
         finally:
             self._scratch = None
         self._saved_step = step
-        prune(folder, {place, *([Path(best_place)] if best_place else [])}, self.args.save_total_limit)
+        if self.processes.first:
+            prune(folder, {place, *([Path(best_place)] if best_place else [])}, self.args.save_total_limit)
+
+    def _write_rest(self, scratch: Path, step: int, state: Mapping[str, Any]) -> None:
+        """What a checkpoint holds besides transformers' files."""
+        self.state.save_to_json(str(scratch / "trainer_state.json"))
+        if self.worker is not None and (drawn := self.worker.position_at(step)) is not None:
+            save_round(drawn, scratch)
+        if self.policy.value_head is not None:
+            save_file(self.policy.value_head.state_dict(), scratch / VALUES)
+        if self.reference_responses is not None and self.reference_responses.round is not None:
+            save_round(self.reference_responses.round, scratch, DRAWN_ONCE)
+        if self._remembers_reference:
+            save_reference(self.rows, self.reference_cache, scratch)
+        save_state(state, scratch)
+
+    def _merged(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Numbers for the log of all processes."""
+        return {name: merge_sums(self.processes.gather(state[name])) for name in ("metrics", "whole_run")}
 
     @property
     def _remembers_reference(self) -> bool:

@@ -27,8 +27,8 @@ from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
 from distalign.data import EncodedPair, EncodedPrompt, plain_text
-from distalign.engine import Group, Reference, Scores, score_in_batches
-from distalign.engine.forward import evaluating
+from distalign.engine import Group, Reference, Scores, join, score_in_batches
+from distalign.engine.forward import device_of, evaluating
 from distalign.errors import InputError
 from distalign.methods import Method, Needs, Samples
 from distalign.models.load import positions
@@ -37,6 +37,7 @@ from distalign.rewards import Request, Reward
 from distalign.rollout.backends import Backend, TransformersBackend
 from distalign.settings import Count, Positive, Section
 from distalign.training.health import Monitor, completion_metrics, write_completions
+from distalign.training.processes import ALONE, Processes
 from distalign.training.prompts import MetricAverager, PromptGroup
 
 logger = logging.getLogger("distalign.training.trainer")
@@ -254,12 +255,14 @@ class Rollout:
     """How responses are drawn and rewarded: the recipe's `rollout` section, the token that ends a response, a reward.
 
     `reward` is None for methods that read none. `end_ids` are all tokens that end a response (`rollout.end_ids`).
+    The work is dealt to `processes`, by whole prompts; all of them get the whole result.
     """
 
     settings: RolloutSettings
     end_id: int
     reward: Reward | None = None
     end_ids: Collection[int] = ()
+    processes: Processes = ALONE
     backend: Backend = field(init=False)
 
     def __post_init__(self) -> None:
@@ -270,24 +273,35 @@ class Rollout:
         self, model: nn.Module, prompts: Sequence[list[int]], *, seed: int, number: int, n: int | None = None
     ) -> list[list[list[int]]]:
         """Responses of the policy as it is, `n` for each prompt (`settings.num_generations` if not given)."""
-        return self.backend.generate(
-            model,
-            prompts,
-            n=n or self.settings.num_generations,
-            max_new_tokens=self.settings.max_completion_length,
-            min_new_tokens=self.settings.min_new_tokens,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            end_id=self.end_id,
-            seed=mix(seed, number),
-        )
+
+        def draw(places: list[int]) -> list[list[list[int]]]:
+            return self.backend.generate(
+                model,
+                [prompts[place] for place in places],
+                n=n or self.settings.num_generations,
+                max_new_tokens=self.settings.max_completion_length,
+                min_new_tokens=self.settings.min_new_tokens,
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                end_id=self.end_id,
+                seed=mix(seed, number),
+                numbers=places,
+            )
+
+        return self.processes.map(draw, range(len(prompts)), list(map(len, prompts)))
 
     def rewards(self, rows: Sequence[Row], responses: Sequence[list[list[int]]]) -> Float[Tensor, "responses"]:
         """Rewards of the responses to these rows, the missing-end rule applied. Raises RewardError."""
         assert self.reward is not None
+        reward = self.reward
+
+        def each(requests: list[Request]) -> list[Tensor]:
+            return list(reward(requests).split([len(request.responses) for request in requests]))
+
         requests = [Request(row.prompt, group, row.row) for row, group in zip(rows, responses, strict=True)]
         ended = torch.tensor([response[-1] in self.end_ids for group in responses for response in group])
-        return apply_missing_end(self.reward(requests), ended, self.settings.missing_end)
+        rewards = torch.cat(self.processes.map(each, requests, [sum(map(len, group)) for group in responses]))
+        return apply_missing_end(rewards, ended, self.settings.missing_end)
 
     def scores(
         self,
@@ -298,15 +312,21 @@ class Rollout:
         value_head: nn.Module | None = None,
     ) -> Scores:
         """What the model, without dropout and gradient, says of responses at the temperature they are drawn with."""
-        with evaluating(model):
-            return score_in_batches(
+
+        def each(places: list[int]) -> list[tuple[list[int], Scores]]:
+            chosen = [groups[place] for place in places]
+            scores = score_in_batches(
                 model,
-                groups,
+                chosen,
                 token_budget=token_budget,
                 reference=reference,
                 temperature=self.settings.temperature,
                 value_head=value_head,
             )
+            return [(places, scores.to("cpu"))]
+
+        with evaluating(model):
+            return join(groups, self.processes.share(each, [group.tokens for group in groups]), device_of(model))
 
 
 class ReferenceResponses:
@@ -359,7 +379,8 @@ class ReferenceResponses:
             score = self.rollout.scores
             scores = self.run(lambda: self._with_reference(lambda model: score(model, groups, token_budget)))
             drawn.add("reference_token_logps", scores.token_logps.cpu())
-        write_completions(samples_file, 0, completion_texts(drawn, self.rows, self.policy, self.rollout.settings))
+        if self.rollout.processes.first:
+            write_completions(samples_file, 0, completion_texts(drawn, self.rows, self.policy, self.rollout.settings))
 
     def _sample(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[list[list[int]]]:
         # Rounds have the numbers from 0.
@@ -411,7 +432,7 @@ class RolloutWorker:
         self.monitor, self.metrics, self.run = monitor, metrics, run
         self.batches = RoundBatches(
             len(rows),
-            batch_size=args.per_device_train_batch_size,
+            batch_size=args.per_device_train_batch_size * rollout.processes.count,
             batches=rollout.settings.minibatches * self.accumulated,
             num_iterations=rollout.settings.num_iterations,
             seed=self.seed,
@@ -515,7 +536,7 @@ class RolloutWorker:
     def record(self, scores: Scores, prompts: Sequence[PromptGroup], step: int) -> None:
         """Note what a training pass says of responses that the present policy drew, if no pass before it did."""
         assert self.round is not None
-        if "behavior_token_logps" in self.round.tensors or step > self._start:
+        if not self._seen_in_training(step):
             return
         first = prompts[0]
         rows = torch.arange(len(scores.mask), device=scores.mask.device).view(len(prompts), -1)
@@ -533,13 +554,21 @@ class RolloutWorker:
     def finish_batch(self, step: int) -> None:
         """Log entropy, KL and health of the round, once all of it has been seen."""
         assert self.round is not None
-        if self._seen and sum(len(seen["logps"]) for seen in self._seen) == self.round.starts[-1]:
-            self._log_objective({name: torch.cat([seen[name] for seen in self._seen]) for name in self._seen[0]}, step)
-            self._seen = []
+        if self._seen_in_training(step):
+            parts = [seen for part in self.rollout.processes.gather(self._seen) for seen in part]
+            if sum(len(seen["logps"]) for seen in parts) == self.round.starts[-1]:
+                self._log_objective({name: torch.cat([seen[name] for seen in parts]) for name in parts[0]}, step)
+                self._seen = []
+
+    def _seen_in_training(self, step: int) -> bool:
+        """Whether the first training pass over the round's responses is the first pass of all."""
+        assert self.round is not None
+        return "behavior_token_logps" not in self.round.tensors and step == self._start
 
     def _log_round(self, drawn: Round, step: int, samples_file: Path) -> None:
         rows = [self.rows[index] for index in drawn.indices]
-        write_completions(samples_file, step, completion_texts(drawn, rows, self.policy, self.rollout.settings))
+        if self.rollout.processes.first:
+            write_completions(samples_file, step, completion_texts(drawn, rows, self.policy, self.rollout.settings))
         if "behavior_token_logps" not in drawn.tensors:
             return
         seen = {"logps": drawn.tensors["behavior_token_logps"].double().sum(-1)}

@@ -13,18 +13,19 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from httpx import HTTPError
 from huggingface_hub import HfApi
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -78,6 +79,7 @@ from distalign.training.inputs import (
     response_end,
     reward_list,
 )
+from distalign.training.processes import Processes
 from distalign.training.prompts import (
     Batch,
     MetricAverager,
@@ -173,6 +175,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
         check_arguments(self.label, args)
+        self.processes = Processes.of(args)
         rewards = reward_list(reward_funcs)
         check_given(self.label, self.method, args, rewards=bool(rewards), held_out=eval_dataset)
 
@@ -235,7 +238,7 @@ class AlignmentTrainer(ResumableTrainer):
             args,
             token_budget=self.token_budget or FORWARD_BUDGET,
         )
-        self.rollout = Rollout(args.rollout, end_id, reward, end_ids(policy.model, end_id))
+        self.rollout = Rollout(args.rollout, end_id, reward, end_ids(policy.model, end_id), self.processes)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
@@ -246,7 +249,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.monitor = Monitor(health, self.label) if health is not None else None
         self.guard = Guard(self.label)
         # Numbers for the next log line, and for the last one.
-        self.metrics, self.whole_run = MetricAverager(), MetricAverager()
+        self.metrics, self.whole_run = MetricAverager(self.processes), MetricAverager(self.processes)
         self._pair_rewards: dict[tuple, Tensor] = {}
         self.worker = self._worker() if self.on_policy else None
         self.reference_responses: ReferenceResponses | None = None
@@ -281,12 +284,25 @@ class AlignmentTrainer(ResumableTrainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        """As the Trainer's; by rounds for a method that draws responses."""
-        if self.worker is None:
-            return super().get_train_dataloader()
+        """As the Trainer's; by rounds for a method that draws responses.
+
+        Each of several processes gets the batches of all: `training_step` deals their prompts.
+        """
         dataset: Any = self.train_dataset
-        loader = DataLoader(dataset, batch_sampler=self.worker.batches, collate_fn=self.data_collator)
-        return self.accelerator.prepare(loader)
+        if self.worker is not None:
+            loader = DataLoader(dataset, batch_sampler=self.worker.batches, collate_fn=self.data_collator)
+        elif self.processes.count == 1:
+            return super().get_train_dataloader()
+        else:
+            loader = DataLoader(
+                dataset,
+                batch_size=self.args.per_device_train_batch_size * self.processes.count,
+                sampler=RandomSampler(dataset),
+                collate_fn=self.data_collator,
+                drop_last=self.args.dataloader_drop_last,
+            )
+        seed = self.args.data_seed
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed)
 
     # A step -----------------------------------------------------------------------------------------------------------
 
@@ -299,19 +315,27 @@ class AlignmentTrainer(ResumableTrainer):
         rows, step = inputs["rows"], self.state.global_step
         batch = self.collect(rows, inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
-        for micro in batch.micro_batches(self._budget()):
-            with self.explain_out_of_memory(micro):
+        micro_batches = batch.micro_batches(self._budget(), self.processes)
+        for number, micro in enumerate(micro_batches, 1):
+            with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
                 scores = self.score(micro.groups)
                 pairs, samples = micro.inputs(scores, self.needs, self.pairing)
                 loss = self.method.loss(pairs, samples) * micro.weight
                 self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
-                # Its share of the step is in the weight: accelerate divides by nothing more.
-                self.accelerator.backward(loss)
-            self.record(micro, scores, samples)
+                # Its share of the step is in the weight: accelerate divides by nothing more, but by the processes.
+                self.accelerator.backward(loss * self.processes.count)
+            if micro.weight:
+                self.record(micro, scores, samples)
             total += loss.detach().to(total.dtype)
         if self.accelerator.sync_gradients:
             self.guard.check_gradients(model.parameters(), step, scaled=self.accelerator.scaler is not None)
         return self.log_step(batch, total, started)
+
+    def _meeting(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of several processes meet in the last pass of a step."""
+        if self.processes.count == 1 or (last and self.accelerator.sync_gradients):
+            return nullcontext()
+        return self.accelerator.no_sync(self._wrapper)
 
     def collect(self, rows: Sequence[Row], indices: Sequence[int], step_prompts: int | None = None) -> Batch:
         """All that the method needs for these prompts, computed without gradient. `indices` are their row numbers.
@@ -390,26 +414,30 @@ class AlignmentTrainer(ResumableTrainer):
         self._loss += float(total)
         if self.accelerator.sync_gradients:
             # transformers' own sums are not in its checkpoints: a run that goes on would log other means.
-            self.metrics.add({"loss": self._loss}, 1)
-            self.whole_run.add({"train_loss": self._loss}, 1)
+            count = self.processes.count
+            self.metrics.add({"loss": self._loss * count}, 1)
+            self.whole_run.add({"train_loss": self._loss * count}, 1)
             if self._gaps:
-                check_sharpness(self.label, float(torch.cat(self._gaps).median()))
+                check_sharpness(self.label, float(self._of_all(self._gaps).median()))
                 self._gaps = []
             self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
             if self._weights:
-                self.metrics.add({"rollout/effective_samples": effective_share(torch.cat(self._weights))}, 1)
+                self.metrics.add({"rollout/effective_samples": effective_share(self._of_all(self._weights))}, 1)
             self._seconds, self._tokens, self._weights, self._loss = 0.0, 0, [], 0.0
         mean = total * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
+
+    def _of_all(self, parts: list[Tensor]) -> Tensor:
+        """The numbers of all processes in one row, on the CPU."""
+        return torch.cat([part.detach().cpu() for own in self.processes.gather(parts) for part in own])
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
         """As the Trainer's: the batches of an optimizer step; with the number of their prompts.
 
         Here a step begins, or does not: where the run was asked to stop, or had ended before it was gone on with.
         """
-        if self._stop_signal is not None:
-            self._save_and_stop(self._stop_signal)
+        self._stop_if_told()
         self.ended_before = self.ended_before or self.state.global_step >= self.state.max_steps
         if self.ended_before:
             self.control.should_training_stop = True
@@ -452,8 +480,11 @@ class AlignmentTrainer(ResumableTrainer):
         if missing:
             assert self.rollout.reward is not None
             started = time.perf_counter()
+            reward = self.rollout.reward
             requests = [Request(row.prompt, [row.chosen, row.rejected], row.row) for row in missing]
-            for row, pair in zip(missing, self.rollout.reward(requests).view(-1, 2), strict=True):
+            sizes = [request.group.tokens for request in requests]
+            pairs = self.processes.map(lambda some: list(reward(some).view(-1, 2)), requests, sizes)
+            for row, pair in zip(missing, pairs, strict=True):
                 self._pair_rewards[row.key, row.where] = pair
             self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
 
@@ -466,12 +497,17 @@ class AlignmentTrainer(ResumableTrainer):
 
     def _pair_logps(self, rows: Sequence[EncodedPair], *, of_reference: bool = False) -> Float[Tensor, "pairs 2"]:
         groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in rows]
-        settings: dict[str, Any] = {"token_budget": self._budget(), "temperature": self.temperature}
-        if of_reference:
-            with self.policy.as_reference() as reference:
-                return score_in_batches(reference, groups, **settings).logps.view(-1, 2)
-        with evaluating(self.policy.model):
-            return score_in_batches(self.policy.model, groups, **settings).logps.view(-1, 2)
+        budget, temperature = self._budget(), self.temperature
+        sizes = [group.tokens for group in groups]
+        with self.policy.as_reference() if of_reference else evaluating(self.policy.model) as reference:
+            model = reference or self.policy.model
+
+            def each(some: list[Group]) -> list[Tensor]:
+                return list(
+                    score_in_batches(model, some, token_budget=budget, temperature=temperature).logps.cpu().view(-1, 2)
+                )
+
+            return torch.stack(self.processes.map(each, groups, sizes)).to(self.args.device)
 
     def held_out(self, rows: Sequence[EncodedPair]) -> Pairs:
         """Log-probabilities of labelled pairs under the policy, and under the reference where there is one."""
@@ -489,7 +525,8 @@ class AlignmentTrainer(ResumableTrainer):
         """
         # Of the weights before the first step.
         _ = self.identity
-        with locked(self._folder), self._finish_step_on_signals():
+        with ExitStack() as stack, self._finish_step_on_signals():
+            self.processes.from_first(lambda: stack.enter_context(locked(self._folder)))
             checkpoint = self._checkpoint(resume_from_checkpoint)
             self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
             self.ended_before = False
@@ -500,13 +537,13 @@ class AlignmentTrainer(ResumableTrainer):
                     logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
                 groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
                 self.run(lambda: self.policy.assert_starts_at_reference(groups))
-            with progress(self.label, 1) as self._advance, self._explain_out_of_memory_outside():
+            shown = progress(self.label, 1) if self.processes.first else nullcontext(lambda *_: None)
+            with shown as self._advance, self._explain_out_of_memory_outside():
                 try:
                     result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
                     if checkpoint is not None and self.state.global_step == step_of(checkpoint):
                         logger.info("%s: had ended at step %d: nothing is trained", self.label, step_of(checkpoint))
-                    if self._stop_signal is not None:
-                        self._save_and_stop(self._stop_signal)
+                    self._stop_if_told()
                     return result
                 finally:
                     self.policy.remove_value_head()
@@ -527,7 +564,7 @@ class AlignmentTrainer(ResumableTrainer):
         if self.token_budget is None:
             most = 4096 if self.args.device.type == "cpu" else 16_384
             fits = self._estimate(1).largest_budget()
-            budget = most if fits is None else max(1, min(most, fits // 2))
+            budget = min(self.processes.gather(most if fits is None else max(1, min(most, fits // 2))))
             self._set_token_budget(1 << (budget.bit_length() - 1))
             logger.info("%s: token_budget is %d, chosen from free memory", self.label, self.token_budget)
         assert self.token_budget is not None
@@ -571,9 +608,11 @@ class AlignmentTrainer(ResumableTrainer):
                 raise
             # What the pass holds is let go, so that there is memory to save with.
             traceback.clear_frames(error.__traceback__)
+            # Several processes save together, and the others are in the pass.
+            saved = f"; {self._save_now()}: go on with --resume" if self.processes.count == 1 else ""
             raise TrainingError(
                 f"{self.label}: out of memory at step {self.state.global_step + 1}, in a micro-batch of {micro.tokens} "
-                f"tokens{asked_for(error)}; {self.memory.advice(micro.tokens)}; {self._save_now()}: go on with --resume"
+                f"tokens{asked_for(error)}; {self.memory.advice(micro.tokens)}{saved}"
             ) from error
 
     @contextmanager
@@ -683,9 +722,10 @@ class AlignmentTrainer(ResumableTrainer):
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             # A pickle, with the hub's token in it.
-            folder = Path(output_dir or self._folder)
-            (folder / "training_args.bin").unlink(missing_ok=True)
-            whole_distribution(self.temperature, self.rollout.end_ids).save_pretrained(folder)
+            if self.processes.first:
+                folder = Path(output_dir or self._folder)
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                whole_distribution(self.temperature, self.rollout.end_ids).save_pretrained(folder)
         else:
             self.save_policy(Path(output_dir or self._folder))
             if self.args.push_to_hub:
@@ -695,7 +735,7 @@ class AlignmentTrainer(ResumableTrainer):
         """Write the model, the tokenizer and the card, and nothing to the hub."""
         self._check_policy()
         sampling = whole_distribution(self.temperature, self.rollout.end_ids)
-        self.policy.save(folder, self.card(), sampling=sampling)
+        self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
@@ -712,6 +752,8 @@ class AlignmentTrainer(ResumableTrainer):
         """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder."""
         with tempfile.TemporaryDirectory() as scratch:
             self.save_policy(Path(scratch))
+            if not self.processes.first:
+                return None
             add_licence(Path(scratch) / "README.md", self.policy.source.path)
             return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
                 repo_id=str(self.hub_model_id),
@@ -775,8 +817,7 @@ class AlignmentTrainer(ResumableTrainer):
             logs |= self.metrics.take()
         if "train_loss" in logs:
             # The last step has ended, and the best is not loaded yet.
-            if self._stop_signal is not None:
-                self._save_and_stop(self._stop_signal)
+            self._stop_if_told()
             logs |= self.whole_run.take()
         super().log(logs, start_time)
         if self.is_world_process_zero():
