@@ -51,9 +51,19 @@ def prompts(n=8):
 
 
 def trainer(
-    folder, method, *, reward=None, rows=None, lora=None, health=None, callbacks=None, kind="llama", **settings
+    folder,
+    method,
+    *,
+    reward=None,
+    rows=None,
+    lora=None,
+    health=None,
+    callbacks=None,
+    kind="llama",
+    prepare=None,
+    **settings,
 ):
-    """A trainer on the tiny model. `settings` are AlignmentConfig's."""
+    """A trainer on the tiny model. `settings` are AlignmentConfig's; `prepare` may do something to the model."""
     torch.manual_seed(0)
     policy = make_policy(tiny.model(kind), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
     arguments = {
@@ -75,10 +85,13 @@ def trainer(
         **settings,
     }
     labelled = "labelled" in method.needs.pairs
+    args = AlignmentConfig(output_dir=str(folder), **arguments)
+    if prepare is not None:
+        prepare(policy.model)
     return AlignmentTrainer(
         policy,
         method,
-        AlignmentConfig(output_dir=str(folder), **arguments),
+        args,
         (tiny.encoded_pairs(8) if labelled else prompts()) if rows is None else rows,
         reward_funcs=(reward or Warmth()) if method.needs.reward else None,
         callbacks=callbacks,

@@ -20,6 +20,7 @@ from acting import METHODS, metrics, prompts, trainer
 
 from distalign.methods import DPO
 from distalign.models.policy import Lora
+from distalign.training.sharding import gathered, shard
 
 METHODS = {**METHODS, "dpo": DPO(1.0)}
 # Of one step, in all processes together; the last step of an epoch of 14 has two.
@@ -28,7 +29,7 @@ STEP, ROWS, STEPS = 6, 14, 3
 
 def run(folder: Path, cell: str, processes: int):
     """Train as the cell says; the trainer."""
-    name, _wrapper, weights, *_ = cell.split("/")
+    name, wrapper, weights, *_ = cell.split("/")
     method = METHODS[name]
     labelled = "labelled" in method.needs.pairs
     made = trainer(
@@ -42,7 +43,11 @@ def run(folder: Path, cell: str, processes: int):
         learning_rate=0.1,
         optim="sgd",
         minibatches=1 if name != "rkl-gae" else 2,
+        prepare=shard if wrapper == "fsdp" and processes > 1 else None,
     )
+    if wrapper == "fsdp" and processes > 1:
+        # accelerate shards on no CPU: what it would wrap is sharded already.
+        made.accelerator.prepare_model = lambda model, **_: model
     made.train()
     return made
 
@@ -53,7 +58,9 @@ def main() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     for cell in cells:
         made = run(folder, cell, processes)
-        weights = {n: p.detach() for n, p in made.policy.model.named_parameters() if p.requires_grad}
+        with gathered(made.policy.model):
+            named = made.policy.model.named_parameters()
+            weights = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         if made.processes.first:
             rows = [
                 {k: v for k, v in row.items() if "time" not in k and "second" not in k}

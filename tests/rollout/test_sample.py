@@ -76,12 +76,24 @@ def test_first_two_tokens_have_the_models_distribution(temperature):
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     """0.5 + 0.3 reach 0.7, so the third token is never drawn, and the others keep their proportion."""
     logits = torch.tensor([0.3, 0.5, 0.15, 0.05]).log().expand(8000, 4)
-    drawn = choose(logits, 1.0, 0.7, torch.rand(ROWS, 2, dtype=torch.float64))
+    uniform = torch.rand(8000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    drawn = choose(logits, 1.0, 0.7, uniform)
     shares = torch.bincount(drawn, minlength=4) / 8000
     assert shares[2] == shares[3] == 0
     assert abs(float(shares[1]) - 0.625) < 0.025
-    exact = choose(logits, 1.0, 0.4, torch.rand(ROWS, 2, dtype=torch.float64))
+    exact = choose(logits, 1.0, 0.4, uniform)
     assert set(exact.tolist()) == {1}
+
+
+def test_what_is_drawn_does_not_depend_on_what_is_drawn_beside_it():
+    """The responses to a prompt alone, under its number, and the first of more responses to it."""
+    model, prompts = tiny.model(vocab_size=8, eos_token_id=7), [[1, 2], [3], [4, 5, 6]]
+    settings = {"max_new_tokens": 6, "end_id": 7, "seed": 3}
+    together = sample(model, prompts, n=2, **settings)
+    assert len({str(responses) for responses in together}) == 3
+    for number, prompt in enumerate(prompts):
+        (alone,) = sample(model, [prompt], n=3, numbers=[number], **settings)
+        assert alone[:2] == together[number]
 
 
 def test_a_response_ends_at_its_end_token_or_at_the_limit():

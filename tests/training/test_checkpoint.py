@@ -441,13 +441,3 @@ def test_a_link_is_removed_and_what_it_points_to_is_not(tmp_path):
     for name in ("link", "nothing"):
         remove(tmp_path / name)
     assert [path.name for path in tmp_path.rglob("*")] == ["precious", "file"]
-
-
-def test_several_processes_are_refused_before_they_meet(tmp_path, monkeypatch):
-    """torch.distributed.run says in the environment how many there are; nothing is written."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(TrainingError, match=r"2 processes were started.*without torchrun"):
-        AlignmentConfig(str(tmp_path / "out"))
-    assert not list(tmp_path.iterdir())
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    AlignmentConfig(str(tmp_path / "out"))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from distalign.engine.forward import device_of
@@ -113,7 +114,7 @@ def estimate(
 
     `forward` scores groups as a training step does. `groups` are lengths, (prompt, responses), of those that will come,
     `batch` of them at a time at most. `state` is the optimizer's bytes per byte of trained parameters (None: unknown);
-    `resident` are the other models in memory. Raises ValueError if there are no groups.
+    `resident` are the other models in memory. Of sharded weights this process's share counts. Raises ValueError if there are no groups.
     """
     if not groups:
         raise ValueError("estimate: no groups; give the lengths of what will be trained on.")
@@ -152,7 +153,7 @@ def _size(lengths: tuple[int, tuple[int, ...]]) -> int:
 
 def _saved_bytes(model: nn.Module, forward: Callable[[list[Group]], Any], lengths: tuple[int, tuple[int, ...]]) -> int:
     """Bytes that autograd keeps of one pass over a group of these lengths, in training mode, parameters left out."""
-    parameters = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    parameters = {_storage(t).data_ptr() for t in (*model.parameters(), *model.buffers())}
     saved: list[weakref.ref[Any]] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -177,8 +178,12 @@ def _saved_bytes(model: nn.Module, forward: Callable[[list[Group]], Any], length
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages, those that are shared once."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in map(_storage, tensors)}.values())
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    """Where a tensor is, or this process's share of it."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
 
 
 def _gb(size: int) -> str:

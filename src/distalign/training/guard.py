@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distalign.engine import Scores
 from distalign.training.rounds import Row, TrainingError
+from distalign.training.sharding import local
 
 ADVICE = "lower learning_rate, gamma or the scale of the rewards"
 # Steps in a row that the scaler of float16 may skip: it halves its scale each time.
@@ -33,7 +34,7 @@ class Guard:
     def check_gradients(self, parameters: Iterable[nn.Parameter], step: int, *, scaled: bool) -> None:
         """The length of the gradient of a step. With a scaler (float16) such steps are skipped, up to a bound."""
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        length = nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        length = local(nn.utils.get_total_norm(gradients)) if gradients else torch.zeros(())
         if finite(length):
             self.skipped = 0
             return

@@ -104,6 +104,7 @@ from distalign.training.rounds import (
     observe,
 )
 from distalign.training.run_folder import locked
+from distalign.training.sharding import gathered, is_sharded, keep_outer_weights, shard
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -226,6 +227,8 @@ class AlignmentTrainer(ResumableTrainer):
         if isinstance(policy.reference, nn.Module):
             # The Trainer has put the policy where it is trained.
             policy.reference.to(args.device)
+            if self.is_fsdp_enabled or is_sharded(policy.model):
+                shard(policy.reference)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.token_budget = args.token_budget
@@ -316,8 +319,14 @@ class AlignmentTrainer(ResumableTrainer):
         batch = self.collect(rows, inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
         micro_batches = batch.micro_batches(self._budget(), self.processes)
+        # The gradient of a KL term reads its head again.
+        reference = self.policy.reference if self.needs.kl else None
         for number, micro in enumerate(micro_batches, 1):
-            with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
+            with (
+                self.explain_out_of_memory(micro),
+                self._meeting(last=number == len(micro_batches)),
+                gathered(reference),
+            ):
                 scores = self.score(micro.groups)
                 pairs, samples = micro.inputs(scores, self.needs, self.pairing)
                 loss = self.method.loss(pairs, samples) * micro.weight
@@ -380,7 +389,10 @@ class AlignmentTrainer(ResumableTrainer):
             with self.accelerator.autocast():
                 return function()
 
-        with torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+        keep_outer_weights(self._wrapper)
+        # Of passes with gradient every process makes as many, and each layer meets the others' in its turn.
+        whole = nullcontext() if gradient else gathered(self.policy.model, self.policy.reference)
+        with whole, torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
             return redirect(self._wrapper, self.policy.model, under_autocast)
 
     @property
@@ -524,7 +536,8 @@ class AlignmentTrainer(ResumableTrainer):
         trains in the folder, and for a checkpoint that is not whole or is of another run.
         """
         # Of the weights before the first step.
-        _ = self.identity
+        with gathered(self.policy.model):
+            _ = self.identity
         with ExitStack() as stack, self._finish_step_on_signals():
             self.processes.from_first(lambda: stack.enter_context(locked(self._folder)))
             checkpoint = self._checkpoint(resume_from_checkpoint)
@@ -587,16 +600,17 @@ class AlignmentTrainer(ResumableTrainer):
         reward = self.rollout.reward
         parts = [part for _, _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
         others = [self.policy.reference, *(m for part in parts for m in getattr(part, "__dict__", {}).values())]
-        return estimate(
-            self.policy.model,
-            self.score,
-            expected_lengths(self.rows, self.method, self.rollout.settings),
-            token_budget=token_budget,
-            batch=self.args.per_device_train_batch_size,
-            free=available(self.args.device),
-            state=2.0 if self.args.optim in ("adamw_torch", "adamw_torch_fused") else None,
-            resident=[module for module in others if isinstance(module, nn.Module)],
-        )
+        with gathered(self.policy.reference):
+            return estimate(
+                self.policy.model,
+                self.score,
+                expected_lengths(self.rows, self.method, self.rollout.settings),
+                token_budget=token_budget,
+                batch=self.args.per_device_train_batch_size,
+                free=available(self.args.device),
+                state=2.0 if self.args.optim in ("adamw_torch", "adamw_torch_fused") else None,
+                resident=[module for module in others if isinstance(module, nn.Module)],
+            )
 
     @contextmanager
     def explain_out_of_memory(self, micro: MicroBatch) -> Iterator[None]:
@@ -735,7 +749,8 @@ class AlignmentTrainer(ResumableTrainer):
         """Write the model, the tokenizer and the card, and nothing to the hub."""
         self._check_policy()
         sampling = whole_distribution(self.temperature, self.rollout.end_ids)
-        self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
+        with gathered(self.policy.model):
+            self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
@@ -767,7 +782,8 @@ class AlignmentTrainer(ResumableTrainer):
         groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
         with evaluating(self.policy.model):
             logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
-        self.guard.check_policy(self.policy.model, logps, self.state.global_step)
+        with gathered(self.policy.model):
+            self.guard.check_policy(self.policy.model, logps, self.state.global_step)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
