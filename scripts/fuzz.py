@@ -124,12 +124,12 @@ def changed(rng: random.Random, value: Any, times: int = 3) -> Any:
         elif how < 0.35:
             where[key] = rng.choice([[where[key]], {"x": where[key]}, str(where[key]), [where[key]] * 3])
         elif how < 0.42 and isinstance(where, list):
-            where.insert(rng.randrange(len(where) + 1), rng.choice(VALUES))
+            where.insert(rng.randrange(len(where) + 1), deepcopy(rng.choice(VALUES)))
         elif how < 0.5:
             other, name = pick(rng, value)
             where[key] = deepcopy(other[name])
         else:
-            where[key] = rng.choice(VALUES)
+            where[key] = deepcopy(rng.choice(VALUES))
     return value
 
 

@@ -2,12 +2,14 @@
 
     torch.distributed.run --nproc_per_node 2 tests/distributed/work.py FOLDER CELL [CELL …]
 
-A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora; FOLDER/CELL.pt holds the losses and the weights.
+A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora; FOLDER/METHOD-WRAPPER-WEIGHTS.pt holds its log lines and weights.
+With KILL=1 the last process is killed in its second step, with RESUME=1 a run goes on.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -16,39 +18,61 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny
 import torch
-from acting import METHODS, metrics, prompts, trainer
+from acting import METHODS, logs, prompts, trainer
+from transformers import TrainerCallback
 
 from distalign.methods import DPO
 from distalign.models.policy import Lora
 from distalign.training.sharding import gathered, shard
 
 METHODS = {**METHODS, "dpo": DPO(1.0)}
-# Of one step, in all processes together; the last step of an epoch of 14 has two.
+# Prompts of one step, in all processes together; the last step of an epoch of 14 has two, so that a third has none.
 STEP, ROWS, STEPS = 6, 14, 3
+
+
+# As trainer() above: no clipping, an optimizer that is not DeepSpeed's.
+ZERO = {
+    "zero_optimization": {"stage": 2},
+    "gradient_clipping": 0.0,
+    "zero_allow_untested_optimizer": True,
+    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+}
+
+
+class Kill(TrainerCallback):
+    """Ends a process as the system does that has no memory left."""
+
+    def on_step_begin(self, args, state, control, **_):
+        """In the second step."""
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(folder: Path, cell: str, processes: int):
     """Train as the cell says; the trainer."""
-    name, wrapper, weights, *_ = cell.split("/")
-    method = METHODS[name]
-    labelled = "labelled" in method.needs.pairs
+    name, wrapper, weights = cell.split("/")
+    method, sharded = METHODS[name], wrapper == "fsdp" and processes > 1
     made = trainer(
         folder / cell,
         method,
-        rows=tiny.encoded_pairs(ROWS) if labelled else prompts(ROWS),
+        rows=tiny.encoded_pairs(ROWS) if "labelled" in method.needs.pairs else prompts(ROWS),
         lora=Lora(r=4) if weights == "lora" else None,
+        prepare=shard if sharded else None,
         per_device_train_batch_size=STEP // processes,
         max_steps=STEPS,
         token_budget=64,
         learning_rate=0.1,
         optim="sgd",
-        minibatches=1 if name != "rkl-gae" else 2,
-        prepare=shard if wrapper == "fsdp" and processes > 1 else None,
+        minibatches=2 if name == "rkl-gae" else 1,
+        deepspeed=ZERO if wrapper == "zero2" and processes > 1 else None,
+        **({"save_strategy": "steps", "save_steps": 1} if {"KILL", "RESUME"} & set(os.environ) else {}),
     )
-    if wrapper == "fsdp" and processes > 1:
+    if sharded:
         # accelerate shards on no CPU: what it would wrap is sharded already.
         made.accelerator.prepare_model = lambda model, **_: model
-    made.train()
+    if "KILL" in os.environ and made.processes.rank == processes - 1:
+        made.add_callback(Kill())
+    made.train(resume_from_checkpoint="RESUME" in os.environ)
     return made
 
 
@@ -62,11 +86,9 @@ def main() -> None:
             named = made.policy.model.named_parameters()
             weights = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         if made.processes.first:
-            rows = [
-                {k: v for k, v in row.items() if "time" not in k and "second" not in k}
-                for row in metrics(folder / cell)
-            ]
-            torch.save({"weights": weights, "logs": rows}, folder / f"{cell.replace('/', '-')}.pt")
+            rows, samples = logs(folder / cell)
+            content = {"weights": weights, "logs": rows, "samples": samples}
+            torch.save(content, folder / f"{cell.replace('/', '-')}.pt")
 
 
 if __name__ == "__main__":

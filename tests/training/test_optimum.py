@@ -103,7 +103,7 @@ CASES = {
     # Its soft labels are those of R, whatever the pairs.
     "pd": (PD(0.5, 0.0), {}, lambda p: tilted(p, 0.0, 0.5)),
     # The fixed point of rounds with the KL penalty in the reward.
-    "rebel": (REBEL(1.0, 0.7), {"num_iterations": 2}, lambda p: tilted(p, 0.7, 0.0)),
+    "rebel": (REBEL(1.0, 0.7), {"num_iterations": 2, "steps": 250}, lambda p: tilted(p, 0.7, 0.0)),
 }
 
 

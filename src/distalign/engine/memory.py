@@ -114,7 +114,8 @@ def estimate(
 
     `forward` scores groups as a training step does. `groups` are lengths, (prompt, responses), of those that will come,
     `batch` of them at a time at most. `state` is the optimizer's bytes per byte of trained parameters (None: unknown);
-    `resident` are the other models in memory. Of sharded weights this process's share counts. Raises ValueError if there are no groups.
+    `resident` are the other models in memory. Of sharded weights this process's share counts.
+    Raises ValueError if there are no groups.
     """
     if not groups:
         raise ValueError("estimate: no groups; give the lengths of what will be trained on.")

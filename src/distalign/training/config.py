@@ -111,6 +111,7 @@ class AlignmentConfig(TrainingArguments):
     report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     restore_callback_states_from_checkpoint: bool = True
+    ddp_find_unused_parameters: bool | None = False  # every pass reads all weights that are trained
     dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
 
     max_length: int | None = None

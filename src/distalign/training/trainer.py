@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -319,32 +319,36 @@ class AlignmentTrainer(ResumableTrainer):
         batch = self.collect(rows, inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
         micro_batches = batch.micro_batches(self._budget(), self.processes)
-        # The gradient of a KL term reads its head again.
-        reference = self.policy.reference if self.needs.kl else None
-        for number, micro in enumerate(micro_batches, 1):
-            with (
-                self.explain_out_of_memory(micro),
-                self._meeting(last=number == len(micro_batches)),
-                gathered(reference),
-            ):
-                scores = self.score(micro.groups)
-                pairs, samples = micro.inputs(scores, self.needs, self.pairing)
-                loss = self.method.loss(pairs, samples) * micro.weight
-                self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
-                # Its share of the step is in the weight: accelerate divides by nothing more, but by the processes.
-                self.accelerator.backward(loss * self.processes.count)
-            if micro.weight:
-                self.record(micro, scores, samples)
-            total += loss.detach().to(total.dtype)
+        # The gradient of a full KL reads the head of the reference again.
+        with gathered(self.policy.reference if self.needs.kl else None):
+            for number, micro in enumerate(micro_batches, 1):
+                with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
+                    scores = self.score(micro.groups)
+                    pairs, samples = micro.inputs(scores, self.needs, self.pairing)
+                    loss = self.method.loss(pairs, samples) * micro.weight
+                    self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
+                    # Its share of the step is in the weight: accelerate divides by nothing more, but by the processes.
+                    self.accelerator.backward(loss * self.processes.count)
+                if micro.weight:
+                    self.record(micro, scores, samples)
+                total += loss.detach().to(total.dtype)
         if self.accelerator.sync_gradients:
             self.guard.check_gradients(model.parameters(), step, scaled=self.accelerator.scaler is not None)
         return self.log_step(batch, total, started)
 
-    def _meeting(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Gradients of several processes meet in the last pass of a step."""
-        if self.processes.count == 1 or (last and self.accelerator.sync_gradients):
-            return nullcontext()
-        return self.accelerator.no_sync(self._wrapper)
+    @contextmanager
+    def _meeting(self, *, last: bool) -> Iterator[None]:
+        """Gradients of several processes meet in the last pass of a step; DeepSpeed makes its step there, too."""
+        accelerator, before = self.accelerator, self.accelerator.sync_gradients
+        if self.processes.count == 1 or (last and before):
+            yield
+            return
+        accelerator.sync_gradients = False
+        try:
+            with accelerator.no_sync(self._wrapper):
+                yield
+        finally:
+            accelerator.sync_gradients = before
 
     def collect(self, rows: Sequence[Row], indices: Sequence[int], step_prompts: int | None = None) -> Batch:
         """All that the method needs for these prompts, computed without gradient. `indices` are their row numbers.
@@ -600,7 +604,8 @@ class AlignmentTrainer(ResumableTrainer):
         reward = self.rollout.reward
         parts = [part for _, _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
         others = [self.policy.reference, *(m for part in parts for m in getattr(part, "__dict__", {}).values())]
-        with gathered(self.policy.reference):
+        # No backward follows: DDP must not wait for one.
+        with gathered(self.policy.reference), self._meeting(last=False):
             return estimate(
                 self.policy.model,
                 self.score,
