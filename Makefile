@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY = PASSIVE
 # The tests start the program many times: it is compiled once, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart bench test check format lint types clean
+.PHONY: install quickstart bench test test-distributed check format lint types clean
 
 install: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ bench: $(VENV)/.smollm2
 
 test: $(VENV)/.smollm2
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Two and three processes on a CPU against one; `make test` runs them, too.
+test-distributed: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/distributed
 
 check: format lint types test
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 
 from distalign.engine import Group
 from distalign.errors import InputError
@@ -98,6 +99,22 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path, runs):
     assert resumed["samples"] == undisturbed["samples"]
     assert resumed["logs"] == undisturbed["logs"]
     assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in undisturbed["weights"].items())
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, runs):
+    """Of two processes one was killed; one process goes on with the batch of both."""
+    cell = "rkl/ddp/lora"
+    assert work(tmp_path, 2, [cell], KILL="1") != 0
+    work(tmp_path, 1, [cell], RESUME="1")
+    check_equal(result(runs / "2", cell), result(tmp_path, cell))
+
+
+@pytest.mark.parametrize("file", sorted(Path("examples/accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_reads_the_configurations(file):
+    """Each names its wrapper, and 8 processes."""
+    config = load_config_from_file(str(file))
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    assert (config.distributed_type, config.num_processes) == (kinds[file.stem], 8)
 
 
 # How work is dealt ----------------------------------------------------------------------------------------------------

@@ -440,7 +440,7 @@ class AlignmentTrainer(ResumableTrainer):
             if self._weights:
                 self.metrics.add({"rollout/effective_samples": effective_share(self._of_all(self._weights))}, 1)
             self._seconds, self._tokens, self._weights, self._loss = 0.0, 0, [], 0.0
-        mean = total * batch.step_prompts / len(batch.prompts)
+        mean = total * self.processes.count * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
 
@@ -544,6 +544,10 @@ class AlignmentTrainer(ResumableTrainer):
             _ = self.identity
         with ExitStack() as stack, self._finish_step_on_signals():
             self.processes.from_first(lambda: stack.enter_context(locked(self._folder)))
+            if self.processes.count > 1:
+                each, count = self.args.per_device_train_batch_size, self.processes.count
+                kind = self.accelerator.distributed_type.value
+                logger.info("%s: %d processes (%s), %d prompts each", self.label, count, kind, each)
             checkpoint = self._checkpoint(resume_from_checkpoint)
             self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
             self.ended_before = False
