@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -230,21 +230,25 @@ def _samples(scores: Scores, rows: Int[Tensor, "prompts n"], constants: dict[str
 # Metrics --------------------------------------------------------------------------------------------------------------
 
 
+# The sum of a number times its weight, and of the weights, by name.
+Sums = Mapping[str, Sequence[float]]
+
+
 class MetricAverager:
     """Numbers for the next log line, of all processes."""
 
     def __init__(self, processes: Processes = ALONE) -> None:
         self.processes = processes
-        # The sum of a number times its weight, and of the weights.
-        self._noted: dict[str, tuple[float, int]] = {}
+        self._noted: dict[str, tuple[float, float]] = {}
 
-    def add(self, metrics: dict[str, float], weight: int) -> None:
-        """Take numbers for the mean of the next log line; with weight 0, counters of which the last is logged.
+    def add(self, metrics: dict[str, float], weight: float | None = None) -> None:
+        """Take numbers for the mean of the next log line; without a weight, one in all processes together.
 
-        Counters of the processes add up.
+        With weight 0 they are counters, of which the last is logged: those of the processes add up.
         """
+        weight = 1 / self.processes.count if weight is None else weight
         for name, value in metrics.items():
-            total, weights = self._noted.get(name, (0.0, 0)) if weight else (value, 0)
+            total, weights = self._noted.get(name, (0.0, 0.0)) if weight else (value, 0.0)
             self._noted[name] = (total + value * weight, weights + weight)
 
     def take(self) -> dict[str, float]:
@@ -253,23 +257,21 @@ class MetricAverager:
         self._noted = {}
         return {name: total / weights if weights else total for name, (total, weights) in noted.items()}
 
-    def state_dict(self) -> dict[str, tuple[float, int]]:
+    def state_dict(self) -> dict[str, tuple[float, float]]:
         """What this process added and nobody took yet, as JSON can hold it."""
         return dict(self._noted)
 
-    def load_state_dict(self, state: Mapping[str, Sequence[Any]]) -> None:
+    def load_state_dict(self, state: Sums) -> None:
         """Go on from what all processes had, merged by `merge_sums`."""
-        self._noted = (
-            {name: (total, weights) for name, (total, weights) in state.items()} if self.processes.first else {}
-        )
+        self._noted = merge_sums([state]) if self.processes.first else {}
 
 
-def merge_sums(noted: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str, tuple[float, int]]:
-    """Sums and weights of several processes, by name, added up."""
-    merged: dict[str, tuple[float, int]] = {}
+def merge_sums(noted: Sequence[Sums]) -> dict[str, tuple[float, float]]:
+    """Those of several processes added up."""
+    merged: dict[str, tuple[float, float]] = {}
     for part in noted:
         for name, (total, weight) in part.items():
-            before = merged.get(name, (0.0, 0))
+            before = merged.get(name, (0.0, 0.0))
             merged[name] = (before[0] + total, before[1] + weight)
     return merged
 

@@ -366,14 +366,14 @@ class ReferenceResponses:
             prompts = [row.prompt for row in self.rows]
             responses = self.run(lambda: self._with_reference(lambda model: self._sample(model, prompts)))
             self.round = Round(0, 0, list(range(len(prompts))), prompts, responses)
-            self.metrics.add({"rollout_time": time.perf_counter() - started}, 1)
+            self.metrics.add({"rollout_time": time.perf_counter() - started})
         drawn = self.round
         if self.needs.reward and "rewards" not in drawn.tensors:
             started = time.perf_counter()
             # In parts: a function may take `timeout` seconds for each call.
             parts = [slice(start, start + self.batch_size) for start in range(0, len(drawn), self.batch_size)]
             drawn.add("rewards", torch.cat([self.rollout.rewards(self.rows[p], drawn.responses[p]) for p in parts]))
-            self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
+            self.metrics.add({"reward_time": time.perf_counter() - started})
         if self.needs.reference and "reference_token_logps" not in drawn.tensors:
             groups = [Group(*both) for both in zip(drawn.prompts, drawn.responses, strict=True)]
             score = self.rollout.scores
@@ -459,7 +459,7 @@ class RolloutWorker:
             responses = self.run(lambda: sample(self.policy.model, prompts, seed=self.seed, number=number))
             self.round = Round(number, 0, list(members), prompts, responses)
             self._start, self._seen = step, []
-            self.metrics.add({"rollout_time": time.perf_counter() - started}, 1)
+            self.metrics.add({"rollout_time": time.perf_counter() - started})
         drawn = self.round
         drawn.position = step - self._start
         # A run that goes on may find a part of this done.
@@ -467,7 +467,7 @@ class RolloutWorker:
         if rewarded and "rewards" not in drawn.tensors:
             started = time.perf_counter()
             drawn.add("rewards", self.rollout.rewards(rows, drawn.responses))
-            self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
+            self.metrics.add({"reward_time": time.perf_counter() - started})
             if counters := self.reward_counters():
                 self.metrics.add(counters, 0)
         self._score(drawn)
@@ -588,7 +588,7 @@ class RolloutWorker:
         metrics |= completion_metrics(responses, end_ids=self.rollout.end_ids, rewards=rewards)
         if self.monitor is not None:
             metrics |= self.monitor.update(metrics, step)
-        self.metrics.add(metrics, 1)
+        self.metrics.add(metrics)
 
     def reward_counters(self) -> dict[str, float]:
         """What the reward counted in this run; it may have served others before."""

@@ -431,14 +431,14 @@ class AlignmentTrainer(ResumableTrainer):
         if self.accelerator.sync_gradients:
             # transformers' own sums are not in its checkpoints: a run that goes on would log other means.
             count = self.processes.count
-            self.metrics.add({"loss": self._loss * count}, 1)
-            self.whole_run.add({"train_loss": self._loss * count}, 1)
+            self.metrics.add({"loss": self._loss * count})
+            self.whole_run.add({"train_loss": self._loss * count})
             if self._gaps:
                 check_sharpness(self.label, float(self._of_all(self._gaps).median()))
                 self._gaps = []
-            self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}, 1)
+            self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds})
             if self._weights:
-                self.metrics.add({"rollout/effective_samples": effective_share(self._of_all(self._weights))}, 1)
+                self.metrics.add({"rollout/effective_samples": effective_share(self._of_all(self._weights))})
             self._seconds, self._tokens, self._weights, self._loss = 0.0, 0, [], 0.0
         mean = total * self.processes.count * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
@@ -502,7 +502,7 @@ class AlignmentTrainer(ResumableTrainer):
             pairs = self.processes.map(lambda some: list(reward(some).view(-1, 2)), requests, sizes)
             for row, pair in zip(missing, pairs, strict=True):
                 self._pair_rewards[row.key, row.where] = pair
-            self.metrics.add({"reward_time": time.perf_counter() - started}, 1)
+            self.metrics.add({"reward_time": time.perf_counter() - started})
 
     def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
         missing = [row for row in rows if row.key not in self.reference_cache]
