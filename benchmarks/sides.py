@@ -26,7 +26,7 @@ from distalign.engine.forward import encode
 from distalign.engine.lm_head import score_rows
 from distalign.engine.memory import set_recompute
 from distalign.engine.packing import frame
-from distalign.methods import DPO, RKL
+from distalign.methods import DPO, PD, RKL, RLHF, Method
 from distalign.models.load import Source
 from distalign.models.policy import Policy
 from distalign.rewards import Request
@@ -159,8 +159,11 @@ class _Lengths:
         return {}
 
 
+ROUNDS: dict[str, Method] = {"rkl": RKL(gamma=GAMMA, beta=0.0), "rlhf": RLHF(beta=0.0), "pd": PD(gamma=GAMMA, beta=0.0)}
+
+
 def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
-    """Our trainer with RKL: 8 responses to each TL;DR-like prompt, drawn, rewarded and learned from in every step."""
+    """Our trainer with RKL or what the side names: 8 responses to each TL;DR-like prompt in every step."""
     model = job.load()
     workload = WORKLOADS["group8"]
     rows = [EncodedPrompt(group.prompt) for group in workload.groups(job.prompts, model.config.vocab_size)]
@@ -177,7 +180,7 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     policy = Policy(model, _tokenizer(model), Source(job.model, "", ""), reference=lambda: nullcontext(model))
     trainer = AlignmentTrainer(
         policy,
-        RKL(gamma=GAMMA, beta=0.0),
+        ROUNDS.get(job.side, ROUNDS["rkl"]),
         AlignmentConfig(**_arguments(job, folder, per_device_train_batch_size=job.prompts), **settings),
         rows,
         reward_funcs=_Lengths(),
@@ -187,6 +190,53 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     timed = ((trainer.rollout, "sample"), (trainer.rollout, "scores"), (trainer, "score"))
     for owner, name in (*timed, (trainer.accelerator, "backward")):
         setattr(owner, name, _timed(getattr(owner, name), turns))
+    trainer.train()
+
+
+def _tune_head(job: Job) -> None:
+    """Let TRL's head see response positions only, as it does by itself where Triton is."""
+    import trl.trainer.utils
+
+    if job.device == "cpu":
+        if not hasattr(trl.trainer.utils, "_use_triton"):
+            raise RuntimeError("this TRL has no trl.trainer.utils._use_triton: its head cannot be tuned; take TRL 1.16")
+        trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore
+
+
+def train_rloo(pipe: Connection, job: Job, folder: str) -> None:
+    """TRL's RLOOTrainer on the same rounds, without a KL term: as RLHF at β = 0.
+
+    "rloo": `trl_batch` responses a micro-batch, no activation checkpointing, the responses of a step drawn at once.
+    """
+    from datasets import Dataset
+    from trl import RLOOConfig, RLOOTrainer
+
+    _tune_head(job)
+    model = job.load()
+    workload = WORKLOADS["group8"]
+    prompts = [group.prompt for group in workload.groups(job.prompts, model.config.vocab_size)]
+    tokens, responses = workload.response[1], job.prompts * workload.responses
+    batches, left = divmod(responses, job.trl_batch)
+    if left:
+        raise ValueError(f"{responses} responses a step are not a multiple of {job.trl_batch} a micro-batch")
+    config = RLOOConfig(
+        **_arguments(job, folder, per_device_train_batch_size=job.trl_batch, gradient_accumulation_steps=batches),
+        num_generations=workload.responses,
+        max_completion_length=tokens,
+        generation_kwargs={"min_new_tokens": tokens, "eos_token_id": 1},
+        gradient_checkpointing=False,
+        beta=0.0,
+        shuffle_dataset=False,
+    )
+
+    def lengths(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [float(len(set(own))) for own in completion_ids]
+
+    # One word for each token: a prompt's text stands for its ids.
+    rows = Dataset.from_list([{"prompt": " ".join(f"t{token}" for token in prompt)} for prompt in prompts])
+    words = _tokenizer(model, words=model.config.vocab_size)
+    trainer = RLOOTrainer(model, lengths, args=config, train_dataset=rows, processing_class=words)
+    trainer.add_callback(Turns(pipe, job, model, {}))
     trainer.train()
 
 
@@ -210,7 +260,6 @@ def train_trl(pipe: Connection, job: Job, folder: str) -> None:
     trl_best: `trl_batch` pairs a micro-batch, no activation checkpointing, and the head on response positions only,
     which TRL does by itself where Triton is.
     """
-    import trl.trainer.utils
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
@@ -242,23 +291,24 @@ def train_trl(pipe: Connection, job: Job, folder: str) -> None:
             raise ValueError(f"{job.prompts} pairs a step are not a multiple of {job.trl_batch} a micro-batch")
         settings = {"per_device_train_batch_size": job.trl_batch, "gradient_accumulation_steps": batches}
         settings["gradient_checkpointing"] = False
-    if job.side == "trl_best" and job.device == "cpu":
-        if not hasattr(trl.trainer.utils, "_use_triton"):
-            raise RuntimeError("this TRL has no trl.trainer.utils._use_triton: its head cannot be tuned; take TRL 1.16")
-        trl.trainer.utils._use_triton = lambda device: True  # pyright: ignore
+    if job.side == "trl_best":
+        _tune_head(job)
     arguments = DPOConfig(beta=GAMMA, precompute_ref_log_probs=True, **_arguments(job, folder, **settings))
     trainer = Prepared(model, args=arguments, train_dataset=Dataset.from_list(rows), processing_class=_tokenizer(model))
     trainer.add_callback(Turns(pipe, job, model, {}))
     trainer.train()
 
 
-def _tokenizer(model: Any) -> Any:
-    """A tokenizer that is asked for its special tokens only: everything is ids already."""
+def _tokenizer(model: Any, words: int = 0) -> Any:
+    """A tokenizer with special tokens, all that is asked of it where everything is ids already, and so many words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    known = {"<pad>": 0, "<eos>": 1, **{f"t{token}": token for token in range(2, words)}}
+    core = Tokenizer(WordLevel(known, unk_token="<pad>"))
+    core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
@@ -294,7 +344,7 @@ def train_groups(pipe: Connection, job: Job, folder: str) -> None:
 
 def _work(pipe: Connection, job: Job) -> None:
     torch.set_num_threads(job.threads)
-    own = {"group8": train_groups, "rounds": train_rounds}
+    own = {"group8": train_groups, "rounds": train_rloo if job.side == "rloo" else train_rounds}
     train = own.get(job.workload, train_ours if job.side == "ours" else train_trl)
     with tempfile.TemporaryDirectory() as folder:
         train(pipe, job, folder)
