@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -75,12 +75,6 @@ class ResumableTrainer(Trainer):
     _at_step_start: dict[str, Any]
 
     @property
-    def _wrapper(self) -> nn.Module:
-        """The model as it is trained: in whatever wraps it."""
-        assert isinstance(self.model_wrapped, nn.Module)
-        return self.model_wrapped
-
-    @property
     def _folder(self) -> Path:
         return Path(str(self.args.output_dir))
 
@@ -131,7 +125,7 @@ class ResumableTrainer(Trainer):
 
     def _save_and_stop(self, number: int) -> None:
         if self._saved_step != self.state.global_step:
-            self._save_checkpoint(self._wrapper, trial=None)
+            self._save_checkpoint(cast(nn.Module, self.model_wrapped), trial=None)
         place = self._folder / f"checkpoint-{self.state.global_step}"
         logger.warning("%s: stopped; %s holds the run: train(resume_from_checkpoint=True) goes on", self.label, place)
         raise _stop(number)
@@ -277,7 +271,7 @@ class ResumableTrainer(Trainer):
 
     def _save_now(self) -> str:
         """Save in the middle of a step: it begins anew where the run goes on."""
-        self._write_checkpoint(self._wrapper, None, self._at_step_start)
+        self._write_checkpoint(cast(nn.Module, self.model_wrapped), None, self._at_step_start)
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
     @contextmanager

@@ -18,11 +18,6 @@ def shard(model: nn.Module) -> None:
     fully_shard(model)
 
 
-def is_sharded(model: object) -> bool:
-    """Whether `model` is one whose weights are dealt."""
-    return isinstance(model, nn.Module) and bool(_parts(model))
-
-
 @contextmanager
 def gathered(*models: object) -> Iterator[None]:
     """Every process has all weights of these models inside the block: its passes wait for nobody.

@@ -25,6 +25,7 @@ from huggingface_hub import HfApi
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     PreTrainedTokenizerBase,
@@ -104,7 +105,7 @@ from distalign.training.rounds import (
     observe,
 )
 from distalign.training.run_folder import locked
-from distalign.training.sharding import gathered, is_sharded, keep_outer_weights, shard
+from distalign.training.sharding import gathered, keep_outer_weights, shard
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -227,7 +228,7 @@ class AlignmentTrainer(ResumableTrainer):
         if isinstance(policy.reference, nn.Module):
             # The Trainer has put the policy where it is trained.
             policy.reference.to(args.device)
-            if self.is_fsdp_enabled or is_sharded(policy.model):
+            if self.is_fsdp_enabled or self.is_sharded:
                 shard(policy.reference)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -312,6 +313,7 @@ class AlignmentTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None) -> Tensor:
         """Gradients of one batch, micro-batch by micro-batch; returns its part of the mean loss over the step."""
         if self.memory is None:
+            keep_outer_weights(self._wrapper)
             self.memory = self.estimate_memory()
         started = time.perf_counter()
         model.train()
@@ -320,7 +322,7 @@ class AlignmentTrainer(ResumableTrainer):
         total = torch.zeros((), device=self.args.device)
         micro_batches = batch.micro_batches(self._budget(), self.processes)
         # The gradient of a full KL reads the head of the reference again.
-        with gathered(self.policy.reference if self.needs.kl else None):
+        with gathered(self.policy.reference) if self.is_sharded and self.needs.kl else nullcontext():
             for number, micro in enumerate(micro_batches, 1):
                 with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
                     scores = self.score(micro.groups)
@@ -393,11 +395,22 @@ class AlignmentTrainer(ResumableTrainer):
             with self.accelerator.autocast():
                 return function()
 
-        keep_outer_weights(self._wrapper)
         # Of passes with gradient every process makes as many, and each layer meets the others' in its turn.
-        whole = nullcontext() if gradient else gathered(self.policy.model, self.policy.reference)
+        alone = self.is_sharded and not gradient
+        whole = gathered(self.policy.model, self.policy.reference) if alone else nullcontext()
         with whole, torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
             return redirect(self._wrapper, self.policy.model, under_autocast)
+
+    @property
+    def _wrapper(self) -> nn.Module:
+        """The model as it is trained: in whatever wraps it."""
+        assert isinstance(self.model_wrapped, nn.Module)
+        return self.model_wrapped
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process has a share of the weights."""
+        return isinstance(self.model_wrapped, FSDPModule)
 
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
