@@ -96,6 +96,15 @@ class RewardTraining(Section):
                 )
         return self
 
+    def check_4bit(self) -> None:
+        """Raise RewardError for what cannot be trained, or saved, where the policy's weights are in 4 bits."""
+        if self.init == "scratch" or self.backbone == "full":
+            found = "init: scratch" if self.init == "scratch" else "backbone: full"
+            raise RewardError(
+                f"reward.train: {found} needs the model's weights as they were, and here they are in 4 bits; take "
+                "init: policy with backbone: frozen or lora, or train the reward without quantization"
+            )
+
 
 class TrainedReward:
     """R of the module's docstring. `trunk` is what the head reads: `base` itself when the backbone is frozen.
