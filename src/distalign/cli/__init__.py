@@ -21,6 +21,7 @@ from distalign.cli.env import env
 from distalign.cli.evaluate import evaluate
 from distalign.cli.frontier import frontier
 from distalign.cli.lab import lab
+from distalign.cli.merge import merge
 from distalign.cli.methods import methods
 from distalign.cli.recipes import init, recipes
 from distalign.cli.report import report
@@ -46,7 +47,11 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 data_app.command()(_stoppable(check))
-for command in (train, reward, compare, study, evaluate, frontier, calibrate, report, recipes, init, methods, lab, env):
+COMMANDS = (
+    *(train, reward, compare, study, evaluate, frontier, calibrate, report, merge),
+    *(recipes, init, methods, lab, env),
+)
+for command in COMMANDS:
     app.command()(_stoppable(command))
 
 

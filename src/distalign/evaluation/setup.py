@@ -36,7 +36,17 @@ from distalign.models.policy import trained_temperature
 from distalign.models.quantized import check_installed
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
 from distalign.rewards import Reward, Rewards, check_rewards, make_reward
-from distalign.settings import Count, Positive, Quantization, RecipeError, Section, Seed, dump_yaml, find_recipe, read_settings
+from distalign.settings import (
+    Count,
+    Positive,
+    Quantization,
+    RecipeError,
+    Section,
+    Seed,
+    dump_yaml,
+    find_recipe,
+    read_settings,
+)
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -49,15 +59,15 @@ _NAME = re.compile(r"\w[\w.-]{0,79}")
 class Evaluation(Section):
     """Policies on the same held-out prompts.
 
-    model: the reference π₀, which every policy shares its tokenizer with. policies: name → folder, adapter or hub id.
-    prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`). pairs: held-out labelled
-    pairs, for what policies prefer. quantization: "4bit" puts the weights of `model` in 4 bits, as they were under
-    adapters trained so (those are read as they were trained, always). limit: the prompts to answer; rows count as one only if their prompt and all their
-    other columns are the same. target: a known target made of `model`. reward scores responses, judge compares
-    them (null: by the target's own preference, or by the reward where there is one; without either nothing is
-    compared). opponents: every two policies, or each with the reference alone. temperature: of what is sampled and
-    measured (null: the policies' own, which training wrote into their generation_config.json). gamma: sharpness of P_π
-    (null: found on the pairs by each policy, half judging the other half).
+    model: the reference π₀, which every policy shares its tokenizer with. quantization: "4bit" has its weights in 4
+    bits, as below adapters that were trained so (which are read as they were trained in any case). policies: name →
+    folder, adapter or hub id. prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`).
+    pairs: held-out labelled pairs, for what policies prefer. limit: the prompts to answer; rows count as one only if
+    their prompt and all their other columns are the same. target: a known target made of `model`. reward scores
+    responses, judge compares them (null: by the target's own preference, or by the reward where there is one; without
+    either nothing is compared). opponents: every two policies, or each with the reference alone. temperature: of what
+    is sampled and measured (null: the policies' own, which training wrote into their generation_config.json). gamma:
+    sharpness of P_π (null: found on the pairs by each policy, half judging the other half).
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]

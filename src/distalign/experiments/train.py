@@ -54,6 +54,8 @@ logger = logging.getLogger("distalign.experiments.train")
 CURVE_PROMPTS = 16
 # A reward that is trained waits here until all has been checked and an earlier run's may go.
 NEW_REWARD = "reward.new"
+# Where `distalign merge` puts a run's model.
+MERGED = "merged"
 
 
 def training_arguments(
@@ -386,9 +388,10 @@ def _forget(folder: Path, *, everything: bool) -> None:
     if not everything:
         remove(folder / "results.json")
         remove(folder / "report.html")
+        remove(folder / MERGED)
         return
     forget_results(folder)
-    for old in (folder / "metrics.jsonl", folder / SAVING, *checkpoints(folder)):
+    for old in (folder / "metrics.jsonl", folder / SAVING, folder / MERGED, *checkpoints(folder)):
         remove(old)
     if (folder / NEW_REWARD).is_dir():
         remove(folder / "reward")

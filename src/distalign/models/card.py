@@ -32,7 +32,8 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
 On the base's own weights the adapter gives another distribution: `distalign merge` makes one model of both, and says
 how far from this one it is."""
 
-SAMPLING = """Its distribution is softmax(logits / {temperature:g}), all of it: temperature {temperature:g}, top_p 1, top_k 0, as
+SAMPLING = """\
+Its distribution is softmax(logits / {temperature:g}), all of it: temperature {temperature:g}, top_p 1, top_k 0, as
 `generation_config.json` says. Other sampling settings draw from another distribution."""
 
 CITATION = """@article{yun2025alignment,
@@ -69,7 +70,7 @@ def model_card(
     listed = "\n".join(f"- {tag}" for tag in ("distalign", "preference-learning", name, *tags))
     library = "peft" if adapter else "transformers"
     place = model_name or "path/to/this/folder"
-    weights = {} if quantization is None else {"base_weights": "4 bits (bitsandbytes)", **quantization}
+    weights = {} if quantization is None else {"base_weights": f"4 bits ({quantization['bnb_4bit_quant_type']})"}
     arguments = ", ".join(f"{key}={value!r}" for key, value in (quantization or {}).items())
     use = USE.format(place=place) if quantization is None else USE_4BIT.format(place=place, arguments=arguments)
     lines = [

@@ -77,7 +77,7 @@ class Source:
 
     def check_trainable(self, *, adapter: bool) -> None:
         """Raise ModelError for quantised weights that training would have to change; `adapter`: it trains a new one."""
-        if self.quantization is None and not self._holds_4bit():
+        if self.quantization is None and not self.holds_4bit():
             return
         if self.adapter is not None:
             raise ModelError(
@@ -135,14 +135,14 @@ class Source:
                 model = model if quantized else model.merge_and_unload()
             return model.eval()
 
-    def _holds_4bit(self) -> bool:
+    def holds_4bit(self) -> bool:
         """Whether its files hold weights that bitsandbytes has quantised."""
         held = getattr(self.config(), "quantization_config", None) or {}
         return held.get("quant_method") == "bitsandbytes"
 
     def _in_4bit(self, dtype: str, device: torch.device) -> dict[str, Any]:
         """What `from_pretrained` takes for 4-bit weights; nothing for others, and for files that hold them already."""
-        if self.quantization is None or self._holds_4bit():
+        if self.quantization is None or self.holds_4bit():
             return {}
         own = (self.config().dtype or torch.float32) if dtype == "auto" else dtype
         settings = {"bnb_4bit_compute_dtype": str(own).removeprefix("torch."), **self.quantization}

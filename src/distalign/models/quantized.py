@@ -24,7 +24,7 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 
 # The file beside an adapter that says what its base was quantised with: PEFT's own has no field for it.
 NOTE = "quantization.json"
-_SETTINGS = (*NF4, "bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "llm_int8_skip_modules")
+_SETTINGS = (*NF4, "bnb_4bit_compute_dtype", "llm_int8_skip_modules")
 
 
 def check_installed(label: str) -> None:
@@ -79,10 +79,11 @@ def keep_exact(label: str, model: nn.Module) -> None:
     On one with AVX512-BF16 bitsandbytes packs a layer's weights anew at its first pass without gradient: from then on
     it multiplies in bfloat16, whatever the dtype, and passes no gradient through. Raises ModelError if it has done so.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    for layer in layers:
+        if layer.support_avx512bf16_for_cpu:
+            layer.support_avx512bf16_for_cpu = False
+            if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise ModelError(
                     f"{label}: it has been run before it came here, and on this CPU bitsandbytes then packs 4-bit "
                     "weights in a form without gradients; load it again, and pass it before you run it"
