@@ -7,6 +7,7 @@ Exit codes: 0 fine, 2 bad input (the message says where, what was found and what
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -77,6 +78,8 @@ def main() -> None:
     """Run the command line; what a user can fix is printed as one message, without a traceback."""
     from distalign.errors import InputError
 
+    # PEFT imports it where it is installed, and on some CPUs it warns that it finds no kernel on the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="distalign")
     except InputError as error:

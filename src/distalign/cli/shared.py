@@ -114,8 +114,6 @@ def quiet() -> None:
     show_logs("distalign")
     # How the engine serves a model is worth a line only where it had to fall back.
     logging.getLogger("distalign.engine").setLevel(logging.WARNING)
-    # It looks for a kernel of the hub's on some CPUs, which is not needed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -28,7 +28,7 @@ from transformers import (
 
 from distalign.errors import InputError
 from distalign.models import everyday
-from distalign.models.quantized import NF4, check_installed, keep_exact, read_note
+from distalign.models.quantized import NF4, check_installed, is_quantized, keep_exact, read_note
 from distalign.models.verify import ModelError, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
@@ -130,9 +130,10 @@ class Source:
             model = model if device is None else model.to(device)
             keep_exact(f"model {self.name}", model)
             if self.adapter is not None:
-                quantized = getattr(model, "is_quantized", False)
-                model = load_adapter(f"model {self.name}", model, self.adapter)
-                model = model if quantized else model.merge_and_unload()
+                quantized = is_quantized(model)
+                adapted = load_adapter(f"model {self.name}", model, self.adapter)
+                # The layers of the base have the adapter in them.
+                model = adapted.get_base_model() if quantized else adapted.merge_and_unload()
             return model.eval()
 
     def holds_4bit(self) -> bool:
