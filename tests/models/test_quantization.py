@@ -27,7 +27,7 @@ from distalign.methods import PMLE, RKL
 from distalign.models.load import ModelError, find_model, weights_digest
 from distalign.models.policy import Lora, make_policy
 from distalign.models.quantized import NOTE, is_quantized, read_note
-from distalign.rewards import RewardError, RewardTraining
+from distalign.rewards import RewardError, RewardTraining, load_reward
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
@@ -273,6 +273,8 @@ def test_a_reward_is_trained_on_the_same_weights(folder, tmp_path, backbone):
         loaded(folder), tmp_path / "again", RKL(0.5, 0.1), reward_funcs=str(tmp_path / "run" / "reward")
     ).rollout.reward
     torch.testing.assert_close(again.values(GROUPS), made.rollout.reward.values(GROUPS), atol=1e-4, rtol=0)
+    with pytest.raises(RewardError, match=r"it was trained on 4-bit weights of .*set quantization: 4bit"):
+        load_reward(tmp_path / "run" / "reward", base=find_model(str(folder)).model(), tokenizer=tiny.tokenizer())
 
 
 @installed

@@ -40,6 +40,7 @@ from distalign.errors import DAMAGED
 from distalign.methods.preference import induced_reward
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
+from distalign.models.quantized import quantization_of
 from distalign.models.targets import with_logit_bias
 from distalign.models.verify import check_complete, check_finite
 from distalign.rewards.base import Request, RewardError, finite
@@ -275,6 +276,7 @@ def save_reward(
         "base_model": origin.source.name,
         "lora": settings.lora.model_dump() if settings.backbone == "lora" else None,
         "vocabulary": _fingerprint(origin.tokenizer),
+        "quantization": quantization_of(reward.base),
         "probe": {"prompt": pair.prompt, "response": pair.chosen, "logp": _logp(reward.base, pair.prompt, pair.chosen)},
     }
     numbers = {key: value._asdict() for key, value in results.items()}
@@ -299,6 +301,12 @@ def load_reward(
             raise RewardError(
                 f"reward {folder}: it reads the tokens of {about['base_model']}, which are not the policy's; train a "
                 "reward with this policy's model"
+            )
+        if bool(about.get("quantization")) != (quantization_of(base) is not None):
+            known, own = ("4-bit weights", "not") if about.get("quantization") else ("full weights", "in 4 bits")
+            raise RewardError(
+                f"reward {folder}: it was trained on {known} of {about['base_model']}, and those here are {own}; set "
+                f"quantization: {'4bit' if about.get('quantization') else 'null'}, or train it again"
             )
         trunk = _untrained_trunk(about, base, tokenizer)
         head = new_head(about["head"], base)
