@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import doctest
+import importlib.util
 import inspect
 import json
 import math
@@ -123,6 +124,8 @@ def test_there_are_commands_to_run():
 def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
     """Each command of the pages ends without an error (training ones with a tiny model, two steps)."""
     arguments = shlex.split(command)[1:]
+    if "quantization=4bit" in arguments and importlib.util.find_spec("bitsandbytes") is None:
+        pytest.skip("bitsandbytes is not installed; `make install` installs it")
     if arguments[0] in ("train", "compare", "reward"):
         given = dict(pairwise(arguments))
         recipe = "pairs" if arguments[1].startswith("--") else arguments[1]
@@ -135,6 +138,8 @@ def test_a_shown_command_runs(command, here, monkeypatch, tiny_folder):
         arguments += small(recipe, tiny_folder)
     elif arguments[0] == "report":
         arguments[1] = make_report(monkeypatch, tiny_folder)
+    elif arguments[0] == "merge":
+        run(monkeypatch, ["train", "pairs", "--method", "pmle", "--data", "pairs.jsonl", *small("pairs", tiny_folder)])
     elif arguments[0] in ("evaluate", "frontier"):
         # Places of policies that earlier commands would have made.
         arguments = [f"{word.split('=')[0]}={tiny_folder}" if "=runs/" in word else word for word in arguments]

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from distalign.errors import InputError
 
@@ -38,6 +38,18 @@ class Section(BaseModel):
 def switch(value: object) -> object:
     """True and false for a section: its defaults, or none of it."""
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
+def _quantization(value: object) -> object:
+    """Null or "4bit". Raises ValueError naming what was meant."""
+    if value is None or value == "4bit":
+        return value
+    meant = "" if re.search("8|int|gptq|awq", str(value), re.IGNORECASE) else 'did you mean "4bit"? '
+    raise ValueError(f"quantization is {shown(value)}; {meant}it is null, or 4bit (bitsandbytes NF4)")
+
+
+# How a model's weights are put into fewer bits as they are loaded.
+Quantization = Annotated[Literal["4bit"] | None, BeforeValidator(_quantization)]
 
 
 def several(value: object) -> object:

@@ -180,11 +180,11 @@ def test_a_prompt_of_one_turn_has_no_earlier_turns():
 
 
 def test_what_is_far_from_every_setting_is_not_called_one(tmp_path):
-    """Quantization is no misspelled evaluation."""
+    """A vocabulary is no misspelled evaluation."""
     with pytest.raises(RecipeError) as refused:
-        load_recipe({"name": "x", "model": "m", "methods": {"dpo": None}, "quantization": 4, "data": {"train": "x"}})
+        load_recipe({"name": "x", "model": "m", "methods": {"dpo": None}, "vocabulary": 4, "data": {"train": "x"}})
     assert "did you mean" not in str(refused.value)
-    assert json.dumps("quantization") in str(refused.value)
+    assert json.dumps("vocabulary") in str(refused.value)
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):

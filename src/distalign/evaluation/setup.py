@@ -33,9 +33,20 @@ from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
 from distalign.models.load import Source, find_model, weights_digest
 from distalign.models.policy import trained_temperature
+from distalign.models.quantized import check_installed
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
 from distalign.rewards import Reward, Rewards, check_rewards, make_reward
-from distalign.settings import Count, Positive, RecipeError, Section, Seed, dump_yaml, find_recipe, read_settings
+from distalign.settings import (
+    Count,
+    Positive,
+    Quantization,
+    RecipeError,
+    Section,
+    Seed,
+    dump_yaml,
+    find_recipe,
+    read_settings,
+)
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -48,14 +59,15 @@ _NAME = re.compile(r"\w[\w.-]{0,79}")
 class Evaluation(Section):
     """Policies on the same held-out prompts.
 
-    model: the reference π₀, which every policy shares its tokenizer with. policies: name → folder, adapter or hub id.
-    prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`). pairs: held-out labelled
-    pairs, for what policies prefer. limit: the prompts to answer; rows count as one only if their prompt and all their
-    other columns are the same. target: a known target made of `model`. reward scores responses, judge compares
-    them (null: by the target's own preference, or by the reward where there is one; without either nothing is
-    compared). opponents: every two policies, or each with the reference alone. temperature: of what is sampled and
-    measured (null: the policies' own, which training wrote into their generation_config.json). gamma: sharpness of P_π
-    (null: found on the pairs by each policy, half judging the other half).
+    model: the reference π₀, which every policy shares its tokenizer with. quantization: "4bit" has its weights in 4
+    bits, as below adapters that were trained so (which are read as they were trained in any case). policies: name →
+    folder, adapter or hub id. prompts: a file of prompts (null: those of `pairs`, or the held-out ones of `target`).
+    pairs: held-out labelled pairs, for what policies prefer. limit: the prompts to answer; rows count as one only if
+    their prompt and all their other columns are the same. target: a known target made of `model`. reward scores
+    responses, judge compares them (null: by the target's own preference, or by the reward where there is one; without
+    either nothing is compared). opponents: every two policies, or each with the reference alone. temperature: of what
+    is sampled and measured (null: the policies' own, which training wrote into their generation_config.json). gamma:
+    sharpness of P_π (null: found on the pairs by each policy, half judging the other half).
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
@@ -64,6 +76,7 @@ class Evaluation(Section):
     model: str
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False
+    quantization: Quantization = None
     policies: Annotated[dict[str, str], Field(default_factory=dict)]
     prompts: str | None = None
     pairs: str | None = None
@@ -230,10 +243,12 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     `target` stands in for the settings' own. Raises InputError.
     """
     trust = settings.trust_remote_code
-    sources = {"reference": find_model(settings.model, trust_remote_code=trust)}
+    reference = find_model(settings.model, trust_remote_code=trust)
+    sources = {"reference": reference if settings.quantization is None else reference.in_4bit()}
     sources |= {name: find_model(place, trust_remote_code=trust) for name, place in settings.policies.items()}
     tokenizer = sources["reference"].tokenizer()
     _check_tokenizers(settings, sources, tokenizer.get_vocab())
+    _check_quantization(settings, sources)
     pairs, rows, statistics = _read(settings, tokenizer)
     prompts = _distinct(rows, tokenizer, settings.limit, statistics)
     if len(prompts) < 2:
@@ -253,6 +268,19 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     base = _load(settings, sources["reference"])
     target_model = None if settings.target is None or target is None else target.model(base, tokenizer)
     return EvaluationSetup(settings, sources, tokenizer, prompts, pairs, end_id, statistics, base, target_model)
+
+
+def _check_quantization(settings: Evaluation, sources: Mapping[str, Source]) -> None:
+    """Raise ModelError where 4-bit weights cannot be read; warn of distances that count their rounding."""
+    quantized = [name for name, source in sources.items() if source.quantization is not None]
+    if quantized:
+        check_installed(settings.name)
+    if quantized and "reference" not in quantized:
+        logger.warning(
+            "%s: %s was trained on 4-bit weights, and the reference's are not: distances between them count the "
+            "rounding too; set quantization=4bit",
+            settings.name, ", ".join(quantized),
+        )  # fmt: skip
 
 
 def _temperature(settings: Evaluation, sources: Mapping[str, Source]) -> float:

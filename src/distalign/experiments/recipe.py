@@ -33,6 +33,7 @@ from distalign.rewards import Rewards, follow_gamma
 from distalign.settings import (
     Count,
     NotNegative,
+    Quantization,
     RecipeError,
     Section,
     Seed,
@@ -115,6 +116,7 @@ class Recipe(Section):
     model: str
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False
+    quantization: Quantization = None
     lora: Annotated[Lora | None, BeforeValidator(switch, json_schema_input_type=Lora | bool | None)] = None
     data: DataSettings | None = None
     target: TargetSettings | None = None
@@ -160,6 +162,20 @@ class Recipe(Section):
                 raise ValueError(
                     f"recompute is {self.recompute} and training.{key} true: two settings of one thing; keep one"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _trainable_in_4bit(self) -> Recipe:
+        if self.quantization is None:
+            return self
+        if self.lora is None:
+            raise ValueError(
+                "quantization is 4bit and lora is off: 4-bit weights cannot be trained, an adapter on them can; add "
+                "lora: true"
+            )
+        for one in self.reward:
+            if one.train is not None:
+                one.train.check_4bit()
         return self
 
     @model_validator(mode="after")

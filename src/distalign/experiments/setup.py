@@ -77,6 +77,8 @@ def load_setup(recipe: Recipe, seed: int, *, measured: bool, target: Target | No
     recipe's own. The setup's recipe has numbers where the recipe says auto.
     """
     source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    source = source if recipe.quantization is None else source.in_4bit()
+    source.check_trainable(adapter=recipe.lora is not None)
     tokenizer = source.tokenizer()
     if recipe.data is not None:
         setup = _setup_of_data(recipe, recipe.data, seed, source, tokenizer, measured)

@@ -27,6 +27,7 @@ from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_r
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
 from distalign.models.policy import Policy, make_policy
+from distalign.models.quantized import check_installed
 from distalign.rewards import (
     RewardError,
     RewardSettings,
@@ -55,6 +56,8 @@ logger = logging.getLogger("distalign.experiments.train")
 CURVE_PROMPTS = 16
 # A reward that is trained waits here until all has been checked and an earlier run's may go.
 NEW_REWARD = "reward.new"
+# Where `distalign merge` puts a run's model.
+MERGED = "merged"
 
 
 def training_arguments(
@@ -128,6 +131,8 @@ def labels_choose_step(recipe: Recipe, name: str) -> bool:
 def check(recipe: Recipe, methods: Sequence[str]) -> None:
     """All that can be known to be wrong before a model is loaded. Raises InputError saying where and what to do."""
     held_out = recipe.data is None or recipe.data.eval is not None or recipe.data.held_out > 0
+    if recipe.quantization is not None:
+        check_installed(recipe.name)
     for name in methods:
         method = recipe.method(name)
         training_arguments(recipe, name, Path("unused"), held_out=held_out)
@@ -234,7 +239,7 @@ def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
     """
     old = load_recipe(folder / "recipe.yaml")
     before, now = ({**one.model_dump(), **_fixed_settings(one, name)} for one in (old, recipe))
-    for key in ("model", "dtype", "lora", "data", "target", "methods", "rollout", "batches", "seed"):
+    for key in ("model", "dtype", "quantization", "lora", "data", "target", "methods", "rollout", "batches", "seed"):
         if before[key] != now[key]:
             raise InputError(
                 f"{folder}: the run to go on with had {_difference(key, before[key], now[key])}; give the same, or "
@@ -389,9 +394,10 @@ def _forget(folder: Path, *, everything: bool) -> None:
     if not everything:
         remove(folder / "results.json")
         remove(folder / "report.html")
+        remove(folder / MERGED)
         return
     forget_results(folder)
-    for old in (folder / "metrics.jsonl", folder / SAVING, *checkpoints(folder)):
+    for old in (folder / "metrics.jsonl", folder / SAVING, folder / MERGED, *checkpoints(folder)):
         remove(old)
     if (folder / NEW_REWARD).is_dir():
         remove(folder / "reward")

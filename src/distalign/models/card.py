@@ -17,8 +17,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}")  # with peft installed, where it is an adapter
 tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+
+# Of an adapter that was trained on 4-bit weights.
+USE_4BIT = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+# An adapter on weights in 4 bits, as it was trained: with peft and bitsandbytes installed.
+weights = BitsAndBytesConfig({arguments})
+model = AutoModelForCausalLM.from_pretrained("{place}", quantization_config=weights)
+tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```
 
+On the base's own weights the adapter gives another distribution: `distalign merge` makes one model of both, and says
+how far from this one it is."""
+
+SAMPLING = """\
 Its distribution is softmax(logits / {temperature:g}), all of it: temperature {temperature:g}, top_p 1, top_k 0, as
 `generation_config.json` says. Other sampling settings draw from another distribution."""
 
@@ -42,25 +56,30 @@ def model_card(
     dataset_name: str | None = None,
     tags: Sequence[str] = (),
     adapter: Mapping[str, Any] | None = None,
+    quantization: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
 ) -> str:
     """Markdown with the hub's metadata block. `results` are the last numbers measured on held-out pairs.
 
     `model_name` is the title, `dataset_name` and `tags` go into the metadata, `adapter` are the settings of a trained
-    adapter.
+    adapter, `quantization` those of the 4-bit weights below it.
     """
     on_hub = base_model.count("/") == 1 and base_model[0] not in "./~" and not Path(base_model).exists()
     hub_id = f"base_model: {base_model}\n" if on_hub else ""
     datasets = f"datasets:\n- {dataset_name}\n" if dataset_name else ""
     listed = "\n".join(f"- {tag}" for tag in ("distalign", "preference-learning", name, *tags))
     library = "peft" if adapter else "transformers"
+    place = model_name or "path/to/this/folder"
+    weights = {} if quantization is None else {"base_weights": f"4 bits ({quantization['bnb_4bit_quant_type']})"}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in (quantization or {}).items())
+    use = USE.format(place=place) if quantization is None else USE_4BIT.format(place=place, arguments=arguments)
     lines = [
         f"---\nlibrary_name: {library}\n{hub_id}{datasets}tags:\n{listed}\n---",
         f"# {model_name or f'{base_model}, trained with {name.upper()}'}",
         f"Trained on pairwise preferences with distalign. Method: {name} ({method.source}).",
-        "## Use\n" + USE.format(place=model_name or "path/to/this/folder", temperature=temperature),
+        f"## Use\n{use}\n\n{SAMPLING.format(temperature=temperature)}",
         "## Method settings\n" + _bullets(masked(asdict(method))),
-        "## Training settings\n" + _bullets(masked({**training, **(adapter or {})})),
+        "## Training settings\n" + _bullets(masked({**training, **(adapter or {}), **weights})),
         "## Data\n" + _bullets(masked(data)),
         "## On held-out pairs\n" + (_bullets(results) or "Not measured."),
         f"## Citation\n```bibtex\n{CITATION}\n```",

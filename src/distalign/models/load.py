@@ -9,9 +9,9 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from distalign.errors import InputError
 from distalign.models import everyday
+from distalign.models.quantized import NF4, check_installed, is_quantized, keep_exact, read_note
 from distalign.models.verify import ModelError, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
@@ -52,7 +54,8 @@ _DIGESTS: dict[tuple[Any, ...], Any] = {}
 class Source:
     """Where a model is read from. `path` is a folder or hub id; `origin` says in words where it came from.
 
-    `adapter` is a folder that save_pretrained of PEFT wrote: its adapter is merged into the model.
+    `adapter` is a folder that save_pretrained of PEFT wrote: its adapter is merged into the model. `quantization` says
+    how the weights are put into 4 bits as they are loaded; an adapter then stays on top of them.
     """
 
     name: str
@@ -60,6 +63,32 @@ class Source:
     origin: str
     trust_remote_code: bool = False
     adapter: str | None = None
+    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def in_4bit(self, quantization: Mapping[str, Any] = NF4) -> Source:
+        """The same model, its weights in 4 bits. Raises ModelError without bitsandbytes, and for an adapter."""
+        check_installed(f"model {self.name}")
+        if self.adapter is not None:
+            raise ModelError(
+                f"model {self.name}: is an adapter, and 4-bit weights take none in; make one model of it and its base "
+                f"(distalign merge {self.name}) and name that"
+            )
+        return replace(self, quantization=quantization)
+
+    def check_trainable(self, *, adapter: bool) -> None:
+        """Raise ModelError for quantised weights that training would have to change; `adapter`: it trains a new one."""
+        if self.quantization is None and not self.holds_4bit():
+            return
+        if self.adapter is not None:
+            raise ModelError(
+                f"model {self.name}: is an adapter on 4-bit weights, which take none in; make one model of it and its "
+                f"base (distalign merge {self.name}) and train that"
+            )
+        if not adapter:
+            raise ModelError(
+                f"model {self.name}: quantised weights cannot be trained; train an adapter on them (lora: true in a "
+                "recipe, peft_config in Python)"
+            )
 
     @property
     def tokenizer_path(self) -> str:
@@ -87,6 +116,8 @@ class Source:
 
         Its adapter is merged into it; not into quantised weights, which merging would round again.
         """
+        if self.quantization is not None:
+            check_installed(f"model {self.name}")
         with _explained(self.name):
             model: Any = load_verified(
                 AutoModelForCausalLM,
@@ -94,12 +125,29 @@ class Source:
                 self.path,
                 dtype=dtype if dtype == "auto" else getattr(torch, dtype),
                 trust_remote_code=self.trust_remote_code,
+                **self._in_4bit(dtype, device or torch.device("cpu")),
             )
             model = model if device is None else model.to(device)
+            keep_exact(f"model {self.name}", model)
             if self.adapter is not None:
-                model = load_adapter(f"model {self.name}", model, self.adapter)
-                model = model if getattr(model, "is_quantized", False) else model.merge_and_unload()
+                quantized = is_quantized(model)
+                adapted = load_adapter(f"model {self.name}", model, self.adapter)
+                # The layers of the base have the adapter in them.
+                model = adapted.get_base_model() if quantized else adapted.merge_and_unload()
             return model.eval()
+
+    def holds_4bit(self) -> bool:
+        """Whether its files hold weights that bitsandbytes has quantised."""
+        held = getattr(self.config(), "quantization_config", None) or {}
+        return held.get("quant_method") == "bitsandbytes"
+
+    def _in_4bit(self, dtype: str, device: torch.device) -> dict[str, Any]:
+        """What `from_pretrained` takes for 4-bit weights; nothing for others, and for files that hold them already."""
+        if self.quantization is None or self.holds_4bit():
+            return {}
+        own = (self.config().dtype or torch.float32) if dtype == "auto" else dtype
+        settings = {"bnb_4bit_compute_dtype": str(own).removeprefix("torch."), **self.quantization}
+        return {"quantization_config": BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
 def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
@@ -211,6 +259,8 @@ def weights_digest(source: Source) -> str:
                             digest.update(block)
                     _DIGESTS[seen] = digest
                 digest = _DIGESTS[seen].copy()
+    if source.quantization is not None:
+        digest.update(json.dumps(dict(source.quantization), sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -220,7 +270,8 @@ def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
     with _explained(name):
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         source = find_model(base, trust_remote_code=trust_remote_code)
-    return replace(source, name=name, origin=f"{source.origin}, with the adapter {name}", adapter=str(folder))
+    origin = f"{source.origin}, with the adapter {name}"
+    return replace(source, name=name, origin=origin, adapter=str(folder), quantization=read_note(folder))
 
 
 @contextmanager

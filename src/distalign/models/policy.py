@@ -26,6 +26,7 @@ from distalign.engine import Group, Reference, score
 from distalign.engine.forward import evaluating
 from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
+from distalign.models.quantized import is_quantized, keep_exact, write_note
 from distalign.settings import Count, Positive, Section, Share
 
 logger = logging.getLogger("distalign.models.policy")
@@ -157,16 +158,23 @@ class Policy:
         """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card.
 
         `sampling` says how to draw from it, in place of what its base said (`whole_distribution`).
-        An adapter on a model that another adapter was merged into is always merged, for its base is in no folder.
+        An adapter on a model that another adapter was merged into is always merged, for its base is in no folder. Into
+        quantised weights none is merged (`distalign.models.merge`): raises ModelError.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         model: Any = self.model
+        if merge and is_quantized(model):
+            raise ModelError(
+                f"model {self.source.name}: an adapter is not merged into quantised weights, which would round it "
+                "away; save it, and merge it with distalign merge"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
         if (merge or self.source.adapter is not None) and isinstance(model, PeftModel):
             model = copy.deepcopy(model).merge_and_unload()
         own = model.generation_config
         model.generation_config = sampling or own
         model.save_pretrained(folder, safe_serialization=True)
         model.generation_config = own
+        write_note(model, folder)
         self.tokenizer.save_pretrained(folder)
         if sampling is not None:
             # Beside an adapter PEFT writes none.
@@ -212,9 +220,13 @@ def make_policy(
     """A policy that starts at `base`, which stays as it is.
 
     With `lora` the policy shares every weight with `base` and adds its own adapter.
-    Without it all weights are copied and trained. Raises ModelError for an adapter that does not fit the model.
+    Without it all weights are copied and trained. Raises ModelError for an adapter that does not fit the model, and for
+    quantised weights without one.
     """
+    keep_exact(f"model {source.name}", base)
     if lora is None:
+        if is_quantized(base):
+            raise ModelError(f"model {source.name}: quantised weights cannot be trained; train an adapter (lora)")
         model = copy.deepcopy(base)
         model.requires_grad_(True)
         return Policy(model, tokenizer, source, base.requires_grad_(False) if reference else None)
@@ -243,8 +255,9 @@ def adapter_off(model: PeftModel) -> Callable[[], AbstractContextManager[nn.Modu
 
 def share(model: AnyModel) -> AnyModel:
     """A second model of the same weights: modules of its own, no memory of its own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    # The scales of 4-bit weights are neither parameters nor buffers.
+    states = [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
+    return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers(), *states)})
 
 
 def _top_layers(model: PreTrainedModel, top: int, name: str) -> tuple[list[tuple[int, nn.Module]], str]:

@@ -98,11 +98,18 @@ def check_finite(label: str, weights: nn.Module | Mapping[str, torch.Tensor]) ->
         weights.named_parameters() if isinstance(weights, nn.Module) else weights.items()
     )
     for key, tensor in named:
-        if not tensor.is_floating_point() or tensor.device.type == "meta":
-            continue
+        parts = [part for part in _parts(tensor) if part.is_floating_point() and part.device.type != "meta"]
         # torch cannot ask float8 itself.
-        if not (tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all():
+        if not all((part.float() if part.element_size() == 1 else part).isfinite().all() for part in parts):
             raise ModelError(f"{label}: the tensor {key} holds NaN or infinite numbers; take another checkpoint")
+
+
+def _parts(tensor: Any) -> list[torch.Tensor]:
+    """The tensor; of 4-bit weights the scales too, in which NaN and infinite numbers of a block are found."""
+    state = getattr(tensor, "quant_state", None)
+    scales = (state, getattr(state, "state2", None))
+    found = [tensor, getattr(state, "offset", None), *(getattr(one, "absmax", None) for one in scales)]
+    return [part for part in found if isinstance(part, torch.Tensor)]
 
 
 def _few(names: Collection[str], most: int = 4) -> str:

@@ -26,6 +26,7 @@ from distalign.errors import InputError
 from distalign.methods.preference import bradley_terry_nll
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
+from distalign.models.quantized import is_quantized
 from distalign.progress import progress
 from distalign.rewards.base import RewardError
 from distalign.rewards.heads import HeadName, Tilt, embeddings, new_head
@@ -98,6 +99,8 @@ def train_reward(
             f"reward.train: {len(train)} training and {len(held)} held-out pairs; those measure it: give "
             "data.eval, or a larger data.held_out"
         )
+    if is_quantized(base):
+        settings.check_4bit()
     gamma = None if settings.init == "scratch" else (settings.gamma or gamma)
     if settings.init == "policy" and gamma is None:
         raise RewardError("reward.train: init is policy, which needs gamma; set reward.train.gamma")

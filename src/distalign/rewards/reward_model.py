@@ -40,6 +40,7 @@ from distalign.errors import DAMAGED
 from distalign.methods.preference import induced_reward
 from distalign.models.load import Source
 from distalign.models.policy import Lora, make_policy
+from distalign.models.quantized import quantization_of
 from distalign.models.targets import with_logit_bias
 from distalign.models.verify import check_complete, check_finite
 from distalign.rewards.base import Request, RewardError, finite
@@ -95,6 +96,15 @@ class RewardTraining(Section):
                     "leave it out"
                 )
         return self
+
+    def check_4bit(self) -> None:
+        """Raise RewardError for what cannot be trained, or saved, where the policy's weights are in 4 bits."""
+        if self.init == "scratch" or self.backbone == "full":
+            found = "init: scratch" if self.init == "scratch" else "backbone: full"
+            raise RewardError(
+                f"reward.train: {found} needs the model's weights as they were, and here they are in 4 bits; take "
+                "init: policy with backbone: frozen or lora, or train the reward without quantization"
+            )
 
 
 class TrainedReward:
@@ -266,6 +276,7 @@ def save_reward(
         "base_model": origin.source.name,
         "lora": settings.lora.model_dump() if settings.backbone == "lora" else None,
         "vocabulary": _fingerprint(origin.tokenizer),
+        "quantization": quantization_of(reward.base),
         "probe": {"prompt": pair.prompt, "response": pair.chosen, "logp": _logp(reward.base, pair.prompt, pair.chosen)},
     }
     numbers = {key: value._asdict() for key, value in results.items()}
@@ -290,6 +301,12 @@ def load_reward(
             raise RewardError(
                 f"reward {folder}: it reads the tokens of {about['base_model']}, which are not the policy's; train a "
                 "reward with this policy's model"
+            )
+        if bool(about.get("quantization")) != (quantization_of(base) is not None):
+            known, own = ("4-bit weights", "not") if about.get("quantization") else ("full weights", "in 4 bits")
+            raise RewardError(
+                f"reward {folder}: it was trained on {known} of {about['base_model']}, and those here are {own}; set "
+                f"quantization: {'4bit' if about.get('quantization') else 'null'}, or train it again"
             )
         trunk = _untrained_trunk(about, base, tokenizer)
         head = new_head(about["head"], base)

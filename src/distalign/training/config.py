@@ -89,7 +89,8 @@ class AlignmentConfig(TrainingArguments):
         reward_weights: a weight for each of `reward_funcs` (None: 1).
         reward_timeout: seconds that one call of a reward function may take.
     Model and memory:
-        model_init_kwargs: for a model given by name: "dtype" ("float32", "bfloat16", "auto") and "trust_remote_code".
+        model_init_kwargs: for a model given by name: "dtype" ("float32", "bfloat16", "auto"), "trust_remote_code" and
+            "quantization_config" (a BitsAndBytesConfig of 4 bits, or its arguments; it wants an adapter).
         token_budget: tokens of a micro-batch (None: chosen once from free memory, saved and kept on resume).
         recompute: what the backward pass computes again to need less memory: "none", "selective" or "full".
     Health:
@@ -185,11 +186,18 @@ class AlignmentConfig(TrainingArguments):
         dtype = str((self.model_init_kwargs or {}).get("dtype", "auto")).removeprefix("torch.")
         if dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise TrainingError(f"AlignmentConfig: dtype is {dtype}; take one of float32, bfloat16, float16, auto")
-        unknown = set(self.model_init_kwargs or {}) - {"dtype", "trust_remote_code"}
+        unknown = set(self.model_init_kwargs or {}) - {"dtype", "trust_remote_code", "quantization_config"}
         if unknown:
             raise TrainingError(
-                f"AlignmentConfig: model_init_kwargs has {', '.join(sorted(unknown))}; by name a model takes dtype and "
-                "trust_remote_code: for anything else load it yourself and pass the model"
+                f"AlignmentConfig: model_init_kwargs has {', '.join(sorted(unknown))}; by name a model takes dtype, "
+                "trust_remote_code and quantization_config: for anything else load it yourself and pass the model"
+            )
+        config = (self.model_init_kwargs or {}).get("quantization_config")
+        four_bit = config.get("load_in_4bit") if isinstance(config, Mapping) else getattr(config, "load_in_4bit", False)
+        if config is not None and not four_bit:
+            raise TrainingError(
+                "AlignmentConfig: quantization_config is not of 4 bits; give BitsAndBytesConfig(load_in_4bit=True, "
+                'bnb_4bit_quant_type="nf4"), or load the model yourself and pass it'
             )
 
     @property

@@ -37,6 +37,7 @@ from distalign.data.labels import label_warnings
 from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model
 from distalign.models.policy import Policy, adapter_off, make_policy, share
+from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.rewards import (
     ClassifierReward,
     ColumnReward,
@@ -215,8 +216,10 @@ def find_source(model: Model, args: AlignmentConfig) -> Source:
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ModelError(f"model is a {type(model).__name__}; give a name, a folder, a PreTrainedModel or a PeftModel")
     if isinstance(model, str):
-        trust = bool((args.model_init_kwargs or {}).get("trust_remote_code", False))
-        return find_model(model, trust_remote_code=trust)
+        settings = args.model_init_kwargs or {}
+        source = find_model(model, trust_remote_code=bool(settings.get("trust_remote_code", False)))
+        config = settings.get("quantization_config")
+        return source if config is None else source.in_4bit(settings_of(config))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = str(getattr(base, "name_or_path", "") or type(base).__name__)
     return Source(name, name, "given as an object")
@@ -252,19 +255,24 @@ def load_policy(
 
     A `PeftModel` trains its own adapter, and its reference is the model with the adapter off. With `peft_config` a
     model gets a new adapter. Otherwise all its weights are trained, in place; the reference is then a frozen copy.
+    Raises ModelError for quantised weights without an adapter, by name before they are loaded.
     """
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise TrainingError("model has an adapter and peft_config asks for another; give one of them")
+        keep_exact(f"model {source.name}", model)
         shared: Any = share(model) if frozen else None
         policy = Policy(model, tokenizer, source, adapter_off(model), new_adapter=False)
         return policy, shared.unload() if frozen else None
     if not isinstance(model, str):
+        if is_quantized(model) and peft_config is None:
+            raise ModelError(f"model {source.name}: quantised weights cannot be trained; pass peft_config")
         model.to(args.device)  # pyright: ignore[reportArgumentType]
     else:
+        source.check_trainable(adapter=peft_config is not None)
         dtype = str((args.model_init_kwargs or {}).get("dtype", "float32")).removeprefix("torch.")
         # An adapter that was merged leaves the weights frozen.
-        model = source.model(dtype, args.device).requires_grad_(True)
+        model = source.model(dtype, args.device).requires_grad_(peft_config is None)
     if peft_config is not None:
         return make_policy(model, tokenizer, source, lora=peft_config, reference=True), model
     copied = copy.deepcopy(model).requires_grad_(False).eval() if reference or frozen else None
@@ -303,7 +311,11 @@ def check_reward_funcs(
         check_rewards(settings, conversational=rows.conversational)
     if any(isinstance(reward, ColumnReward) for reward in rewards):
         check_columns(label, method.needs, rows.pairs)
-    if any(isinstance(reward, RewardTraining) for reward in rewards):
+    trained = [reward for reward in rewards if isinstance(reward, RewardTraining)]
+    if (args.model_init_kwargs or {}).get("quantization_config") is not None:
+        for reward in trained:
+            reward.check_4bit()
+    if trained:
         if not rows.pairs:
             raise RewardError("reward_funcs: a reward is trained on pairs, and train_dataset has prompts alone")
         if len(rows.first_held_out) < 2:

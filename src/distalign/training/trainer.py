@@ -46,6 +46,7 @@ from distalign.methods.preference import preference_nll
 from distalign.models.card import add_licence, model_card
 from distalign.models.load import positions
 from distalign.models.policy import Policy, whole_distribution
+from distalign.models.quantized import quantization_of, write_note
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
@@ -761,6 +762,7 @@ class AlignmentTrainer(ResumableTrainer):
             if self.processes.first:
                 folder = Path(output_dir or self._folder)
                 (folder / "training_args.bin").unlink(missing_ok=True)
+                write_note(self.policy.model, folder)
                 whole_distribution(self.temperature, self.rollout.end_ids).save_pretrained(folder)
         else:
             self.save_policy(Path(output_dir or self._folder))
@@ -828,6 +830,7 @@ class AlignmentTrainer(ResumableTrainer):
             training={**training, "kept_step": self.kept_step, "seed": args.seed},
             results=self.last_evaluation(),
             adapter=self._adapter(),
+            quantization=quantization_of(self.policy.model),
             temperature=self.temperature,
             **more,
         )
