@@ -37,13 +37,34 @@ def small_model() -> Any:
     return LlamaForCausalLM(config)
 
 
+def llama_1b() -> Any:
+    """The shape of Llama-3.2-1B, with random weights: for a GPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config)
+
+
 MODELS: dict[str, Callable[[], Any]] = {
     "smollm2-135m": lambda: find_model("smollm2-135m-instruct").model(),
     "small-32k": small_model,
+    "llama-1b": llama_1b,
 }
 
-# Prompts of one step: what a few minutes on one core allow.
-PROMPTS = {"smollm2-135m": 4, "small-32k": 8}
+# What a CPU measures, if nothing else is named.
+ON_CPU = ["smollm2-135m", "small-32k"]
+
+# Prompts of one step: what a few minutes on one core allow, or on a GPU.
+PROMPTS = {"smollm2-135m": 4, "small-32k": 8, "llama-1b": 16}
 
 
 @dataclass(frozen=True)

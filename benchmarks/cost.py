@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import MODELS, Workload, body_size, facts, useful_operations
+from common import MODELS, ON_CPU, Workload, body_size, facts, useful_operations
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -98,7 +98,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     """Measure, show, and write the JSON file after every row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=ON_CPU)
     parser.add_argument("--shapes", type=lambda text: text.split(","), default=list(SHAPES))
     parser.add_argument("--responses", type=lambda text: [int(n) for n in text.split(",")], default=[2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3)

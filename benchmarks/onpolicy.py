@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from common import DTYPES, MODELS, PROMPTS, Machine, facts, ratio
+from common import DTYPES, MODELS, ON_CPU, PROMPTS, Machine, facts, ratio
 from rich.console import Console
 from rich.table import Table
 from sides import ROUNDS, Job, Side
@@ -82,7 +82,7 @@ def show(rows: Sequence[dict]) -> None:
 def main(arguments: Sequence[str] | None = None) -> list[dict]:
     """Measure, show, and write the JSON file after every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(PROMPTS))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=ON_CPU)
     parser.add_argument("--methods", type=lambda text: text.split(","), default=list(ROUNDS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, help="prompts a step; by default 4 of the 135M, 8 of the small model")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from common import MODELS, PROMPTS, facts
+from common import ON_CPU, PROMPTS, facts
 from sides import Job, Side, reference_logps
 
 
@@ -57,7 +57,7 @@ def measure(model: str, work: str, steps: int) -> dict:
 def main(arguments: Sequence[str] | None = None) -> list[dict]:
     """Measure, show, and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=list(MODELS))
+    parser.add_argument("--models", type=lambda text: text.split(","), default=ON_CPU)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where the numbers go")
     options = parser.parse_args(arguments)

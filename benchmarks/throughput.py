@@ -35,7 +35,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from common import DTYPES, MODELS, PROMPTS, WORKLOADS, Machine, facts, ratio
+from common import DTYPES, MODELS, ON_CPU, PROMPTS, WORKLOADS, Machine, facts, ratio
 from rich.console import Console
 from rich.table import Table
 from sides import Job, Side, gradient_error, reference_logps
@@ -156,7 +156,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     sides = sorted({side for against in AGAINST.values() for side in against})
     several = {"models": MODELS, "workloads": WORKLOADS, "settings": SETTINGS, "against": sides}
     for name, known in several.items():
-        parser.add_argument(f"--{name}", type=names, default=list(known))
+        parser.add_argument(f"--{name}", type=names, default=ON_CPU if name == "models" else list(known))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, help="prompts a step; by default 4 of the 135M, 8 of the small model")
     parser.add_argument("--threads", type=int, default=1)

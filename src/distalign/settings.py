@@ -107,9 +107,12 @@ class _Loader(yaml.SafeLoader):
             self._level -= 1
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Raises MarkedYAMLError for a text that is not what its tag says, such as `!!int x`."""
+        """Raises MarkedYAMLError for a text that is not what its tag says, such as `!!int x`, or holds half a character."""
         try:
-            return super().construct_object(node, deep)
+            made = super().construct_object(node, deep)
+            if isinstance(made, str):
+                made.encode()
+            return made
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             kind, reason = node.tag.rpartition(":")[2], " ".join(str(error).split())[:80]
             raise yaml.MarkedYAMLError(None, None, f"this is no {kind}: {reason}", node.start_mark) from None

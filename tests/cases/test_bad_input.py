@@ -40,13 +40,25 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: !!bool maybe\n", "this is no bool"),
         ("a: !!timestamp z\n", "this is no timestamp"),
         ("a: !!map x\n", "expected a mapping node"),
+        ('a: "\\ud800"\n', "surrogates not allowed"),
         ("a: " + "1" * 5000 + "\n", "this is no int"),
         (BOMB, "aliases that make it too large"),
         ("a: &a [*a]\n", "an alias of what it stands in"),
         ("a: " + "[" * 3000 + "\n", "more than 50 levels"),
         ("a: " + "{a: " * 500 + "\n", "more than 50 levels"),
     ],
-    ids=["tag", "tag of a word", "tag of a date", "tag of a mapping", "number", "bomb", "loop", "deep", "deep mapping"],
+    ids=[
+        "tag",
+        "tag of a word",
+        "tag of a date",
+        "tag of a mapping",
+        "half a character",
+        "number",
+        "bomb",
+        "loop",
+        "deep",
+        "deep mapping",
+    ],
 )
 def test_yaml_is_bounded_and_its_tags_are_checked(tmp_path, text, said):
     """In a file and in a flag, with the line, at once."""

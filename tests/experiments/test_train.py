@@ -398,7 +398,7 @@ def test_nothing_is_deleted_before_everything_is_checked(place, tmp_path, monkey
         with pytest.raises(InputError):
             again(wrong)
     with monkeypatch.context() as patch:
-        patch.setattr("distalign.training.trainer.check_trained", refuse)
+        patch.setattr("distalign.training.inputs.check_trained", refuse)
         with pytest.raises(TrainingError, match="seen by the trainer"):
             again()
     with locked(folder):

@@ -11,13 +11,21 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
 
 from distalign.data import (
     Data,
@@ -34,8 +42,9 @@ from distalign.data import (
     read_prompts,
 )
 from distalign.data.labels import label_warnings
+from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS, Method
-from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model
+from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
 from distalign.models.policy import Policy, adapter_off, make_policy, share
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.rewards import (
@@ -112,6 +121,44 @@ class Rows:
         """The held-out pairs, or the first set of several."""
         sets = self.held_out
         return next(iter(sets.values()), []) if isinstance(sets, dict) else (sets or [])
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller gave that can be read without weights. `encode` makes pairs of rows as this run does."""
+
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+    encode: Callable[[Any, str], list[EncodedPair]]
+    rewards: list[RewardFunc]
+    end_id: int
+
+
+def read_given(
+    label: str,
+    method: Method,
+    args: AlignmentConfig,
+    *,
+    model: Model | Policy,
+    processing_class: object,
+    train: RowSource | None,
+    held_out: RowSource | Mapping[str, RowSource] | None,
+    reward_funcs: RewardFunc | Sequence[RewardFunc] | None,
+) -> Given:
+    """Everything that can be known before weights are loaded, checked. Raises InputError for what cannot be used."""
+    check_arguments(label, args)
+    rewards = reward_list(reward_funcs)
+    check_given(label, method, args, rewards=bool(rewards), held_out=held_out)
+    source = model.source if isinstance(model, Policy) else find_source(model, args)
+    config = source.config() if isinstance(model, str) else config_of(model)
+    check_end_token(config, args)
+    tokenizer = find_tokenizer(model, processing_class, source)
+    encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
+    rows = read_rows(train, held_out, tokenizer, method, encode)
+    check_rows(rows, source, config, method, args)
+    check_reward_funcs(label, method, rewards, rows, args)
+    return Given(source, tokenizer, rows, encode, rewards, response_end(rows, tokenizer, args))
 
 
 def read_rows(
@@ -242,6 +289,41 @@ def find_tokenizer(model: Model | Policy, processing_class: object, source: Sour
 
 
 def load_policy(
+    label: str,
+    method: Method,
+    args: AlignmentConfig,
+    given: Given,
+    model: Model | Policy,
+    peft_config: PeftConfig | None,
+    optimizer: torch.optim.Optimizer | None,
+) -> tuple[Policy, PreTrainedModel | None]:
+    """The policy as it is trained by a method, and the model that it starts from, if rewards ask for it.
+
+    Raises ModelError and TrainingError for what cannot be trained.
+    """
+    if isinstance(model, Policy):
+        policy, base = model, None
+    else:
+        set_seed(args.seed)
+        reference, frozen = method.needs.reference or method.needs.kl, needs_base(given.rewards)
+        policy, base = _make_policy(
+            model, given.tokenizer, given.source, peft_config, args, reference=reference, frozen=frozen
+        )
+    check_policy(label, method, policy)
+    check_trained(label, policy.model, optimizer)
+    if args.recompute != "none":
+        try:
+            set_recompute(policy.model, args.recompute)
+        except ValueError as error:
+            raise TrainingError(f"{label}: recompute is {args.recompute}: {error}; leave it out") from None
+    if is_on_policy(method):
+        policy.disable_dropout()
+    if method.needs.values:
+        policy.add_value_head()
+    return policy, base
+
+
+def _make_policy(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     source: Source,
@@ -340,17 +422,9 @@ def _named(reward: RewardFunc) -> RewardSettings | None:
     return RewardSettings(train=reward) if isinstance(reward, RewardTraining) else None
 
 
-def load_rewards(
-    rewards: Sequence[RewardFunc],
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    source: Source,
-    base: Any,
-    args: AlignmentConfig,
-    *,
-    token_budget: int,
-) -> Reward | None:
+def load_rewards(given: Given, base: Any, args: AlignmentConfig, *, token_budget: int) -> Reward | None:
     """One reward of all that were given, summed with their weights; None of none. Raises RewardError."""
+    rewards, rows, tokenizer, source = given.rewards, given.rows, given.tokenizer, given.source
 
     def load(reward: RewardFunc) -> Reward:
         if isinstance(reward, Reward):

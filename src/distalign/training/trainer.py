@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -32,19 +32,17 @@ from transformers import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    set_seed,
 )
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, score, score_in_batches
 from distalign.engine.forward import evaluating, redirect
-from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory, set_recompute
+from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory
 from distalign.engine.packing import FORWARD_BUDGET
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
 from distalign.models.card import add_licence, model_card
-from distalign.models.load import positions
 from distalign.models.policy import Policy, whole_distribution
 from distalign.models.quantized import quantization_of, write_note
 from distalign.progress import progress
@@ -62,24 +60,10 @@ from distalign.training.inputs import (
     RewardFunc,
     RowSource,
     as_method,
-    check_arguments,
-    check_end_token,
-    check_given,
-    check_policy,
-    check_reward_funcs,
-    check_rows,
-    check_trained,
-    config_of,
     expected_lengths,
-    find_source,
-    find_tokenizer,
     load_policy,
     load_rewards,
-    needs_base,
-    read_pairs_of,
-    read_rows,
-    response_end,
-    reward_list,
+    read_given,
 )
 from distalign.training.processes import Processes
 from distalign.training.prompts import (
@@ -177,43 +161,20 @@ class AlignmentTrainer(ResumableTrainer):
         self.needs, self.on_policy = self.method.needs, is_on_policy(self.method)
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
-        check_arguments(self.label, args)
+        given = read_given(
+            self.label,
+            self.method,
+            args,
+            model=model,
+            processing_class=processing_class,
+            train=train_dataset,
+            held_out=eval_dataset,
+            reward_funcs=reward_funcs,
+        )
+        policy, base = load_policy(self.label, self.method, args, given, model, peft_config, optimizers[0])
+        self.policy, self.statistics, self._encode = policy, given.rows.statistics, given.encode
+        self.rows: list[Any] = given.rows.train
         self.processes = Processes.of(args)
-        rewards = reward_list(reward_funcs)
-        check_given(self.label, self.method, args, rewards=bool(rewards), held_out=eval_dataset)
-
-        # What can be read without weights is read, and refused, before they are loaded.
-        source = model.source if isinstance(model, Policy) else find_source(model, args)
-        config = source.config() if isinstance(model, str) else config_of(model)
-        check_end_token(config, args)
-        tokenizer = find_tokenizer(model, processing_class, source)
-        self._encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
-        data = read_rows(train_dataset, eval_dataset, tokenizer, self.method, self._encode)
-        check_rows(data, source, config, self.method, args)
-        check_reward_funcs(self.label, self.method, rewards, data, args)
-        end_id = response_end(data, tokenizer, args)
-
-        if isinstance(model, Policy):
-            policy, base = model, None
-        else:
-            set_seed(args.seed)
-            reference = self.needs.reference or self.needs.kl
-            policy, base = load_policy(
-                model, tokenizer, source, peft_config, args, reference=reference, frozen=needs_base(rewards)
-            )
-        check_policy(self.label, self.method, policy)
-        check_trained(self.label, policy.model, optimizers[0])
-        if args.recompute != "none":
-            try:
-                set_recompute(policy.model, args.recompute)
-            except ValueError as error:
-                raise TrainingError(f"{self.label}: recompute is {args.recompute}: {error}; leave it out") from None
-        self.policy, self.statistics = policy, data.statistics
-        self.rows: list[Any] = data.train
-        if self.on_policy:
-            policy.disable_dropout()
-        if self.needs.values:
-            policy.add_value_head()
         # The forward that accelerate wraps in its autocast; it is put back after training.
         self._own_forward = vars(policy.model).get("forward")
         super().__init__(
@@ -221,8 +182,8 @@ class AlignmentTrainer(ResumableTrainer):
             args=args,
             data_collator=lambda items: {"indices": [i for i, _ in items], "rows": [row for _, row in items]},
             train_dataset=list(enumerate(self.rows)),  # pyright: ignore[reportArgumentType]
-            eval_dataset=data.held_out,  # pyright: ignore[reportArgumentType]
-            processing_class=tokenizer,
+            eval_dataset=given.rows.held_out,  # pyright: ignore[reportArgumentType]
+            processing_class=given.tokenizer,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -234,16 +195,9 @@ class AlignmentTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.token_budget = args.token_budget
-        reward = load_rewards(
-            rewards,
-            data,
-            tokenizer,
-            source,
-            base or policy.model,
-            args,
-            token_budget=self.token_budget or FORWARD_BUDGET,
-        )
-        self.rollout = Rollout(args.rollout, end_id, reward, end_ids(policy.model, end_id), self.processes)
+        reward = load_rewards(given, base or policy.model, args, token_budget=self.token_budget or FORWARD_BUDGET)
+        ends = end_ids(policy.model, given.end_id)
+        self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
