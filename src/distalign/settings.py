@@ -107,7 +107,7 @@ class _Loader(yaml.SafeLoader):
             self._level -= 1
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Raises MarkedYAMLError for a text that is not what its tag says, such as `!!int x`, or holds half a character."""
+        """Raises MarkedYAMLError for a text that is not what its tag says (`!!int x`), or holds half a character."""
         try:
             made = super().construct_object(node, deep)
             if isinstance(made, str):
