@@ -58,6 +58,7 @@ from distalign.training.inputs import (
     Model,
     RewardFunc,
     RowSource,
+    adapter_of,
     as_method,
     check_arguments,
     check_end_token,
@@ -77,6 +78,7 @@ from distalign.training.inputs import (
     read_rows,
     response_end,
     reward_list,
+    server_of,
 )
 from distalign.training.prompts import (
     Batch,
@@ -186,6 +188,7 @@ class AlignmentTrainer(ResumableTrainer):
         check_rows(data, source, config, self.method, args)
         check_reward_funcs(self.label, self.method, rewards, data, args)
         end_id = response_end(data, tokenizer, args)
+        server = server_of(self.label, self.method, args, source, adapter_of(model, peft_config))
 
         if isinstance(model, Policy):
             policy, base = model, None
@@ -236,6 +239,7 @@ class AlignmentTrainer(ResumableTrainer):
             token_budget=self.token_budget or FORWARD_BUDGET,
         )
         self.rollout = Rollout(args.rollout, end_id, reward, end_ids(policy.model, end_id))
+        self.rollout.backend = server or self.rollout.backend
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
@@ -650,9 +654,10 @@ class AlignmentTrainer(ResumableTrainer):
             return {}
         if self.on_policy:
             return self.monitor.update({"logps/chosen": chosen_logps}, self.state.global_step)
-        limit, budget = self.monitor.settings.prompts, self._budget()
+        limit, budget, seed = self.monitor.settings.prompts, self._budget(), self.args.seed
+        step, policy, rollout = self.state.global_step, self.policy, self.rollout
         metrics = self.run(
-            lambda: observe(self.policy, self.rollout, rows, limit=limit, token_budget=budget, seed=self.args.seed)
+            lambda: observe(policy, rollout, rows, limit=limit, token_budget=budget, seed=seed, step=step)
         )
         if not metrics:
             return {}
