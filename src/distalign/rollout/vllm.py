@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from distalign.engine.forward import embedding_weight
+from distalign.engine.forward import embedding_weight, text_config
 from distalign.errors import InputError
 from distalign.rollout.sample import end_ids
 
@@ -83,6 +83,18 @@ class _Cards(BaseModel):
     data: list[_Card]
 
 
+class _Device(BaseModel):
+    device: str | None = None
+
+
+class _Config(BaseModel):
+    device_config: _Device
+
+
+class _Info(BaseModel):
+    vllm_config: _Config
+
+
 class _Weights(BaseModel):
     weight_version: str
 
@@ -113,7 +125,9 @@ class VLLMBackend:
         key = os.environ.get("VLLM_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         wait = httpx.Timeout(self.timeout, connect=min(10.0, self.timeout))
-        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=wait)
+        # Nothing stays open between requests, so nothing has to be closed.
+        limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=wait, limits=limits)
         self._run = uuid.uuid4().hex[:8]
         # The server's own model; what requests name; the version it has of this run; the one that it should have.
         self._base = self._served = self.model
@@ -203,6 +217,7 @@ class VLLMBackend:
             shutil.rmtree(self.folder / old, ignore_errors=True)
 
     def _reload(self, model: nn.Module, name: str) -> None:
+        self._check_head(model)
         # A value function is a part of the model while it is trained, and none of the server's.
         state = {key: value for key, value in model.state_dict().items() if not key.startswith("value_head.")}
         place = self._write(model, name, state_dict=state)
@@ -220,6 +235,17 @@ class VLLMBackend:
                     )
         finally:
             shutil.rmtree(place, ignore_errors=True)
+
+    def _check_head(self, model: nn.Module) -> None:
+        """Raise ServerError where vLLM 0.32 would go on with the old head: its CPU build keeps a packed copy of it."""
+        if not getattr(text_config(model), "tie_word_embeddings", False):
+            return
+        info = self._ask("GET", "/server_info?config_format=json")
+        if info.status_code == 200 and self._read(_Info, info).vllm_config.device_config.device == "cpu":
+            raise ServerError(
+                f"vLLM server {self.base_url}: on a CPU it does not update a head that is tied to the embeddings; "
+                "train LoRA, or a model with a head of its own (tie_word_embeddings false), or serve on a GPU"
+            )
 
     def _write(self, model: nn.Module, name: str, **how: object) -> Path:
         place = (self.folder / name).resolve()
