@@ -743,7 +743,8 @@ class AlignmentTrainer(ResumableTrainer):
     def card(self, **more: Any) -> str:
         """The model card, as Markdown with the hub's metadata."""
         args = self.args
-        names = [*CARD_SETTINGS, *(RolloutSettings.model_fields if draws_responses(self.method) else ())]
+        rollout = [name for name in RolloutSettings.model_fields if not name.startswith("vllm_")]
+        names = [*CARD_SETTINGS, *(rollout if draws_responses(self.method) else ())]
         training = {name: getattr(value, "value", value) for name in names for value in [getattr(args, name)]}
         return model_card(
             base_model=self.policy.source.name,
