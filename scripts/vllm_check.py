@@ -1,8 +1,8 @@
 """Train SmolLM2-135M on rollouts of a real vLLM server, and compare its log-probabilities with the engine's.
 
-`bash scripts/vllm.sh` installs the server and calls this. For an adapter and for all weights, and once in bfloat16, a server is started by the
-command that distalign's messages name, RKL is trained for three steps, and the weights after the last are sent and
-drawn with.
+`bash scripts/vllm.sh` installs the server and calls this. For an adapter, all weights, and an adapter on a server
+in bfloat16: a server is started by the command that distalign's messages name, RKL is trained for three steps, and the
+weights after the last are sent and drawn with.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from distalign.methods import DPO, RKL, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.models.policy import Lora, make_policy
 from distalign.rollout.vllm import SERVER, ServerError, VLLMBackend, check_mismatch, rescored
+from distalign.training.checkpoint import load_round, save_round
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
@@ -377,6 +378,24 @@ def test_wrong_weights_are_noticed(folder, tmp_path):
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_whose_reward_failed_keeps_what_the_server_said(folder, tmp_path):
+    """It is saved as it was drawn, and scored when the reward works: nothing is drawn again."""
+    with Server(folder) as server:
+        made = trainer(server, folder, tmp_path, RKL(0.5, 0.3))
+        made.rollout.reward = lambda requests: 1 / 0
+        with pytest.raises(ZeroDivisionError):
+            made.worker.draw_round([0], 0, tmp_path / "samples.jsonl")
+        save_round(made.worker.round, tmp_path)
+        drawn = load_round(tmp_path)
+        assert SERVER in drawn.tensors
+        server.bodies.clear()
+        made.rollout.reward, made.worker.round = Warmth(), drawn
+        made.worker.draw_round([0], 0, tmp_path / "samples.jsonl")
+        assert {"behavior_token_logps", "rewards"} <= set(drawn.tensors)
+        assert SERVER not in drawn.tensors
+        assert not server.bodies
 
 
 @pytest.mark.parametrize("name", METHODS)

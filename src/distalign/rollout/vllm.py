@@ -53,8 +53,8 @@ class ServerError(InputError):
     """The server is not there, cannot be used, or gave what cannot be used: says what was found and what to do."""
 
 
-class _Gone(Exception):
-    """The server does not know the adapter: it was started anew."""
+class _Gone(ServerError):
+    """The server does not know what it is to draw from: it was started anew."""
 
 
 class _Logprobs(BaseModel):
@@ -129,10 +129,13 @@ class VLLMBackend:
         limits = httpx.Limits(max_connections=IN_FLIGHT, max_keepalive_connections=0)
         self._http = httpx.Client(base_url=self.base_url, headers=headers, timeout=wait, limits=limits)
         self._run = uuid.uuid4().hex[:8]
-        # The server's own model; what requests name; the version it has of this run; the one that it should have.
+        # The server's own model, and what requests name.
         self._base = self._served = self.model
-        self._has: tuple[int | None] | None = None
+        # The version that the server should have of this run's weights, and in a tuple the one that it has.
         self._version: int | None = 0
+        self._has: tuple[int | None] | None = None
+        # When a lost server was last spoken of: many requests wait for it at once.
+        self._told = -math.inf
 
     @property
     def command(self) -> str:
@@ -344,7 +347,7 @@ class VLLMBackend:
     def _completion(self, body: dict[str, object]) -> _Completion:
         answer = self._ask("POST", "/v1/completions", body, again=(500,))
         if answer.status_code == 404:
-            raise _Gone
+            raise _Gone(str(self._error(f"it does not draw ({_said(answer)}); start it")))
         if answer.status_code != 200:
             raise self._error(f"it refuses to draw ({_said(answer)}); mend that, or start it")
         return self._read(_Completion, answer)
@@ -401,7 +404,9 @@ class VLLMBackend:
             if once or time.monotonic() + wait > until:
                 waited = "" if once else f" for {self.timeout:g} s (vllm_server_timeout)"
                 raise self._error(f"it does not answer{waited} ({reason}); start it")
-            logger.warning("vLLM server %s: %s; asked again in %g s", self.base_url, reason, wait)
+            if time.monotonic() - self._told > 10:
+                self._told = time.monotonic()
+                logger.warning("vLLM server %s: %s; it is asked again", self.base_url, reason)
             time.sleep(wait)
             wait = min(2 * wait, 30.0)
 
