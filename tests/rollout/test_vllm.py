@@ -407,7 +407,7 @@ def test_every_method_that_draws_learns_from_a_server(folder, tmp_path, name):
         made.train()
         rows = [row for row in metrics(tmp_path) if "loss" in row]
         drawn = {body["model"].rpartition("-")[2] for body in server.bodies if body.get("top_k") != 1}
-    assert drawn == {"0", "1"} if method.needs.pairs in ("", "labelled", "sampled") else drawn
+    assert {"0", "1"} <= drawn or not made.on_policy
     assert len(rows) == 2
     for row in rows:
         assert math.isfinite(row["loss"])

@@ -143,7 +143,8 @@ class AlignmentTrainer(ResumableTrainer):
     Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
     method's implicit reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats); over the
     responses of a round, fresh from the policy, `objective/reward`, `objective/kl`, `objective/entropy` (per sequence,
-    nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them;
+    nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them,
+    `rollout/mismatch_kl` how far a vLLM server that drew them is from the policy (nats per token);
     `tokens_per_second`, `step_time`, `rollout_time`, `reward_time` (s). Log lines are lines of `metrics.jsonl`.
 
     `label` names the run in messages. `extra_evaluation` is called at each evaluation and adds to its metrics.
