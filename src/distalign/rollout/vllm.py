@@ -41,7 +41,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 IN_FLIGHT = 64
 # How often a round is drawn again because the server was started anew meanwhile.
 DRAWS = 3
-# Mismatch in nats per token beyond which the server does not have the policy's weights; bfloat16 has about 0.001.
+# Mismatch in nats per token beyond which the server does not have the policy's weights; bfloat16 has about 0.002.
 FAR = 0.5
 # What vLLM takes as --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
