@@ -26,6 +26,7 @@ from distalign.experiments.loggers import one_run, run_names
 from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
+from distalign.models.load import find_model
 from distalign.models.policy import Policy, make_policy
 from distalign.models.quantized import check_installed
 from distalign.rewards import (
@@ -45,7 +46,9 @@ from distalign.settings import RecipeError
 from distalign.stats.intervals import mean_and_se
 from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
+from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
+from distalign.training.resumable import FREE_SETTINGS
 from distalign.training.rounds import check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
@@ -135,9 +138,12 @@ def check(recipe: Recipe, methods: Sequence[str]) -> None:
         check_installed(recipe.name)
     for name in methods:
         method = recipe.method(name)
-        training_arguments(recipe, name, Path("unused"), held_out=held_out)
+        args = training_arguments(recipe, name, Path("unused"), held_out=held_out)
         if draws_responses(method):
-            check_rollout(name, method, recipe.rollout_for(name))
+            check_rollout(name, method, args.rollout)
+            if args.use_vllm:
+                source = find_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+                server_of(name, method, args, source, recipe.lora)
         if method.needs.reward and not recipe.reward:
             raise RewardError(
                 f"{recipe.name}: {name} needs a reward for the responses that it draws; add reward to the recipe "
@@ -277,7 +283,7 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     )
     return {
         "methods": {name: recipe.method(name)},
-        "rollout": recipe.rollout_for(name),
+        "rollout": recipe.rollout_for(name).model_dump(exclude=FREE_SETTINGS),
         "batches": {key: training[key] for key in batches if key in training},
     }
 

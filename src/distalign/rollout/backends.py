@@ -1,12 +1,12 @@
-"""Who samples the responses: this process today; the interface is one function, so that a server fits behind it."""
+"""Who samples the responses: this process, or a server (`rollout/vllm.py`) behind the same two functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from distalign.rollout.sample import sample
 
@@ -18,6 +18,15 @@ class Backend(Protocol):
     A response ends with `end_id`, or has `max_new_tokens` tokens and no end, as in `sample`. The model's weights, mode
     and attention and the global random state are afterwards what they were. `progress(done, total)` counts prompts.
     """
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """What the backend itself says of the responses drawn last: tensors with a row for each."""
+        ...
+
+    def sync(self, model: nn.Module, version: int | None) -> None:
+        """Make ready to sample from `model`, whose weights are `version` of the run; None: they are the reference's."""
+        ...
 
     def generate(
         self,
@@ -43,6 +52,10 @@ class TransformersBackend:
     """`sample`, on any device; at most `rows` responses are decoded at once."""
 
     rows: int = 64
+    constants: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def sync(self, model: nn.Module, version: int | None) -> None:
+        """Nothing: the model is here."""
 
     def generate(self, model: nn.Module, prompts: Sequence[list[int]], **settings: Any) -> list[list[list[int]]]:
         """`sample` with these settings."""

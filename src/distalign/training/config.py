@@ -26,7 +26,10 @@ _ELSEWHERE = {
     **{old: f'it is called "{new}" here' for old, new in RolloutSettings.renamed.items()},
     "label_smoothing": "no preference loss reads it; give soft labels in the column p_chosen",
     "padding_free": "rows are always packed without padding: leave it out",
-    "use_vllm": "responses are drawn by distalign itself: leave it out",
+    "vllm_mode": "a server draws (vllm serve): leave it out",
+    "vllm_server_host": "give vllm_server_base_url, such as http://127.0.0.1:8000",
+    "vllm_server_port": "give vllm_server_base_url, such as http://127.0.0.1:8000",
+    "vllm_importance_sampling_mode": "weights of whole responses are truncated: leave it out",
     "top_k": "it would cut the distribution that is learned: leave it out",
     "scale_rewards": "rewards are in nats and are not scaled: leave it out",
     "ref_model": "the reference is the model that training starts from: leave it out",
@@ -86,6 +89,10 @@ class AlignmentConfig(TrainingArguments):
         missing_end: reward of a response without an end, such as {"rule": "penalty", "value": -1.0} (None: as it is).
         decode_batch_size: responses decoded at once: memory, not results.
         num_completions_to_print: prompts of each round whose responses go to samples.jsonl.
+        use_vllm: a running `vllm serve` draws them (docs/rollouts.md), not this process.
+        vllm_server_base_url, vllm_server_timeout: where it is, and how many seconds it is waited for.
+        vllm_importance_sampling_correction: weight responses by what the engine's probability is of the server's.
+        vllm_importance_sampling_clip_max: the largest such weight (None: any).
         reward_weights: a weight for each of `reward_funcs` (None: 1).
         reward_timeout: seconds that one call of a reward function may take.
     Model and memory:
@@ -133,6 +140,11 @@ class AlignmentConfig(TrainingArguments):
     missing_end: dict[str, Any] | None = None
     decode_batch_size: int = 64
     num_completions_to_print: int = 2
+    use_vllm: bool = False
+    vllm_server_base_url: str = "http://127.0.0.1:8000"
+    vllm_server_timeout: float = 240.0
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_clip_max: float | None = 3.0
     reward_weights: list[float] | None = None
     reward_timeout: float = 60.0
 

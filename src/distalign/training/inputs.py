@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -45,7 +45,7 @@ from distalign.data.labels import label_warnings
 from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
-from distalign.models.policy import Policy, adapter_off, make_policy, share
+from distalign.models.policy import Lora, Policy, adapter_off, make_policy, share
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.rewards import (
     ClassifierReward,
@@ -63,6 +63,7 @@ from distalign.rewards import (
 )
 from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
+from distalign.rollout.vllm import VLLMBackend
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import (
@@ -533,6 +534,50 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
         )
     if draws_responses(method):
         check_rollout(label, method, args.rollout)
+
+
+def server_of(
+    label: str, method: Method, args: AlignmentConfig, source: Source, adapter: PeftConfig | Lora | None
+) -> VLLMBackend | None:
+    """The vLLM server that draws a run's responses, checked; None if this process draws them, or none are drawn.
+
+    `adapter` is what is trained, None for all weights. Raises TrainingError for one that vLLM does not serve, and
+    ServerError for a server that cannot be used.
+    """
+    if not args.use_vllm or not draws_responses(method):
+        return None
+    if args.world_size > 1:
+        raise TrainingError(
+            f"{label}: use_vllm is true in one of {args.world_size} processes; a server takes the weights of one: "
+            "train in one process, or leave use_vllm out"
+        )
+    unserved = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(adapter, name, None)]
+    if adapter is not None and not isinstance(adapter, Lora | LoraConfig):
+        unserved.append(type(adapter).__name__)
+    if unserved or (adapter is not None and source.adapter is not None):
+        what = ", ".join(unserved) or "an adapter on a model that another was merged into"
+        raise TrainingError(
+            f"{label}: use_vllm is true, and vLLM does not serve {what}; train plain LoRA on a model of its own, or "
+            "all weights, or leave use_vllm out"
+        )
+    rank = None if adapter is None else max(getattr(adapter, "r", 1), *getattr(adapter, "rank_pattern", {}).values(), 1)
+    backend = VLLMBackend(
+        args.vllm_server_base_url,
+        args.vllm_server_timeout,
+        source.path,
+        Path(str(args.output_dir)) / "vllm",
+        rank,
+        dtype="bfloat16" if args.bf16 or "bfloat16" in str(args.model_init_kwargs) else "float32",
+        names=(source.name,),
+    )
+    backend.check()
+    return backend
+
+
+def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """Settings of the adapter that is trained; None if all weights are."""
+    network = model.model if isinstance(model, Policy) else model
+    return network.peft_config[str(network.active_adapter)] if isinstance(network, PeftModel) else peft_config
 
 
 def check_policy(label: str, method: Method, policy: Policy) -> None:

@@ -49,8 +49,8 @@ from distalign.training.run_folder import cut_log, remove
 
 logger = logging.getLogger("distalign.training.trainer")
 
-# Settings of rollouts that may be others where a run goes on: memory and what is shown, not results.
-FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print"}
+# Settings of rollouts that may be others where a run goes on: memory, what is shown and where a server is, not results.
+FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_base_url", "vllm_server_timeout"}
 
 
 class ResumableTrainer(Trainer):

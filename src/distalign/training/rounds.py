@@ -35,6 +35,7 @@ from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
 from distalign.rollout.backends import Backend, TransformersBackend
+from distalign.rollout.vllm import SERVER, ServerError, check_mismatch, rescored
 from distalign.settings import Count, Positive, Section
 from distalign.training.health import Monitor, completion_metrics, write_completions
 from distalign.training.processes import ALONE, Processes
@@ -66,6 +67,10 @@ class RolloutSettings(Section):
     more than two samples. A recipe without `max_completion_length` takes the evaluation's
     max_new_tokens. `num_completions_to_print` prompts of each round are written to samples.jsonl with their responses,
     one of them to the terminal. `decode_batch_size` bounds the responses decoded at once.
+
+    With `use_vllm` a running `vllm serve` at `vllm_server_base_url` draws them (rollout/vllm.py); it is waited for
+    `vllm_server_timeout` seconds. `vllm_importance_sampling_correction` weights responses by what the engine's
+    probability is of the server's, up to `vllm_importance_sampling_clip_max` (null: any).
     """
 
     renamed: ClassVar[dict[str, str]] = {
@@ -74,6 +79,7 @@ class RolloutSettings(Section):
         "inner_epochs": "num_iterations",
         "rows": "decode_batch_size",
         "show": "num_completions_to_print",
+        "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
     }
 
     num_generations: Count = 4
@@ -88,6 +94,22 @@ class RolloutSettings(Section):
     pairing: Literal["all", "best_worst"] = "all"
     stale: Literal["weights", "resample"] = "weights"
     num_completions_to_print: Annotated[int, Field(ge=0)] = 2
+    use_vllm: bool = False
+    vllm_server_base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] = "http://127.0.0.1:8000"
+    vllm_server_timeout: Positive = 240.0
+    vllm_importance_sampling_correction: bool = True
+    vllm_importance_sampling_clip_max: Positive | None = 3.0
+
+    @model_validator(mode="after")
+    def _corrected(self) -> RolloutSettings:
+        cut = self.top_p < 1 or self.min_new_tokens > 0 or self.stale == "resample"
+        if self.use_vllm and self.vllm_importance_sampling_correction and cut:
+            raise ValueError(
+                f"rollout: top_p is {self.top_p:g}, min_new_tokens {self.min_new_tokens} and stale {self.stale}; the "
+                "correction of vLLM's responses is for 1, 0 and weights: take these, or set "
+                "vllm_importance_sampling_correction to false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lengths(self) -> RolloutSettings:
@@ -270,9 +292,20 @@ class Rollout:
         self.backend = TransformersBackend(self.settings.decode_batch_size)
 
     def sample(
-        self, model: nn.Module, prompts: Sequence[list[int]], *, seed: int, number: int, n: int | None = None
+        self,
+        model: nn.Module,
+        prompts: Sequence[list[int]],
+        *,
+        seed: int,
+        number: int,
+        n: int | None = None,
+        version: int | None,
     ) -> list[list[list[int]]]:
-        """Responses of the policy as it is, `n` for each prompt (`settings.num_generations` if not given)."""
+        """Responses of the policy as it is, `n` for each prompt (`settings.num_generations` if not given).
+
+        `version` is the number of steps that made its weights, None for the reference's.
+        """
+        self.backend.sync(model, version)
 
         def draw(places: list[int]) -> list[list[list[int]]]:
             return self.backend.generate(
@@ -384,7 +417,8 @@ class ReferenceResponses:
 
     def _sample(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[list[list[int]]]:
         # Rounds have the numbers from 0.
-        return self.rollout.sample(model, prompts, seed=self.seed, number=-1)
+        version = 0 if self.policy.reference is None else None
+        return self.rollout.sample(model, prompts, seed=self.seed, number=-1, version=version)
 
     def _with_reference(self, function: Callable[[nn.Module], Any]) -> Any:
         policy = self.policy
@@ -456,8 +490,10 @@ class RolloutWorker:
             started = time.perf_counter()
             prompts = [row.prompt for row in rows]
             sample = self.rollout.sample
-            responses = self.run(lambda: sample(self.policy.model, prompts, seed=self.seed, number=number))
-            self.round = Round(number, 0, list(members), prompts, responses)
+            responses = self.run(
+                lambda: sample(self.policy.model, prompts, seed=self.seed, number=number, version=step)
+            )
+            self.round = Round(number, 0, list(members), prompts, responses, dict(self.rollout.backend.constants))
             self._start, self._seen = step, []
             self.metrics.add({"rollout_time": time.perf_counter() - started})
         drawn = self.round
@@ -481,7 +517,7 @@ class RolloutWorker:
 
     def _score(self, drawn: Round) -> None:
         """Log-probabilities of the responses where they are needed: of what drew them, and of the reference."""
-        needs, several = self.needs, self._several_steps(drawn)
+        needs, several = self.needs, self._several_steps(drawn) or SERVER in drawn.tensors
         behavior = several and "behavior_token_logps" not in drawn.tensors
         # With the full KL of a single step its own pass says what is logged of the reference.
         reference = (several or not needs.kl) and "reference_token_logps" not in drawn.tensors
@@ -492,11 +528,33 @@ class RolloutWorker:
             scores = self.run(lambda: self.rollout.scores(self.policy.model, groups, self.token_budget, against, head))
             if scores.reference_token_logps is not None:
                 drawn.add("reference_token_logps", scores.reference_token_logps.cpu())
-            drawn.add("behavior_token_logps", scores.token_logps.cpu())
+            server = drawn.tensors.pop(SERVER, None)
+            behavior = scores.token_logps.cpu() if server is None else self._by_server(server, scores)
+            drawn.add("behavior_token_logps", behavior)
             if needs.values:
                 self._add_credit(drawn, scores)
         elif reference and self.policy.reference is not None:
             drawn.add("reference_token_logps", self.run(lambda: self._reference_scores(groups)).token_logps.cpu())
+
+    def _by_server(self, server: Tensor, scores: Scores) -> Tensor:
+        """Behavior log-probabilities of responses that a server drew; its mismatch is logged.
+
+        Only the gradient of `Samples` asks for the server's: pairs may come from anywhere, and PPO clips what it
+        takes for steps of the policy.
+        """
+        settings, engine = self.rollout.settings, scores.token_logps.cpu()
+        clip_max = settings.vllm_importance_sampling_clip_max
+        behavior, mismatch = rescored(server, engine, scores.mask.cpu(), clip_max=clip_max)
+        self.metrics.add({"rollout/mismatch_kl": mismatch})
+        if settings.top_p == 1 and settings.min_new_tokens == 0:
+            try:
+                check_mismatch(mismatch)
+            except ServerError:
+                # Drawn with other weights: a run that goes on draws anew.
+                self.round = None
+                raise
+        corrected = settings.vllm_importance_sampling_correction and self.needs.samples and not self.needs.values
+        return behavior if corrected else engine
 
     def _reference_scores(self, groups: Sequence[Group]) -> Scores:
         with self.policy.as_reference() as reference:
@@ -523,7 +581,8 @@ class RolloutWorker:
             number = mix(drawn.number, step - self._start, indices[0])
             prompts = [drawn.prompts[place] for place in places]
             sample = self.rollout.sample
-            fresh = self.run(lambda: sample(self.policy.model, prompts, seed=self.seed + 1, number=number))
+            model, seed = self.policy.model, self.seed + 1
+            fresh = self.run(lambda: sample(model, prompts, seed=seed, number=number, version=step))
         groups = []
         for place, more in zip(places, fresh, strict=True):
             # Fresh responses take the place of drawn ones, unless pairs are made of these.
@@ -632,7 +691,7 @@ def completion_texts(
 
 
 def observe(
-    policy: Policy, rollout: Rollout, rows: Sequence[Row], *, limit: int, token_budget: int, seed: int
+    policy: Policy, rollout: Rollout, rows: Sequence[Row], *, limit: int, token_budget: int, seed: int, step: int
 ) -> dict[str, float]:
     """Draw a response to each of `limit` prompts, to look at: entropy, KL to the reference (nats), length, repetition.
 
@@ -642,7 +701,7 @@ def observe(
     prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())[:limit]
     if not prompts:
         return {}
-    responses = rollout.sample(policy.model, prompts, seed=seed, number=0, n=1)
+    responses = rollout.sample(policy.model, prompts, seed=seed, number=0, n=1, version=step)
     groups = [Group(prompt, drawn) for prompt, drawn in zip(prompts, responses, strict=True)]
     logps = rollout.scores(policy.model, groups, token_budget).logps
     metrics = {"objective/entropy": float(-logps.mean())}

@@ -59,11 +59,13 @@ from distalign.training.inputs import (
     Model,
     RewardFunc,
     RowSource,
+    adapter_of,
     as_method,
     expected_lengths,
     load_policy,
     load_rewards,
     read_given,
+    server_of,
 )
 from distalign.training.processes import Processes
 from distalign.training.prompts import (
@@ -130,7 +132,8 @@ class AlignmentTrainer(ResumableTrainer):
     Metrics, besides the Trainer's own: over labelled pairs `rewards/chosen`, `rewards/rejected`, `rewards/margins` (the
     method's implicit reward, nats), `rewards/accuracies`, `logps/chosen`, `logps/rejected` (sums, nats); over the
     responses of a round, fresh from the policy, `objective/reward`, `objective/kl`, `objective/entropy` (per sequence,
-    nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them;
+    nats), `completions/*`, `health/*`; `rollout/effective_samples` is the share that importance weights leave of them,
+    `rollout/mismatch_kl` how far a vLLM server that drew them is from the policy (nats per token);
     `tokens_per_second`, `step_time`, `rollout_time`, `reward_time` (s). Log lines are lines of `metrics.jsonl`.
 
     `label` names the run in messages. `extra_evaluation` is called at each evaluation and adds to its metrics.
@@ -171,6 +174,7 @@ class AlignmentTrainer(ResumableTrainer):
             held_out=eval_dataset,
             reward_funcs=reward_funcs,
         )
+        server = server_of(self.label, self.method, args, given.source, adapter_of(model, peft_config))
         policy, base = load_policy(self.label, self.method, args, given, model, peft_config, optimizers[0])
         self.policy, self.statistics, self._encode = policy, given.rows.statistics, given.encode
         self.rows: list[Any] = given.rows.train
@@ -198,6 +202,7 @@ class AlignmentTrainer(ResumableTrainer):
         reward = load_rewards(given, base or policy.model, args, token_budget=self.token_budget or FORWARD_BUDGET)
         ends = end_ids(policy.model, given.end_id)
         self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes)
+        self.rollout.backend = server or self.rollout.backend
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
@@ -680,9 +685,10 @@ class AlignmentTrainer(ResumableTrainer):
             return {}
         if self.on_policy:
             return self.monitor.update({"logps/chosen": chosen_logps}, self.state.global_step)
-        limit, budget = self.monitor.settings.prompts, self._budget()
+        limit, budget, seed = self.monitor.settings.prompts, self._budget(), self.args.seed
+        step, policy, rollout = self.state.global_step, self.policy, self.rollout
         metrics = self.run(
-            lambda: observe(self.policy, self.rollout, rows, limit=limit, token_budget=budget, seed=self.args.seed)
+            lambda: observe(policy, rollout, rows, limit=limit, token_budget=budget, seed=seed, step=step)
         )
         if not metrics:
             return {}
@@ -774,7 +780,8 @@ class AlignmentTrainer(ResumableTrainer):
     def card(self, **more: Any) -> str:
         """The model card, as Markdown with the hub's metadata."""
         args = self.args
-        names = [*CARD_SETTINGS, *(RolloutSettings.model_fields if draws_responses(self.method) else ())]
+        rollout = [name for name in RolloutSettings.model_fields if not name.startswith("vllm_")]
+        names = [*CARD_SETTINGS, *(rollout if draws_responses(self.method) else ())]
         training = {name: getattr(value, "value", value) for name in names for value in [getattr(args, name)]}
         return model_card(
             base_model=self.policy.source.name,
