@@ -23,7 +23,8 @@ CELLS = [
     f"{method}/{wrapper}/{weights}" for wrapper in ("ddp", "fsdp") for method in SIX for weights in ("full", "lora")
 ]
 # Other sources of pairs and estimators, whose work is dealt too.
-OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae")]
+OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae", "rkl-stale")]
+THREE = [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full", "rkl-stale/ddp/full"]
 
 
 def work(folder: Path, processes: int, cells: list[str], **environment: str) -> int:
@@ -54,7 +55,7 @@ def runs(tmp_path_factory):
         zero = [f"{method}/zero2/{weights}" for method in SIX for weights in ("full", "lora")]
         work(folder / "1", 1, zero)
         work(folder / "2", 2, zero)
-    work(folder / "3", 3, [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full"])
+    work(folder / "3", 3, THREE)
     return folder
 
 
@@ -83,7 +84,7 @@ def test_two_processes_of_deepspeed_do_what_one_does(runs, method, weights):
     check_equal(result(runs / "1", cell), result(runs / "2", cell), 1e-4)
 
 
-@pytest.mark.parametrize("cell", [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full"])
+@pytest.mark.parametrize("cell", THREE)
 def test_a_process_without_a_prompt_waits_for_nobody(runs, cell):
     """The last step of three processes has two prompts."""
     check_equal(result(runs / "1", cell), result(runs / "3", cell))

@@ -21,11 +21,11 @@ import torch
 from acting import METHODS, logs, prompts, trainer
 from transformers import TrainerCallback
 
-from distalign.methods import DPO
+from distalign.methods import DPO, RKL
 from distalign.models.policy import Lora
 from distalign.training.sharding import gathered, shard
 
-METHODS = {**METHODS, "dpo": DPO(1.0)}
+METHODS = {**METHODS, "dpo": DPO(1.0), "rkl-stale": RKL(0.5, 0.3)}
 # Prompts of one step, in all processes together; the last step of an epoch of 14 has two, so that a third has none.
 STEP, ROWS, STEPS = 6, 14, 3
 
@@ -59,9 +59,10 @@ def run(folder: Path, cell: str, processes: int):
         lora=Lora(r=4) if weights == "lora" else None,
         prepare=shard if sharded else None,
         per_device_train_batch_size=STEP // processes,
-        max_steps=STEPS,
+        max_steps=2 * STEPS if name == "rkl-stale" else STEPS,
+        num_iterations=2 if name == "rkl-stale" else 1,
         token_budget=64,
-        learning_rate=0.1,
+        learning_rate=1e-3 if name == "rkl-stale" else 0.1,
         optim="sgd",
         minibatches=2 if name == "rkl-gae" else 1,
         deepspeed=ZERO if wrapper == "zero2" and processes > 1 else None,

@@ -406,20 +406,20 @@ class AlignmentTrainer(ResumableTrainer):
             count = self.processes.count
             self.metrics.add({"loss": self._loss * count})
             self.whole_run.add({"train_loss": self._loss * count})
-            if self._gaps:
-                check_sharpness(self.label, float(self._of_all(self._gaps).median()))
-                self._gaps = []
+            gaps, weights = self._of_all(self._gaps), self._of_all(self._weights)
+            if len(gaps):
+                check_sharpness(self.label, float(gaps.median()))
             self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds})
-            if self._weights:
-                self.metrics.add({"rollout/effective_samples": effective_share(self._of_all(self._weights))})
-            self._seconds, self._tokens, self._weights, self._loss = 0.0, 0, [], 0.0
+            if len(weights):
+                self.metrics.add({"rollout/effective_samples": effective_share(weights)})
+            self._seconds, self._tokens, self._loss, self._gaps, self._weights = 0.0, 0, 0.0, [], []
         mean = total * self.processes.count * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
 
     def _of_all(self, parts: list[Tensor]) -> Tensor:
-        """The numbers of all processes in one row, on the CPU."""
-        return torch.cat([part.detach().cpu() for own in self.processes.gather(parts) for part in own])
+        """The numbers of all processes in one row, on the CPU; a process may have none, and asks all the same."""
+        return torch.cat([torch.zeros(0), *(p.detach().cpu() for own in self.processes.gather(parts) for p in own)])
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
         """As the Trainer's: the batches of an optimizer step; with the number of their prompts.
