@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -19,9 +20,6 @@ from distalign.training.prompts import Batch, PromptGroup
 
 WORK = Path(__file__).parent / "work.py"
 SIX = ("pmle", "pd", "rkl", "dpo", "rebel", "rlhf")
-CELLS = [
-    f"{method}/{wrapper}/{weights}" for wrapper in ("ddp", "fsdp") for method in SIX for weights in ("full", "lora")
-]
 # Other sources of pairs and estimators, whose work is dealt too.
 OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae", "rkl-stale")]
 THREE = [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full", "rkl-stale/ddp/full"]
@@ -45,20 +43,6 @@ def result(folder: Path, cell: str):
     return torch.load(folder / f"{cell.replace('/', '-')}.pt")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The folders of one, two and three processes."""
-    folder = tmp_path_factory.mktemp("processes")
-    work(folder / "1", 1, [*CELLS, *OTHERS])
-    work(folder / "2", 2, [*CELLS, *OTHERS])
-    if find_spec("deepspeed") is not None:
-        zero = [f"{method}/zero2/{weights}" for method in SIX for weights in ("full", "lora")]
-        work(folder / "1", 1, zero)
-        work(folder / "2", 2, zero)
-    work(folder / "3", 3, THREE)
-    return folder
-
-
 def check_equal(one, several, tolerance=1e-5):
     """Weights relative to the largest, each number of the log; samples to the letter."""
     assert one["samples"] == several["samples"]
@@ -69,45 +53,50 @@ def check_equal(one, several, tolerance=1e-5):
         assert other == pytest.approx(row, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("cell", [*CELLS, *OTHERS])
-def test_two_processes_do_what_one_does(runs, cell):
-    """Three steps, the last with two prompts: log lines, samples, weights."""
-    check_equal(result(runs / "1", cell), result(runs / "2", cell))
+def compare(folder: Path, processes: int, cells: list[str], tolerance=1e-5):
+    """Each cell in one process and in several; the message names the cell that differs."""
+    work(folder / "1", 1, cells)
+    work(folder / "several", processes, cells)
+    for cell in cells:
+        try:
+            check_equal(result(folder / "1", cell), result(folder / "several", cell), tolerance)
+        except AssertionError as error:
+            raise AssertionError(f"{cell} in {processes} processes: {error}") from None
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_two_processes_do_what_one_does(tmp_path, wrapper):
+    """Six methods, full and LoRA, three steps, the last with two prompts: log lines, samples, weights."""
+    cells = [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")]
+    compare(tmp_path, 2, [*cells, *(OTHERS if wrapper == "ddp" else [])])
+
+
+def test_a_process_without_a_prompt_waits_for_nobody(tmp_path):
+    """The last step of three processes has two prompts."""
+    compare(tmp_path, 3, THREE)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
-@pytest.mark.parametrize("weights", ["full", "lora"])
-@pytest.mark.parametrize("method", SIX)
-def test_two_processes_of_deepspeed_do_what_one_does(runs, method, weights):
+def test_two_processes_of_deepspeed_do_what_one_does(tmp_path):
     """ZeRO-2."""
-    cell = f"{method}/zero2/{weights}"
-    check_equal(result(runs / "1", cell), result(runs / "2", cell), 1e-4)
+    compare(tmp_path, 2, [f"{method}/zero2/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4)
 
 
-@pytest.mark.parametrize("cell", THREE)
-def test_a_process_without_a_prompt_waits_for_nobody(runs, cell):
-    """The last step of three processes has two prompts."""
-    check_equal(result(runs / "1", cell), result(runs / "3", cell))
-
-
-def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path, runs):
-    """kill -9 of one of two in the second step: torchrun ends the other; what comes of going on is equal to the bit."""
-    cell = "rkl/ddp/lora"
-    assert work(tmp_path, 2, [cell], KILL="1") != 0
-    assert not (tmp_path / "rkl-ddp-lora.pt").exists()
-    assert work(tmp_path, 2, [cell], RESUME="1") == 0
-    undisturbed, resumed = result(runs / "2", cell), result(tmp_path, cell)
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path):
+    """kill -9 of one of two in the second step: torchrun ends the other; two processes end equal to the bit."""
+    cell, whole, two, one = "rkl/ddp/lora", tmp_path / "whole", tmp_path / "two", tmp_path / "one"
+    work(whole, 2, [cell])
+    assert work(two, 2, [cell], KILL="1") != 0
+    assert not (two / "rkl-ddp-lora.pt").exists()
+    shutil.copytree(two, one)
+    assert work(two, 2, [cell], RESUME="1") == 0
+    undisturbed, resumed = result(whole, cell), result(two, cell)
     assert resumed["samples"] == undisturbed["samples"]
     assert resumed["logs"] == undisturbed["logs"]
     assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in undisturbed["weights"].items())
-
-
-def test_a_run_goes_on_in_another_number_of_processes(tmp_path, runs):
-    """Of two processes one was killed; one process goes on with the batch of both."""
-    cell = "rkl/ddp/lora"
-    assert work(tmp_path, 2, [cell], KILL="1") != 0
-    work(tmp_path, 1, [cell], RESUME="1")
-    check_equal(result(runs / "2", cell), result(tmp_path, cell))
+    # One process goes on with the batch of both.
+    assert work(one, 1, [cell], RESUME="1") == 0
+    check_equal(undisturbed, result(one, cell))
 
 
 @pytest.mark.parametrize("file", sorted(Path("examples/accelerate").glob("*.yaml")), ids=lambda file: file.stem)
