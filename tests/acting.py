@@ -64,8 +64,6 @@ def trainer(
     **settings,
 ):
     """A trainer on the tiny model. `settings` are AlignmentConfig's; `prepare` may do something to the model."""
-    torch.manual_seed(0)
-    policy = make_policy(tiny.model(kind), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
     arguments = {
         "token_budget": 4096,
         "num_generations": 4,
@@ -86,6 +84,8 @@ def trainer(
     }
     labelled = "labelled" in method.needs.pairs
     args = AlignmentConfig(output_dir=str(folder), **arguments)
+    torch.manual_seed(0)
+    policy = make_policy(tiny.model(kind), tiny.tokenizer(), SOURCE, lora=lora, reference=True)
     if prepare is not None:
         prepare(policy.model)
     return AlignmentTrainer(

@@ -77,9 +77,10 @@ def test_a_process_without_a_prompt_waits_for_nobody(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
-def test_two_processes_of_deepspeed_do_what_one_does(tmp_path):
-    """ZeRO-2."""
-    compare(tmp_path, 2, [f"{method}/zero2/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4)
+@pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
+def test_two_processes_of_deepspeed_do_what_one_does(tmp_path, wrapper):
+    """Six methods, full and LoRA."""
+    compare(tmp_path, 2, [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4)
 
 
 def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path):
@@ -103,7 +104,7 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path):
 def test_accelerate_reads_the_configurations(file):
     """Each names its wrapper, and 8 processes."""
     config = load_config_from_file(str(file))
-    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED"}
+    kinds = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert (config.distributed_type, config.num_processes) == (kinds[file.stem], 8)
 
 

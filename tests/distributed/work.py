@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from distalign.methods import DPO, RKL
 from distalign.models.policy import Lora
-from distalign.training.sharding import gathered, shard
+from distalign.training.sharding import shard
 
 METHODS = {**METHODS, "dpo": DPO(1.0), "rkl-stale": RKL(0.5, 0.3)}
 # Prompts of one step, in all processes together; the last step of an epoch of 14 has two, so that a third has none.
@@ -32,10 +32,14 @@ STEP, ROWS, STEPS = 6, 14, 3
 
 # As trainer() above: no clipping, an optimizer that is not DeepSpeed's.
 ZERO = {
-    "zero_optimization": {"stage": 2},
-    "gradient_clipping": 0.0,
-    "zero_allow_untested_optimizer": True,
-    **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+    f"zero{stage}": {
+        # So small a model would be kept whole otherwise.
+        "zero_optimization": {"stage": stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {})},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        **dict.fromkeys(("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
+    }
+    for stage in (2, 3)
 }
 
 
@@ -65,7 +69,7 @@ def run(folder: Path, cell: str, processes: int):
         learning_rate=1e-3 if name == "rkl-stale" else 0.1,
         optim="sgd",
         minibatches=2 if name == "rkl-gae" else 1,
-        deepspeed=ZERO if wrapper == "zero2" and processes > 1 else None,
+        deepspeed=ZERO.get(wrapper) if processes > 1 else None,
         **({"save_strategy": "steps", "save_steps": 1} if {"KILL", "RESUME"} & set(os.environ) else {}),
     )
     if sharded:
@@ -83,7 +87,7 @@ def main() -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     for cell in cells:
         made = run(folder, cell, processes)
-        with gathered(made.policy.model):
+        with made.whole_weights():
             named = made.policy.model.named_parameters()
             weights = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         if made.processes.first:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from pydantic import ValidationError
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import HubStrategy
 
 from distalign.engine.memory import Recompute
@@ -167,6 +168,9 @@ class AlignmentConfig(TrainingArguments):
                 f"{started} processes were started (WORLD_SIZE) and this one counts {self.world_size}: each would "
                 "train alone; start them by torchrun, or by accelerate launch with num_processes in its configuration"
             )
+        if self.deepspeed_plugin is not None:
+            # Models are loaded whole, and verified; ZeRO-3 deals them when training begins.
+            unset_hf_deepspeed_config()
         self._check()
 
     def _check(self) -> None:

@@ -501,11 +501,6 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
             f"{label}: train_sampling_strategy is {args.train_sampling_strategy}; several processes take rows in "
             "random order, and deal those of a step by their lengths: leave it out"
         )
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        raise TrainingError(
-            f"{label}: DeepSpeed's ZeRO-3 takes weights away between the layers of a pass, and responses are drawn by "
-            "many passes: take FSDP2 (examples/accelerate/fsdp2.yaml) or ZeRO-2"
-        )
     if args.push_to_hub and args.hub_strategy != "end":
         raise TrainingError(
             f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "

@@ -36,6 +36,15 @@ def gathered(*models: object) -> Iterator[None]:
             part.reshard()
 
 
+@contextmanager
+def unpartitioned(engine: nn.Module) -> Iterator[None]:
+    """As `gathered`, for the model in an engine of DeepSpeed's ZeRO-3; its gradients are dealt all the same."""
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    with unwrap_model_for_generation(engine):
+        yield
+
+
 def keep_outer_weights(model: nn.Module) -> None:
     """See to it that the weights outside of the layers stay after a forward: the head's gradient reads them again."""
     if isinstance(model, FSDPModule):

@@ -92,7 +92,7 @@ from distalign.training.rounds import (
     observe,
 )
 from distalign.training.run_folder import locked
-from distalign.training.sharding import gathered, keep_outer_weights, shard
+from distalign.training.sharding import gathered, keep_outer_weights, shard, unpartitioned
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -281,8 +281,7 @@ class AlignmentTrainer(ResumableTrainer):
         batch = self.collect(rows, inputs["indices"], num_items_in_batch)
         total = torch.zeros((), device=self.args.device)
         micro_batches = batch.micro_batches(self._budget(), self.processes)
-        # The gradient of a full KL reads the head of the reference again.
-        with gathered(self.policy.reference) if self.is_sharded and self.needs.kl else nullcontext():
+        with self._weights_for_gradients():
             for number, micro in enumerate(micro_batches, 1):
                 with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
                     scores = self.score(micro.groups)
@@ -356,9 +355,10 @@ class AlignmentTrainer(ResumableTrainer):
                 return function()
 
         # Of passes with gradient every process makes as many, and each layer meets the others' in its turn.
-        alone = self.is_sharded and not gradient
-        whole = gathered(self.policy.model, self.policy.reference) if alone else nullcontext()
-        with whole, torch.set_grad_enabled(gradient and torch.is_grad_enabled()):
+        with (
+            nullcontext() if gradient else self.whole_weights(),
+            torch.set_grad_enabled(gradient and torch.is_grad_enabled()),
+        ):
             return redirect(self._wrapper, self.policy.model, under_autocast)
 
     @property
@@ -371,6 +371,25 @@ class AlignmentTrainer(ResumableTrainer):
     def is_sharded(self) -> bool:
         """Whether each process has a share of the weights."""
         return isinstance(self.model_wrapped, FSDPModule)
+
+    @property
+    def in_zero3(self) -> bool:
+        """Whether DeepSpeed deals the weights."""
+        plugin = self.args.deepspeed_plugin
+        return plugin is not None and plugin.zero_stage == 3 and self._wrapper is not self.policy.model
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """While it lasts every process has all weights, where each has a share of them otherwise."""
+        if self.in_zero3:
+            return unpartitioned(self._wrapper)
+        return gathered(self.policy.model, self.policy.reference) if self.is_sharded else nullcontext()
+
+    def _weights_for_gradients(self) -> AbstractContextManager[None]:
+        """FSDP2 deals weights layer by layer, in passes and backwards; ZeRO-3 cannot, for the engine reads the head."""
+        if self.in_zero3:
+            return self.whole_weights()
+        # The gradient of a full KL reads the head of the reference again.
+        return gathered(self.policy.reference) if self.is_sharded and self.needs.kl else nullcontext()
 
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
@@ -582,7 +601,7 @@ class AlignmentTrainer(ResumableTrainer):
         parts = [part for _, _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
         others = [self.policy.reference, *(m for part in parts for m in getattr(part, "__dict__", {}).values())]
         # No backward follows: DDP must not wait for one.
-        with gathered(self.policy.reference), self._meeting(last=False):
+        with self._weights_for_gradients(), self._meeting(last=False):
             return estimate(
                 self.policy.model,
                 self.score,
@@ -733,7 +752,7 @@ class AlignmentTrainer(ResumableTrainer):
         """Write the model, the tokenizer and the card, and nothing to the hub."""
         self._check_policy()
         sampling = whole_distribution(self.temperature, self.rollout.end_ids)
-        with gathered(self.policy.model):
+        with self.whole_weights():
             self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
@@ -766,7 +785,7 @@ class AlignmentTrainer(ResumableTrainer):
         groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
         with evaluating(self.policy.model):
             logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
-        with gathered(self.policy.model):
+        with self.whole_weights():
             self.guard.check_policy(self.policy.model, logps, self.state.global_step)
 
     def create_model_card(
