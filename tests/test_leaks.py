@@ -51,4 +51,7 @@ def test_no_file_of_a_run_holds_the_token(tmp_path, monkeypatch):
     assert not [path for path in files if b"hf_NOT_A_REAL_ONE" in path.read_bytes()]
     monkeypatch.setattr(sys, "argv", ["distalign", "train", "--set", "training.hub_token=hf_NOT_A_REAL_ONE", TOKEN])
     assert "NOT_A_REAL" not in command_line()
+    assert command_line().startswith("distalign ")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command_line().startswith("torchrun --nproc_per_node 2 -m distalign ")
     assert TOKEN not in command_line()

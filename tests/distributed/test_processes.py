@@ -25,8 +25,8 @@ OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", 
 THREE = [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full", "rkl-stale/ddp/full"]
 
 
-def work(folder: Path, processes: int, cells: list[str], **environment: str) -> int:
-    """Run the cells in so many processes; the exit code."""
+def work(folder: Path, processes: int, cells: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the cells in so many processes."""
     folder.mkdir(exist_ok=True)
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
@@ -35,7 +35,7 @@ def work(folder: Path, processes: int, cells: list[str], **environment: str) -> 
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=400)
     if done.returncode and not environment:
         raise AssertionError(done.stderr[-6000:])
-    return done.returncode
+    return done
 
 
 def result(folder: Path, cell: str):
@@ -87,17 +87,25 @@ def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path):
     """kill -9 of one of two in the second step: torchrun ends the other; two processes end equal to the bit."""
     cell, whole, two, one = "rkl/ddp/lora", tmp_path / "whole", tmp_path / "two", tmp_path / "one"
     work(whole, 2, [cell])
-    assert work(two, 2, [cell], KILL="1") != 0
+    assert work(two, 2, [cell], KILL="1").returncode != 0
     assert not (two / "rkl-ddp-lora.pt").exists()
     shutil.copytree(two, one)
-    assert work(two, 2, [cell], RESUME="1") == 0
+    assert work(two, 2, [cell], RESUME="1").returncode == 0
     undisturbed, resumed = result(whole, cell), result(two, cell)
     assert resumed["samples"] == undisturbed["samples"]
     assert resumed["logs"] == undisturbed["logs"]
     assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in undisturbed["weights"].items())
     # One process goes on with the batch of both.
-    assert work(one, 1, [cell], RESUME="1") == 0
+    assert work(one, 1, [cell], RESUME="1").returncode == 0
     check_equal(undisturbed, result(one, cell))
+
+
+def test_what_one_process_finds_ends_all_with_its_message(tmp_path):
+    """A loss that is no number in one of two; none is left to say that its peer has gone."""
+    done = work(tmp_path, 2, ["rkl/ddp/lora"], NAN="1")
+    assert done.returncode != 0
+    assert done.stderr.count("the loss is nan at step 1") >= 2
+    assert "closed by peer" not in done.stderr
 
 
 @pytest.mark.parametrize("file", sorted(Path("examples/accelerate").glob("*.yaml")), ids=lambda file: file.stem)

@@ -3,11 +3,13 @@
     torch.distributed.run --nproc_per_node 2 tests/distributed/work.py FOLDER CELL [CELL …]
 
 A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora; FOLDER/METHOD-WRAPPER-WEIGHTS.pt holds its log lines and weights.
-With KILL=1 the last process is killed in its second step, with RESUME=1 a run goes on.
+With KILL=1 the last process is killed in its second step, with NAN=1 it finds a loss that is no number; with RESUME=1 a
+run goes on.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -23,6 +25,7 @@ from transformers import TrainerCallback
 
 from distalign.methods import DPO, RKL
 from distalign.models.policy import Lora
+from distalign.training.guard import Guard
 from distalign.training.sharding import shard
 
 METHODS = {**METHODS, "dpo": DPO(1.0), "rkl-stale": RKL(0.5, 0.3)}
@@ -77,6 +80,8 @@ def run(folder: Path, cell: str, processes: int):
         made.accelerator.prepare_model = lambda model, **_: model
     if "KILL" in os.environ and made.processes.rank == processes - 1:
         made.add_callback(Kill())
+    if "NAN" in os.environ and made.processes.rank == processes - 1:
+        made.guard.check_loss = lambda *_: Guard("rkl").check_loss(torch.tensor(math.nan), *_[1:])
     made.train(resume_from_checkpoint="RESUME" in os.environ)
     return made
 

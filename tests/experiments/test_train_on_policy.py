@@ -97,7 +97,7 @@ def test_a_mended_reward_goes_on(made, tmp_path):
         train(bad, "rkl")
     train(good, "rkl", resume=True)
     assert (good.train_dir / "rkl" / "model" / "README.md").is_file()
-    with pytest.raises(InputError, match="had batches"):
+    with pytest.raises(InputError, match="another batches: it had"):
         train(made("training.per_device_train_batch_size=4", reward=good.reward[0].model_dump()), "rkl", resume=True)
 
 

@@ -445,6 +445,10 @@ def test_the_command_merges_an_ordinary_adapter(folder, tmp_path, monkeypatch, c
     code, out, _ = command(monkeypatch, capsys, result.model, "--out", merged, "--overwrite", "--dtype", "bfloat16")
     assert out.startswith(f"model: {merged} (bfloat16)")
     assert load_file(merged / "model.safetensors")[LAYER].dtype == torch.bfloat16
+    for needed in (result.folder, result.model, tmp_path, folder):
+        # The run, the adapter, what holds both, the base.
+        is_refused(command(monkeypatch, capsys, result.folder, "--out", needed, "--overwrite"), "something else")
+        assert (result.model / "adapter_model.safetensors").is_file()
     is_refused(command(monkeypatch, capsys, folder), "holds a whole model")
     is_refused(command(monkeypatch, capsys, tmp_path), "holds no adapter", "runs/NAME/train/METHOD")
     is_refused(command(monkeypatch, capsys, result.folder, "--dtype", "int8"), "--dtype int8: take one of")

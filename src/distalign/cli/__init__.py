@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -27,9 +28,12 @@ from distalign.cli.methods import methods
 from distalign.cli.recipes import init, recipes
 from distalign.cli.report import report
 from distalign.cli.reward import reward
-from distalign.cli.shared import stoppable
+from distalign.cli.shared import refuse_several, stoppable
 from distalign.cli.study import study
 from distalign.cli.train import train
+
+# In what gloo and NCCL say of a process that is no longer there.
+LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data_app = typer.Typer(no_args_is_help=True, help="Look at preference data.")
@@ -41,6 +45,8 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(command)
     def run(*args: object, **kwargs: object) -> object:
+        if command is not train and os.environ.get("WORLD_SIZE", "1") != "1":
+            refuse_several(command.__name__)
         with stoppable("run it again"):
             return command(*args, **kwargs)
 
@@ -84,6 +90,12 @@ def main() -> None:
         app(prog_name="distalign")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        # What is left of the others when one of several processes has ended.
+        if os.environ.get("WORLD_SIZE", "1") == "1" or not any(words in str(error) for words in LOST):
+            raise
+        print("error: another process of this run has ended: see its message; go on with --resume", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         sys.exit(0)

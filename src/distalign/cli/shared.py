@@ -104,6 +104,13 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def refuse_several(command: str) -> None:
+    """Raise InputError in one of several processes, for a command that runs in one."""
+    from distalign.training.processes import refuse_several_processes
+
+    refuse_several_processes(f"distalign {command}")
+
+
 def quiet() -> None:
     """Our own messages on stderr, none of the libraries' bars and notices; and threads that wait without spinning."""
     import logging
@@ -165,7 +172,9 @@ def command_line(*more: str, without: str = "") -> str:
     """The command that runs, as a shell takes it, with further flags and without one of its own."""
     # "training.hub_token=…" as a setting of that name would be written.
     words = [_masked_word(word) for word in sys.argv[1:] if word != without]
-    return shlex.join(["distalign", *words, *(word for word in more if word not in words)])
+    count = os.environ.get("WORLD_SIZE", "1")
+    start = ["distalign"] if count == "1" else ["torchrun", "--nproc_per_node", count, "-m", "distalign"]
+    return shlex.join([*start, *words, *(word for word in more if word not in words)])
 
 
 def _masked_word(word: str) -> str:
@@ -223,7 +232,7 @@ def check_path(path: Path | None, option: str = "--json") -> None:
         refuse(f"{option} {path}: is a folder; name a file in it")
     if path is not None and not os.path.exists(path):
         write_text(path, "", option)
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, option: str = "--json") -> None:

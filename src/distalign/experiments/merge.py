@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +28,9 @@ from distalign.stats.intervals import Estimate, mean_and_se
 from distalign.training.run_folder import check_no_links, whole_folder
 
 logger = logging.getLogger("distalign.experiments.merge")
+
+# Its section of a card.
+_MERGED = "## Merged"
 
 # What the merged model and the one in 4 bits are compared on: prompts, and tokens of a response to each.
 PROMPTS, TOKENS = 16, 16
@@ -70,6 +74,11 @@ def merge(
     place = Path(run) / MERGED if out is None else Path(os.path.expanduser(out))
     if place.exists() and not overwrite:
         raise InputError(f"{place}: is there already; give another folder with --out, or --overwrite to replace it")
+    if place.exists() and not _replaceable(place, [Path(run), Path(source.path), Path(str(source.adapter))]):
+        raise InputError(
+            f"{place}: --overwrite replaces a model that distalign merge made, and this is something else, or holds "
+            "the adapter or its base; give another folder with --out"
+        )
     check_no_links(place, place.parent)
     device = TrainingArguments(output_dir="unused").device
     as_trained = source.quantization is not None and not onto_base
@@ -115,6 +124,14 @@ def _written_out(source: Source, dtype: str, device: torch.device) -> PreTrained
     return load_adapter(label, model, str(source.adapter)).merge_and_unload().eval()
 
 
+def _replaceable(place: Path, needed: Sequence[Path]) -> bool:
+    """Whether a folder holds a merged model alone, and nothing of what it is made of."""
+    inner = {path for one in needed for path in (one.resolve(), *one.resolve().parents)}
+    card = place / "README.md"
+    made = card.is_file() and _MERGED in card.read_text(encoding="utf-8", errors="replace")
+    return made and place.resolve() not in inner
+
+
 def _divergence(source: Source, tokenizer: Any, merged: PreTrainedModel, dtype: str) -> Estimate | None:
     """KL(4-bit ‖ merged) over the first tokens of responses that the model in 4 bits draws; None without the package.
 
@@ -148,7 +165,7 @@ def _card(source: Source, merged: Merged) -> str:
     except DAMAGED:
         data, text = {"tags": ["distalign"]}, f"# {source.path}, with an adapter"
     data["library_name"] = "transformers"
-    note = f"## Merged\nThe adapter is merged into {source.path}, in {merged.dtype}."
+    note = f"{_MERGED}\nThe adapter is merged into {source.path}, in {merged.dtype}."
     if source.quantization is not None:
         weights = "those, written out" if merged.as_trained else "the base's own: the distribution is another"
         note += f" It was trained on 4-bit weights, and these are {weights}."

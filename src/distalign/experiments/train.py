@@ -278,7 +278,8 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     training = recipe.training_for(name)
     # The optimizer and its schedule come from the checkpoint: another rate would be written down and not used.
     batches = (
-        *("per_device_train_batch_size", "gradient_accumulation_steps"),
+        # The prompts of a batch are those of all processes: its checkpoints know them.
+        "gradient_accumulation_steps",
         *("learning_rate", "weight_decay", "optim", "lr_scheduler_type"),
     )
     return {

@@ -138,6 +138,11 @@ class VLLMBackend:
         self._told = -math.inf
 
     @property
+    def place(self) -> str:
+        """The URL without name and password."""
+        return str(httpx.URL(self.base_url).copy_with(userinfo=b""))
+
+    @property
     def command(self) -> str:
         """The command that starts a server of this model for this run."""
         url, switch, more = httpx.URL(self.base_url), "VLLM_SERVER_DEV_MODE=1", ""
@@ -246,7 +251,7 @@ class VLLMBackend:
         info = self._ask("GET", "/server_info?config_format=json")
         if info.status_code == 200 and self._read(_Info, info).vllm_config.device_config.device == "cpu":
             raise ServerError(
-                f"vLLM server {self.base_url}: on a CPU it does not update a head that is tied to the embeddings; "
+                f"vLLM server {self.place}: on a CPU it does not update a head that is tied to the embeddings; "
                 "train LoRA, or a model with a head of its own (tie_word_embeddings false), or serve on a GPU"
             )
 
@@ -319,7 +324,7 @@ class VLLMBackend:
             except _Gone:
                 pass
             logger.warning("vLLM server %s: it was started anew, or has another run's weights: the responses are drawn "
-                           "again", self.base_url)  # fmt: skip
+                           "again", self.place)  # fmt: skip
             self._has = None
         else:
             raise self._error(f"its weights were lost {DRAWS} times in drawing a round; give it to one run alone")
@@ -408,7 +413,7 @@ class VLLMBackend:
                 raise self._error(f"it does not answer{waited} ({reason}); start it")
             if time.monotonic() - self._told > 10:
                 self._told = time.monotonic()
-                logger.warning("vLLM server %s: %s; it is asked again", self.base_url, reason)
+                logger.warning("vLLM server %s: %s; it is asked again", self.place, reason)
             time.sleep(wait)
             wait = min(2 * wait, 30.0)
 
@@ -424,7 +429,7 @@ class VLLMBackend:
             ) from None
 
     def _error(self, found: str) -> ServerError:
-        return ServerError(f"vLLM server {self.base_url}: {found}: {self.command}")
+        return ServerError(f"vLLM server {self.place}: {found}: {self.command}")
 
 
 def _real(path: str | None) -> str:

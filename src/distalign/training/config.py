@@ -160,10 +160,16 @@ class AlignmentConfig(TrainingArguments):
             # The best, and the last: only from this a run goes on, and transformers would remove it at the end.
             self.save_total_limit = 2
         started = os.environ.get("WORLD_SIZE", "1")
+        unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if started != "1" and (not started.isdigit() or unset):
+            what = f"and {', '.join(unset)} is not set" if unset else "which is no number"
+            raise TrainingError(
+                f"WORLD_SIZE is {started!r}, {what}: unset it, or start the processes by torchrun or accelerate launch"
+            )
         # accelerate counts processes without an accelerator only where it is told so.
         self.use_cpu = self.use_cpu or (started != "1" and not torch.accelerator.is_available())
         super().__post_init__()
-        if started.isdigit() and int(started) != self.world_size:
+        if int(started) != self.world_size:
             raise TrainingError(
                 f"{started} processes were started (WORLD_SIZE) and this one counts {self.world_size}: each would "
                 "train alone; start them by torchrun, or by accelerate launch with num_processes in its configuration"

@@ -144,7 +144,7 @@ class ResumableTrainer(Trainer):
             "data": rows_digest(self.rows),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
-            "batches": f"{prompts} x {args.gradient_accumulation_steps}",
+            "batches": f"{prompts} prompts, {args.gradient_accumulation_steps} a step",
             "seed": str(args.seed),
         }
 

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,9 @@ def writable(folder: Path) -> Path:
     """Make a folder and check that files can be written in it. Raises InputError saying what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write"
-        probe.write_text("")
-        probe.unlink()
+        # Of its own name: the processes of a run look at the same time.
+        with tempfile.NamedTemporaryFile(prefix=".write", dir=folder):
+            pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(

@@ -39,7 +39,7 @@ def gathered(*models: object) -> Iterator[None]:
 @contextmanager
 def unpartitioned(engine: nn.Module) -> Iterator[None]:
     """As `gathered`, for the model in an engine of DeepSpeed's ZeRO-3; its gradients are dealt all the same."""
-    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation  # pyright: ignore[reportMissingImports]
 
     with unwrap_model_for_generation(engine):
         yield

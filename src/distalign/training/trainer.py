@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -284,10 +284,11 @@ class AlignmentTrainer(ResumableTrainer):
         with self._weights_for_gradients():
             for number, micro in enumerate(micro_batches, 1):
                 with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
-                    scores = self.score(micro.groups)
-                    pairs, samples = micro.inputs(scores, self.needs, self.pairing)
-                    loss = self.method.loss(pairs, samples) * micro.weight
-                    self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
+                    with self.processes.together():
+                        scores = self.score(micro.groups)
+                        pairs, samples = micro.inputs(scores, self.needs, self.pairing)
+                        loss = self.method.loss(pairs, samples) * micro.weight
+                        self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
                     # Its share of the step is in the weight: accelerate divides by nothing more, but by the processes.
                     self.accelerator.backward(loss * self.processes.count)
                 if micro.weight:
@@ -758,7 +759,8 @@ class AlignmentTrainer(ResumableTrainer):
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
         try:
-            super().init_hf_repo(*args, **kwargs)
+            with self.processes.together():
+                super().init_hf_repo(*args, **kwargs)
         except (OSError, ValueError, HTTPError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
