@@ -107,12 +107,9 @@ class _Loader(yaml.SafeLoader):
             self._level -= 1
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Raises MarkedYAMLError for a text that is not what its tag says (`!!int x`), or holds half a character."""
+        """Raises MarkedYAMLError for a text that is not what its tag says, such as `!!int x`."""
         try:
-            made = super().construct_object(node, deep)
-            if isinstance(made, str):
-                made.encode()
-            return made
+            return super().construct_object(node, deep)
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             kind, reason = node.tag.rpartition(":")[2], " ".join(str(error).split())[:80]
             raise yaml.MarkedYAMLError(None, None, f"this is no {kind}: {reason}", node.start_mark) from None
@@ -282,6 +279,9 @@ def read_settings(
         _find_files(raw.get(section) if section else raw, keys, folder)
     try:
         return kind.model_validate(raw)
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end].encode("ascii", "backslashreplace").decode()
+        raise RecipeError(f"{where}: a text holds {half}, half a character; write it whole") from None
     except ValidationError as error:
         lines = [line for found in error.errors() for line in explain(found, kind)]
         raise RecipeError("\n".join(f"{where}: {line}" for line in dict.fromkeys(lines))) from None
