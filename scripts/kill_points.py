@@ -41,7 +41,7 @@ from distalign.errors import InputError
 from distalign.experiments.recipe import Recipe, load_recipe
 from distalign.experiments.train import train
 from distalign.training import checkpoint as checkpoints
-from distalign.training import trainer as trainers
+from distalign.training import resumable as trainers
 
 REWARD = "def reward(prompts, completions, **columns):\n    return [float(len(text)) for text in completions]\n"
 TRAINING = {"learning_rate": 3e-3, "per_device_train_batch_size": 4, "use_cpu": True, "save_steps": 2, "max_steps": 5}
