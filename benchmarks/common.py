@@ -22,36 +22,29 @@ from distalign.models.load import find_model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def small_model() -> Any:
-    """A Llama of 11 million parameters, 72 % of them its vocabulary's, with random weights."""
+def _llama(vocabulary: int, hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> Any:
+    """A Llama with random weights, its embeddings also its head."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=1024,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         tie_word_embeddings=True,
+        **more,
     )
     return LlamaForCausalLM(config)
+
+
+def small_model() -> Any:
+    """11 million parameters, 72 % of them its vocabulary's."""
+    return _llama(32_000, 256, 688, 4, 4, max_position_embeddings=1024)
 
 
 def llama_1b() -> Any:
-    """The shape of Llama-3.2-1B, with random weights: for a GPU."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
+    """The shape of Llama-3.2-1B: for a GPU."""
+    return _llama(128_256, 2048, 8192, 16, 32, num_key_value_heads=8, max_position_embeddings=8192)
 
 
 MODELS: dict[str, Callable[[], Any]] = {

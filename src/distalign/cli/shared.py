@@ -128,8 +128,6 @@ def quiet() -> None:
         logging.getLogger("distalign").setLevel(logging.ERROR)
     # How the engine serves a model is worth a line only where it had to fall back.
     logging.getLogger("distalign.engine").setLevel(logging.WARNING)
-    # It tells at its import, which is PEFT's, of kernels that it does without.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
