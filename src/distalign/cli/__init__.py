@@ -28,7 +28,7 @@ from distalign.cli.methods import methods
 from distalign.cli.recipes import init, recipes
 from distalign.cli.report import report
 from distalign.cli.reward import reward
-from distalign.cli.shared import refuse_several, stoppable
+from distalign.cli.shared import stoppable
 from distalign.cli.study import study
 from distalign.cli.train import train
 
@@ -46,7 +46,9 @@ def _stoppable(command: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(command)
     def run(*args: object, **kwargs: object) -> object:
         if command is not train and os.environ.get("WORLD_SIZE", "1") != "1":
-            refuse_several(command.__name__)
+            from distalign.training.processes import refuse_several_processes
+
+            refuse_several_processes(f"distalign {command.__name__}")
         with stoppable("run it again"):
             return command(*args, **kwargs)
 

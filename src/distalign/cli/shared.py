@@ -104,13 +104,6 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def refuse_several(command: str) -> None:
-    """Raise InputError in one of several processes, for a command that runs in one."""
-    from distalign.training.processes import refuse_several_processes
-
-    refuse_several_processes(f"distalign {command}")
-
-
 def quiet() -> None:
     """Our own messages on stderr, none of the libraries' bars and notices; and threads that wait without spinning."""
     import logging
