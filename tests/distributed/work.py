@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from distalign.methods import DPO, RKL
 from distalign.models.policy import Lora
 from distalign.training.guard import Guard
-from distalign.training.sharding import shard
+from distalign.training.passes import shard
 
 METHODS = {**METHODS, "dpo": DPO(1.0), "rkl-stale": RKL(0.5, 0.3)}
 # Prompts of one step, in all processes together; the last step of an epoch of 14 has two, so that a third has none.

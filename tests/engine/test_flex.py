@@ -91,7 +91,7 @@ def allowed(segments, window):
     """[queries, keys]: same document, key in the prompt or the query's own piece, causal and windowed by position."""
     document, piece, position = [], [], []
     for number, segment in enumerate(segments):
-        for index, length in enumerate(segment.lengths):
+        for index, length in enumerate((segment.prompt, *segment.responses)):
             start = segment.prompt if index else 0
             document += [number] * length
             piece += [index] * length

@@ -107,7 +107,7 @@ def test_whole_mask_is_its_definition(lengths, window):
     found = layout.whole_mask(CALL._replace(device=CPU, window=window))[0, 0]
     document, piece, position = [], [], []
     for number, segment in enumerate(segments):
-        for index, length in enumerate(segment.lengths):
+        for index, length in enumerate((segment.prompt, *segment.responses)):
             start = segment.prompt if index else 0
             document += [number] * length
             piece += [index] * length

@@ -12,8 +12,9 @@ from peft import LoraConfig, get_peft_model
 
 from distalign.errors import InputError
 from distalign.rollout import decode
-from distalign.rollout.decode import Shared, choose, close_gaps, encode_prompts, shares_prompts
+from distalign.rollout.decode import Shared, choose, close_gaps, encode_prompts
 from distalign.rollout.sample import sample
+from distalign.rollout.trial import way_of
 
 PROMPTS = [[5, 9, 17, 33, 40, 8, 71], [7, 8], [21, 22, 23, 24, 30, 31, 32, 33, 34], [61]]
 
@@ -29,9 +30,9 @@ def test_families_are_served_as_expected(family, caplog):
     """Families that keep plain keys and values share them; any other says why not, once."""
     model = build(family, torch.float32)
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
-        assert shares_prompts(model) == shares_prompts(model) == (family not in COPIED)
-    told = [record for record in caplog.records if record.name == "distalign.rollout"]
-    assert len(told) == (family in COPIED)
+        assert way_of(model, 20) == way_of(model, 20)
+    assert (way_of(model, 20).cache == "shared") == (family not in COPIED)
+    assert caplog.text.count("a prompt's cache is copied") == (family in COPIED)
 
 
 @pytest.mark.parametrize("family", SHARED)
@@ -58,9 +59,10 @@ def test_logits_equal_those_of_encoding_alone(family):
 
 def both_ways(monkeypatch, model, prompts, **settings):
     """Responses from shared prompts and from copies."""
-    assert shares_prompts(model)
+    way = way_of(model, 20)
+    assert way.cache == "shared"
     shared = sample(model, prompts, **settings)
-    monkeypatch.setattr(decode, "shares_prompts", lambda _: False)
+    monkeypatch.setattr("distalign.rollout.sample.way_of", lambda *_: way._replace(cache="copied"))
     return shared, sample(model, prompts, **settings)
 
 
@@ -134,7 +136,7 @@ def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
     monkeypatch.setattr(decode, "_restrict", lambda scores, *_: scores)
     model = tiny.model()
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
-        assert not shares_prompts(model)
+        assert way_of(model, 20).cache == "copied"
     assert "a shared cache changes log-probabilities by" in caplog.text
     settings = {"n": 2, "max_new_tokens": 4, "temperature": 0.0, "end_id": 3, "seed": 0}
     found = sample(model, [[5, 9, 17, 33], [7], [8, 6]], **settings)
@@ -142,14 +144,14 @@ def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
     assert found == sample(tiny.model(), [[5, 9, 17, 33], [7], [8, 6]], **settings)
 
 
-def test_the_check_is_remembered_by_the_weights():
-    """A second model of the same weights is not checked again; another dtype is."""
+def test_the_trial_is_remembered():
+    """A model is not tried again; in another dtype it is."""
     model, calls = tiny.model(), []
-    assert shares_prompts(model)
+    way = way_of(model, 20)
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    assert shares_prompts(model)
+    assert way_of(model, 20) == way
     assert not calls
-    assert shares_prompts(model.double())
+    assert way_of(model.double(), 20) == way
     assert calls
 
 

@@ -11,7 +11,7 @@ from engine_models import FAMILIES, build
 
 from distalign.engine import Group, score
 from distalign.errors import InputError
-from distalign.rollout.decode import choose, shares_prompts
+from distalign.rollout.decode import choose
 from distalign.rollout.sample import end_ids, sample
 from distalign.rollout.trial import way_of
 
@@ -168,7 +168,6 @@ def test_rows_bound_what_is_decoded_at_once(family):
     model, prompts = build(family, torch.float32), [*PROMPTS[:3], [61, 62]]
     with torch.no_grad():
         expected = [one_at_a_time(model, prompt, 6) for prompt in prompts]
-    shares_prompts(model)
     way_of(model, 15)
     calls = Calls(model)
     for rows, prefills in ((3, [1, 1, 1, 1]), (10, [2, 2]), (64, [4])):

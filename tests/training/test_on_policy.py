@@ -31,7 +31,7 @@ class Gradients(TrainerCallback):
 def inputs(made, prompts, pairing="all"):
     """What the loss reads of these prompts under the policy as it is."""
     micro = MicroBatch(prompts, 1.0)
-    return micro.inputs(made.score(micro.groups), made.method.needs, pairing)
+    return micro.inputs(made.score([prompt.group for prompt in micro.prompts]), made.method.needs, pairing)
 
 
 # One gradient ---------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_what_is_collected_is_what_the_engine_says(tmp_path, temperature):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    made.worker.draw_round([0], 0, tmp_path / "samples.jsonl")
+    made.worker.draw_round([0], 0)
     drawn = made.worker.round
     groups = [Group(p, r) for p, r in zip(drawn.prompts, drawn.responses, strict=True)]
     for name, scored in (("behavior", model), ("reference", made.policy.reference)):
@@ -216,7 +216,7 @@ def test_rounds_and_batches_draw_by_different_random_numbers(tmp_path):
     made.model.eval()
     drawn = []
     for index in (made.worker.batches.rounds[0][0], made.worker.batches.rounds[1][0]):
-        made.worker.draw_round([index], 0, tmp_path / "samples.jsonl")
+        made.worker.draw_round([index], 0)
         drawn.append(made.worker.round.responses)
     assert drawn[0] != drawn[1]
     made.state.global_step = 1

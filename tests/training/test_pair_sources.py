@@ -176,10 +176,12 @@ def test_a_declared_reference_is_scored_for_its_own_pairs(tmp_path):
     made.model.eval()
     batch = made.collect(made.rows[:2], [0, 1]).prompts
     micro = MicroBatch(batch, 1.0)
-    pairs, _ = micro.inputs(made.score(micro.groups), made.needs, "all")
+    pairs, _ = micro.inputs(made.score([prompt.group for prompt in micro.prompts]), made.needs, "all")
     torch.testing.assert_close(pairs.reference_logps, pairs.logps.detach(), rtol=0, atol=1e-4)
     assert torch.equal(pairs.behavior_logps, pairs.reference_logps)
-    without, _ = micro.inputs(made.score(micro.groups), Needs(pairs="reference", reward=True), "best_worst")
+    without, _ = micro.inputs(
+        made.score([prompt.group for prompt in micro.prompts]), Needs(pairs="reference", reward=True), "best_worst"
+    )
     assert not hasattr(without, "reference_logps")
     assert without.logps.shape == (2, 2)
     assert bool((without.rewards[:, 0] >= without.rewards[:, 1]).all())

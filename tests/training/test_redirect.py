@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import acting
 import pytest
 import tiny
@@ -11,9 +13,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distalign.engine import Group, score
-from distalign.engine.forward import redirect
 from distalign.methods import METHODS
 from distalign.models.policy import Lora
+from distalign.training.passes import redirect
 
 GROUPS = [Group([5, 6, 7], [[8, 9, 3], [4, 3]]), Group([9, 4], [[7, 3], [6]])]
 
@@ -38,14 +40,14 @@ def test_a_function_runs_inside_the_wrapper_and_the_model_is_itself_again():
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         plain = model(ids).logits
-        assert torch.equal(redirect(wrapper, model, lambda: model(ids).logits), plain)
+        assert torch.equal(redirect(wrapper, model, lambda: model(ids).logits, nullcontext()), plain)
     assert wrapper.calls == 1
     assert "forward" not in vars(model)
     with pytest.raises(ArithmeticError):
-        redirect(wrapper, model, lambda: (_ for _ in ()).throw(ArithmeticError()))
+        redirect(wrapper, model, lambda: (_ for _ in ()).throw(ArithmeticError()), nullcontext())
     assert "forward" not in vars(model)
     model.forward = own = model.forward
-    redirect(model, model, lambda: None)
+    redirect(model, model, lambda: None, nullcontext())
     assert vars(model)["forward"] is own
 
 
@@ -59,7 +61,7 @@ def test_gradients_through_a_data_parallel_wrapper(tmp_path):
         wrapper = DistributedDataParallel(model)
         for _ in range(2):
             model.zero_grad()
-            logps = redirect(wrapper, model, lambda: score(model, GROUPS).token_logps)
+            logps = redirect(wrapper, model, lambda: score(model, GROUPS).token_logps, nullcontext())
             logps.sum().backward()
     finally:
         distributed.destroy_process_group()

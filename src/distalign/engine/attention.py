@@ -23,7 +23,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distalign.engine import flex
-from distalign.engine.packing import Segment
+from distalign.engine.packing import PackedRow, Segment
 
 NAME = "distalign_shared_prefix"
 
@@ -50,7 +50,7 @@ class Layout:
 
     def __init__(self, segments: tuple[Segment, ...], *, by_flex: bool = False) -> None:
         self.segments, self.by_flex = segments, by_flex
-        self.pieces = [length for segment in segments for length in segment.lengths]
+        self.pieces = [length for segment in segments for length in (segment.prompt, *segment.responses)]
         self.tokens = sum(self.pieces)
         self.calls: list[flex.Call] = []
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
@@ -202,6 +202,19 @@ def _refuse_unknown(layout: Layout, module: nn.Module, query: Tensor, key: Tenso
         raise CannotShare("its attention is not causal")
     if query.shape[0] != 1 or query.shape[2] != layout.tokens or key.shape[2] != layout.tokens:
         raise CannotShare(f"its attention sees rows of shape {tuple(query.shape)} instead of the packed row")
+
+
+def shared_hidden(
+    decoder: nn.Module, row: PackedRow, *, by_flex: bool = False
+) -> tuple[Float[Tensor, "rows hidden"], Layout]:
+    """Hidden states that predict the response tokens of a packed row, and the layout with what the layers asked for.
+
+    Raises CannotShare where the model asks its attention for something that cannot be shared.
+    """
+    layout = Layout(row.segments, by_flex=by_flex)
+    with shared_attention(decoder, layout):
+        out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
+    return out[0][0].index_select(0, row.predictors), layout
 
 
 @contextmanager

@@ -9,20 +9,18 @@ All three return the rows in the same order: group by group, response by respons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from distalign.engine.attention import Layout, shared_attention
+from distalign.engine.attention import shared_hidden
 from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, Rows, head_of
 from distalign.engine.packing import Group, PaddedRows, frame, pack, pad
-
-T = TypeVar("T")
 
 # Padded tokens of one forward call of the padded path.
 _PADDED_TOKENS = 4096
@@ -70,7 +68,7 @@ def encode(
     if path == "padded":
         hidden = _padded(model, groups)
     else:
-        hidden, _ = shared_hidden(model, groups, by_flex=by_flex)
+        hidden, _ = shared_hidden(decoder_of(model), pack(groups, device_of(model)), by_flex=by_flex)
     return HiddenRows(hidden, head_of(model), temperature)
 
 
@@ -85,21 +83,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
     if decoder is None:
         raise CannotTile("its decoder cannot be told from its head")
     return decoder
-
-
-def shared_hidden(
-    model: nn.Module, groups: Sequence[Group], *, by_flex: bool = False
-) -> tuple[Float[Tensor, "rows hidden"], Layout]:
-    """Hidden states with every prompt encoded once, and the layout with what the layers asked for.
-
-    Raises CannotShare where the model asks its attention for something that cannot be shared.
-    """
-    row = pack(groups, device_of(model))
-    layout = Layout(row.segments, by_flex=by_flex)
-    decoder = decoder_of(model)
-    with shared_attention(decoder, layout):
-        out = decoder(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False)
-    return out[0][0].index_select(0, row.predictors), layout
 
 
 def _padded(model: nn.Module, groups: Sequence[Group]) -> Float[Tensor, "rows hidden"]:
@@ -129,33 +112,6 @@ def _in_order(parts: list[Tensor], batches: list[PaddedRows], groups: Sequence[G
         for response, piece in zip(batch.responses, part.split([lengths[i] for i in batch.responses]), strict=True):
             pieces[response] = piece
     return torch.cat(pieces)
-
-
-def redirect(wrapper: nn.Module, model: nn.Module, function: Callable[[], T]) -> T:
-    """Call `function` inside the forward of `wrapper`, which is `model` or wraps it, and return what it returns.
-
-    Whatever the wrapper does around a forward (DDP, FSDP2, hooks) it does around the function. `model.forward` is
-    itself again while the function runs. With gradients, the result must be something in which the wrapper finds the
-    tensors (DDP: tensors, sequences, dictionaries and dataclasses of them).
-    """
-    before = vars(model).get("forward")
-
-    def restore() -> None:
-        if before is None:
-            vars(model).pop("forward", None)
-        else:
-            model.forward = before
-
-    def forward(_: None) -> T:
-        restore()
-        return function()
-
-    model.forward = forward
-    try:
-        # DDP on a GPU cannot do without any argument.
-        return wrapper(None)
-    finally:
-        restore()
 
 
 @contextmanager

@@ -42,11 +42,6 @@ class Segment:
     prompt: int
     responses: tuple[int, ...]
 
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Lengths of the pieces, in the order of the row."""
-        return (self.prompt, *self.responses)
-
 
 @dataclass(frozen=True)
 class PackedRow:

@@ -88,12 +88,23 @@ def score(
     ValueError for groups that cannot be scored, a temperature that is not positive, a reference with another
     vocabulary, or values of a model whose hidden states cannot be told from its logits.
     """
-    if not temperature > 0:
-        raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
-    _validate(model, groups)
+    _validate(model, groups, temperature)
+    return _score(model, groups, reference, entropy, temperature, value_head, kernels=torch.is_grad_enabled())
+
+
+def _score(
+    model: nn.Module,
+    groups: Sequence[Group],
+    reference: Reference | None,
+    entropy: bool,
+    temperature: float,
+    value_head: nn.Module | None,
+    *,
+    kernels: bool,
+) -> Scores:
     places = frame(groups, device_of(model))
-    rows, reference_rows = _both_rows(model, reference, groups, temperature, kernels=torch.is_grad_enabled())
-    keep = 0 if recomputes(model) else KEPT
+    rows, reference_rows = _both_rows(model, reference, groups, temperature, kernels=kernels)
+    keep = KEPT if torch.is_grad_enabled() and not recomputes(model) else 0
     values = score_rows(rows, places.targets, entropy=entropy, reference=reference_rows, keep=keep)
     return Scores(
         token_logps=_lay_out(values.logps, places),
@@ -125,30 +136,31 @@ def score_in_batches(
     value_head: nn.Module | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Scores:
-    """`score` without gradient, in micro-batches of at most `token_budget` tokens, the longest groups first.
+    """`score` without gradient and dropout, in micro-batches of at most `token_budget` tokens, longest groups first.
 
     Results are in the order of `groups`. `progress(done, total)` is called after each micro-batch with numbers of
     groups. Raises ValueError as `score` and `micro_batches` do, before anything is computed.
     """
-    _validate(model, groups)
-    check(model, kernels=worth_compiling(groups))
+    _validate(model, groups, temperature)
     parts: list[tuple[list[int], Scores]] = []
-    done = 0
-    for batch in micro_batches(groups, token_budget):
-        chosen = [groups[index] for index in batch]
-        with torch.no_grad():
-            part = score(
-                model, chosen, reference=reference, entropy=entropy, temperature=temperature, value_head=value_head
-            )
-        parts.append((batch, part))
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(groups))
-    return join(groups, parts, device_of(model))
+    kernels, done = worth_compiling(groups), 0
+    with evaluating(model):
+        for batch in micro_batches(groups, token_budget):
+            chosen = [groups[index] for index in batch]
+            part = _score(model, chosen, reference, entropy, temperature, value_head, kernels=kernels)
+            parts.append((batch, part))
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(groups))
+    return join(groups, parts)
 
 
-def join(groups: Sequence[Group], parts: Sequence[tuple[Sequence[int], Scores]], device: torch.device) -> Scores:
-    """What was scored in parts as one: each part has the scores of the groups at some places, all parts have all."""
+def join(groups: Sequence[Group], parts: Sequence[tuple[Sequence[int], Scores]]) -> Scores:
+    """What was scored in parts as one: each part has the scores of the groups at some places, all parts have all.
+
+    The parts are on one device.
+    """
+    device = parts[0][1].mask.device
     places = frame(groups, device)
     starts = _starts(groups)
     result: dict[str, Tensor] = {}
@@ -157,8 +169,8 @@ def join(groups: Sequence[Group], parts: Sequence[tuple[Sequence[int], Scores]],
         for name in _VALUES:
             values = getattr(part, name)
             if values is not None:
-                whole = result.setdefault(name, values.new_zeros(places.mask.shape, device=device))
-                whole[rows.to(device), : values.shape[1]] = values.to(device)
+                whole = result.setdefault(name, values.new_zeros(places.mask.shape))
+                whole[rows.to(device), : values.shape[1]] = values
     return Scores(mask=places.mask, group=places.group, **result)
 
 
@@ -221,7 +233,7 @@ def _reference_rows(reference: Reference, groups: Sequence[Group], temperature: 
     with context as model:
         if not isinstance(model, nn.Module):
             raise TypeError(f"reference: its context gives a {type(model).__name__}; it must give the reference model.")
-        _validate(model, groups, "reference: groups")
+        _validate(model, groups, source="reference: groups")
         with evaluating(model):
             return _rows(model, groups, temperature, kernels=kernels)
 
@@ -230,7 +242,9 @@ def _lay_out(values: Float[Tensor, "rows"], places: Frame) -> Float[Tensor, "res
     return values.new_zeros(places.mask.shape).masked_scatter(places.mask, values)
 
 
-def _validate(model: Any, groups: Sequence[Group], source: str = "groups") -> None:
+def _validate(model: Any, groups: Sequence[Group], temperature: float = 1.0, source: str = "groups") -> None:
+    if not temperature > 0:
+        raise ValueError(f"score: temperature is {temperature}; it must be above 0.")
     require_causal_lm(model)
     config = model.config.get_text_config()
     stretches = (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"

@@ -25,19 +25,20 @@ from distalign.engine.attention import (
     attention_of,
     expected_windows,
     shared_attention,
+    shared_hidden,
     shared_prefix_attention,
 )
 from distalign.engine.forward import (
+    decoder_of,
     device_of,
     embedding_weight,
     encode,
     evaluating,
     require_causal_lm,
-    shared_hidden,
     text_config,
 )
 from distalign.engine.lm_head import CannotTile, HiddenRows, LogitRows, head_of, score_rows
-from distalign.engine.packing import Group, Segment, frame
+from distalign.engine.packing import Group, Segment, frame, pack
 from distalign.errors import InputError
 
 logger = logging.getLogger("distalign.engine")
@@ -99,7 +100,7 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
     if model not in _REPORTS:
         require_causal_lm(model)
     reports = _REPORTS.setdefault(model, {})
-    key = _state(model)
+    key = state_of(model)
     if again or key not in reports:
         device = device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
@@ -112,8 +113,8 @@ def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> Eng
     return report
 
 
-def _state(model: Any) -> tuple:
-    """What a report depends on; read for every pass."""
+def state_of(model: Any) -> tuple:
+    """What the way of serving a model depends on, besides its class; read for every pass."""
     head, weight = model.get_output_embeddings(), model.get_input_embeddings().weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     bias = getattr(head, "bias", None) is None
@@ -166,7 +167,7 @@ def _try_shared(
     head = head_of(model)
     try:
         windows = expected_windows(text_config(model))
-        hidden, layout = shared_hidden(model, groups)
+        hidden, layout = shared_hidden(decoder_of(model), pack(groups, device_of(model)))
     except CannotShare as refusal:
         return str(refusal), float("nan"), []
     except (CannotTile, torch.OutOfMemoryError):
@@ -205,7 +206,7 @@ def _try_flex(model_type: str, calls: list[flex.Call]) -> bool:
 def _in_sample(call: flex.Call) -> flex.Call:
     """The call in the row _FLEX_SAMPLE, with a window and a softcap that show there; to the kernel both are data."""
     return call._replace(
-        tokens=sum(sum(segment.lengths) for segment in _FLEX_SAMPLE),
+        tokens=Layout(_FLEX_SAMPLE).tokens,
         window=None if call.window is None else 17,
         softcap=None if call.softcap is None else 2.0,
     )

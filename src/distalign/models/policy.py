@@ -23,7 +23,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
-from distalign.engine.forward import evaluating
 from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
 from distalign.models.quantized import is_quantized, keep_exact, write_note
@@ -86,13 +85,10 @@ class Policy:
     value_head: nn.Linear | None = None
     new_adapter: bool = True
 
-    @contextmanager
-    def as_reference(self) -> Iterator[nn.Module]:
-        """The reference as a model, without dropout and without gradient, while the context lasts."""
+    def as_reference(self) -> AbstractContextManager[nn.Module]:
+        """The reference as a model, while the context lasts; an adapter that is switched off is one."""
         assert self.reference is not None
-        reference = self.reference
-        with nullcontext(reference) if isinstance(reference, nn.Module) else reference() as model, evaluating(model):
-            yield model
+        return nullcontext(self.reference) if isinstance(self.reference, nn.Module) else self.reference()
 
     def disable_dropout(self) -> None:
         """Set every dropout to 0: what is trained is then the very distribution that responses are drawn from."""

@@ -1,35 +1,30 @@
 """Responses that continue encoded prompts, a token at a time: from one copy of a prompt's cache where the model allows.
 
-Two ways with one face: `Shared` and `Forked`, which copies the cache for every response and serves every
-model. A model that misreads the shared cache does so silently, so before its first use the two are compared.
+Three ways with one face: `Shared`; `Forked`, which copies the cache for every response; `Uncached`. Which of them
+serves a model is found out in rollout/trial.py.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from distalign.engine.attention import CannotShare, attention_configs, attention_of, attention_set, expected_windows
-from distalign.engine.forward import device_of, embedding_weight, evaluating, text_config
-from distalign.engine.selfcheck import distance, sample_groups
+from distalign.engine.attention import CannotShare, attention_configs, attention_set
+from distalign.engine.forward import device_of
 from distalign.errors import InputError
-
-logger = logging.getLogger("distalign.rollout")
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ class Forked:
 
 
 class Shared:
-    """Responses that read one copy of their prompt's cache. As `Forked`, for models that `shares_prompts` accepts.
+    """Responses that read one copy of their prompt's cache. As `Forked`, for models that are found to allow it.
 
     Of the prompts encoded only one may be used `again`. Raises CannotShare as `PrefixCache` does.
     """
@@ -215,24 +210,23 @@ def respond(
     rows: int,
     settings: Sampling,
     uniform: Float[Tensor, "responses steps 2"],
-    *,
-    cached: bool = True,
+    cache: Literal["shared", "copied", "none"],
 ) -> list[list[int]]:
-    """`n` responses to each prompt, in order, at most `rows` at once; without `cached` the prompts have one length.
+    """`n` responses to each prompt, in order, at most `rows` at once; without a cache the prompts have one length.
 
     `uniform` holds the random numbers of each response, from 0 to 1, two for each of its tokens.
     """
     parts = torch.arange(len(prompts), device=uniform.device).repeat_interleave(n).split(rows)
     numbers = uniform.split(rows)
     responses: list[list[int]] = []
-    if not cached:
+    if cache == "none":
         ids = torch.tensor(prompts, device=uniform.device)
         for parents, own in zip(parts, numbers, strict=True):
             decoder = Uncached(model, ids[parents])
             responses += _decode(decoder, decoder.step(None), settings, own)
         return responses
     encoded = encode_prompts(model, prompts, settings.end_ids[0])
-    kind = Shared if shares_prompts(model) else Forked
+    kind = Shared if cache == "shared" else Forked
     for index, parents in enumerate(parts):
         decoder = kind(encoded, parents, settings.max_new_tokens, again=index < len(parts) - 1)
         responses += _decode(decoder, encoded.logits[parents], settings, numbers[index])
@@ -296,71 +290,6 @@ def _invert(weights: Float[Tensor, "rows choices"], uniform: Float[Tensor, "rows
     """A choice for each row, by the inverse of the cumulative distribution."""
     cumulative = weights.cumsum(-1, dtype=uniform.dtype)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).squeeze(1)
-
-
-# Whether a model's prompts can be shared ------------------------------------------------------------------------------
-
-# Largest difference of a log-probability, in nats, that rounding explains. A wrong mask is off by 0.1 to 3 nats.
-_TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.6}
-
-# What was measured, by the weights of the input embeddings: models that share them share their layers.
-_RESULTS: Any = WeakIdKeyDictionary()
-
-
-def shares_prompts(model: nn.Module) -> bool:
-    """Whether `Shared` serves a model: found out at its first use, by comparing with `Forked`, and remembered.
-
-    A change of dtype, device, attention implementation or autocast repeats it; so does another class, as of an adapter.
-    Modes and the random state are left as they were.
-    """
-    weight, config = embedding_weight(model), text_config(model)
-    autocast = torch.is_autocast_enabled(weight.device.type)
-    key = type(model), weight.dtype, weight.device, attention_of(config), autocast
-    results = _RESULTS.setdefault(weight, {})
-    if key not in results:
-        with torch.random.fork_rng([weight.device] if weight.is_cuda else []), evaluating(model):
-            reason = _why_not(model, _TOLERANCES.get(torch.bfloat16 if autocast else weight.dtype, 0.6))
-        results[key] = reason is None
-        if reason is not None:
-            logger.warning("%s: a prompt's cache is copied for each of its responses (%s)", config.model_type, reason)
-    return results[key]
-
-
-def _why_not(model: nn.Module, tolerance: float) -> str | None:
-    """Why the prompts' cache cannot be shared (None: it can): two steps of three responses, one of them dropped."""
-    config = text_config(model)
-    try:
-        windows = expected_windows(config)
-    except CannotShare as refusal:
-        return str(refusal)
-    groups = sample_groups(config, len(embedding_weight(model)))
-    device = device_of(model)
-    parents, kept = torch.tensor([0, 0, 1], device=device), torch.tensor([0, 2], device=device)
-    tokens = torch.tensor([groups[0].responses[0][0], groups[0].responses[1][0], groups[1].responses[0][0]]).to(device)
-    prompts, pad_id = [group.prompt for group in groups], groups[0].prompt[0]
-    try:
-        encoded = encode_prompts(model, prompts, pad_id)
-        shared = Shared(encoded, parents, 2)
-        with shared.decoding():
-            logits = [shared.step(tokens)]
-            used = list(shared.cache.windows)
-            shared.keep(kept)
-            logits.append(shared.step(tokens[kept]))
-    except torch.OutOfMemoryError:
-        raise
-    except (CannotShare, InputError) as refusal:
-        return str(refusal)
-    except Exception as problem:
-        # Foreign code met a cache it was not written for; whatever it raises means the same: not this way.
-        return f"it does not run on a shared cache ({type(problem).__name__}: {problem})"
-    if used != windows:
-        return f"its layers ask for windows {used}, its configuration for {windows}"
-    forked = Forked(encoded, parents, 2)
-    expected = [forked.step(tokens)]
-    forked.keep(kept)
-    expected.append(forked.step(tokens[kept]))
-    error = max(distance(a, b) for a, b in zip(logits, expected, strict=True))
-    return None if error <= tolerance else f"a shared cache changes log-probabilities by {error:.2g} nats"
 
 
 # One copy of a prompt's keys and values -------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ def end_ids(model: nn.Module, end_id: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([end_id, *(index for index in listed if 0 <= index < vocabulary)]))
 
 
-@torch.no_grad()
 def sample(
     model: nn.Module,
     prompts: Sequence[list[int]],
@@ -62,10 +61,10 @@ def sample(
     results: list[list[list[int]]] = [[] for _ in prompts]
     done = 0
     with evaluating(model):
-        for batch in _batches(prompts, max(1, rows // n), of_one_length=way != "padded"):
+        for batch in _batches(prompts, max(1, rows // n), of_one_length=way.prompts == "equal"):
             chosen = [prompts[i] for i in batch]
             uniform = torch.cat([_uniform(seed, numbers[i], n, max_new_tokens, device) for i in batch])
-            responses = respond(model, chosen, n, rows, settings, uniform, cached=way != "uncached")
+            responses = respond(model, chosen, n, rows, settings, uniform, way.cache)
             for position, index in enumerate(batch):
                 results[index] = responses[position * n : (position + 1) * n]
             done += len(batch)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from distalign.engine import Scores
+from distalign.training.passes import local
 from distalign.training.rounds import Row, TrainingError
-from distalign.training.sharding import local
 
 ADVICE = "lower learning_rate, gamma or the scale of the rewards"
 # Steps in a row that the scaler of float16 may skip: it halves its scale each time.

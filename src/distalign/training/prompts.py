@@ -83,14 +83,9 @@ class MicroBatch:
     indices: Sequence[int] = ()
 
     @property
-    def groups(self) -> list[Group]:
-        """What is scored."""
-        return [prompt.group for prompt in self.prompts]
-
-    @property
     def tokens(self) -> int:
         """Tokens of the groups, each prompt once."""
-        return sum(group.tokens for group in self.groups)
+        return sum(prompt.group.tokens for prompt in self.prompts)
 
     def inputs(self, scores: Scores, needs: Needs, pairing: Literal["all", "best_worst"]) -> tuple[Pairs, Samples]:
         """What the loss reads of the scores. All prompts have the same numbers of responses."""
@@ -100,7 +95,7 @@ class MicroBatch:
             # It is also computed for the log, and beside a full KL.
             scores = replace(scores, reference_token_logps=None)
         constants = self._constants([prompt.constants for prompt in self.prompts], scores, needs)
-        parts, samples = [], Samples()
+        parts = []
         if "labelled" in needs.pairs:
             parts.append(self.labelled(scores))
         if "reference" in needs.pairs:
@@ -110,8 +105,8 @@ class MicroBatch:
             parts.append(_drawn_pairs(scores, drawn, constants, pairing))
         if needs.samples and first.fresh:
             samples = _samples(scores, rows[:, -first.fresh :], {})
-        elif needs.samples:
-            samples = _samples(scores, drawn, constants)
+        else:
+            samples = _samples(scores, drawn, constants) if needs.samples else Samples()
         return concatenate(parts), samples
 
     def labelled(self, scores: Scores) -> Pairs:

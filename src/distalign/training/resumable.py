@@ -14,12 +14,11 @@ from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distalign.engine.memory import out_of_memory
 from distalign.errors import InputError
-from distalign.methods import Method, Needs
-from distalign.models.policy import Policy
+from distalign.methods import Method
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
     ROUND,
@@ -42,7 +41,7 @@ from distalign.training.checkpoint import (
 )
 from distalign.training.config import AlignmentConfig
 from distalign.training.health import Monitor
-from distalign.training.processes import Processes
+from distalign.training.passes import WrappedTrainer
 from distalign.training.prompts import MetricAverager, merge_sums
 from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, TrainingError, draws_responses
 from distalign.training.run_folder import cut_log, remove
@@ -53,14 +52,12 @@ logger = logging.getLogger("distalign.training.trainer")
 FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_base_url", "vllm_server_timeout"}
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(WrappedTrainer):
     """What `AlignmentTrainer` does beside training: it writes checkpoints whole, stops on signals, and goes on."""
 
     args: AlignmentConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     label: str
     method: Method
-    needs: Needs
-    policy: Policy
     rows: list[Any]
     rollout: Rollout
     worker: RolloutWorker | None
@@ -71,7 +68,6 @@ class ResumableTrainer(Trainer):
     whole_run: MetricAverager
     token_budget: int | None
     ended_before: bool
-    processes: Processes
     _at_step_start: dict[str, Any]
 
     @property

@@ -28,7 +28,6 @@ from transformers import TrainingArguments
 
 from distalign.data import EncodedPair, EncodedPrompt, plain_text
 from distalign.engine import Group, Reference, Scores, join, score_in_batches
-from distalign.engine.forward import device_of, evaluating
 from distalign.errors import InputError
 from distalign.methods import Method, Needs, Samples
 from distalign.models.load import positions
@@ -344,7 +343,7 @@ class Rollout:
         reference: Reference | None = None,
         value_head: nn.Module | None = None,
     ) -> Scores:
-        """What the model, without dropout and gradient, says of responses at the temperature they are drawn with."""
+        """What the model says of responses at the temperature they are drawn with, without gradient; on the CPU."""
 
         def each(places: list[int]) -> list[tuple[list[int], Scores]]:
             chosen = [groups[place] for place in places]
@@ -358,8 +357,7 @@ class Rollout:
             )
             return [(places, scores.to("cpu"))]
 
-        with evaluating(model):
-            return join(groups, self.processes.share(each, [group.tokens for group in groups]), device_of(model))
+        return join(groups, self.processes.share(each, [group.tokens for group in groups]))
 
 
 class ReferenceResponses:
@@ -383,9 +381,10 @@ class ReferenceResponses:
         self.rows = list({tuple(row.prompt): row for row in rows}.values())
         self.places = {tuple(row.prompt): place for place, row in enumerate(self.rows)}
         self.batch_size, self.seed = args.per_device_train_batch_size, args.seed
+        self.samples_file = samples_file_of(args)
         self.round: Round | None = None
 
-    def draw(self, token_budget: int, samples_file: Path) -> None:
+    def draw(self, token_budget: int) -> None:
         """See to it that all responses are drawn, rewarded and scored; what is there already stays. Raises RewardError.
 
         The policy is the reference before its first step, so it draws where no reference is kept.
@@ -411,9 +410,10 @@ class ReferenceResponses:
             groups = [Group(*both) for both in zip(drawn.prompts, drawn.responses, strict=True)]
             score = self.rollout.scores
             scores = self.run(lambda: self._with_reference(lambda model: score(model, groups, token_budget)))
-            drawn.add("reference_token_logps", scores.token_logps.cpu())
+            drawn.add("reference_token_logps", scores.token_logps)
         if self.rollout.processes.first:
-            write_completions(samples_file, 0, completion_texts(drawn, self.rows, self.policy, self.rollout.settings))
+            texts = completion_texts(drawn, self.rows, self.policy, self.rollout.settings)
+            write_completions(self.samples_file, 0, texts)
 
     def _sample(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[list[list[int]]]:
         # Rounds have the numbers from 0.
@@ -464,6 +464,7 @@ class RolloutWorker:
         self.needs = method.needs
         self.accumulated, self.token_budget, self.seed = args.gradient_accumulation_steps, token_budget, args.seed
         self.monitor, self.metrics, self.run = monitor, metrics, run
+        self.samples_file = samples_file_of(args)
         self.batches = RoundBatches(
             len(rows),
             batch_size=args.per_device_train_batch_size * rollout.processes.count,
@@ -479,15 +480,15 @@ class RolloutWorker:
 
     # A round ----------------------------------------------------------------------------------------------------------
 
-    def draw_round(self, indices: Sequence[int], step: int, samples_file: Path) -> None:
+    def draw_round(self, indices: Sequence[int], step: int) -> None:
         """See to it that the round of these rows is drawn, rewarded and scored. Raises RewardError.
 
         `step` is the number of optimizer steps done. What was drawn before a reward failed is in `round`.
         """
         number, members = self.batches.round_of(indices[0])
-        rows = [self.rows[index] for index in members]
+        rows, started = [self.rows[index] for index in members], time.perf_counter()
+        seconds: dict[str, float] = {}
         if self.round is None or self.round.number != number:
-            started = time.perf_counter()
             prompts = [row.prompt for row in rows]
             sample = self.rollout.sample
             responses = self.run(
@@ -495,7 +496,7 @@ class RolloutWorker:
             )
             self.round = Round(number, 0, list(members), prompts, responses, dict(self.rollout.backend.constants))
             self._start, self._seen = step, []
-            self.metrics.add({"rollout_time": time.perf_counter() - started})
+            seconds["rollout_time"] = time.perf_counter() - started
         drawn = self.round
         drawn.position = step - self._start
         # A run that goes on may find a part of this done.
@@ -503,13 +504,14 @@ class RolloutWorker:
         if rewarded and "rewards" not in drawn.tensors:
             started = time.perf_counter()
             drawn.add("rewards", self.rollout.rewards(rows, drawn.responses))
-            self.metrics.add({"reward_time": time.perf_counter() - started})
+            seconds["reward_time"] = time.perf_counter() - started
             if counters := self.reward_counters():
                 self.metrics.add(counters, 0)
+        self.metrics.add(seconds)
         self._score(drawn)
         if self._logged != number:
             self._logged = number
-            self._log_round(drawn, step, samples_file)
+            self._log_round(drawn, step)
 
     def _several_steps(self, drawn: Round) -> bool:
         """Whether the policy moves while the round is used: then it has to be known what drew the responses."""
@@ -527,14 +529,14 @@ class RolloutWorker:
             head = self.policy.value_head if needs.values else None
             scores = self.run(lambda: self.rollout.scores(self.policy.model, groups, self.token_budget, against, head))
             if scores.reference_token_logps is not None:
-                drawn.add("reference_token_logps", scores.reference_token_logps.cpu())
+                drawn.add("reference_token_logps", scores.reference_token_logps)
             server = drawn.tensors.pop(SERVER, None)
-            behavior = scores.token_logps.cpu() if server is None else self._by_server(server, scores)
+            behavior = scores.token_logps if server is None else self._by_server(server, scores)
             drawn.add("behavior_token_logps", behavior)
             if needs.values:
                 self._add_credit(drawn, scores)
         elif reference and self.policy.reference is not None:
-            drawn.add("reference_token_logps", self.run(lambda: self._reference_scores(groups)).token_logps.cpu())
+            drawn.add("reference_token_logps", self.run(lambda: self._reference_scores(groups)).token_logps)
 
     def _by_server(self, server: Tensor, scores: Scores) -> Tensor:
         """Behavior log-probabilities of responses that a server drew; its mismatch is logged.
@@ -542,9 +544,9 @@ class RolloutWorker:
         Only the gradient of `Samples` asks for the server's: pairs may come from anywhere, and PPO clips what it
         takes for steps of the policy.
         """
-        settings, engine = self.rollout.settings, scores.token_logps.cpu()
+        settings, engine = self.rollout.settings, scores.token_logps
         clip_max = settings.vllm_importance_sampling_clip_max
-        behavior, mismatch = rescored(server, engine, scores.mask.cpu(), clip_max=clip_max)
+        behavior, mismatch = rescored(server, engine, scores.mask, clip_max=clip_max)
         self.metrics.add({"rollout/mismatch_kl": mismatch})
         if settings.top_p == 1 and settings.min_new_tokens == 0:
             try:
@@ -565,8 +567,8 @@ class RolloutWorker:
         constants = {name: rows.to(scores.token_logps) for name, rows in drawn.tensors.items()}
         samples = Samples(scores.token_logps, scores.mask, group=scores.group, values=scores.values, **constants)
         advantages, returns = self.method.credit(samples)
-        drawn.add("advantages", advantages.cpu())
-        drawn.add("returns", returns.cpu())
+        drawn.add("advantages", advantages)
+        drawn.add("returns", returns)
 
     # A batch of it ----------------------------------------------------------------------------------------------------
 
@@ -597,9 +599,8 @@ class RolloutWorker:
         assert self.round is not None
         if not self._seen_in_training(step):
             return
-        first = prompts[0]
         rows = torch.arange(len(scores.mask), device=scores.mask.device).view(len(prompts), -1)
-        rows = rows[:, first.before_drawn :].reshape(-1)
+        rows = rows[:, prompts[0].before_drawn :].reshape(-1)
         seen = {"logps": scores.logps.detach()[rows].cpu()}
         if scores.step_kl is not None:
             seen["kl"] = scores.step_kl.detach().sum(-1)[rows].cpu()
@@ -624,10 +625,11 @@ class RolloutWorker:
         assert self.round is not None
         return "behavior_token_logps" not in self.round.tensors and step == self._start
 
-    def _log_round(self, drawn: Round, step: int, samples_file: Path) -> None:
+    def _log_round(self, drawn: Round, step: int) -> None:
         rows = [self.rows[index] for index in drawn.indices]
         if self.rollout.processes.first:
-            write_completions(samples_file, step, completion_texts(drawn, rows, self.policy, self.rollout.settings))
+            texts = completion_texts(drawn, rows, self.policy, self.rollout.settings)
+            write_completions(self.samples_file, step, texts)
         if "behavior_token_logps" not in drawn.tensors:
             return
         seen = {"logps": drawn.tensors["behavior_token_logps"].double().sum(-1)}
@@ -668,6 +670,11 @@ class RolloutWorker:
             self.round, self._start = drawn, step - drawn.position
             self._logged = drawn.number if drawn.position > 0 else -1
         self._counted = {name: value - counters.get(f"reward/{name}", 0.0) for name, value in self._counted.items()}
+
+
+def samples_file_of(args: TrainingArguments) -> Path:
+    """Where the first responses of each round are written."""
+    return Path(str(args.output_dir)) / "samples.jsonl"
 
 
 def completion_texts(

@@ -13,7 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -25,7 +25,6 @@ from huggingface_hub import HfApi
 from jaxtyping import Float
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
     PreTrainedTokenizerBase,
@@ -36,7 +35,7 @@ from transformers import (
 
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, score, score_in_batches
-from distalign.engine.forward import evaluating, redirect
+from distalign.engine.forward import evaluating
 from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory
 from distalign.engine.packing import FORWARD_BUDGET
 from distalign.methods import Method, Pairs, Samples
@@ -67,6 +66,7 @@ from distalign.training.inputs import (
     read_given,
     server_of,
 )
+from distalign.training.passes import gathered, keep_outer_weights, shard
 from distalign.training.processes import Processes
 from distalign.training.prompts import (
     Batch,
@@ -92,7 +92,6 @@ from distalign.training.rounds import (
     observe,
 )
 from distalign.training.run_folder import locked
-from distalign.training.sharding import gathered, keep_outer_weights, shard, unpartitioned
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -285,7 +284,7 @@ class AlignmentTrainer(ResumableTrainer):
             for number, micro in enumerate(micro_batches, 1):
                 with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
                     with self.processes.together():
-                        scores = self.score(micro.groups)
+                        scores = self.score([prompt.group for prompt in micro.prompts])
                         pairs, samples = micro.inputs(scores, self.needs, self.pairing)
                         loss = self.method.loss(pairs, samples) * micro.weight
                         self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
@@ -298,36 +297,21 @@ class AlignmentTrainer(ResumableTrainer):
             self.guard.check_gradients(model.parameters(), step, scaled=self.accelerator.scaler is not None)
         return self.log_step(batch, total, started)
 
-    @contextmanager
-    def _meeting(self, *, last: bool) -> Iterator[None]:
-        """Gradients of several processes meet in the last pass of a step; DeepSpeed makes its step there, too."""
-        accelerator, before = self.accelerator, self.accelerator.sync_gradients
-        if self.processes.count == 1 or (last and before):
-            yield
-            return
-        accelerator.sync_gradients = False
-        try:
-            with accelerator.no_sync(self._wrapper):
-                yield
-        finally:
-            accelerator.sync_gradients = before
-
     def collect(self, rows: Sequence[Row], indices: Sequence[int], step_prompts: int | None = None) -> Batch:
         """All that the method needs for these prompts, computed without gradient. `indices` are their row numbers.
 
         `step_prompts` is the number of prompts of the optimizer step, over all its batches.
         """
         sources: list[list[PromptGroup]] = []
-        samples_file = self._folder / "samples.jsonl"
         if "labelled" in self.needs.pairs:
             sources.append(self.labelled(rows, reference=self.needs.reference, rewards=self.needs.reward))
         if self.reference_responses is not None:
             with self.save_on_failure():
-                self.reference_responses.draw(self._budget(), samples_file)
+                self.reference_responses.draw(self._budget())
             sources.append(self.reference_responses.collect(rows))
         if self.worker is not None:
             with self.save_on_failure():
-                self.worker.draw_round(indices, self.state.global_step, samples_file)
+                self.worker.draw_round(indices, self.state.global_step)
             sources.append(self.worker.collect(indices, self.state.global_step))
         prompts = [reduce(merge, groups) for groups in zip(*sources, strict=True)]
         return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
@@ -346,51 +330,6 @@ class AlignmentTrainer(ResumableTrainer):
             ),
             gradient=True,
         )
-
-    def run(self, function: Callable[[], T], *, gradient: bool = False) -> T:
-        """Run a pass of the policy inside the forward of whatever wraps it, under accelerate's autocast."""
-
-        def under_autocast() -> T:
-            # accelerate's own autocast is around the forward that is redirected here.
-            with self.accelerator.autocast():
-                return function()
-
-        # Of passes with gradient every process makes as many, and each layer meets the others' in its turn.
-        with (
-            nullcontext() if gradient else self.whole_weights(),
-            torch.set_grad_enabled(gradient and torch.is_grad_enabled()),
-        ):
-            return redirect(self._wrapper, self.policy.model, under_autocast)
-
-    @property
-    def _wrapper(self) -> nn.Module:
-        """The model as it is trained: in whatever wraps it."""
-        assert isinstance(self.model_wrapped, nn.Module)
-        return self.model_wrapped
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each process has a share of the weights."""
-        return isinstance(self.model_wrapped, FSDPModule)
-
-    @property
-    def in_zero3(self) -> bool:
-        """Whether DeepSpeed deals the weights."""
-        plugin = self.args.deepspeed_plugin
-        return plugin is not None and plugin.zero_stage == 3 and self._wrapper is not self.policy.model
-
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """While it lasts every process has all weights, where each has a share of them otherwise."""
-        if self.in_zero3:
-            return unpartitioned(self._wrapper)
-        return gathered(self.policy.model, self.policy.reference) if self.is_sharded else nullcontext()
-
-    def _weights_for_gradients(self) -> AbstractContextManager[None]:
-        """FSDP2 deals weights layer by layer, in passes and backwards; ZeRO-3 cannot, for the engine reads the head."""
-        if self.in_zero3:
-            return self.whole_weights()
-        # The gradient of a full KL reads the head of the reference again.
-        return gathered(self.policy.reference) if self.is_sharded and self.needs.kl else nullcontext()
 
     @property
     def pairing(self) -> Literal["all", "best_worst"]:
@@ -424,22 +363,23 @@ class AlignmentTrainer(ResumableTrainer):
         if self.accelerator.sync_gradients:
             # transformers' own sums are not in its checkpoints: a run that goes on would log other means.
             count = self.processes.count
-            self.metrics.add({"loss": self._loss * count})
-            self.whole_run.add({"train_loss": self._loss * count})
-            gaps, weights = self._of_all(self._gaps), self._of_all(self._weights)
+            gaps, weights = self._of_all(self._gaps, self._weights)
             if len(gaps):
                 check_sharpness(self.label, float(gaps.median()))
-            self.metrics.add({"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds})
+            metrics = {"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}
             if len(weights):
-                self.metrics.add({"rollout/effective_samples": effective_share(weights)})
+                metrics["rollout/effective_samples"] = effective_share(weights)
+            self.metrics.add({"loss": self._loss * count, **metrics})
+            self.whole_run.add({"train_loss": self._loss * count})
             self._seconds, self._tokens, self._loss, self._gaps, self._weights = 0.0, 0, 0.0, [], []
         mean = total * self.processes.count * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
 
-    def _of_all(self, parts: list[Tensor]) -> Tensor:
-        """The numbers of all processes in one row, on the CPU; a process may have none, and asks all the same."""
-        return torch.cat([torch.zeros(0), *(p.detach().cpu() for own in self.processes.gather(parts) for p in own)])
+    def _of_all(self, *parts: list[Tensor]) -> list[Tensor]:
+        """For each of these, the numbers of all processes in one row on the CPU; a process may have none of its own."""
+        gathered = zip(*self.processes.gather(parts), strict=True)
+        return [torch.cat([torch.zeros(0), *(p.detach().cpu() for own in each for p in own)]) for each in gathered]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
         """As the Trainer's: the batches of an optimizer step; with the number of their prompts.
@@ -508,8 +448,7 @@ class AlignmentTrainer(ResumableTrainer):
         groups = [Group(row.prompt, [row.chosen, row.rejected]) for row in rows]
         budget, temperature = self._budget(), self.temperature
         sizes = [group.tokens for group in groups]
-        with self.policy.as_reference() if of_reference else evaluating(self.policy.model) as reference:
-            model = reference or self.policy.model
+        with self.policy.as_reference() if of_reference else nullcontext(self.policy.model) as model:
 
             def each(some: list[Group]) -> list[Tensor]:
                 return list(
@@ -785,8 +724,7 @@ class AlignmentTrainer(ResumableTrainer):
     def _check_policy(self) -> None:
         """Raise TrainingError for a policy that diverged: no bad one is saved."""
         groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
-        with evaluating(self.policy.model):
-            logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
+        logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
         with self.whole_weights():
             self.guard.check_policy(self.policy.model, logps, self.state.global_step)
 
