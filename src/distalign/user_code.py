@@ -19,7 +19,9 @@ from distalign.errors import InputError
 _LOADED: dict[Path, tuple[int, ModuleType]] = {}
 
 
-def load_named(name: str, kind: str, is_kind: Callable[[object], bool], *, label: str, error: type[InputError]) -> Any:
+def load_named(
+    name: str, kind: str, is_kind: Callable[[object], bool], *, label: str, error: type[InputError]
+) -> Callable[..., Any]:
     """What `file.py:name` or `module:name` names, imported.
 
     `kind` is what it should be ("function"), `is_kind` tells which of the module's names are meant by a misspelled one,

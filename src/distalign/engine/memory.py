@@ -274,7 +274,7 @@ def _left(group: Path, limit: str, usage: str, cache: str) -> int | None:
 # functions, copies) is cheap to compute again. "full" keeps the input of each layer and pays one more forward pass.
 Recompute = Literal["none", "selective", "full"]
 
-_aten: Any = torch.ops.aten
+_aten = torch.ops.aten
 _EXPENSIVE = {
     _aten.mm.default,
     _aten.addmm.default,

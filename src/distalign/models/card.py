@@ -90,7 +90,7 @@ def model_card(
 def add_licence(card: Path, base: str) -> None:
     """Give a card the licence that the base model's own card names: its folder's, or on the hub. Nothing without."""
     try:
-        named: Any = ModelCard.load(str(Path(base) / "README.md") if Path(base).is_dir() else base).data
+        named = ModelCard.load(str(Path(base) / "README.md") if Path(base).is_dir() else base).data
     except (OSError, ValueError):
         return
     if named.get("license"):

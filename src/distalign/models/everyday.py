@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer as Encoder
@@ -94,7 +93,8 @@ def train_model(tokenizer: PreTrainedTokenizerFast, rows: list[list[str]]) -> Ll
             for step, batch in enumerate(b for _ in range(EPOCHS) for b in _batches(sequences)):
                 ids = pad_sequence(batch, batch_first=True)
                 labels = pad_sequence(batch, batch_first=True, padding_value=-100)
-                loss: Any = model(input_ids=ids, labels=labels).loss
+                loss = model(input_ids=ids, labels=labels).loss
+                assert loss is not None
                 loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
+from distalign.engine.forward import embedding_weight
 from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
 from distalign.models.quantized import is_quantized, keep_exact, write_note
@@ -105,7 +106,7 @@ class Policy:
     def add_value_head(self) -> None:
         """Attach a value function on the hidden states, 0 everywhere at first, to be trained with the model."""
         size = self.model.config.get_text_config().hidden_size
-        weight: Any = self.model.get_input_embeddings().weight
+        weight = embedding_weight(self.model)
         self.value_head = nn.Linear(size, 1, device=weight.device, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
@@ -230,7 +231,7 @@ def make_policy(
     config = lora.config(model, source.name) if isinstance(lora, Lora) else copy.copy(lora)
     config.task_type = config.task_type or "CAUSAL_LM"
     try:
-        adapted: Any = get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(
             f"model {source.name}: lora.target_modules is {getattr(config, 'target_modules', None)!r}; {error}"

@@ -15,6 +15,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import BitsAndBytesConfig
 
 from distalign.errors import DAMAGED
 from distalign.models.verify import ModelError
@@ -33,7 +34,7 @@ def check_installed(label: str) -> None:
         raise ModelError(f"{label}: 4-bit weights need bitsandbytes; run pip install 'distalign[quantization]'")
 
 
-def settings_of(config: Any) -> dict[str, Any]:
+def settings_of(config: BitsAndBytesConfig | Mapping[str, Any]) -> dict[str, Any]:
     """What is to be remembered of a BitsAndBytesConfig, or of a dictionary of its arguments."""
     values = config if isinstance(config, Mapping) else config.to_dict()
     kept = {key: values[key] for key in _SETTINGS if values.get(key) is not None}
@@ -46,9 +47,9 @@ def is_quantized(model: nn.Module) -> bool:
     return bool(getattr(base, "is_quantized", False))
 
 
-def quantization_of(model: Any) -> dict[str, Any] | None:
+def quantization_of(model: nn.Module) -> dict[str, Any] | None:
     """How a model's weights, or those under its adapter, are in 4 bits; None if they are not."""
-    config = getattr(model.config, "quantization_config", None)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
     settings = {} if config is None or not is_quantized(model) else settings_of(config)
     return settings if settings.get("load_in_4bit") else None
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from pydantic import ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distalign.data import Data, EncodedPair, Prompt, Tokenizer, end_token_id, read_prompts, split_by_prompt
 from distalign.engine import Group, score_in_batches
@@ -146,7 +146,7 @@ class ModelTarget:
         return self._model
 
 
-def make_target(settings: TargetSettings, source: Source, tokenizer: Any) -> Target:
+def make_target(settings: TargetSettings, source: Source, tokenizer: PreTrainedTokenizerBase) -> Target:
     """The target that the settings name, for a base model. Raises InputError for what can be known without weights."""
     if settings.words:
         return Tilt(tuple(settings.words), settings.bonus, settings.end_bonus)

@@ -104,7 +104,7 @@ def check_finite(label: str, weights: nn.Module | Mapping[str, torch.Tensor]) ->
             raise ModelError(f"{label}: the tensor {key} holds NaN or infinite numbers; take another checkpoint")
 
 
-def _parts(tensor: Any) -> list[torch.Tensor]:
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The tensor; of 4-bit weights the scales too, in which NaN and infinite numbers of a block are found."""
     state = getattr(tensor, "quant_state", None)
     scales = (state, getattr(state, "state2", None))

@@ -323,7 +323,9 @@ class PrefixLayer(DynamicLayer):
         """Tokens of prompt (padding included) and response."""
         return self.prompt_keys.shape[2] + self.own
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Add one token to each response. Returns keys and values of the responses' own tokens alone."""
         self.own_keys[:, :, self.own : self.own + 1] = key_states
         self.own_values[:, :, self.own : self.own + 1] = value_states
@@ -354,7 +356,7 @@ class PrefixCache(Cache):
         self._arrange(len(mask))
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """As in every cache; the attention that follows is told whose prompts it needs."""
         self.current = self.layers[layer_idx]

@@ -344,9 +344,8 @@ def _make_policy(
         if peft_config is not None:
             raise TrainingError("model has an adapter and peft_config asks for another; give one of them")
         keep_exact(f"model {source.name}", model)
-        shared: Any = share(model) if frozen else None
         policy = Policy(model, tokenizer, source, adapter_off(model), new_adapter=False)
-        return policy, shared.unload() if frozen else None
+        return policy, share(model).unload() if frozen else None
     if not isinstance(model, str):
         if is_quantized(model) and peft_config is None:
             raise ModelError(f"model {source.name}: quantised weights cannot be trained; pass peft_config")

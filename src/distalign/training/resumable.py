@@ -204,16 +204,16 @@ class ResumableTrainer(WrappedTrainer):
             and not collapsed,
         }
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         # Private, with _save_checkpoint: the one way to have transformers write a checkpoint under another name.
         return str(self._scratch or super()._get_output_dir(trial))
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         # Private: transformers writes into the checkpoint's own folder and then deletes older ones, with no public way
         # to write more before.
         self._write_checkpoint(model, trial, self._state())
 
-    def _write_checkpoint(self, model: nn.Module, trial: Any, state: Mapping[str, Any]) -> None:
+    def _write_checkpoint(self, model: nn.Module, trial: object, state: Mapping[str, Any]) -> None:
         """Write a checkpoint whole, then remove older ones. Raises TrainingError where the disk does not take it."""
         self._check_policy()
         folder, step, best = self._folder, self.state.global_step, self.state.best_global_step
@@ -294,7 +294,7 @@ class NothingAfterTheEnd(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Of transformers."""
         if self.trainer.ended_before:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -41,6 +41,7 @@ from distalign.training.processes import ALONE, Processes
 from distalign.training.prompts import MetricAverager, PromptGroup
 
 logger = logging.getLogger("distalign.training.trainer")
+T = TypeVar("T")
 
 Row = EncodedPair | EncodedPrompt
 # Runs a pass of the policy without gradient, inside the forward of whatever wraps it, and gives what it returns.
@@ -420,7 +421,7 @@ class ReferenceResponses:
         version = 0 if self.policy.reference is None else None
         return self.rollout.sample(model, prompts, seed=self.seed, number=-1, version=version)
 
-    def _with_reference(self, function: Callable[[nn.Module], Any]) -> Any:
+    def _with_reference(self, function: Callable[[nn.Module], T]) -> T:
         policy = self.policy
         with nullcontext(policy.model) if policy.reference is None else policy.as_reference() as model:
             return function(model)

@@ -381,7 +381,9 @@ class AlignmentTrainer(ResumableTrainer):
         gathered = zip(*self.processes.gather(parts), strict=True)
         return [torch.cat([torch.zeros(0), *(p.detach().cpu() for own in each for p in own)]) for each in gathered]
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], int]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], int]:
         """As the Trainer's: the batches of an optimizer step; with the number of their prompts.
 
         Here a step begins, or does not: where the run was asked to stop, or had ended before it was gone on with.
@@ -392,7 +394,7 @@ class AlignmentTrainer(ResumableTrainer):
             self.control.should_training_stop = True
             return [], 0
         self._at_step_start, self._loss = self._state(), 0.0
-        batches, _ = super().get_batch_samples(*args, **kwargs)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(len(batch["rows"]) for batch in batches)
 
     def _stop_if_collapsed(self) -> None:
@@ -695,11 +697,11 @@ class AlignmentTrainer(ResumableTrainer):
         with self.whole_weights():
             self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
 
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+    def init_hf_repo(self, token: str | None = None) -> None:
         """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
         try:
             with self.processes.together():
-                super().init_hf_repo(*args, **kwargs)
+                super().init_hf_repo(token)
         except (OSError, ValueError, HTTPError) as error:
             reason = " ".join(str(error).split())[:200]
             raise TrainingError(
