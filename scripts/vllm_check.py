@@ -27,7 +27,7 @@ from distalign import AlignmentConfig, AlignmentTrainer
 from distalign.engine import Group
 from distalign.methods import RKL
 from distalign.models.load import find_model
-from distalign.rollout.vllm import SERVER, VLLMBackend
+from distalign.rollout.vllm import VLLMServer
 
 URL = "http://127.0.0.1:8765"
 STEPS = 3
@@ -38,9 +38,9 @@ PROMPTS = [{"prompt": [{"role": "user", "content": text}]} for text in TEXTS]
 
 
 @contextmanager
-def serving(backend: VLLMBackend, place: Path) -> Iterator[None]:
-    """A server started by the backend's own command, and what a CPU of this size asks for beside."""
-    (switch, *_, model), options = (part.split() for part in backend.command.split(" --", 1))
+def serving(server: VLLMServer, place: Path) -> Iterator[None]:
+    """A server started by the server's own command, and what a CPU of this size asks for beside."""
+    (switch, *_, model), options = (part.split() for part in server.command.split(" --", 1))
     name, _, value = switch.partition("=")
     # vLLM's CPU package has another name than its `vllm` command looks for: this is the same server.
     command = [str(place / "venv" / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server", "--model", model]
@@ -89,24 +89,24 @@ def compare(trainer: AlignmentTrainer, version: int) -> tuple[float, float, int]
     """Send the weights as they are and draw: largest difference, seconds of sending, tokens."""
     rollout, model, prompts = trainer.rollout, trainer.policy.model, [row.prompt for row in trainer.rows]
     started = time.perf_counter()
-    rollout.backend.sync(model, version)
+    assert rollout.server is not None
+    rollout.server.sync(model, version)
     seconds = time.perf_counter() - started
-    drawn = rollout.sample(model, prompts, seed=1, number=99, version=version)
+    drawn, constants = rollout.sample(model, prompts, seed=1, number=99, version=version)
     with torch.no_grad():
         groups = [Group(*both) for both in zip(prompts, drawn, strict=True)]
         scores = rollout.scores(model, groups, 2048)
-    mask = scores.mask.cpu()
-    server = rollout.backend.constants[SERVER]
-    return float((server - scores.token_logps.cpu())[mask].abs().max()), seconds, int(mask.sum())
+    mask = scores.mask
+    return float((constants[SERVER] - scores.token_logps)[mask].abs().max()), seconds, int(mask.sum())
 
 
 def run(place: Path, label: str, model: str, lora: LoraConfig | None, dtype: str) -> None:
     """One server, one training, one comparison; printed as a row of the table."""
     out, source = place / "out", find_model(model)
     shutil.rmtree(out, ignore_errors=True)
-    backend = VLLMBackend(URL, 240.0, source.path, out, None if lora is None else lora.r, dtype)
-    print(f"\n$ {backend.command}", flush=True)
-    with serving(backend, place):
+    server = VLLMServer(URL, 240.0, source.path, out, None if lora is None else lora.r, dtype)
+    print(f"\n$ {server.command}", flush=True)
+    with serving(server, place):
         trainer = AlignmentTrainer(
             model,
             RKL(gamma=0.01, beta=0.05),

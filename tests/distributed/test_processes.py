@@ -10,8 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from vllm_server import Server
 
 from distalign.engine import Group
 from distalign.errors import InputError
@@ -47,8 +49,10 @@ def check_equal(one, several, tolerance=1e-5):
     """Weights relative to the largest, each number of the log; samples to the letter."""
     assert one["samples"] == several["samples"]
     size = max(float(weight.abs().max()) for weight in one["weights"].values())
-    for name, weight in one["weights"].items():
-        assert float((weight - several["weights"][name]).abs().max()) <= tolerance * size, name
+    for kind in ("weights", "saved"):
+        assert one[kind].keys() == several[kind].keys()
+        for name, weight in one[kind].items():
+            assert float((weight - several[kind][name]).abs().max()) <= tolerance * size, name
     for row, other in zip(one["logs"], several["logs"], strict=True):
         assert other == pytest.approx(row, rel=tolerance, abs=tolerance)
 
@@ -81,6 +85,18 @@ def test_a_process_without_a_prompt_waits_for_nobody(tmp_path):
 def test_two_processes_of_deepspeed_do_what_one_does(tmp_path, wrapper):
     """Six methods, full and LoRA."""
     compare(tmp_path, 2, [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4)
+
+
+def test_a_server_draws_for_all_processes(tmp_path):
+    """The first asks it, with the weights of all: what is drawn and learned is what one process has."""
+    cells, model = ["pd/ddp/lora", "pd/fsdp/lora", "rkl/ddp/full", "rkl/fsdp/full"], tiny.save(tmp_path / "model")
+    for processes in (1, 2):
+        with Server(model) as server:
+            done = work(tmp_path / str(processes), processes, cells, SERVER=server.url, MODEL=str(model))
+            assert done.returncode == 0, done.stderr[-6000:]
+            assert server.asked["/collective_rpc"] == 6
+    for cell in cells:
+        check_equal(result(tmp_path / "1", cell), result(tmp_path / "2", cell))
 
 
 def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path):

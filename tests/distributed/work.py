@@ -4,7 +4,7 @@
 
 A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora; FOLDER/METHOD-WRAPPER-WEIGHTS.pt holds its log lines and weights.
 With KILL=1 the last process is killed in its second step, with NAN=1 it finds a loss that is no number; with RESUME=1 a
-run goes on.
+run goes on. With SERVER=URL a vLLM server of the model in the folder MODEL draws.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import acting
 import tiny
 import torch
 from acting import METHODS, logs, prompts, trainer
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from distalign.methods import DPO, RKL
+from distalign.models.load import Source
 from distalign.models.policy import Lora
 from distalign.training.guard import Guard
 from distalign.training.passes import shard
@@ -74,6 +77,7 @@ def run(folder: Path, cell: str, processes: int):
         minibatches=2 if name == "rkl-gae" else 1,
         deepspeed=ZERO.get(wrapper) if processes > 1 else None,
         **({"save_strategy": "steps", "save_steps": 1} if {"KILL", "RESUME"} & set(os.environ) else {}),
+        **({"use_vllm": True, "vllm_server_base_url": os.environ["SERVER"]} if "SERVER" in os.environ else {}),
     )
     if sharded:
         # accelerate shards on no CPU: what it would wrap is sharded already.
@@ -89,15 +93,19 @@ def run(folder: Path, cell: str, processes: int):
 def main() -> None:
     """Every cell in turn, in processes that meet once."""
     folder, cells = Path(sys.argv[1]), sys.argv[2:]
+    if "MODEL" in os.environ:
+        acting.SOURCE = Source("tiny", os.environ["MODEL"], "a folder")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     for cell in cells:
         made = run(folder, cell, processes)
+        made.save_policy(folder / cell / "model")
         with made.whole_weights():
             named = made.policy.model.named_parameters()
             weights = {name: weight.detach().clone() for name, weight in named if weight.requires_grad}
         if made.processes.first:
             rows, samples = logs(folder / cell)
-            content = {"weights": weights, "logs": rows, "samples": samples}
+            saved = load_file(next((folder / cell / "model").glob("*.safetensors")))
+            content = {"weights": weights, "saved": saved, "logs": rows, "samples": samples}
             torch.save(content, folder / f"{cell.replace('/', '-')}.pt")
 
 

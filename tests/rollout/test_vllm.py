@@ -16,14 +16,14 @@ from distalign.engine import Group, score
 from distalign.methods import DPO, RKL, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.models.policy import Lora, make_policy
-from distalign.rollout.vllm import SERVER, ServerError, VLLMBackend, check_mismatch, rescored
+from distalign.rollout.vllm import ServerError, VLLMServer, check_mismatch, rescored
 from distalign.training.checkpoint import load_round, save_round
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
 LORA = Lora(r=4, alpha=8)
-SETTINGS = {"n": 3, "max_new_tokens": 6, "end_id": tiny.END, "seed": 7}
+SETTINGS = {"version": 0, "n": 3, "max_new_tokens": 6, "end_id": tiny.END, "seed": 7}
 PROMPTS = [pair.prompt for pair in tiny.encoded_pairs(5)]
 
 
@@ -40,10 +40,10 @@ def policy_of(folder, lora):
     return make_policy(source.model(), tiny.tokenizer(), source, lora=lora, reference=True)
 
 
-def backend_of(server, handed, lora=LORA, timeout=60.0):
-    """The server behind the interface of backends, checked."""
+def client_of(server, handed, lora=LORA, timeout=60.0):
+    """The server as a run talks to it, checked."""
     rank = None if lora is None else lora.r
-    made = VLLMBackend(server.url, timeout, str(server.folder), handed, rank)
+    made = VLLMServer(server.url, timeout, str(server.folder), handed, rank)
     made.check()
     return made
 
@@ -102,15 +102,15 @@ def test_the_server_draws_with_the_weights_as_they_are(folder, tmp_path, lora):
     """After an update its log-probabilities are the engine's, and not those of before; so are the reference's."""
     policy = policy_of(folder, lora)
     with Server(folder) as server:
-        backend = backend_of(server, tmp_path, lora)
+        client = client_of(server, tmp_path, lora)
         for version, temperature in ((0, 1.0), (1, 1.0), (1, 0.7), (None, 1.0)):
             if (version, temperature) == (1, 1.0):
                 move(policy)
             with policy.as_reference() if version is None else nullcontext(policy.model) as model:
-                backend.sync(model, version)
-                drawn = backend.generate(model, PROMPTS, temperature=temperature, **SETTINGS)
+                settings = SETTINGS | {"version": version, "temperature": temperature}
+                drawn, logps = client.generate(model, PROMPTS, **settings)
                 wanted, mask = logps_of(model, drawn, temperature)
-            torch.testing.assert_close(backend.constants[SERVER], wanted.where(mask, 0.0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(logps, wanted.where(mask, 0.0), rtol=0, atol=1e-5)
             if version is None:
                 assert (logps_of(policy.model, drawn)[0] - wanted)[mask].abs().max() > 0.05
         assert all(own[-1] == tiny.END or len(own) == 6 for group in drawn for own in group)
@@ -121,11 +121,11 @@ def test_weights_are_sent_when_they_changed(folder, tmp_path, lora):
     """Once for each version; the adapter before is unloaded, and no whole model is left behind."""
     policy = policy_of(folder, lora)
     with Server(folder) as server:
-        backend = backend_of(server, tmp_path, lora)
+        client = client_of(server, tmp_path, lora)
         sent = "/v1/load_lora_adapter" if lora else "/collective_rpc"
         before = server.asked[sent]
         for version in (0, 0, 1, 1, 1, 2):
-            backend.sync(policy.model, version)
+            client.sync(policy.model, version)
         assert server.asked[sent] - before == 3
         assert len(list(tmp_path.iterdir())) == len(server.loaded) == (1 if lora else 0)
 
@@ -134,13 +134,13 @@ def test_the_same_seed_gives_the_same_responses(folder, tmp_path):
     """And another prompt, place or seed others: no seed is used twice, though the server counts up from it."""
     policy = policy_of(folder, LORA)
     with Server(folder) as server:
-        backend = backend_of(server, tmp_path)
-        first = backend.generate(policy.model, [PROMPTS[0]] * 2, **SETTINGS)
-        assert first == backend.generate(policy.model, [PROMPTS[0]] * 2, **SETTINGS)
+        client = client_of(server, tmp_path)
+        first, _ = client.generate(policy.model, [PROMPTS[0]] * 2, **SETTINGS)
+        assert first == client.generate(policy.model, [PROMPTS[0]] * 2, **SETTINGS)[0]
         assert first[0] != first[1]
         server.bodies.clear()
         for seed in range(8):
-            backend.generate(policy.model, PROMPTS, **{**SETTINGS, "seed": seed, "max_new_tokens": 1})
+            client.generate(policy.model, PROMPTS, **{**SETTINGS, "seed": seed, "max_new_tokens": 1})
         seeds = sorted(body["seed"] for body in server.bodies)
         assert min(b - a for a, b in itertools.pairwise(seeds)) > 1000
 
@@ -151,17 +151,17 @@ def test_a_server_that_was_started_anew_is_sent_the_weights_again(folder, tmp_pa
         policy = policy_of(folder, lora)
         move(policy)
         with Server(folder) as server:
-            backend = backend_of(server, tmp_path / str(lora is None), lora)
-            backend.sync(policy.model, 1)
+            client = client_of(server, tmp_path / str(lora is None), lora)
+            client.sync(policy.model, 1)
 
             def forgets(path, times, server=server, first=server.asked["/v1/completions"] + 3):
                 if path == "/v1/completions" and times == first:
                     server.start()
 
             server.act = forgets
-            drawn = backend.generate(policy.model, PROMPTS, **SETTINGS)
+            drawn, logps = client.generate(policy.model, PROMPTS, **SETTINGS | {"version": 1})
             wanted, mask = logps_of(policy.model, drawn)
-            torch.testing.assert_close(backend.constants[SERVER], wanted.where(mask, 0.0), rtol=0, atol=1e-5)
+            torch.testing.assert_close(logps, wanted.where(mask, 0.0), rtol=0, atol=1e-5)
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -171,12 +171,12 @@ def test_an_end_that_the_server_drops_is_put_back(folder, tmp_path):
     """The responses are the same, and only the end has no log-probability of the server's."""
     policy = policy_of(folder, LORA)
     with Server(folder) as server, Server(folder, drop_end=True) as dropping:
-        whole = backend_of(server, tmp_path / "a").generate(policy.model, PROMPTS, **SETTINGS)
-        backend = backend_of(dropping, tmp_path / "b")
-        assert backend.generate(policy.model, PROMPTS, **SETTINGS) == whole
+        whole, _ = client_of(server, tmp_path / "a").generate(policy.model, PROMPTS, **SETTINGS)
+        drawn, logps = client_of(dropping, tmp_path / "b").generate(policy.model, PROMPTS, **SETTINGS)
+        assert drawn == whole
         wanted, mask = logps_of(policy.model, whole)
-        assert backend.constants[SERVER].isnan().sum() == sum(own[-1] == tiny.END for group in whole for own in group)
-        behavior, mismatch = rescored(backend.constants[SERVER], wanted, mask, clip_max=3.0)
+        assert logps.isnan().sum() == sum(own[-1] == tiny.END for group in whole for own in group)
+        behavior, mismatch = rescored(logps, wanted, mask, clip_max=3.0)
         torch.testing.assert_close(behavior[mask], wanted[mask], rtol=0, atol=1e-4)
         assert mismatch < 1e-9
 
@@ -203,10 +203,10 @@ BAD = {
 def test_a_bad_answer_says_what_was_found(folder, tmp_path, found):
     """And how to start a server that gives good ones."""
     with Server(folder) as server:
-        backend = backend_of(server, tmp_path)
+        client = client_of(server, tmp_path)
         server.change = BAD[found]
         with pytest.raises(ServerError, match=found) as raised:
-            backend.generate(policy_of(folder, LORA).model, PROMPTS, **SETTINGS)
+            client.generate(policy_of(folder, LORA).model, PROMPTS, **SETTINGS)
         assert "vllm serve" in str(raised.value)
 
 
@@ -218,13 +218,13 @@ def test_a_server_that_comes_back_is_waited_for(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda _: None)
     policy = policy_of(folder, LORA)
     with Server(folder) as server:
-        backend = backend_of(server, tmp_path)
-        wanted = backend.generate(policy.model, PROMPTS, **SETTINGS)
+        client = client_of(server, tmp_path)
+        wanted, _ = client.generate(policy.model, PROMPTS, **SETTINGS)
         server.asked.clear()
         server.act = lambda path, times: (
             {1: LOST, 2: 503, 4: 500, 5: LOST}.get(times) if "completions" in path else None
         )
-        assert backend.generate(policy.model, PROMPTS, **SETTINGS) == wanted
+        assert client.generate(policy.model, PROMPTS, **SETTINGS)[0] == wanted
 
 
 def test_a_run_whose_server_is_lost_goes_on_as_if_it_was_not(folder, tmp_path):
@@ -235,7 +235,7 @@ def test_a_run_whose_server_is_lost_goes_on_as_if_it_was_not(folder, tmp_path):
             made = trainer(server, folder, tmp_path / str(lost), RKL(0.5, 0.3), lora=None, minibatches=2)
             if lost:
                 server.act = lambda path, times: LOST if "completions" in path and times > 9 else None
-                made.rollout.backend.timeout = 0.0
+                made.rollout.server.timeout = 0.0
                 with pytest.raises(ServerError, match=r"does not answer for 0 s .*holds the run"):
                     made.train()
                 assert made.state.global_step == 2
@@ -285,16 +285,16 @@ def test_no_server_is_said_at_once(folder, tmp_path):
     with Server(folder) as server:
         pass
     with pytest.raises(ServerError, match=r"it does not answer \(ConnectError.*start it: VLLM_ALLOW_RUNTIME_LORA"):
-        backend_of(server, tmp_path, timeout=100.0)
+        client_of(server, tmp_path, timeout=100.0)
 
 
 def test_what_shows_at_the_first_weights_is_refused_then(folder, tmp_path):
     """An adapter that is too large, and a tied head on a CPU, which vLLM would not update."""
     tied = tiny.save(tmp_path / "tied", tie_word_embeddings=True)
     with Server(folder, rank=2) as server, pytest.raises(ServerError, match=r"rank 4 .* --max-lora-rank 8"):
-        backend_of(server, tmp_path).sync(policy_of(folder, LORA).model, 0)
+        client_of(server, tmp_path).sync(policy_of(folder, LORA).model, 0)
     with Server(tied, device="cpu") as server, pytest.raises(ServerError, match="tied to the embeddings"):
-        backend_of(server, tmp_path, None).sync(policy_of(tied, None).model, 0)
+        client_of(server, tmp_path, None).sync(policy_of(tied, None).model, 0)
 
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path):
@@ -388,12 +388,12 @@ def test_a_round_whose_reward_failed_keeps_what_the_server_said(folder, tmp_path
             made.worker.draw_round([0], 0)
         save_round(made.worker.round, tmp_path)
         drawn = load_round(tmp_path)
-        assert SERVER in drawn.tensors
+        assert "server_token_logps" in drawn.tensors
         server.bodies.clear()
         made.rollout.reward, made.worker.round = Warmth(), drawn
         made.worker.draw_round([0], 0)
         assert {"behavior_token_logps", "rewards"} <= set(drawn.tensors)
-        assert SERVER not in drawn.tensors
+        assert "server_token_logps" not in drawn.tensors
         assert not server.bodies
 
 

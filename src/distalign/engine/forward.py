@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PretrainedConfig
 
 from distalign.engine.attention import shared_hidden
@@ -49,6 +50,20 @@ def text_config(model: nn.Module) -> PretrainedConfig:
 def device_of(model: nn.Module) -> torch.device:
     """Where the token ids go: the device of the input embeddings."""
     return embedding_weight(model).device
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """What is saved of a model whose weights are whole, for its `save_pretrained`."""
+    if not any(isinstance(module, FSDPModule) for module in model.modules()):
+        return model.state_dict()
+    # FSDP2 would deal the weights anew before it names them. Which buffers are not saved torch does not say publicly.
+    buffers = {
+        f"{prefix}.{name}": buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
 
 
 def encode(

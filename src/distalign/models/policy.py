@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.pytorch_utils import Conv1D
 
 from distalign.engine import Group, Reference, score
-from distalign.engine.forward import embedding_weight
+from distalign.engine.forward import embedding_weight, whole_state
 from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
 from distalign.models.quantized import is_quantized, keep_exact, write_note
@@ -169,7 +169,7 @@ class Policy:
             model = copy.deepcopy(model).merge_and_unload()
         own = model.generation_config
         model.generation_config = sampling or own
-        model.save_pretrained(folder, safe_serialization=True)
+        model.save_pretrained(folder, state_dict=whole_state(model), safe_serialization=True)
         model.generation_config = own
         write_note(model, folder)
         self.tokenizer.save_pretrained(folder)

@@ -1,1 +1,1 @@
-"""Responses of a policy: sampled by a backend, decoded from one copy of a prompt's cache."""
+"""Responses of a policy: decoded from one copy of a prompt's cache, or drawn by a server."""

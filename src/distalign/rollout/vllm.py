@@ -1,7 +1,7 @@
 """Responses drawn by a `vllm serve` that runs beside the training, with the weights of the policy as they are.
 
-    before each round    the weights go to the server, if they have changed       `VLLMBackend.sync`
-    the round            one request for each prompt, n responses to each         `VLLMBackend.generate`
+    before each round    the weights go to the server, if they have changed       `VLLMServer.sync`
+    the round            one request for each prompt, n responses to each         `VLLMServer.generate`
     after it             how far the server's numbers are from the engine's       `rescored`
 
 Weights go through a folder that the server reads under the same path: adapters are loaded as adapters, whole models by
@@ -18,11 +18,11 @@ import shlex
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
 import torch
@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float
 from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
-from distalign.engine.forward import embedding_weight, text_config
+from distalign.engine.forward import embedding_weight, text_config, whole_state
 from distalign.errors import InputError
 from distalign.rollout.sample import end_ids
 
@@ -45,8 +45,6 @@ DRAWS = 3
 FAR = 0.5
 # What vLLM takes as --max-lora-rank.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# Name of the tensor that `VLLMBackend.constants` holds.
-SERVER = "server_token_logps"
 
 
 class ServerError(InputError):
@@ -100,15 +98,13 @@ class _Weights(BaseModel):
 
 
 @dataclass
-class VLLMBackend:
-    """A running `vllm serve` as a `Backend`. `check` says before anything is loaded whether it can be used.
+class VLLMServer:
+    """A running `vllm serve`. `check` says before anything is loaded whether it can be used.
 
     base_url: such as http://127.0.0.1:8000. timeout: seconds to wait for an answer, and for a server that was lost.
     model: what the server must have been started with, a folder or hub id; `names` are others that it may have.
     folder: where weights are handed over; the server reads it under the same path. rank: of the adapter that is
     trained, None if all weights are. dtype: of the weights, for the command that messages name.
-    constants: of the responses drawn last, `server_token_logps` [responses, longest]: the log-probabilities that the
-    server drew them with, in nats; NaN where it named none.
     """
 
     base_url: str
@@ -118,7 +114,6 @@ class VLLMBackend:
     rank: int | None = None
     dtype: str = "float32"
     names: Collection[str] = ()
-    constants: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.base_url = self.base_url.rstrip("/").removesuffix("/v1")
@@ -131,8 +126,7 @@ class VLLMBackend:
         self._run = uuid.uuid4().hex[:8]
         # The server's own model, and what requests name.
         self._base = self._served = self.model
-        # The version that the server should have of this run's weights, and in a tuple the one that it has.
-        self._version: int | None = 0
+        # The version of this run's weights that the server has, in a tuple.
         self._has: tuple[int | None] | None = None
         # When a lost server was last spoken of: many requests wait for it at once.
         self._told = -math.inf
@@ -196,10 +190,9 @@ class VLLMBackend:
 
         None is the version of the reference: under LoRA the server's own model. Raises ServerError.
         """
-        self._version = version
         if self._has == (version,):
             return
-        self._has, name = None, f"distalign-{self._run}-{'reference' if version is None else version}"
+        self._has, name = None, self._name(version)
         if self.rank is None:
             self._reload(model, name)
         elif version is None:
@@ -209,7 +202,7 @@ class VLLMBackend:
         self._has = (version,)
 
     def _load_adapter(self, model: nn.Module, name: str) -> None:
-        place, old = self._write(model, name, save_embedding_layers=False), self._served
+        place, old = self._write(model, name, whole_state(model), save_embedding_layers=False), self._served
         body = {"lora_name": name, "lora_path": str(place), "load_inplace": True}
         answer = self._ask("POST", "/v1/load_lora_adapter", body)
         if answer.status_code != 200:
@@ -227,8 +220,8 @@ class VLLMBackend:
     def _reload(self, model: nn.Module, name: str) -> None:
         self._check_head(model)
         # A value function is a part of the model while it is trained, and none of the server's.
-        state = {key: value for key, value in model.state_dict().items() if not key.startswith("value_head.")}
-        place = self._write(model, name, state_dict=state)
+        state = {key: value for key, value in whole_state(model).items() if not key.startswith("value_head.")}
+        place = self._write(model, name, state)
         try:
             for path, body in (
                 ("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(place)}}),
@@ -255,21 +248,23 @@ class VLLMBackend:
                 "train LoRA, or a model with a head of its own (tie_word_embeddings false), or serve on a GPU"
             )
 
-    def _write(self, model: nn.Module, name: str, **how: object) -> Path:
+    def _write(self, model: nn.Module, name: str, state: dict[str, Tensor], **how: object) -> Path:
         place = (self.folder / name).resolve()
         try:
             place.mkdir(parents=True, exist_ok=True)
-            model.save_pretrained(place, **how)  # pyright: ignore[reportCallIssue]
+            model.save_pretrained(place, state_dict=state, **how)  # pyright: ignore[reportCallIssue]
         except OSError as error:
             raise ServerError(f"{place}: the weights cannot be written ({error}); make room there") from None
         return place
 
-    def _still_serves(self) -> bool:
+    def _still_serves(self, version: int | None) -> bool:
         """Whether whole weights are those that were sent: not if the server was started anew, or has another run's."""
         if self.rank is not None:
             return True
-        name = f"distalign-{self._run}-{'reference' if self._version is None else self._version}"
-        return self._read(_Weights, self._ask("GET", "/weight_info")).weight_version == name
+        return self._read(_Weights, self._ask("GET", "/weight_info")).weight_version == self._name(version)
+
+    def _name(self, version: int | None) -> str:
+        return f"distalign-{self._run}-{'reference' if version is None else version}"
 
     # Responses --------------------------------------------------------------------------------------------------------
 
@@ -278,6 +273,7 @@ class VLLMBackend:
         model: nn.Module,
         prompts: Sequence[list[int]],
         *,
+        version: int | None,
         n: int,
         max_new_tokens: int,
         min_new_tokens: int = 0,
@@ -285,13 +281,12 @@ class VLLMBackend:
         top_p: float = 1.0,
         end_id: int,
         seed: int,
-        numbers: Sequence[int] | None = None,
-        progress: Callable[[int, int], Any] | None = None,
-    ) -> list[list[list[int]]]:
-        """`n` responses to every prompt, as `sample` gives them, drawn with the weights of the last `sync`.
+    ) -> tuple[list[list[list[int]]], Float[Tensor, "responses longest"]]:
+        """`n` responses to every prompt, as `sample` gives them, and the log-probabilities of their tokens, in nats.
 
-        The same seed gives the same responses, as far as the server's numbers do not depend on what it computes at
-        once. Raises ServerError.
+        `version` is that of the model's weights, as `sync` takes it. A log-probability that the server did not name is
+        NaN. The same seed gives the same responses, as far as the server's numbers do not depend on what it computes
+        at once. Raises ServerError.
         """
         ends, vocabulary = end_ids(model, end_id), len(embedding_weight(model))
         body = {
@@ -313,13 +308,12 @@ class VLLMBackend:
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
         }
-        numbered = zip(range(len(prompts)) if numbers is None else numbers, prompts, strict=True)
-        bodies = [{**body, "prompt": prompt, "seed": _seed(seed, number)} for number, prompt in numbered]
+        bodies = [{**body, "prompt": prompt, "seed": _seed(seed, place)} for place, prompt in enumerate(prompts)]
         for _ in range(DRAWS):
-            self.sync(model, self._version)
+            self.sync(model, version)
             try:
-                completions = self._draw(bodies, progress)
-                if self._still_serves():
+                completions = self._draw(bodies)
+                if self._still_serves(version):
                     break
             except _Gone:
                 pass
@@ -333,19 +327,14 @@ class VLLMBackend:
         rows = torch.zeros(len(flat), max(map(len, flat), default=0))
         for row, logps in zip(rows, flat, strict=True):
             row[: len(logps)] = torch.tensor(logps)
-        self.constants = {SERVER: rows}
-        return [[response for response, _ in group] for group in drawn]
+        return [[response for response, _ in group] for group in drawn], rows
 
-    def _draw(
-        self, bodies: Sequence[dict[str, object]], progress: Callable[[int, int], Any] | None
-    ) -> list[_Completion]:
+    def _draw(self, bodies: Sequence[dict[str, object]]) -> list[_Completion]:
         with ThreadPoolExecutor(max(1, min(len(bodies), IN_FLIGHT))) as pool:
             futures = [pool.submit(self._completion, {"model": self._served, **body}) for body in bodies]
             try:
-                for done, future in enumerate(as_completed(futures), 1):
+                for future in as_completed(futures):
                     future.result()
-                    if progress is not None:
-                        progress(done, len(futures))
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -63,7 +63,7 @@ from distalign.rewards import (
 )
 from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
-from distalign.rollout.vllm import VLLMBackend
+from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import (
@@ -532,7 +532,7 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
 
 def server_of(
     label: str, method: Method, args: AlignmentConfig, source: Source, adapter: PeftConfig | Lora | None
-) -> VLLMBackend | None:
+) -> VLLMServer | None:
     """The vLLM server that draws a run's responses, checked; None if this process draws them, or none are drawn.
 
     `adapter` is what is trained, None for all weights. Raises TrainingError for one that vLLM does not serve, and
@@ -540,11 +540,6 @@ def server_of(
     """
     if not args.use_vllm or not draws_responses(method):
         return None
-    if args.world_size > 1:
-        raise TrainingError(
-            f"{label}: use_vllm is true in one of {args.world_size} processes; a server takes the weights of one: "
-            "train in one process, or leave use_vllm out"
-        )
     unserved = [name for name in ("use_dora", "modules_to_save", "lora_bias") if getattr(adapter, name, None)]
     if adapter is not None and not isinstance(adapter, Lora | LoraConfig):
         unserved.append(type(adapter).__name__)
@@ -555,7 +550,7 @@ def server_of(
             "all weights, or leave use_vllm out"
         )
     rank = None if adapter is None else max(getattr(adapter, "r", 1), *getattr(adapter, "rank_pattern", {}).values(), 1)
-    backend = VLLMBackend(
+    server = VLLMServer(
         args.vllm_server_base_url,
         args.vllm_server_timeout,
         source.path,
@@ -564,8 +559,8 @@ def server_of(
         dtype="bfloat16" if args.bf16 or "bfloat16" in str(args.model_init_kwargs) else "float32",
         names=(source.name,),
     )
-    backend.check()
-    return backend
+    server.check()
+    return server
 
 
 def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftConfig | None:

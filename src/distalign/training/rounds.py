@@ -33,8 +33,8 @@ from distalign.methods import Method, Needs, Samples
 from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
-from distalign.rollout.backends import Backend, TransformersBackend
-from distalign.rollout.vllm import SERVER, ServerError, check_mismatch, rescored
+from distalign.rollout.sample import sample
+from distalign.rollout.vllm import ServerError, VLLMServer, check_mismatch, rescored
 from distalign.settings import Count, Positive, Section
 from distalign.training.health import Monitor, completion_metrics, write_completions
 from distalign.training.processes import ALONE, Processes
@@ -46,6 +46,8 @@ T = TypeVar("T")
 Row = EncodedPair | EncodedPrompt
 # Runs a pass of the policy without gradient, inside the forward of whatever wraps it, and gives what it returns.
 RunPass = Callable[[Callable[[], Any]], Any]
+# Name of the constant of a round that holds the log-probabilities of a server that drew it.
+SERVER = "server_token_logps"
 
 
 class TrainingError(InputError):
@@ -277,7 +279,8 @@ class Rollout:
     """How responses are drawn and rewarded: the recipe's `rollout` section, the token that ends a response, a reward.
 
     `reward` is None for methods that read none. `end_ids` are all tokens that end a response (`rollout.end_ids`).
-    The work is dealt to `processes`, by whole prompts; all of them get the whole result.
+    The work is dealt to `processes`, by whole prompts; all of them get the whole result. A `server` is asked by the
+    first of them.
     """
 
     settings: RolloutSettings
@@ -285,11 +288,10 @@ class Rollout:
     reward: Reward | None = None
     end_ids: Collection[int] = ()
     processes: Processes = ALONE
-    backend: Backend = field(init=False)
+    server: VLLMServer | None = None
 
     def __post_init__(self) -> None:
         self.end_ids = self.end_ids or (self.end_id,)
-        self.backend = TransformersBackend(self.settings.decode_batch_size)
 
     def sample(
         self,
@@ -300,28 +302,31 @@ class Rollout:
         number: int,
         n: int | None = None,
         version: int | None,
-    ) -> list[list[list[int]]]:
+    ) -> tuple[list[list[list[int]]], dict[str, Tensor]]:
         """Responses of the policy as it is, `n` for each prompt (`settings.num_generations` if not given).
 
-        `version` is the number of steps that made its weights, None for the reference's.
+        `version` is the number of steps that made its weights, None for the reference's. With them come constants of
+        the responses: of a server's, `SERVER`, the log-probabilities that it drew them with.
         """
-        self.backend.sync(model, version)
+        settings = self.settings
+        how = {
+            "n": n or settings.num_generations,
+            "max_new_tokens": settings.max_completion_length,
+            "min_new_tokens": settings.min_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "end_id": self.end_id,
+            "seed": mix(seed, number),
+        }
+        if (server := self.server) is not None:
+            drawn = self.processes.from_first(lambda: server.generate(model, prompts, version=version, **how))
+            return drawn[0], {SERVER: drawn[1]}
 
         def draw(places: list[int]) -> list[list[list[int]]]:
-            return self.backend.generate(
-                model,
-                [prompts[place] for place in places],
-                n=n or self.settings.num_generations,
-                max_new_tokens=self.settings.max_completion_length,
-                min_new_tokens=self.settings.min_new_tokens,
-                temperature=self.settings.temperature,
-                top_p=self.settings.top_p,
-                end_id=self.end_id,
-                seed=mix(seed, number),
-                numbers=places,
-            )
+            chosen = [prompts[place] for place in places]
+            return sample(model, chosen, numbers=places, rows=settings.decode_batch_size, **how)
 
-        return self.processes.map(draw, range(len(prompts)), list(map(len, prompts)))
+        return self.processes.map(draw, range(len(prompts)), list(map(len, prompts))), {}
 
     def rewards(self, rows: Sequence[Row], responses: Sequence[list[list[int]]]) -> Float[Tensor, "responses"]:
         """Rewards of the responses to these rows, the missing-end rule applied. Raises RewardError."""
@@ -419,7 +424,7 @@ class ReferenceResponses:
     def _sample(self, model: nn.Module, prompts: Sequence[list[int]]) -> list[list[list[int]]]:
         # Rounds have the numbers from 0.
         version = 0 if self.policy.reference is None else None
-        return self.rollout.sample(model, prompts, seed=self.seed, number=-1, version=version)
+        return self.rollout.sample(model, prompts, seed=self.seed, number=-1, version=version)[0]
 
     def _with_reference(self, function: Callable[[nn.Module], T]) -> T:
         policy = self.policy
@@ -491,11 +496,9 @@ class RolloutWorker:
         seconds: dict[str, float] = {}
         if self.round is None or self.round.number != number:
             prompts = [row.prompt for row in rows]
-            sample = self.rollout.sample
-            responses = self.run(
-                lambda: sample(self.policy.model, prompts, seed=self.seed, number=number, version=step)
-            )
-            self.round = Round(number, 0, list(members), prompts, responses, dict(self.rollout.backend.constants))
+            draw, model = self.rollout.sample, self.policy.model
+            responses, constants = self.run(lambda: draw(model, prompts, seed=self.seed, number=number, version=step))
+            self.round = Round(number, 0, list(members), prompts, responses, constants)
             self._start, self._seen = step, []
             seconds["rollout_time"] = time.perf_counter() - started
         drawn = self.round
@@ -583,9 +586,8 @@ class RolloutWorker:
             # Batches of one optimizer step draw by different random numbers.
             number = mix(drawn.number, step - self._start, indices[0])
             prompts = [drawn.prompts[place] for place in places]
-            sample = self.rollout.sample
-            model, seed = self.policy.model, self.seed + 1
-            fresh = self.run(lambda: sample(model, prompts, seed=seed, number=number, version=step))
+            draw, model, seed = self.rollout.sample, self.policy.model, self.seed + 1
+            fresh, _ = self.run(lambda: draw(model, prompts, seed=seed, number=number, version=step))
         groups = []
         for place, more in zip(places, fresh, strict=True):
             # Fresh responses take the place of drawn ones, unless pairs are made of these.
@@ -709,7 +711,7 @@ def observe(
     prompts = list({tuple(row.prompt): row.prompt for row in rows if len(row.prompt) <= longest}.values())[:limit]
     if not prompts:
         return {}
-    responses = rollout.sample(policy.model, prompts, seed=seed, number=0, n=1, version=step)
+    responses, _ = rollout.sample(policy.model, prompts, seed=seed, number=0, n=1, version=step)
     groups = [Group(prompt, drawn) for prompt, drawn in zip(prompts, responses, strict=True)]
     logps = rollout.scores(policy.model, groups, token_budget).logps
     metrics = {"objective/entropy": float(-logps.mean())}

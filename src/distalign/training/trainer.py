@@ -200,8 +200,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.token_budget = args.token_budget
         reward = load_rewards(given, base or policy.model, args, token_budget=self.token_budget or FORWARD_BUDGET)
         ends = end_ids(policy.model, given.end_id)
-        self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes)
-        self.rollout.backend = server or self.rollout.backend
+        self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes, server)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
