@@ -53,6 +53,8 @@ class Job:
     device: str = "cpu"
     dtype: str = "float32"
     trl_batch: int = 1
+    wall: bool = False
+    processes: int = 1
 
     def load(self) -> Any:
         """The model, where it is trained."""
@@ -68,7 +70,7 @@ class Turns(TrainerCallback):
 
     def __init__(self, pipe: Connection, job: Job, model: Any, facts: dict[str, float]) -> None:
         self.pipe, self.job, self.model, self.facts = pipe, job, model, facts
-        self.machine, self.inside = Machine(job.device), 0.0
+        self.machine, self.inside = Machine(job.device, wall=job.wall), 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Wait for the word; then the step begins."""
@@ -133,7 +135,7 @@ def train_ours(pipe: Connection, job: Job, folder: str) -> None:
     }
     set_recompute(model, job.recompute)
     policy = Policy(model, None, Source(job.model, "", ""), reference=lambda: nullcontext(model))
-    arguments = _arguments(job, folder, per_device_train_batch_size=job.prompts)
+    arguments = _arguments(job, folder, per_device_train_batch_size=job.prompts // job.processes)
     trainer = AlignmentTrainer(
         policy,
         DPO(gamma=GAMMA),
@@ -181,7 +183,9 @@ def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     trainer = AlignmentTrainer(
         policy,
         ROUNDS.get(job.side, ROUNDS["rkl"]),
-        AlignmentConfig(**_arguments(job, folder, per_device_train_batch_size=job.prompts), **settings),
+        AlignmentConfig(
+            **_arguments(job, folder, per_device_train_batch_size=job.prompts // job.processes), **settings
+        ),
         rows,
         reward_funcs=_Lengths(),
     )
