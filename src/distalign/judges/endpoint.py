@@ -166,19 +166,21 @@ class Client:
 
     def __init__(self, settings: EndpointSettings, counts: Counter[str]) -> None:
         self.settings, self.counts = settings, counts
+        self.stopped = asyncio.Event()
         self._key = read_key(settings)
         self._random = random.Random()
-
-    async def __aenter__(self) -> Client:
-        settings = self.settings
-        self.stopped = asyncio.Event()
         self._places = asyncio.Semaphore(settings.concurrency)
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else None,
-            timeout=httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None),
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=settings.connect_timeout),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
             trust_env=not settings.local,
         )
+
+    async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -237,16 +239,17 @@ class Client:
         """One attempt. Raises _Retry for what may pass, EndpointError for what will not."""
         settings = self.settings
         try:
-            status, headers, content = await self._post(body)
+            response = await asyncio.wait_for(self._http.post(settings.url, content=body), settings.timeout)
         except httpx.ConnectTimeout:
             raise _Retry("timeout", f"no connection within {settings.connect_timeout:g} s") from None
-        except httpx.TimeoutException:
+        except asyncio.TimeoutError:
             raise _Retry("timeout", f"no answer within {settings.timeout:g} s") from None
         except httpx.RequestError as error:
             raise _Retry("connection", self._clean(f"{type(error).__name__} {error}")) from None
+        status, content = response.status_code, response.content
         said = self._clean(content.decode(errors="replace")) or "no reason given"
         if status >= 500 or (status in _BUSY and b"insufficient_quota" not in content):
-            raise _Retry(f"HTTP {status}", said, _retry_after(headers.get("retry-after", "")))
+            raise _Retry(f"HTTP {status}", said, _retry_after(response.headers.get("retry-after", "")))
         if status >= 300:
             advice = _ADVICE.get(status, "check url, model and account").format(
                 env=settings.api_key_env or "api_key_env"
@@ -258,21 +261,6 @@ class Client:
         self.counts["answered"] += 1
         self.counts["tokens"] += answer.tokens
         return answer
-
-    async def _post(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers by lower-case name, and content.
-
-        httpx bounds every silence; an answer that comes in parts is given up here when its time is over.
-        """
-        deadline = time.monotonic() + self.settings.timeout
-        headers = {"Content-Type": "application/json"}
-        async with self._http.stream("POST", self.settings.url, content=body, headers=headers) as response:
-            parts = []
-            async for part in response.aiter_bytes():
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the answer came too slowly")
-            return response.status_code, dict(response.headers), b"".join(parts)
 
     def _answer(self, content: bytes) -> Answer | None:
         """What the body says, None if it has not the form of an answer."""
@@ -432,13 +420,9 @@ class EndpointJudge:
         replies: dict[str, _Reply] = {}
         failures: list[JudgeError] = []
         total = len(questions.keys)
-        comparisons_of = Counter(key for keys in questions.keys for key in set(keys or ()))
-        # Two halves per comparison; a question may be that of several, and equal responses need none.
-        halves = 2 * total - sum(comparisons_of.values())
         left = iter(questions.messages)
 
         async def work(client: Client) -> None:
-            nonlocal halves
             for key in left:
                 try:
                     reply = await self._reply(client, cache, questions.messages[key], questions.where[key])
@@ -449,13 +433,13 @@ class EndpointJudge:
                 if reply is None:
                     return
                 replies[key] = reply
-                halves += comparisons_of[key]
                 if progress is not None:
-                    progress(halves // 2, total)
+                    progress(total * len(replies) // len(questions.messages), total)
 
         async with Client(self.settings, self._counts) as client:
-            # Twice as many as may be under way: while some wait to try again, others are sent.
-            await _all([work(client) for _ in range(2 * self.settings.concurrency)])
+            # Twice as many as may be under way: while some wait to try again, others are sent. If one raises what is no
+            # failure of the server, `asyncio.run` cancels the others.
+            await asyncio.gather(*(work(client) for _ in range(2 * self.settings.concurrency)))
         if failures:
             judged = sum(set(keys or ()) <= replies.keys() for keys in questions.keys)
             raise type(failures[0])(
@@ -486,7 +470,7 @@ class EndpointJudge:
         if answer is None:
             return None
         cache.add(key, answer)
-        if self.settings.max_total_tokens is not None and not answer.counted:
+        if self.settings.max_total_tokens is not None and None in (answer.prompt_tokens, answer.completion_tokens):
             raise EndpointError(
                 f"judge {self.settings.url}: the server counts no tokens, so max_total_tokens cannot be kept; leave it "
                 "out and set max_requests"
@@ -510,18 +494,6 @@ class EndpointJudge:
         counts["contradictory"] += forward.verdict == backward.verdict != 0.5
         agree = forward.verdict == 1 - backward.verdict
         return Judgement(forward.verdict if agree else 0.5, answers, tokens)
-
-
-async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; if one raises or is interrupted, the others are cancelled first."""
-    tasks = [asyncio.ensure_future(part) for part in work]
-    try:
-        await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

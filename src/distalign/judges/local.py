@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class RewardJudge:
         return float(torch.tensor(difference, dtype=torch.float64).sigmoid())
 
 
-def encode(comparison: Comparison, tokenizer: Any) -> Ids:
+def encode(comparison: Comparison, tokenizer: PreTrainedTokenizerBase) -> Ids:
     """A comparison of texts as ids, both responses with their end token. Raises DataError."""
     first, second = (
         text if isinstance(comparison.prompt, str) else [{"role": "assistant", "content": text}]
@@ -111,6 +111,12 @@ class FunctionJudge:
             *([one.second, one.first] for one in comparisons),
         ]
         values = self.function(offered, 2 * n)
+        for index, value in enumerate(values):
+            if not 0 <= value <= 1:
+                raise self.function.error(
+                    f"its answer to completion {index} is {value}",
+                    "return the probability, between 0 and 1, that the first of the two is preferred",
+                )
         both = list(zip(values[:n], values[n:], strict=True))
         self.comparisons += n
         self.contradictory += sum((forward - 0.5) * (backward - 0.5) > 0 for forward, backward in both)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import model_validator
 from safetensors import SafetensorError
@@ -47,6 +47,7 @@ from distalign.rewards.base import Request, RewardError, finite
 from distalign.rewards.heads import Head, HeadName, Tilt, embeddings, new_head
 from distalign.settings import Count, Positive, Section
 from distalign.stats.intervals import Estimate
+from distalign.stats.laplace import Posterior
 
 # The file by which a folder of ours is known.
 MARK = "reward.json"
@@ -162,11 +163,10 @@ class TrainedReward:
         if not isinstance(head, Tilt):
             rows = head.rows(features)
             return offset + (rows @ head.weight).cpu().double(), rows
-        rows, start, tilted = torch.empty_like(features), 0, self._tilted(head)
-        for batch in _in_order(groups, self.token_budget):
-            stop = start + sum(len(group.responses) for group in batch)
-            rows[start:stop] = head.rows(features[start:stop] - expected_counts(tilted, batch))
-            start = stop
+        rows, tilted = torch.empty_like(features), self._tilted(head)
+        for batch, own in self._batches(groups):
+            own = own.to(rows.device)
+            rows[own] = head.rows(features[own] - expected_counts(tilted, batch))
         return self._tilted_values(head, groups), rows
 
     def _tilted(self, head: Tilt) -> PreTrainedModel:
@@ -207,14 +207,13 @@ class TrainedReward:
 
         `advance(done)` counts groups.
         """
-        starts = torch.tensor([0, *(len(group.responses) for group in groups)]).cumsum(0).tolist()
-        offset = torch.zeros(starts[-1], dtype=torch.float64)
-        features = self.head.weight.new_zeros(starts[-1], len(self.head.weight))
+        count = sum(len(group.responses) for group in groups)
+        offset = torch.zeros(count, dtype=torch.float64)
+        features = self.head.weight.new_zeros(count, len(self.head.weight))
         together, done = self.gamma is not None and self.frozen, 0
-        for batch in micro_batches(groups, self.token_budget):
-            rows = torch.tensor([row for i in batch for row in range(starts[i], starts[i + 1])])
+        for batch, rows in self._batches(groups):
             with evaluating(self.trunk):
-                reading = read(self.trunk, [groups[i] for i in batch], logps=together)
+                reading = read(self.trunk, batch, logps=together)
             features[rows.to(features.device)] = self.head.features(reading, embeddings(self.trunk))
             if reading.logps is not None:
                 offset[rows] = reading.logps.cpu().double()
@@ -227,63 +226,66 @@ class TrainedReward:
             offset = score_in_batches(self.base, groups, token_budget=self.token_budget).logps.cpu().double()
         return induced_reward(offset, gamma=self.gamma), features
 
-
-def _in_order(groups: Sequence[Group], token_budget: int) -> Iterator[list[Group]]:
-    """Stretches of the groups, of about that many tokens."""
-    batch: list[Group] = []
-    for group in groups:
-        if batch and sum(each.tokens for each in batch) + group.tokens > token_budget:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+    def _batches(self, groups: Sequence[Group]) -> Iterator[tuple[list[Group], Int[Tensor, "rows"]]]:
+        """Micro-batches of the groups, each with the numbers of its responses among those of all groups."""
+        numbers = torch.arange(sum(len(group.responses) for group in groups))
+        of_group = numbers.split([len(group.responses) for group in groups])
+        for batch in micro_batches(groups, self.token_budget):
+            yield [groups[i] for i in batch], torch.cat([of_group[i] for i in batch])
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a trained reward was made of; `head` is the one that was taken."""
+class Trained:
+    """A trained reward, what it achieves on held-out pairs, how it came about, and what it was made of.
 
-    settings: RewardTraining
+    `results`: accuracy, nll (nats) and ece on the held-out pairs, and `start_nll` before any step: γ ln π₀ alone, or
+    ln 2 from scratch; with lora and full these pairs also chose when to stop, which flatters them a little. `history`
+    has one row per head that was tried and per evaluation; `head` is the one that was taken.
+    """
+
+    reward: TrainedReward
     head: HeadName
-    gamma: float | None
+    results: dict[str, Estimate]
+    history: list[dict[str, Any]]
+    posterior: Posterior
+    settings: RewardTraining
     source: Source
     tokenizer: PreTrainedTokenizerBase
     train: list[EncodedPair]
     held: list[EncodedPair]
 
-
-def save_reward(
-    folder: Path,
-    reward: TrainedReward,
-    results: Mapping[str, Estimate],
-    history: list[dict[str, Any]],
-    origin: Origin,
-) -> None:
-    """Write the files of this module's docstring."""
-    settings, pair = origin.settings, origin.held[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.init == "policy":
-        tensors = {f"head.{name}": value for name, value in reward.head.state_dict().items()}
-        _save_tensors(folder / _TENSORS, tensors | reward.trained_parameters())
-    else:
-        _save_scratch(folder, reward, origin)
-    about = {
-        "init": settings.init,
-        "head": origin.head,
-        "backbone": settings.backbone,
-        "gamma": origin.gamma,
-        "base_model": origin.source.name,
-        "lora": settings.lora.model_dump() if settings.backbone == "lora" else None,
-        "vocabulary": _fingerprint(origin.tokenizer),
-        "quantization": quantization_of(reward.base),
-        "probe": {"prompt": pair.prompt, "response": pair.chosen, "logp": _logp(reward.base, pair.prompt, pair.chosen)},
-    }
-    numbers = {key: value._asdict() for key, value in results.items()}
-    written = {MARK: about, "results.json": {"n_train": len(origin.train), "held_out": numbers, "history": history}}
-    for name, content in written.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(results, origin), encoding="utf-8")
+    def save(self, folder: str | Path) -> None:
+        """Weights as safetensors, reward.json, results.json and a card; what `load_reward` reads."""
+        folder, settings, reward, pair = Path(folder), self.settings, self.reward, self.held[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.init == "policy":
+            tensors = {f"head.{name}": value for name, value in reward.head.state_dict().items()}
+            _save_tensors(folder / _TENSORS, tensors | reward.trained_parameters())
+        else:
+            _save_scratch(folder, self)
+        about = {
+            "init": settings.init,
+            "head": self.head,
+            "backbone": settings.backbone,
+            "gamma": reward.gamma,
+            "base_model": self.source.name,
+            "lora": settings.lora.model_dump() if settings.backbone == "lora" else None,
+            "vocabulary": _fingerprint(self.tokenizer),
+            "quantization": quantization_of(reward.base),
+            "probe": {
+                "prompt": pair.prompt,
+                "response": pair.chosen,
+                "logp": _logp(reward.base, pair.prompt, pair.chosen),
+            },
+        }
+        results = {
+            "n_train": len(self.train),
+            "held_out": {key: value._asdict() for key, value in self.results.items()},
+            "history": self.history,
+        }
+        for name, content in {MARK: about, "results.json": results}.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(self), encoding="utf-8")
 
 
 def load_reward(
@@ -328,7 +330,7 @@ def load_reward(
 
 
 def is_reward_model(name: str) -> bool:
-    """Whether `save_reward` wrote the folder of that name."""
+    """Whether `Trained.save` wrote the folder of that name."""
     return os.path.isfile(Path(os.path.expanduser(name)) / MARK)
 
 
@@ -367,14 +369,14 @@ def _load_tensors(folder: Path, reward: TrainedReward, backbone: str) -> None:
     reward.trunk.requires_grad_(False)
 
 
-def _save_scratch(folder: Path, reward: TrainedReward, origin: Origin) -> None:
+def _save_scratch(folder: Path, trained: Trained) -> None:
     """init: scratch: what AutoModelForSequenceClassification (or PEFT) reads, and gives the same scores.
 
     The padding token of the tokenizer is one that no text contains.
     """
+    reward, tokenizer = trained.reward, copy.deepcopy(trained.tokenizer)
     score = reward.head.weight.detach().cpu()[None]
-    tokenizer = copy.deepcopy(origin.tokenizer)
-    pad = _padding(tokenizer, [*origin.train, *origin.held])
+    pad = _padding(tokenizer, [*trained.train, *trained.held])
     if pad is not None:
         tokenizer.pad_token_id = pad
     tokenizer.save_pretrained(folder)
@@ -382,7 +384,7 @@ def _save_scratch(folder: Path, reward: TrainedReward, origin: Origin) -> None:
         _save_tensors(folder / _ADAPTER, {**get_peft_model_state_dict(reward.trunk), _SCORE: score})
         config: Any = copy.deepcopy(reward.trunk.peft_config["default"])
         config.task_type, config.inference_mode, config.modules_to_save = "SEQ_CLS", True, ["score"]
-        config.base_model_name_or_path = origin.source.path
+        config.base_model_name_or_path = trained.source.path
         config.save_pretrained(str(folder))
         return
     model = as_classifier(reward.trunk)
@@ -443,12 +445,12 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
-def _card(results: Mapping[str, Estimate], origin: Origin) -> str:
-    settings, base = origin.settings, origin.source.name
+def _card(trained: Trained) -> str:
+    settings = trained.settings
     formula = "γ ln π₀(a|x) + f(x, a)" if settings.init == "policy" else "f(x, a)"
-    rows = [f"| {key} | {v.mean:.4f} ± {v.se:.4f} | {v.n} |" for key, v in results.items()]
+    rows = [f"| {key} | {v.mean:.4f} ± {v.se:.4f} | {v.n} |" for key, v in trained.results.items()]
     given = {key: value for key, value in settings.model_dump().items() if value is not None}
-    given |= {"gamma": origin.gamma, "n_train": len(origin.train)}
+    given |= {"gamma": trained.reward.gamma, "n_train": len(trained.train)}
     listed = "\n".join(f"- {key}: {value}" for key, value in given.items())
     table = "\n".join(rows)
     return f"""---
@@ -458,7 +460,7 @@ tags:
 - reward-model
 ---
 
-# Reward model on {base}
+# Reward model on {trained.source.name}
 
 R(x, a) = {formula}, trained on pairwise preferences with distalign by maximum likelihood (arXiv 2506.01523v2, eq. 9).
 
