@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -321,13 +321,8 @@ class _Reply:
     tokens: int
 
 
-@dataclass
-class _Questions:
-    """What is to be asked, by key, each once; and the two keys of every comparison (None: equal texts, a tie)."""
-
-    messages: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    where: dict[str, str] = field(default_factory=dict)
-    keys: list[tuple[str, str] | None] = field(default_factory=list)
+# By key: the messages of what is asked, and the comparison that it is asked for.
+_Questions = dict[str, tuple[list[dict[str, str]], str]]
 
 
 class EndpointJudge:
@@ -352,10 +347,11 @@ class EndpointJudge:
         """
         if not comparisons:
             return []
-        questions = self._questions(comparisons)
+        questions: _Questions = {}
+        keys = [self._keys(comparison, questions) for comparison in comparisons]
         with Cache(self.settings.cache) as cache, headers_unlogged():
-            replies = _run(self._ask_all(questions, cache, progress))
-        judgements = [self._judgement(keys, replies) for keys in questions.keys]
+            replies = _run(self._ask_all(questions, keys, cache, progress))
+        judgements = [self._judgement(own, replies) for own in keys]
         if self._counts["first_shown"] + self._counts["second_shown"]:
             counts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in self.counters().items())
             logger.info("judge %s: %s", self.settings.model, counts)
@@ -391,19 +387,15 @@ class EndpointJudge:
         counters = {key: float(value) for key, value in sorted(counts.items())}
         return counters | ({"first_position": first / (first + second)} if first + second else {})
 
-    def _questions(self, comparisons: Sequence[Comparison]) -> _Questions:
-        questions = _Questions()
-        for comparison in comparisons:
-            if comparison.first == comparison.second:
-                questions.keys.append(None)
-                continue
-            first, second = orders(self.template, comparison)
-            keys = self._key(first), self._key(second)
-            for key, messages in zip(keys, (first, second), strict=True):
-                questions.messages[key] = messages
-                questions.where.setdefault(key, comparison.key)
-            questions.keys.append(keys)
-        return questions
+    def _keys(self, comparison: Comparison, questions: _Questions) -> tuple[str, str] | None:
+        """The keys of both orders, which are added to the questions; None for equal texts, a tie."""
+        if comparison.first == comparison.second:
+            return None
+        first, second = orders(self.template, comparison)
+        keys = self._key(first), self._key(second)
+        questions.setdefault(keys[0], (first, comparison.key))
+        questions.setdefault(keys[1], (second, comparison.key))
+        return keys
 
     def _key(self, messages: list[dict[str, str]]) -> str:
         settings, url = self.settings, urlsplit(self.settings.url)
@@ -415,17 +407,18 @@ class EndpointJudge:
             messages=messages,
         )
 
-    async def _ask_all(self, questions: _Questions, cache: Cache, progress: Progress | None) -> dict[str, _Reply]:
+    async def _ask_all(
+        self, questions: _Questions, keys: list[tuple[str, str] | None], cache: Cache, progress: Progress | None
+    ) -> dict[str, _Reply]:
         """A reply to every question. After a failure nothing more is sent; what is under way is still kept."""
         replies: dict[str, _Reply] = {}
         failures: list[JudgeError] = []
-        total = len(questions.keys)
-        left = iter(questions.messages)
+        total, left = len(keys), iter(questions.items())
 
         async def work(client: Client) -> None:
-            for key in left:
+            for key, (messages, where) in left:
                 try:
-                    reply = await self._reply(client, cache, questions.messages[key], questions.where[key])
+                    reply = await self._reply(client, cache, messages, where)
                 except JudgeError as error:
                     failures.append(error)
                     client.stopped.set()
@@ -434,17 +427,17 @@ class EndpointJudge:
                     return
                 replies[key] = reply
                 if progress is not None:
-                    progress(total * len(replies) // len(questions.messages), total)
+                    progress(total * len(replies) // len(questions), total)
 
         async with Client(self.settings, self._counts) as client:
             # Twice as many as may be under way: while some wait to try again, others are sent. If one raises what is no
             # failure of the server, `asyncio.run` cancels the others.
             await asyncio.gather(*(work(client) for _ in range(2 * self.settings.concurrency)))
         if failures:
-            judged = sum(set(keys or ()) <= replies.keys() for keys in questions.keys)
+            judged = sum(set(own or ()) <= replies.keys() for own in keys)
             raise type(failures[0])(
                 f"{failures[0]} ({judged} of {total} comparisons are judged, "
-                f"{len(questions.messages) - len(replies)} questions are left; all answers are kept in {cache.path})"
+                f"{len(questions) - len(replies)} questions are left; all answers are kept in {cache.path})"
             )
         return replies
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -70,7 +70,7 @@ class RewardJudge:
         return float(torch.tensor(difference, dtype=torch.float64).sigmoid())
 
 
-def encode(comparison: Comparison, tokenizer: PreTrainedTokenizerBase) -> Ids:
+def encode(comparison: Comparison, tokenizer: Any) -> Ids:
     """A comparison of texts as ids, both responses with their end token. Raises DataError."""
     first, second = (
         text if isinstance(comparison.prompt, str) else [{"role": "assistant", "content": text}]

@@ -144,7 +144,9 @@ class TrainedReward:
     def values(self, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
         """Rewards in nats, in float64 on the CPU."""
         if isinstance(self.head, Tilt):
-            return self._tilted_values(self.head, groups)
+            assert self.gamma is not None
+            logps = score_in_batches(self._tilted(self.head), groups, token_budget=self.token_budget).logps
+            return induced_reward(logps.cpu().double(), gamma=self.gamma)
         offset, features = self.encode(groups)
         return offset + self.head(features).cpu().double()
 
@@ -167,7 +169,7 @@ class TrainedReward:
         for batch, own in self._batches(groups):
             own = own.to(rows.device)
             rows[own] = head.rows(features[own] - expected_counts(tilted, batch))
-        return self._tilted_values(head, groups), rows
+        return self.values(groups), rows
 
     def _tilted(self, head: Tilt) -> PreTrainedModel:
         """The language model whose log-probabilities times γ are the reward: one, whose bias follows the weights."""
@@ -178,12 +180,6 @@ class TrainedReward:
         bias = self._start + head.weight / (head.scale * self.gamma)
         self._model.get_output_embeddings().bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
         return self._model
-
-    @torch.no_grad()
-    def _tilted_values(self, head: Tilt, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
-        assert self.gamma is not None
-        logps = score_in_batches(self._tilted(head), groups, token_budget=self.token_budget).logps
-        return induced_reward(logps.cpu().double(), gamma=self.gamma)
 
     def counters(self) -> dict[str, float]:
         """Responses rewarded; none is ever cut."""
@@ -310,10 +306,17 @@ def load_reward(
                 f"reward {folder}: it was trained on {known} of {about['base_model']}, and those here are {own}; set "
                 f"quantization: {'4bit' if about.get('quantization') else 'null'}, or train it again"
             )
-        trunk = _untrained_trunk(about, base, tokenizer)
+        trunk = base
+        if about["backbone"] != "frozen":
+            lora = None if about["lora"] is None else Lora(**about["lora"])
+            source = Source(about["base_model"], "", "the base of a saved reward")
+            trunk = make_policy(base, tokenizer, source, lora=lora, reference=False).model.eval()
         head = new_head(about["head"], base)
         reward = TrainedReward(base, trunk, head, gamma=about["gamma"], token_budget=token_budget)
-        (_load_tensors if about["init"] == "policy" else _load_scratch)(folder, reward, about["backbone"])
+        if about["init"] == "policy":
+            _load_tensors(folder, reward)
+        else:
+            _load_scratch(folder, reward, about["backbone"])
     except (*DAMAGED, RuntimeError, SafetensorError) as error:
         if isinstance(error, RewardError):
             raise
@@ -334,7 +337,7 @@ def is_reward_model(name: str) -> bool:
     return os.path.isfile(Path(os.path.expanduser(name)) / MARK)
 
 
-def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
+def as_classifier(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """A sequence-classification model with one label whose trunk IS that of a causal language model.
 
     Its score head has no memory yet. Raises RewardError if the family has no such class.
@@ -348,7 +351,8 @@ def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
         classifier = None
     prefix = getattr(classifier, "base_model_prefix", "")
     trunk = getattr(model, prefix, None)
-    if trunk is None or type(getattr(classifier, prefix)) is not type(trunk) or not hasattr(classifier, "score"):
+    same = trunk is not None and type(getattr(classifier, prefix)) is type(trunk)
+    if classifier is None or not same or not hasattr(classifier, "score"):
         raise RewardError(
             f"reward.train: {config.model_type} has no sequence-classification class with the same trunk; use init: "
             "policy"
@@ -357,7 +361,7 @@ def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
     return classifier
 
 
-def _load_tensors(folder: Path, reward: TrainedReward, backbone: str) -> None:
+def _load_tensors(folder: Path, reward: TrainedReward) -> None:
     """init: policy: tensors of our own, for ln π₀ is not part of any class of transformers."""
     tensors = load_file(folder / _TENSORS)
     # Without a bound a head is linear everywhere: that is written as infinite.
@@ -389,7 +393,7 @@ def _save_scratch(folder: Path, trained: Trained) -> None:
         return
     model = as_classifier(reward.trunk)
     model.config.pad_token_id = pad
-    model.score.weight = nn.Parameter(score.to(reward.trunk.dtype))
+    model.get_submodule("score").weight = nn.Parameter(score.to(reward.trunk.dtype))
     model.save_pretrained(folder, max_shard_size="1TB")
 
 
@@ -409,17 +413,6 @@ def _load_scratch(folder: Path, reward: TrainedReward, backbone: str) -> None:
     reward.trunk.requires_grad_(False)
     with torch.no_grad():
         reward.head.weight.copy_(score[0])
-
-
-def _untrained_trunk(
-    about: Mapping[str, Any], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel | PeftModel:
-    """The trunk of a saved reward, as it was before training."""
-    if about["backbone"] == "frozen":
-        return base
-    lora = None if about["lora"] is None else Lora(**about["lora"])
-    source = Source(about["base_model"], "", "the base of a saved reward")
-    return make_policy(base, tokenizer, source, lora=lora, reference=False).model.eval()
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
