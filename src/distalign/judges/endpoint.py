@@ -50,12 +50,12 @@ class EndpointSettings(Section):
     """An OpenAI-compatible server, what it is asked, how patiently, and how much it may cost.
 
     url: up to `/v1`, or the whole address of chat/completions. template: tldr, chat, or a .j2 file. api_key_env: the
-    environment variable that holds the key (null: none is sent). Times are in seconds: `timeout` is the longest
-    silence of the server, and the longest time until the last part of an answer. A request is tried `attempts` times;
-    before the next one it waits a random time of up to `backoff`·2^k, at most `max_backoff`, after what the server
-    asks for by Retry-After (no more than `max_wait`). max_requests counts what is sent, retries included,
-    max_total_tokens what the server says it read and wrote; both hold for one judge. `extra` is added to the body of
-    every request; temperature, max_tokens and seed are left out where null.
+    environment variable that holds the key (null: none is sent). Times are in seconds: `timeout` is the longest time
+    until the last part of an answer. A request is tried `attempts` times; before the next one it waits a random time of
+    up to `backoff`·2^k, at most `max_backoff`, after what the server asks for by Retry-After (no more than `max_wait`).
+    max_requests counts what is sent, retries included, max_total_tokens what the server says it read and wrote; both
+    hold for one judge. `extra` is added to the body of every request; temperature, max_tokens and seed are left out
+    where null.
     """
 
     # A validation error must not repeat an address that holds a password.
