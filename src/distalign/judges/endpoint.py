@@ -430,9 +430,8 @@ class EndpointJudge:
                     progress(total * len(replies) // len(questions), total)
 
         async with Client(self.settings, self._counts) as client:
-            # Twice as many as may be under way: while some wait to try again, others are sent. If one raises what is no
-            # failure of the server, `asyncio.run` cancels the others.
-            await asyncio.gather(*(work(client) for _ in range(2 * self.settings.concurrency)))
+            # Twice as many as may be under way: while some wait to try again, others are sent.
+            await _all([work(client) for _ in range(2 * self.settings.concurrency)])
         if failures:
             judged = sum(set(own or ()) <= replies.keys() for own in keys)
             raise type(failures[0])(
@@ -487,6 +486,18 @@ class EndpointJudge:
         counts["contradictory"] += forward.verdict == backward.verdict != 0.5
         agree = forward.verdict == 1 - backward.verdict
         return Judgement(forward.verdict if agree else 0.5, answers, tokens)
+
+
+async def _all(work: list[Coroutine[Any, Any, None]]) -> None:
+    """Run all at once; if one raises or is interrupted, the others are cancelled first."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:
