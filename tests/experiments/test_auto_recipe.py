@@ -79,11 +79,11 @@ def test_a_reward_without_gamma_follows(made):
     """Trained alone or with its method, in its own files and in the run's recipe; a number of its own stays."""
     methods = {"rkl": {"gamma": "auto", "beta": 0.1}}
     recipe = made(methods, data=True, reward={"train": {}})
-    alone = train_reward_model(recipe).origin.gamma
+    alone = train_reward_model(recipe).reward.gamma
     settings = written(train(recipe).folder)
     assert settings["methods"]["rkl"]["gamma"] == settings["reward"][0]["train"]["gamma"] == alone
     own = made(methods, "name=own", data=True, reward={"train": {"gamma": 0.25}})
-    assert train_reward_model(own).origin.gamma == 0.25
+    assert train_reward_model(own).reward.gamma == 0.25
     with pytest.raises(RewardError, match="needs gamma"):
         train_reward_model(made({"rkl": {"gamma": 0.1}}, data=True, reward={"train": {}}))
 

@@ -119,7 +119,7 @@ def test_constants_through_a_reward(tables):
     direct = asymptotic_constant(target, behavior, features, gamma=GAMMA)
     through = asymptotic_constant(target, behavior, features, features, gamma=GAMMA)
     torch.testing.assert_close(direct, through, rtol=1e-9, atol=0)
-    worlds, phi = linear_tables(4, 20, 30, features=12, relevant=3, scale=0.1, gamma=GAMMA, seed=0)
+    worlds, phi = linear_tables((4, 20, 30, 12), relevant=3, scale=0.1, gamma=GAMMA, seed=0)
     small = asymptotic_constant(worlds.target, worlds.behavior, phi[..., :3], gamma=GAMMA)
     large = asymptotic_constant(worlds.target, worlds.behavior, phi, gamma=GAMMA)
     # Pairs near the target, as here, give d/γ²: see test_the_paper_toy_has_constant_360.
@@ -137,7 +137,7 @@ def test_the_paper_toy_has_constant_360():
 
 def test_coverage_is_the_worst_ratio_of_second_moments(tables):
     """No direction has a larger ratio, one has it, and a behaviour equal to the target has 1."""
-    _, phi = linear_tables(6, 3, 5, features=4, relevant=2, scale=1.0, gamma=GAMMA, seed=5)
+    _, phi = linear_tables((6, 3, 5, 4), relevant=2, scale=1.0, gamma=GAMMA, seed=5)
     found = coverage(phi, tables.target, tables.behavior)
     centred = phi - (tables.behavior.exp()[..., None] * phi).sum(-2, keepdim=True)
     directions = torch.randn((6, 4, 20_000), generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -123,7 +123,7 @@ def test_rkl_reaches_the_closed_form_in_the_full_table(tables, rewards, gamma, b
 
 def test_restricted_classes_reach_the_minimum_of_their_objective():
     """PMLE, PD and RKL with four features: no change within the class lowers their objective."""
-    tables, features = linear_tables(3, 4, 8, features=7, relevant=4, scale=1.0, gamma=GAMMA, seed=0)
+    tables, features = linear_tables((3, 4, 8, 7), relevant=4, scale=1.0, gamma=GAMMA, seed=0)
     small = features[..., :4]
     counts = draw(tables, 4096, seed=0)
     rewards = fit_reward(tables, counts, features, ridge=RIDGE)
@@ -354,7 +354,7 @@ def test_hard_labels_are_the_rewards_and_not_the_truths(monkeypatch):
 
     monkeypatch.setattr(classes, "draw", keep)
     experiment = Classes(seeds=2)
-    tables, features = linear_tables(2, 3, 6, features=4, relevant=2, scale=1.0, gamma=0.5, seed=0, skew=1.0)
+    tables, features = linear_tables((2, 3, 6, 4), relevant=2, scale=1.0, gamma=0.5, seed=0, skew=1.0)
     experiment._estimates(tables, features, features[..., :2], 4096)
     rewards = fit_reward(tables, real(tables, 4096, 0), features[..., :2], ridge=experiment.ridge)
     (_, first), (teacher, stream) = teachers
@@ -367,7 +367,7 @@ def test_hard_labels_are_the_rewards_and_not_the_truths(monkeypatch):
 def test_on_policy_pd_has_settled_and_has_its_own_constant():
     """One more round moves nothing that is shown; its constant is not that of the pairs from μ."""
     experiment = Classes(seeds=3)
-    tables, features = linear_tables(3, 10, 40, features=40, relevant=4, scale=1.0, gamma=0.5, seed=0, skew=1.0)
+    tables, features = linear_tables((3, 10, 40, 40), relevant=4, scale=1.0, gamma=0.5, seed=0, skew=1.0)
     rewards = fit_reward(tables, draw(tables, 2**14, 0), features, ridge=1e-3)
     settled = experiment._on_policy(tables, rewards, features[..., :4])
     again = fit_pd(tables, rewards, tables.pair_weights(settled), features[..., :4])

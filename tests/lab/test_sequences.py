@@ -313,7 +313,7 @@ def learn(kind, data):
     if kind == "pmle":
         kept = train([Job("pmle", PMLE(gamma=1.0, beta=0.0), data)], SMALL, QUICK).best
         return SMALL.path_sums(logps(double(kept), SMALL))[0], lambda w: SMALL.path_sums(logps(double(w), SMALL))[0]
-    rewards = MODELS[kind]([data.world], SMALL, 1.0).rewards
+    _, rewards = MODELS[kind]([data.world], SMALL, 1.0)
     return fit_rewards(kind, [data], SMALL, QUICK, gamma=1.0)[0], lambda w: rewards(double(w))[0]
 
 

@@ -202,7 +202,7 @@ def test_the_evidence_chooses_the_head():
             for i, (group, p) in enumerate(zip(groups, (gap[:, 0] - gap[:, 1]).sigmoid(), strict=True))
         ]
         trained = train(pairs=pairs[:260], held=pairs[260:], model=model)
-        assert trained.origin.head == name, trained.history
+        assert trained.head == name, trained.history
 
 
 def test_what_is_constant_for_a_prompt_changes_nothing():
@@ -281,7 +281,7 @@ def test_the_start_is_kept_if_nothing_is_better():
 def test_counts_of_too_many_pairs_are_refused_and_not_tried(monkeypatch):
     """Features of tokens are held in memory: beyond a limit `auto` takes the hidden states, and others are an error."""
     monkeypatch.setattr("distalign.rewards.fit._LARGEST", 100)
-    assert train(pairs=TRAIN[:20]).origin.head == "hidden"
+    assert train(pairs=TRAIN[:20]).head == "hidden"
     with pytest.raises(
         RewardError, match="head is tilt, whose features are 40 responses by 40 tokens; take head: hidden"
     ):

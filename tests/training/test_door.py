@@ -209,7 +209,7 @@ def test_rewards_are_summed_with_their_weights(tmp_path):
     with pytest.raises(InputError, match="3 numbers for 1 reward_funcs"):
         trainer(tmp_path, METHODS["on-policy"], args=config(tmp_path, reward_weights=[1.0, 2.0, 3.0]))
     bad = trainer(tmp_path / "b", METHODS["on-policy"], reward_funcs=lambda prompts, completions: ["?"] * len(prompts))
-    with pytest.raises(InputError, match=r"its reward of completion 0 is '\?'"):
+    with pytest.raises(InputError, match=r"its answer to completion 0 is '\?'"):
         bad.train()
 
 

@@ -473,10 +473,10 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
         )
         setup.seconds["reward"] = time.monotonic() - started
         summary = ", ".join(f"{name} {value.mean:.3f} ± {value.se:.3f}" for name, value in trained.results.items())
-        logger.info("reward: head %s; %s on %d held-out pairs", trained.origin.head, summary, len(setup.held))
+        logger.info("reward: head %s; %s on %d held-out pairs", trained.head, summary, len(setup.held))
         setup.statistics["reward model, held out"] = summary
-        if trained.origin.gamma is not None and setup.task.prompts:
-            made = _potential(setup, trained, trained.origin.gamma)
+        if trained.reward.gamma is not None and setup.task.prompts:
+            made = _potential(setup, trained, trained.reward.gamma)
             logger.info("reward: %s", made)
             setup.statistics["reward model, potential"] = str(made)
             (scratch / POTENTIAL).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")

@@ -33,11 +33,6 @@ class Answer:
         """Read and written together, as far as they were counted."""
         return (self.prompt_tokens or 0) + (self.completion_tokens or 0)
 
-    @property
-    def counted(self) -> bool:
-        """Whether the server counted both."""
-        return self.prompt_tokens is not None and self.completion_tokens is not None
-
 
 def content_key(**content: object) -> str:
     """SHA-256 of everything that an answer depends on, in hex."""

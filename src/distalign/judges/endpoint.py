@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -50,12 +50,12 @@ class EndpointSettings(Section):
     """An OpenAI-compatible server, what it is asked, how patiently, and how much it may cost.
 
     url: up to `/v1`, or the whole address of chat/completions. template: tldr, chat, or a .j2 file. api_key_env: the
-    environment variable that holds the key (null: none is sent). Times are in seconds: `timeout` is the longest
-    silence of the server, and the longest time until the last part of an answer. A request is tried `attempts` times;
-    before the next one it waits a random time of up to `backoff`·2^k, at most `max_backoff`, after what the server
-    asks for by Retry-After (no more than `max_wait`). max_requests counts what is sent, retries included,
-    max_total_tokens what the server says it read and wrote; both hold for one judge. `extra` is added to the body of
-    every request; temperature, max_tokens and seed are left out where null.
+    environment variable that holds the key (null: none is sent). Times are in seconds: `timeout` is the longest time
+    until the last part of an answer. A request is tried `attempts` times; before the next one it waits a random time of
+    up to `backoff`·2^k, at most `max_backoff`, after what the server asks for by Retry-After (no more than `max_wait`).
+    max_requests counts what is sent, retries included, max_total_tokens what the server says it read and wrote; both
+    hold for one judge. `extra` is added to the body of every request; temperature, max_tokens and seed are left out
+    where null.
     """
 
     # A validation error must not repeat an address that holds a password.
@@ -166,19 +166,21 @@ class Client:
 
     def __init__(self, settings: EndpointSettings, counts: Counter[str]) -> None:
         self.settings, self.counts = settings, counts
+        self.stopped = asyncio.Event()
         self._key = read_key(settings)
         self._random = random.Random()
-
-    async def __aenter__(self) -> Client:
-        settings = self.settings
-        self.stopped = asyncio.Event()
         self._places = asyncio.Semaphore(settings.concurrency)
+        headers = {"Content-Type": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key.get_secret_value()}"
         self._http = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {self._key.get_secret_value()}"} if self._key else None,
-            timeout=httpx.Timeout(settings.timeout, connect=settings.connect_timeout, pool=None),
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=settings.connect_timeout),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=settings.concurrency),
             trust_env=not settings.local,
         )
+
+    async def __aenter__(self) -> Client:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -237,16 +239,17 @@ class Client:
         """One attempt. Raises _Retry for what may pass, EndpointError for what will not."""
         settings = self.settings
         try:
-            status, headers, content = await self._post(body)
+            response = await asyncio.wait_for(self._http.post(settings.url, content=body), settings.timeout)
         except httpx.ConnectTimeout:
             raise _Retry("timeout", f"no connection within {settings.connect_timeout:g} s") from None
-        except httpx.TimeoutException:
+        except asyncio.TimeoutError:
             raise _Retry("timeout", f"no answer within {settings.timeout:g} s") from None
         except httpx.RequestError as error:
             raise _Retry("connection", self._clean(f"{type(error).__name__} {error}")) from None
+        status, content = response.status_code, response.content
         said = self._clean(content.decode(errors="replace")) or "no reason given"
         if status >= 500 or (status in _BUSY and b"insufficient_quota" not in content):
-            raise _Retry(f"HTTP {status}", said, _retry_after(headers.get("retry-after", "")))
+            raise _Retry(f"HTTP {status}", said, _retry_after(response.headers.get("retry-after", "")))
         if status >= 300:
             advice = _ADVICE.get(status, "check url, model and account").format(
                 env=settings.api_key_env or "api_key_env"
@@ -258,21 +261,6 @@ class Client:
         self.counts["answered"] += 1
         self.counts["tokens"] += answer.tokens
         return answer
-
-    async def _post(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers by lower-case name, and content.
-
-        httpx bounds every silence; an answer that comes in parts is given up here when its time is over.
-        """
-        deadline = time.monotonic() + self.settings.timeout
-        headers = {"Content-Type": "application/json"}
-        async with self._http.stream("POST", self.settings.url, content=body, headers=headers) as response:
-            parts = []
-            async for part in response.aiter_bytes():
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the answer came too slowly")
-            return response.status_code, dict(response.headers), b"".join(parts)
 
     def _answer(self, content: bytes) -> Answer | None:
         """What the body says, None if it has not the form of an answer."""
@@ -333,13 +321,8 @@ class _Reply:
     tokens: int
 
 
-@dataclass
-class _Questions:
-    """What is to be asked, by key, each once; and the two keys of every comparison (None: equal texts, a tie)."""
-
-    messages: dict[str, list[dict[str, str]]] = field(default_factory=dict)
-    where: dict[str, str] = field(default_factory=dict)
-    keys: list[tuple[str, str] | None] = field(default_factory=list)
+# By key: the messages of what is asked, and the comparison that it is asked for.
+_Questions = dict[str, tuple[list[dict[str, str]], str]]
 
 
 class EndpointJudge:
@@ -364,10 +347,11 @@ class EndpointJudge:
         """
         if not comparisons:
             return []
-        questions = self._questions(comparisons)
+        questions: _Questions = {}
+        keys = [self._keys(comparison, questions) for comparison in comparisons]
         with Cache(self.settings.cache) as cache, headers_unlogged():
-            replies = _run(self._ask_all(questions, cache, progress))
-        judgements = [self._judgement(keys, replies) for keys in questions.keys]
+            replies = _run(self._ask_all(questions, keys, cache, progress))
+        judgements = [self._judgement(own, replies) for own in keys]
         if self._counts["first_shown"] + self._counts["second_shown"]:
             counts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in self.counters().items())
             logger.info("judge %s: %s", self.settings.model, counts)
@@ -403,19 +387,15 @@ class EndpointJudge:
         counters = {key: float(value) for key, value in sorted(counts.items())}
         return counters | ({"first_position": first / (first + second)} if first + second else {})
 
-    def _questions(self, comparisons: Sequence[Comparison]) -> _Questions:
-        questions = _Questions()
-        for comparison in comparisons:
-            if comparison.first == comparison.second:
-                questions.keys.append(None)
-                continue
-            first, second = orders(self.template, comparison)
-            keys = self._key(first), self._key(second)
-            for key, messages in zip(keys, (first, second), strict=True):
-                questions.messages[key] = messages
-                questions.where.setdefault(key, comparison.key)
-            questions.keys.append(keys)
-        return questions
+    def _keys(self, comparison: Comparison, questions: _Questions) -> tuple[str, str] | None:
+        """The keys of both orders, which are added to the questions; None for equal texts, a tie."""
+        if comparison.first == comparison.second:
+            return None
+        first, second = orders(self.template, comparison)
+        keys = self._key(first), self._key(second)
+        questions.setdefault(keys[0], (first, comparison.key))
+        questions.setdefault(keys[1], (second, comparison.key))
+        return keys
 
     def _key(self, messages: list[dict[str, str]]) -> str:
         settings, url = self.settings, urlsplit(self.settings.url)
@@ -427,21 +407,18 @@ class EndpointJudge:
             messages=messages,
         )
 
-    async def _ask_all(self, questions: _Questions, cache: Cache, progress: Progress | None) -> dict[str, _Reply]:
+    async def _ask_all(
+        self, questions: _Questions, keys: list[tuple[str, str] | None], cache: Cache, progress: Progress | None
+    ) -> dict[str, _Reply]:
         """A reply to every question. After a failure nothing more is sent; what is under way is still kept."""
         replies: dict[str, _Reply] = {}
         failures: list[JudgeError] = []
-        total = len(questions.keys)
-        comparisons_of = Counter(key for keys in questions.keys for key in set(keys or ()))
-        # Two halves per comparison; a question may be that of several, and equal responses need none.
-        halves = 2 * total - sum(comparisons_of.values())
-        left = iter(questions.messages)
+        total, left = len(keys), iter(questions.items())
 
         async def work(client: Client) -> None:
-            nonlocal halves
-            for key in left:
+            for key, (messages, where) in left:
                 try:
-                    reply = await self._reply(client, cache, questions.messages[key], questions.where[key])
+                    reply = await self._reply(client, cache, messages, where)
                 except JudgeError as error:
                     failures.append(error)
                     client.stopped.set()
@@ -449,18 +426,17 @@ class EndpointJudge:
                 if reply is None:
                     return
                 replies[key] = reply
-                halves += comparisons_of[key]
                 if progress is not None:
-                    progress(halves // 2, total)
+                    progress(total * len(replies) // len(questions), total)
 
         async with Client(self.settings, self._counts) as client:
             # Twice as many as may be under way: while some wait to try again, others are sent.
             await _all([work(client) for _ in range(2 * self.settings.concurrency)])
         if failures:
-            judged = sum(set(keys or ()) <= replies.keys() for keys in questions.keys)
+            judged = sum(set(own or ()) <= replies.keys() for own in keys)
             raise type(failures[0])(
                 f"{failures[0]} ({judged} of {total} comparisons are judged, "
-                f"{len(questions.messages) - len(replies)} questions are left; all answers are kept in {cache.path})"
+                f"{len(questions) - len(replies)} questions are left; all answers are kept in {cache.path})"
             )
         return replies
 
@@ -486,7 +462,7 @@ class EndpointJudge:
         if answer is None:
             return None
         cache.add(key, answer)
-        if self.settings.max_total_tokens is not None and not answer.counted:
+        if self.settings.max_total_tokens is not None and None in (answer.prompt_tokens, answer.completion_tokens):
             raise EndpointError(
                 f"judge {self.settings.url}: the server counts no tokens, so max_total_tokens cannot be kept; leave it "
                 "out and set max_requests"

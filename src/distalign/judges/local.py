@@ -111,6 +111,12 @@ class FunctionJudge:
             *([one.second, one.first] for one in comparisons),
         ]
         values = self.function(offered, 2 * n)
+        for index, value in enumerate(values):
+            if not 0 <= value <= 1:
+                raise self.function.error(
+                    f"its answer to completion {index} is {value}",
+                    "return the probability, between 0 and 1, that the first of the two is preferred",
+                )
         both = list(zip(values[:n], values[n:], strict=True))
         self.comparisons += n
         self.contradictory += sum((forward - 0.5) * (backward - 0.5) > 0 for forward, backward in both)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from pydantic import model_validator
 from torch import Tensor
 
-from distalign.lab.exact import asymptotic_constant, divergence, independent, information_weights, table_features
+from distalign.lab.exact import asymptotic_constant, divergence, independent, information_weights
 from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, level, mean_text, pick, powers, select
 from distalign.lab.fit import Features, fit_pd, fit_pmle, fit_reward, fit_rkl
 from distalign.lab.tables import Tables, draw, linear_tables
@@ -71,25 +71,19 @@ class Classes(TableExperiment):
         """n·KL of every estimate in every case, beside its asymptotic constant."""
         sizes = powers(self.min_n, self.max_n, 4)
         numbers: Row = {"rows": [], "constants": []}
-        for name, case in CASES.items():
+        for done, (name, case) in enumerate(CASES.items()):
+            shape = self.seeds, self.contexts, case.responses, max(case.policy, case.reward)
+            relevant = min(case.policy or case.reward, case.reward)
             tables, features = linear_tables(
-                self.seeds,
-                self.contexts,
-                case.responses,
-                features=max(case.policy, case.reward),
-                relevant=min(case.policy or case.reward, case.reward),
-                scale=self.scale,
-                gamma=self.gamma,
-                seed=self.seed,
-                skew=case.skew,
+                shape, relevant=relevant, scale=self.scale, gamma=self.gamma, seed=self.seed, skew=case.skew
             )
             policy = features[..., : case.policy] if case.policy else None
             reward = features[..., : case.reward]
             constants = self._constants(tables, policy, reward)
-            for n in sizes:
+            for step, n in enumerate(sizes, done * len(sizes) + 1):
                 estimates = self._estimates(tables, policy, reward, n)
                 numbers["rows"] += [{"case": name, **row} for row in _rows(tables, estimates, constants, n)]
-                advance(list(CASES).index(name) * len(sizes) + sizes.index(n) + 1, len(CASES) * len(sizes))
+                advance(step, len(CASES) * len(sizes))
             numbers["constants"] += [
                 {"case": name, "method": method, "constant": float(constant.mean())}
                 for method, constant in constants.items()
@@ -124,11 +118,10 @@ class Classes(TableExperiment):
         """lim n·KL of every estimate but those with hard labels."""
         target, behavior, gamma = tables.target, tables.behavior, self.gamma
         if policy is None:
-            direct = table_features(self.contexts, target.shape[-1])
             # A full table reproduces every reward exactly: as if the policy class were the reward's own.
             through = asymptotic_constant(target, behavior, reward, reward, gamma=gamma)
             constants = {"pd": through, "pd_policy": through, "rkl": through}
-            return {"pmle": asymptotic_constant(target, behavior, direct, gamma=gamma), **constants}
+            return {"pmle": tables.constant(), **constants}
         projections = {
             "pd": information_weights(behavior, target, gamma=gamma),
             "pd_policy": information_weights(target, target, gamma=gamma),

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field, FiniteFloat, model_validator
 
 from distalign.lab.exact import asymptotic_constant, coverage, divergence
 from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, mean_text, pick, select
 from distalign.lab.fit import fit_pmle, fit_reward, fit_rkl
-from distalign.lab.tables import Tables, draw, linear_tables
+from distalign.lab.tables import draw, linear_tables
 from distalign.progress import Advance
 from distalign.report.shown import Claim, Panel, Shown, Table
 from distalign.settings import Count
@@ -59,16 +58,9 @@ class Coverage(TableExperiment):
         return {"rows": rows}
 
     def _skew(self, skew: float) -> list[Row]:
+        shape = self.seeds, self.contexts, self.responses, self.features
         tables, features = linear_tables(
-            self.seeds,
-            self.contexts,
-            self.responses,
-            features=self.features,
-            relevant=self.reward,
-            scale=self.scale,
-            gamma=self.gamma,
-            seed=self.seed,
-            skew=skew,
+            shape, relevant=self.reward, scale=self.scale, gamma=self.gamma, seed=self.seed, skew=skew
         )
         reward = features[..., : self.reward]
         counts = draw(tables, self.max_n, self.seed)
@@ -77,12 +69,15 @@ class Coverage(TableExperiment):
             "pmle": (features, fit_pmle(tables, counts, features, ridge=self.ridge)),
             "rkl": (reward, fit_rkl(tables, rewards, features)),
         }
+        # The least P(1 − P) of any pair, world by world.
+        gap = self.gamma * (tables.target.amax(-1) - tables.target.amin(-1)).amax(-1)
+        information = gap.sigmoid() * (-gap).sigmoid()
         rows = []
         for method, (own_class, logps) in estimates.items():
             constant = asymptotic_constant(tables.target, tables.behavior, own_class, gamma=self.gamma)
             coefficient = coverage(own_class, tables.target, tables.behavior)
             n_kl = self.max_n * divergence(tables.target, logps)
-            bound = own_class.shape[-1] * coefficient / (4 * _least_information(tables) * self.gamma**2)
+            bound = own_class.shape[-1] * coefficient / (4 * information * self.gamma**2)
             rows.append(
                 {
                     "skew": skew,
@@ -124,12 +119,6 @@ class Coverage(TableExperiment):
             panels=[_panel(rows)],
             tables=[_table(rows)],
         )
-
-
-def _least_information(tables: Tables) -> torch.Tensor:
-    """The least P(1 − P) of any pair, world by world."""
-    gap = tables.gamma * (tables.target.amax(-1) - tables.target.amin(-1)).amax(-1)
-    return torch.sigmoid(gap) * torch.sigmoid(-gap)
 
 
 def _panel(rows: list[Row]) -> Panel:

@@ -93,12 +93,9 @@ class Estimators(Experiment):
         terms = term_forms(self.clip) + naive_forms(self.group_size)
         for index in range(self.seeds):
             far, near, best = self._places(torch.Generator().manual_seed(1000 * self.seed + index))
+            places = (far, "far", terms + objective), (near, "near", objective), (best, "optimum", objective)
             found = {
-                "rows": [
-                    *(self._row(far, form, "far") for form in terms + objective),
-                    *(self._row(near, form, "near") for form in objective),
-                    *(self._row(best, form, "optimum") for form in objective),
-                ],
+                "rows": [self._row(world, form, where) for world, where, forms in places for form in forms],
                 "path": self._path(far, best.policy),
                 "group_sizes": self._sizes(far),
             }

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -58,10 +58,7 @@ class TableExperiment(Experiment):
     ridge: Annotated[float, Field(ge=1e-12, allow_inf_nan=False)] = 1e-3
 
 
-Kind = TypeVar("Kind", bound=Experiment)
-
-
-def configure(experiment: type[Kind], settings: Mapping[str, object], where: str) -> Kind:
+def configure(experiment: type[Experiment], settings: Mapping[str, object], where: str) -> Experiment:
     """The experiment with some settings changed. Raises InputError that says where, what was found and what to do."""
     names = list(experiment.model_fields)
     lines = [unknown_setting(experiment.name, key, names) for key in settings if key not in names]

@@ -7,7 +7,7 @@ below some 2¹⁵ pairs; scale 1 shows the separation plainly.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distalign.lab.exact import asymptotic_constant, divergence, dpo_limit, optimum, rlhf_limit, table_features
+from distalign.lab.exact import divergence, dpo_limit, optimum, rlhf_limit
 from distalign.lab.experiment import Pairs, Row, Scale, TableExperiment, curve, level, pick, powers, select, spread
 from distalign.lab.fit import fit_dpo, fit_pd, fit_pmle, fit_rebel, fit_reward, fit_rkl
 from distalign.lab.tables import Counts, Tables, draw, random_tables
 from distalign.methods.preference import preference_logit, preference_nll
 from distalign.progress import Advance
 from distalign.report.shown import Claim, Curve, Panel, Shown, Table
+from distalign.stats.intervals import Interval
 
 _WINDOW = (2**11, 2**16)  # where the paper's figure has its slope
 _JUDGED = 2**11  # pairs; below it the ridge decides, and no promise is judged
@@ -82,7 +83,7 @@ class Figure1(TableExperiment):
             kl = {name: torch.stack(at) for name, at in distances.items()}
             for part, found in self._analyse(tables, sizes, kl).items():
                 numbers[part] += [{"scale": str(scale), **row} for row in found]
-            numbers["constant"][str(scale)] = float(self._constant(tables).median())
+            numbers["constant"][str(scale)] = float(tables.constant().median())
         return numbers
 
     def _estimates(self, tables: Tables, n: int) -> dict[str, Policies]:
@@ -105,31 +106,27 @@ class Figure1(TableExperiment):
             "rebel": fit_rebel(tables, rewards, eta=1 / self.gamma, beta=self.gamma, rounds=2),
         }
 
-    def _constant(self, tables: Tables) -> Float[Tensor, "worlds"]:
-        features = table_features(self.contexts, self.responses)
-        return asymptotic_constant(tables.target, tables.behavior, features, gamma=self.gamma)
-
     def _analyse(self, tables: Tables, sizes: list[int], kl: dict[str, Distances]) -> dict[str, list[Row]]:
         """What is computed of the distances at one scale."""
-        constant = self._constant(tables)
+        constant = tables.constant()
         dpo = dpo_limit(tables.target, tables.reference)
         limits = {"rlhf": rlhf_limit(tables.target, tables.reference, gamma=self.gamma), "dpo": dpo, "rebel": dpo}
         # The paper's window; all sizes if fewer than two are in it.
         inside = [i for i, n in enumerate(sizes) if _WINDOW[0] <= n <= _WINDOW[1]]
         window = inside if len(inside) > 1 else list(range(len(sizes)))
         ends = {"from": sizes[window[0]], "to": sizes[window[-1]]}
-        slopes = {
-            name: fit_slope([sizes[i] for i in window], distances[window], seed=self.seed)
-            for name, distances in kl.items()
-            if name != "reference"
-        }
+        slopes = []
+        for name, distances in kl.items():
+            if name != "reference":
+                slope, low, high = fit_slope([sizes[i] for i in window], distances[window], seed=self.seed)
+                slopes.append({"method": name, **ends, "slope": slope, "low": low, "high": high})
         return {
             "rows": [
                 {"method": name, "n": n, "forward_kl": spread(distances)}
                 for name in kl
                 for n, distances in zip(sizes, kl[name], strict=True)
             ],
-            "slopes": [{"method": name, **ends, **slope._asdict()} for name, slope in slopes.items()],
+            "slopes": slopes,
             "floors": [{"method": name, "forward_kl": float(limit.median())} for name, limit in limits.items()],
             "constant_ratios": [
                 {"method": name, "n": n, "ratio": float((n * distances / constant).median())}
@@ -213,16 +210,8 @@ def tune(
     return optimum(rewards, tables.reference, gamma=gamma, beta=best[:, None, None])
 
 
-class Slope(NamedTuple):
-    """Slope of ln(median) against ln n between two n, and its 95 % bootstrap interval over seeds."""
-
-    slope: float
-    low: float
-    high: float
-
-
-def fit_slope(n: list[int], values: Distances, *, seed: int, resamples: int = 2000) -> Slope:
-    """Least squares of ln(median over seeds) on ln n, with a percentile bootstrap over seeds (each with all its n).
+def fit_slope(n: list[int], values: Distances, *, seed: int, resamples: int = 2000) -> Interval:
+    """Least squares of ln(median over seeds) on ln n, with a 95 % bootstrap interval over seeds (each with all its n).
 
     Raises ValueError for fewer than two sizes, and for values that are not above zero, which have no logarithm.
     """
@@ -236,7 +225,7 @@ def fit_slope(n: list[int], values: Distances, *, seed: int, resamples: int = 20
     medians = np.log(np.median(rows[:, index], axis=-1))
     slopes = (x @ medians) / (x @ x)
     low, high = np.quantile(slopes, [0.025, 0.975])
-    return Slope(float(x @ np.log(np.median(rows, axis=1)) / (x @ x)), float(low), float(high))
+    return Interval(float(x @ np.log(np.median(rows, axis=1)) / (x @ x)), float(low), float(high))
 
 
 def _panel(numbers: Row, scale: str) -> Panel:

@@ -11,6 +11,7 @@ the summed loss), so that methods which agree without it agree with it. Policies
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -39,40 +40,30 @@ _CERTAIN = 1e-12  # a ridge: a preference that rounds to certainty asks for an i
 
 def fit_reward(tables: Tables, counts: Counts, features: Features | None = None, *, ridge: float) -> Table:
     """The Bradley-Terry maximum likelihood reward R̂, in nats (eq. 9)."""
-    frequency = counts.frequency.flatten()
-    return fit_pairs(tables, lambda rewards: bradley_terry_nll(rewards, frequency), counts.total, features, ridge=ridge)
+    loss = partial(bradley_terry_nll, probability=counts.frequency.flatten())
+    return fit_pairs(tables, loss, counts.total, features, ridge=ridge)
 
 
 def fit_pmle(tables: Tables, counts: Counts, features: Features | None = None, *, ridge: float) -> Table:
     """PMLE at β = 0: ln π by maximum likelihood of the labels (eq. 4)."""
-    gamma, frequency = tables.gamma, counts.frequency.flatten()
-
-    def loss(logps: Tensor) -> Tensor:
-        return pmle_loss(logps, frequency, gamma=gamma)
-
-    return fit_pairs(tables, loss, counts.total, features, ridge=ridge * gamma**2).log_softmax(-1)
+    loss = partial(pmle_loss, probability=counts.frequency.flatten(), gamma=tables.gamma)
+    return fit_pairs(tables, loss, counts.total, features, ridge=ridge * tables.gamma**2).log_softmax(-1)
 
 
 def fit_pd(tables: Tables, rewards: Table, weights: PairWeights, features: Features | None = None) -> Table:
     """PD at β = 0: ln π distilled from σ(ΔR̂), soft labels, on all pairs with these weights (eq. 11)."""
     gap = tables.pair_logps(rewards)
     probability = (gap[..., 0] - gap[..., 1]).sigmoid().flatten()
-
-    def loss(logps: Tensor) -> Tensor:
-        return pd_loss(logps, probability, gamma=tables.gamma)
-
+    loss = partial(pd_loss, probability=probability, gamma=tables.gamma)
     return fit_pairs(tables, loss, weights, features, ridge=_CERTAIN).log_softmax(-1)
 
 
 def fit_dpo(tables: Tables, counts: Counts, *, ridge: float) -> Table:
     """DPO with its β = γ, in the full table."""
-    gamma, frequency = tables.gamma, counts.frequency.flatten()
-    reference = tables.pair_logps(tables.reference).reshape(-1, 2)
-
-    def loss(logps: Tensor) -> Tensor:
-        return dpo_loss(logps, reference, frequency, gamma=gamma)
-
-    return fit_pairs(tables, loss, counts.total, ridge=ridge * gamma**2, start=tables.reference).log_softmax(-1)
+    reference, frequency = tables.pair_logps(tables.reference).reshape(-1, 2), counts.frequency.flatten()
+    loss = partial(dpo_loss, reference_logps=reference, probability=frequency, gamma=tables.gamma)
+    ridge *= tables.gamma**2
+    return fit_pairs(tables, loss, counts.total, ridge=ridge, start=tables.reference).log_softmax(-1)
 
 
 def fit_rebel(tables: Tables, rewards: Table, *, eta: float, beta: float, rounds: int) -> Table:
@@ -86,10 +77,7 @@ def fit_rebel(tables: Tables, rewards: Table, *, eta: float, beta: float, rounds
     for _ in range(rounds):
         goal = tables.pair_logps(rewards - beta * (logps - tables.reference)).reshape(-1, 2)
         behavior = tables.pair_logps(logps).reshape(-1, 2)
-
-        def loss(now: Tensor, goal: Tensor = goal, behavior: Tensor = behavior) -> Tensor:
-            return rebel_loss(now, behavior, goal, eta=eta)
-
+        loss = partial(rebel_loss, behavior_logps=behavior, rewards=goal, eta=eta)
         logps = fit_pairs(tables, loss, weights, start=logps).log_softmax(-1)
     return logps
 

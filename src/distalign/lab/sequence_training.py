@@ -214,13 +214,6 @@ class _Group:
         return Pairs(two(samples.token_logps), behavior_logps=two(self.behavior), **collected)
 
 
-class _Model(NamedTuple):
-    """Weights of a stack to begin with, and what makes rewards [models, prompts, responses] of them."""
-
-    start: Weights
-    rewards: Callable[[Weights], Tensor]
-
-
 def fit_bigram(data: Sequence[Data], tree: Tree, *, ridge: float) -> Float[Tensor, "models prompts responses"]:
     """Rewards of every response by a bigram table, in nats, a model a data set: the minimum, by L-BFGS in float64.
 
@@ -284,21 +277,22 @@ def fit_rewards(
         return rewards_of(double(adam.best))
 
 
-def _scalar(worlds: Sequence[World], tree: Tree, gamma: float) -> _Model:
+def _scalar(worlds: Sequence[World], tree: Tree, gamma: float) -> tuple[Weights, Callable[[Weights], Tensor]]:
     """The reference's network with one more place, for the last token, and a head of one column that starts at zero."""
     weights = stack([world.weights for world in worlds])
     models, _, width = weights["place"].shape
     weights["place"] = torch.cat([weights["place"], weights["place"][:, -1:]], 1)
     weights["head"], weights["head.bias"] = torch.zeros(models, width, 1), torch.zeros(models, 1, 1)
     nodes = len(tree.prefixes)
-    return _Model(weights, lambda w: scores(w, tree.whole)[..., nodes:, 0])
+    return weights, lambda w: scores(w, tree.whole)[..., nodes:, 0]
 
 
-def _policy(worlds: Sequence[World], tree: Tree, gamma: float) -> _Model:
+def _policy(worlds: Sequence[World], tree: Tree, gamma: float) -> tuple[Weights, Callable[[Weights], Tensor]]:
     weights = stack([world.weights for world in worlds])
     weights |= {name: torch.zeros_like(weights[name]) for name in ("head", "head.bias")}
     start = induced_reward(torch.stack([tree.path_sums(world.reference) for world in worlds]), gamma=gamma)
-    return _Model(weights, lambda w: start.to(w["head"].dtype) + tree.path_sums(scores(w, tree.inner)))
+    return weights, lambda w: start.to(w["head"].dtype) + tree.path_sums(scores(w, tree.inner))
 
 
+# Weights of a stack to begin with, and what makes rewards [models, prompts, responses] of them.
 MODELS = {"scalar": _scalar, "policy": _policy}

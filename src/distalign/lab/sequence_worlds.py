@@ -240,7 +240,6 @@ class _Draft:
     reference, a network itself, bent as a whole: bigram scores of the response.
     """
 
-    kind: str
     key: Key
     tree: Tree
     start: Weights
@@ -249,7 +248,7 @@ class _Draft:
 
     @property
     def markov(self) -> bool:
-        return self.kind == "markov"
+        return self.key[-1] == "markov"
 
     def goal(self, distance: float) -> Float[Tensor, "prompts responses"]:
         """ln of what the network is fitted to, at the distance from the exact side, KL(target ‖ reference)."""
@@ -270,16 +269,16 @@ class _Draft:
         target, reference = (self.exact, fitted) if self.markov else (fitted, self.exact)
         target = self.tree.path_sums(target)
         distance = float(divergence(target, self.tree.path_sums(reference)))
-        return World(self.kind, self.key, target, reference, weights if self.markov else self.start, distance)
+        return World(self.key[-1], self.key, target, reference, weights if self.markov else self.start, distance)
 
 
 def _draft(key: Key, tree: Tree) -> _Draft:
-    kind, source = key[-1], generator(*key)
+    source = generator(*key)
     net = random_network(tree.vocabulary, tree.length, source)
     first = torch.randn(PROMPTS, tree.vocabulary, generator=source, dtype=torch.float64)
     after = torch.randn(tree.vocabulary, tree.vocabulary, generator=source, dtype=torch.float64)
     chain = bigram(first, after, tree)
-    if kind == "markov":
-        return _Draft(kind, key, tree, net, chain.log_softmax(-1), scores(double(net), tree.inner)[0])
+    if key[-1] == "markov":
+        return _Draft(key, tree, net, chain.log_softmax(-1), scores(double(net), tree.inner)[0])
     net["head.bias"][..., 0] = RARE
-    return _Draft(kind, key, tree, net, logps(double(net), tree)[0], chain)
+    return _Draft(key, tree, net, logps(double(net), tree)[0], chain)

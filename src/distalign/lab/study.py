@@ -8,10 +8,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,9 +17,10 @@ from distalign.errors import InputError
 from distalign.evaluation.results import environment, finite
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import Recipe, load_recipe
+from distalign.lab.experiment import Row, curve, level, select
 from distalign.report.shown import Curve, Panel, Shown, Table
 from distalign.settings import masked
-from distalign.stats.intervals import Estimate, mean_and_se, student_quantile
+from distalign.stats.intervals import Estimate, Interval, mean_and_se, student_quantile
 
 logger = logging.getLogger("distalign.experiments.study")
 
@@ -31,17 +30,7 @@ PAIRS = "target.pairs"
 OPTIMUM = "the reward's optimum"
 
 
-@dataclass(frozen=True)
-class Slope:
-    """ln KL against ln n over runs (seeds and sizes): exponent with its 95 % interval by Student's t."""
-
-    slope: float
-    low: float
-    high: float
-    runs: int
-
-
-def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, Any]:
+def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
     """Run the recipe's `study` and write lab.json into the run's folder, after every cell what there is so far.
 
     Cells are comparisons in subfolders; what is done is not done again, so a study that was stopped goes on. Methods
@@ -52,9 +41,9 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, An
     seeds = list(recipe.study.seeds if seeds is None else seeds)
     names = recipe.compare or list(recipe.methods)
     folder = recipe.run_dir
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {}
-    trained: set[tuple[Any, ...]] = set()
+    rows: list[Row] = []
+    result: Row = {}
+    trained: set[tuple[tuple[str, str], ...]] = set()
     started = time.monotonic()
     for values in itertools.product(*recipe.study.grid.values()):
         cell = dict(zip(recipe.study.grid, values, strict=True))
@@ -80,7 +69,7 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> dict[str, An
     return result
 
 
-def cell_recipe(recipe: Recipe, cell: Mapping[str, Any]) -> Recipe:
+def cell_recipe(recipe: Recipe, cell: Row) -> Recipe:
     """The recipe of one cell of the grid, in a subfolder of the study's."""
     settings = recipe.model_dump(mode="json", exclude={"study"})
     if len(settings["reward"]) == 1:
@@ -90,7 +79,7 @@ def cell_recipe(recipe: Recipe, cell: Mapping[str, Any]) -> Recipe:
     return load_recipe({**settings, "name": name, "output_dir": str(Path(recipe.output_dir) / recipe.name)}, changes)
 
 
-def _rows(cell: Mapping[str, Any], content: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _rows(cell: Row, content: Row) -> list[Row]:
     """One row per policy and seed: the cell, and what was measured at the last step."""
     rows = []
     for name, by_seed in content["by_seed"].items():
@@ -110,27 +99,24 @@ def _rows(cell: Mapping[str, Any], content: Mapping[str, Any]) -> list[dict[str,
     return rows
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    """The method, with the settings of the grid other than the number of pairs."""
-    others = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row["cell"].items() if key != PAIRS)
-    return f"{row['method']} ({others})" if others else row["method"]
-
-
-def _by_label(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def _by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of every method, by its name and the settings of the grid other than the number of pairs."""
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] not in ("target", "reference"):
-            groups.setdefault(_label(row), []).append(row)
+            others = ", ".join(
+                f"{key.rpartition('.')[2]} {value}" for key, value in row["cell"].items() if key != PAIRS
+            )
+            groups.setdefault(f"{row['method']} ({others})" if others else row["method"], []).append(row)
     return groups
 
 
-def show(rows: Sequence[dict[str, Any]]) -> Shown:
+def show(rows: Sequence[Row]) -> Shown:
     """The figures and tables of a study."""
     sizes = sorted({row["cell"].get(PAIRS, 0) for row in rows})
-    start = _over_seeds([row for row in rows if row["method"] == "reference"], "forward_kl")
-    groups = _by_label(rows)
+    known = {name: select(rows, method=name) for name in ("target", "reference")}
     falls, entropies, steps, table = [], [], [], []
-    for label, own in groups.items():
+    for label, own in _by_label(rows).items():
         by_size = [(n, [row for row in own if row["cell"].get(PAIRS, 0) == n]) for n in sizes]
         by_size = [(n, same) for n, same in by_size if same]
         falls.append(_curve(label, by_size, "forward_kl"))
@@ -141,18 +127,10 @@ def show(rows: Sequence[dict[str, Any]]) -> Shown:
             x = [step for step, _ in largest[0]["curve"]]
             means = [sum(row["curve"][i][1] for row in largest) / len(largest) for i in range(len(x))]
             steps.append(Curve(label, x, means))
-        for n, same in by_size:
-            numbers = [_text(_over_seeds(same, key)) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate")]
-            table.append([label, n, *numbers, len(same)])
-    known = {name: [row for row in rows if row["method"] == name] for name in ("target", "reference")}
-    for name, own in known.items():
-        numbers = [_text(_over_seeds(own, key)) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate")]
-        table.append([name, None, *numbers, len(own)])
-    guide = [start.mean * sizes[0] / n for n in sizes]
-    ends = [sizes[0], sizes[-1]]
-    entropy_levels = [
-        Curve(f"{name}'s", ends, [_over_seeds(own, "entropy").mean] * 2, kind="bound") for name, own in known.items()
-    ]
+        table += [[label, n, *_texts(same), len(same)] for n, same in by_size]
+    table += [[name, None, *_texts(own), len(own)] for name, own in known.items()]
+    start = _over_seeds(known["reference"], "forward_kl").mean
+    entropy_levels = [level(f"{name}'s", sizes, _over_seeds(own, "entropy").mean) for name, own in known.items()]
     nats = "KL(π*‖π), nats per response"
     over = "Last step; mean over seeds, a band of ± 1 standard error."
     exponents = [
@@ -170,8 +148,8 @@ def show(rows: Sequence[dict[str, Any]]) -> Shown:
                 nats,
                 [
                     *falls,
-                    Curve("π₀", ends, [start.mean] * 2, kind="bound"),
-                    Curve("1/n", sizes, guide, kind="bound"),
+                    level("π₀", sizes, start),
+                    Curve("1/n", sizes, [start * sizes[0] / n for n in sizes], kind="bound"),
                 ],
             ),
             Panel("Distance during training", "At the largest number of pairs; mean over seeds.", "step", nats, steps,
@@ -188,14 +166,15 @@ def show(rows: Sequence[dict[str, Any]]) -> Shown:
     )  # fmt: skip
 
 
-def _curve(label: str, by_size: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], key: str) -> Curve:
-    values = [_over_seeds(same, key) for _, same in by_size]
-    se = [0.0 if math.isnan(value.se) else value.se for value in values]
-    low, high = ([v.mean + side * e for v, e in zip(values, se, strict=True)] for side in (-1, 1))
-    return Curve(label, [n for n, _ in by_size], [v.mean for v in values], low, high)
+def _curve(label: str, by_size: Sequence[tuple[int, Sequence[Row]]], key: str) -> Curve:
+    points = []
+    for n, same in by_size:
+        mean, se, _ = _over_seeds(same, key)
+        points.append({"n": n, key: {"mean": mean, "se": 0.0 if math.isnan(se) else se}})
+    return curve(label, points, "n", key)
 
 
-def _over_seeds(rows: Sequence[Mapping[str, Any]], key: str) -> Estimate:
+def _over_seeds(rows: Sequence[Row], key: str) -> Estimate:
     """Mean and error over seeds; of one seed its own."""
     values = [row[key] for row in rows if key in row]
     if not values:
@@ -205,29 +184,29 @@ def _over_seeds(rows: Sequence[Mapping[str, Any]], key: str) -> Estimate:
     return mean_and_se(torch.tensor([value["mean"] for value in values], dtype=torch.float64))
 
 
-def _text(estimate: Estimate) -> str:
-    return "–" if math.isnan(estimate.mean) else f"{estimate.mean:.2f} ± {estimate.se:.2f}"
+def _texts(rows: Sequence[Row]) -> list[str]:
+    """What the table has of these runs, each with its error."""
+    estimates = [_over_seeds(rows, key) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate")]
+    return ["–" if math.isnan(mean) else f"{mean:.2f} ± {se:.2f}" for mean, se, _ in estimates]
 
 
-def slopes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def slopes(rows: Sequence[Row]) -> dict[str, Row]:
     """The exponent of the forward KL in n for every method and every other setting of the grid."""
-    groups = {
-        label: [(row["cell"][PAIRS], row["forward_kl"]["mean"]) for row in own if PAIRS in row["cell"]]
-        for label, own in _by_label(rows).items()
-    }
-    return {
-        label: vars(fit_slope(points))
-        for label, points in groups.items()
-        if len(points) > 2 and len({n for n, _ in points}) > 1 and min(kl for _, kl in points) > 0
-    }
+    found: dict[str, Row] = {}
+    for label, own in _by_label(rows).items():
+        points = [(row["cell"][PAIRS], row["forward_kl"]["mean"]) for row in own if PAIRS in row["cell"]]
+        if len(points) > 2 and len({n for n, _ in points}) > 1 and min(kl for _, kl in points) > 0:
+            slope, low, high = fit_slope(points)
+            found[label] = {"slope": slope, "low": low, "high": high, "runs": len(points)}
+    return found
 
 
-def fit_slope(points: Sequence[tuple[int, float]]) -> Slope:
-    """Least squares of ln KL on ln n, with the interval of its exponent."""
+def fit_slope(points: Sequence[tuple[int, float]]) -> Interval:
+    """Least squares of ln KL on ln n over runs (seeds and sizes): its exponent, with a 95 % interval by Student's t."""
     x, y = torch.tensor(points, dtype=torch.float64).log().unbind(1)
     centred = x - x.mean()
     slope = float(centred @ y / centred.square().sum())
     rest = y - y.mean() - slope * centred
     se = math.sqrt(float(rest.square().sum()) / (len(points) - 2) / float(centred.square().sum()))
     half = student_quantile(len(points) - 2) * se
-    return Slope(slope, slope - half, slope + half, len(points))
+    return Interval(slope, slope - half, slope + half)

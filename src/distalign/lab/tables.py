@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distalign.lab.exact import asymptotic_constant, table_features
 from distalign.methods.preference import preference_logit
 
 
@@ -30,6 +31,11 @@ class Tables:
         """Every unordered pair of different responses: row 0 the first, row 1 the second."""
         responses = self.target.shape[-1]
         return torch.triu_indices(responses, responses, 1)
+
+    def constant(self) -> Float[Tensor, "worlds"]:
+        """C = lim n · KL where the policy is the full table, in nats (`asymptotic_constant`)."""
+        features = table_features(*self.target.shape[1:])
+        return asymptotic_constant(self.target, self.behavior, features, gamma=self.gamma)
 
     def pair_logps(self, logps: Float[Tensor, "*batch contexts responses"]) -> Float[Tensor, "*batch contexts pairs 2"]:
         """The log-probabilities of both responses of every pair."""
@@ -80,11 +86,8 @@ def random_tables(
 
 
 def linear_tables(
-    worlds: int,
-    contexts: int,
-    responses: int,
+    shape: tuple[int, int, int, int],
     *,
-    features: int,
     relevant: int,
     scale: float,
     gamma: float,
@@ -93,12 +96,13 @@ def linear_tables(
 ) -> tuple[Tables, Float[Tensor, "worlds contexts responses features"]]:
     """Log-linear worlds and their features φ ~ N(0, 1): ln π* = φ·w* + constant, one w* for all contexts.
 
+    `shape`: worlds, contexts, responses, features.
     Only the first `relevant` weights of w* differ from zero; they are scaled so that the logits have the standard
     deviation `scale`. π₀ is uniform and μ ∝ π*^(−skew).
     """
     random = torch.Generator().manual_seed(seed)
-    phi = torch.randn((worlds, contexts, responses, features), generator=random, dtype=torch.float64)
-    weights = torch.randn((worlds, 1, relevant, 1), generator=random, dtype=torch.float64)
+    phi = torch.randn(shape, generator=random, dtype=torch.float64)
+    weights = torch.randn((len(phi), 1, relevant, 1), generator=random, dtype=torch.float64)
     weights = scale * weights / weights.norm(dim=-2, keepdim=True)
     target = (phi[..., :relevant] @ weights)[..., 0].log_softmax(-1)
     uniform = torch.zeros_like(target).log_softmax(-1)

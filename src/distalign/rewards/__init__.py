@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from distalign.rewards.base import ColumnReward, ExactReward, Request, Reward, RewardError, WeightedSum
 from distalign.rewards.classifier import ClassifierReward
-from distalign.rewards.fit import Trained, train_reward
+from distalign.rewards.fit import train_reward
 from distalign.rewards.function import FunctionReward
 from distalign.rewards.make import Rewards, RewardSettings, check_columns, check_rewards, follow_gamma, make_reward
-from distalign.rewards.reward_model import RewardTraining, TrainedReward, UnreadableReward, load_reward
+from distalign.rewards.reward_model import RewardTraining, Trained, TrainedReward, UnreadableReward, load_reward
 
 __all__ = [
     "ClassifierReward",

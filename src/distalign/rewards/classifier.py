@@ -15,6 +15,7 @@ from jaxtyping import Float
 from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -57,7 +58,7 @@ class ClassifierSource:
         """The weights, from safetensors only, in evaluation mode. Raises RewardError if the score head is missing."""
         path, adapter = self.source.path, self.source.adapter
         try:
-            model: Any = load_verified(
+            model = load_verified(
                 AutoModelForSequenceClassification,
                 f"reward model {self.name}",
                 path,
@@ -88,7 +89,10 @@ def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSo
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _unusable(name, error) from error
     if source.adapter is not None:
-        _check_adapter(name, Path(source.adapter))
+        with safe_open(Path(source.adapter) / "adapter_model.safetensors", framework="pt") as file:
+            keys = list(file.keys())
+        if not any(f".{head}" in key for key in keys for head in _HEADS):
+            raise RewardError(f"reward model {name}: the adapter holds no score head; save it with task_type SEQ_CLS")
     else:
         kinds = config.architectures or []
         if kinds and not any(kind.endswith(_CLASSIFIER) for kind in kinds):
@@ -101,13 +105,6 @@ def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSo
     if limit is not None and max_length is not None and max_length > limit:
         raise RewardError(f"reward model {name}: max_length is {max_length}, but it has {limit} positions; lower it")
     return ClassifierSource(source, tokenizer, max_length or limit)
-
-
-def _check_adapter(name: str, folder: Path) -> None:
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        keys = list(file.keys())
-    if not any(f".{head}" in key for key in keys for head in _HEADS):
-        raise RewardError(f"reward model {name}: the adapter holds no score head; save it with task_type SEQ_CLS")
 
 
 def _unusable(name: str, error: Exception) -> RewardError:
@@ -137,13 +134,13 @@ class ClassifierReward:
         token_budget: int,
     ) -> None:
         self.source, self.policy_tokenizer, self.token_budget = source, policy_tokenizer, token_budget
-        self.model: Any = model.requires_grad_(False).eval()
+        self.model = model.requires_grad_(False).eval()
         self.device = model.device
         config = self.model.config.get_text_config()
         # Where the checkpoint does not say, the tokenizer's: every trainer of such models sets it so.
         if config.pad_token_id is None:
             config.pad_token_id = source.tokenizer.pad_token_id
-        self.pad = config.pad_token_id
+        self.pad: int | None = config.pad_token_id
         self.texts = self.cut = 0
 
     @torch.no_grad()
@@ -152,12 +149,9 @@ class ClassifierReward:
         rows = [self._ids(response) for response in as_text(requests, self.policy_tokenizer)]
         values = torch.zeros(len(rows))
         for batch in self._batches(rows):
-            width = max(len(rows[i]) for i in batch)
-            ids = torch.full((len(batch), width), self.pad or 0)
-            mask = torch.zeros_like(ids)
-            for place, i in enumerate(batch):
-                ids[place, : len(rows[i])] = torch.tensor(rows[i])
-                mask[place, : len(rows[i])] = 1
+            texts = [torch.tensor(rows[i]) for i in batch]
+            ids = pad_sequence(texts, batch_first=True, padding_value=self.pad or 0)
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
             logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
             values[torch.tensor(batch)] = logits.squeeze(-1).float().cpu()
         return finite(values, self.source.name)

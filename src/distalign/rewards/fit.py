@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from distalign.models.quantized import is_quantized
 from distalign.progress import progress
 from distalign.rewards.base import RewardError
 from distalign.rewards.heads import HeadName, Tilt, embeddings, new_head
-from distalign.rewards.reward_model import Origin, RewardTraining, TrainedReward, as_classifier, save_reward
+from distalign.rewards.reward_model import RewardTraining, Trained, TrainedReward, as_classifier
 from distalign.stats.calibration import expected_calibration_error
 from distalign.stats.intervals import Estimate, jackknife, mean_and_se
 from distalign.stats.laplace import Posterior, fit_posterior
@@ -38,41 +38,13 @@ from distalign.stats.laplace import Posterior, fit_posterior
 _BLOCKS = 100  # the jackknife of the calibration error leaves out one of so many blocks of pairs
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How fast and how long the backbone is trained."""
-
-    learning_rate: float
-    epochs: int
-
-
-# What null settings stand for, with each kind of backbone.
-PLANS = {"lora": Plan(3e-4, 3), "full": Plan(3e-5, 3)}
+# What null settings stand for.
+_LEARNING_RATES, _EPOCHS = {"lora": 3e-4, "full": 3e-5}, 3
 
 _SUBSET = 512  # pairs on which heads and their priors are compared
 _STRONG = 3.0  # nats of evidence, a factor of 20
 _LARGEST = 2**29  # features of all responses that are held in memory, of token counts
 _CHEAP = 2e9  # logits of one pass over the pairs, up to which the tilt is tried
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained reward, what it achieves on held-out pairs, and how it came about.
-
-    `results`: accuracy, nll (nats) and ece on the held-out pairs, and `start_nll` before any step: γ ln π₀ alone, or
-    ln 2 from scratch; with lora and full these pairs also chose when to stop, which flatters them a little. `history`
-    has one row per head that was tried and per evaluation.
-    """
-
-    reward: TrainedReward
-    results: dict[str, Estimate]
-    history: list[dict[str, Any]]
-    origin: Origin
-    posterior: Posterior
-
-    def save(self, folder: str | Path) -> None:
-        """Weights as safetensors, reward.json, results.json and a card; what `load_reward` reads."""
-        save_reward(Path(folder), self.reward, self.results, self.history, self.origin)
 
 
 def train_reward(
@@ -124,15 +96,13 @@ def train_reward(
         raise RewardError("reward.train: the model itself gives no finite log-probabilities; take another")
     name, reward, posterior, history = choose_head(settings, make, groups[:n], labels[:n])
     if settings.backbone != "frozen":
-        given = {"learning_rate": settings.learning_rate, "epochs": settings.epochs}
-        plan = replace(PLANS[settings.backbone], **{key: value for key, value in given.items() if value is not None})
         fit = Fit(reward, groups, offset, labels, n, settings, posterior.precision, history)
         with _seeded(base, seed):
-            fit.run(plan, seed)
+            fit.run(seed)
     reward.head.finish(reward.encode(groups[:n])[1].view(n, 2, -1))
     results = {**measure(reward.values(groups[n:]).view(-1, 2), labels[n:]), "start_nll": start}
-    origin = Origin(settings, name, gamma, source, tokenizer, list(train), list(held))
-    trained = Trained(reward, results, history, origin, posterior)
+    made_of = settings, source, tokenizer, list(train), list(held)
+    trained = Trained(reward, name, results, history, posterior, *made_of)
     if folder is not None:
         trained.save(folder)
     return trained
@@ -240,16 +210,17 @@ class Fit:
     precision: float
     history: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, plan: Plan, seed: int) -> None:
+    def run(self, seed: int) -> None:
         """Epochs of minibatches, each followed by an evaluation; the start is a candidate too. Raises RewardError."""
-        parameters = self.parameters()
-        optimizer = torch.optim.AdamW(parameters.values(), lr=plan.learning_rate, weight_decay=0.0)
-        steps = plan.epochs * math.ceil(self.n_train / self.settings.batch_size)
+        parameters, epochs = self.parameters(), self.settings.epochs or _EPOCHS
+        learning_rate = self.settings.learning_rate or _LEARNING_RATES[self.settings.backbone]
+        optimizer = torch.optim.AdamW(parameters.values(), lr=learning_rate, weight_decay=0.0)
+        steps = epochs * math.ceil(self.n_train / self.settings.batch_size)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         order = torch.Generator().manual_seed(seed)
         best, best_epoch, best_values = self._evaluate(0, {}), 0, _copy(parameters)
-        with progress("reward: train", plan.epochs) as advance:
-            for epoch in range(1, plan.epochs + 1):
+        with progress("reward: train", epochs) as advance:
+            for epoch in range(1, epochs + 1):
                 train_nll = self._epoch(optimizer, schedule, order)
                 nll = self._evaluate(epoch, {"train_nll": train_nll})
                 advance(epoch, note=f"held-out NLL {nll:.4f}")

@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from threading import Thread
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -35,7 +35,7 @@ class UserFunction:
         function: str | Callable[..., object],
         *,
         timeout: float,
-        role: Literal["reward", "judge"] = "reward",
+        role: Literal["reward", "judge"],
         error: type[InputError],
     ) -> None:
         self.timeout, self.role, self.error_class = timeout, role, error
@@ -83,60 +83,24 @@ class UserFunction:
             raise self.error(f"it raised {type(error).__name__}: {error}", "fix it") from error
         if "value" not in outcome:
             raise self.error(
-                f"no answer after {self.timeout:g} s", f"make it faster, or raise {_WORDS[self.role].timeout}"
+                f"no answer after {self.timeout:g} s", f"make it faster, or raise the {self.role}'s timeout"
             )
         return outcome["value"]
 
     def _checked(self, values: object, n: int) -> list[float]:
-        words = _WORDS[self.role]
         if isinstance(values, str | bytes | Mapping) or not isinstance(values, Collection):
-            raise self.error(f"it returned a {type(values).__name__}", f"return {n} numbers, one for each {words.item}")
-        checked: list[float] = []
-        values = [_number(value) for value in values]
+            raise self.error(f"it returned a {type(values).__name__}", f"return {n} numbers, one for each completion")
         if len(values) != n:
-            raise self.error(
-                f"it returned {len(values)} {words.numbers} for {n} {words.item}s",
-                f"return one number for each {words.item}",
-            )
-        for index, value in enumerate(values):
-            if not isinstance(value, numbers.Real) or not words.low <= float(value) <= words.high:
-                raise self.error(f"its {words.number_of} {index} is {value!r}", words.advice)
+            raise self.error(f"it returned {len(values)} numbers for {n} completions", "return one number for each")
+        checked: list[float] = []
+        for index, value in enumerate(map(_number, values)):
+            if not isinstance(value, numbers.Real) or not abs(float(value)) <= LARGEST:
+                raise self.error(
+                    f"its answer to completion {index} is {value!r}",
+                    f"return a finite number below {LARGEST:g} for each completion",
+                )
             checked.append(float(value))
         return checked
-
-
-class _Words(NamedTuple):
-    """What messages call the numbers that a function returns, what they are of, and where they lie."""
-
-    numbers: str
-    item: str
-    number_of: str
-    advice: str
-    timeout: str
-    low: float
-    high: float
-
-
-_WORDS = {
-    "reward": _Words(
-        "rewards",
-        "completion",
-        "reward of completion",
-        f"return a finite number below {LARGEST:g} for each completion",
-        "timeout in the recipe's reward",
-        -LARGEST,
-        LARGEST,
-    ),
-    "judge": _Words(
-        "numbers",
-        "prompt",
-        "answer to prompt",
-        "return the probability, between 0 and 1, that the first completion is preferred",
-        "judge.timeout",
-        0.0,
-        1.0,
-    ),
-}
 
 
 def _number(value: object) -> object:
@@ -156,7 +120,8 @@ class FunctionReward:
     def __init__(
         self, function: str | Callable[..., object], tokenizer: PreTrainedTokenizerBase, *, timeout: float
     ) -> None:
-        self.function, self.tokenizer = UserFunction(function, timeout=timeout, error=RewardError), tokenizer
+        self.function = UserFunction(function, timeout=timeout, role="reward", error=RewardError)
+        self.tokenizer = tokenizer
         self.responses = self.calls = 0
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:

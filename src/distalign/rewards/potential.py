@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from distalign.engine import Group, score_in_batches
 from distalign.methods import Method
-from distalign.rewards.fit import Trained
-from distalign.rewards.reward_model import TrainedReward
+from distalign.rewards.reward_model import Trained, TrainedReward
 from distalign.stats.intervals import Estimate, mean_and_se
 from distalign.stats.laplace import Posterior
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import model_validator
 from safetensors import SafetensorError
@@ -47,6 +47,7 @@ from distalign.rewards.base import Request, RewardError, finite
 from distalign.rewards.heads import Head, HeadName, Tilt, embeddings, new_head
 from distalign.settings import Count, Positive, Section
 from distalign.stats.intervals import Estimate
+from distalign.stats.laplace import Posterior
 
 # The file by which a folder of ours is known.
 MARK = "reward.json"
@@ -143,7 +144,9 @@ class TrainedReward:
     def values(self, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
         """Rewards in nats, in float64 on the CPU."""
         if isinstance(self.head, Tilt):
-            return self._tilted_values(self.head, groups)
+            assert self.gamma is not None
+            logps = score_in_batches(self._tilted(self.head), groups, token_budget=self.token_budget).logps
+            return induced_reward(logps.cpu().double(), gamma=self.gamma)
         offset, features = self.encode(groups)
         return offset + self.head(features).cpu().double()
 
@@ -162,12 +165,11 @@ class TrainedReward:
         if not isinstance(head, Tilt):
             rows = head.rows(features)
             return offset + (rows @ head.weight).cpu().double(), rows
-        rows, start, tilted = torch.empty_like(features), 0, self._tilted(head)
-        for batch in _in_order(groups, self.token_budget):
-            stop = start + sum(len(group.responses) for group in batch)
-            rows[start:stop] = head.rows(features[start:stop] - expected_counts(tilted, batch))
-            start = stop
-        return self._tilted_values(head, groups), rows
+        rows, tilted = torch.empty_like(features), self._tilted(head)
+        for batch, own in self._batches(groups):
+            own = own.to(rows.device)
+            rows[own] = head.rows(features[own] - expected_counts(tilted, batch))
+        return self.values(groups), rows
 
     def _tilted(self, head: Tilt) -> PreTrainedModel:
         """The language model whose log-probabilities times γ are the reward: one, whose bias follows the weights."""
@@ -178,12 +180,6 @@ class TrainedReward:
         bias = self._start + head.weight / (head.scale * self.gamma)
         self._model.get_output_embeddings().bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
         return self._model
-
-    @torch.no_grad()
-    def _tilted_values(self, head: Tilt, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
-        assert self.gamma is not None
-        logps = score_in_batches(self._tilted(head), groups, token_budget=self.token_budget).logps
-        return induced_reward(logps.cpu().double(), gamma=self.gamma)
 
     def counters(self) -> dict[str, float]:
         """Responses rewarded; none is ever cut."""
@@ -207,14 +203,13 @@ class TrainedReward:
 
         `advance(done)` counts groups.
         """
-        starts = torch.tensor([0, *(len(group.responses) for group in groups)]).cumsum(0).tolist()
-        offset = torch.zeros(starts[-1], dtype=torch.float64)
-        features = self.head.weight.new_zeros(starts[-1], len(self.head.weight))
+        count = sum(len(group.responses) for group in groups)
+        offset = torch.zeros(count, dtype=torch.float64)
+        features = self.head.weight.new_zeros(count, len(self.head.weight))
         together, done = self.gamma is not None and self.frozen, 0
-        for batch in micro_batches(groups, self.token_budget):
-            rows = torch.tensor([row for i in batch for row in range(starts[i], starts[i + 1])])
+        for batch, rows in self._batches(groups):
             with evaluating(self.trunk):
-                reading = read(self.trunk, [groups[i] for i in batch], logps=together)
+                reading = read(self.trunk, batch, logps=together)
             features[rows.to(features.device)] = self.head.features(reading, embeddings(self.trunk))
             if reading.logps is not None:
                 offset[rows] = reading.logps.cpu().double()
@@ -227,63 +222,66 @@ class TrainedReward:
             offset = score_in_batches(self.base, groups, token_budget=self.token_budget).logps.cpu().double()
         return induced_reward(offset, gamma=self.gamma), features
 
-
-def _in_order(groups: Sequence[Group], token_budget: int) -> Iterator[list[Group]]:
-    """Stretches of the groups, of about that many tokens."""
-    batch: list[Group] = []
-    for group in groups:
-        if batch and sum(each.tokens for each in batch) + group.tokens > token_budget:
-            yield batch
-            batch = []
-        batch.append(group)
-    if batch:
-        yield batch
+    def _batches(self, groups: Sequence[Group]) -> Iterator[tuple[list[Group], Int[Tensor, "rows"]]]:
+        """Micro-batches of the groups, each with the numbers of its responses among those of all groups."""
+        numbers = torch.arange(sum(len(group.responses) for group in groups))
+        of_group = numbers.split([len(group.responses) for group in groups])
+        for batch in micro_batches(groups, self.token_budget):
+            yield [groups[i] for i in batch], torch.cat([of_group[i] for i in batch])
 
 
 @dataclass(frozen=True)
-class Origin:
-    """What a trained reward was made of; `head` is the one that was taken."""
+class Trained:
+    """A trained reward, what it achieves on held-out pairs, how it came about, and what it was made of.
 
-    settings: RewardTraining
+    `results`: accuracy, nll (nats) and ece on the held-out pairs, and `start_nll` before any step: γ ln π₀ alone, or
+    ln 2 from scratch; with lora and full these pairs also chose when to stop, which flatters them a little. `history`
+    has one row per head that was tried and per evaluation; `head` is the one that was taken.
+    """
+
+    reward: TrainedReward
     head: HeadName
-    gamma: float | None
+    results: dict[str, Estimate]
+    history: list[dict[str, Any]]
+    posterior: Posterior
+    settings: RewardTraining
     source: Source
     tokenizer: PreTrainedTokenizerBase
     train: list[EncodedPair]
     held: list[EncodedPair]
 
-
-def save_reward(
-    folder: Path,
-    reward: TrainedReward,
-    results: Mapping[str, Estimate],
-    history: list[dict[str, Any]],
-    origin: Origin,
-) -> None:
-    """Write the files of this module's docstring."""
-    settings, pair = origin.settings, origin.held[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    if settings.init == "policy":
-        tensors = {f"head.{name}": value for name, value in reward.head.state_dict().items()}
-        _save_tensors(folder / _TENSORS, tensors | reward.trained_parameters())
-    else:
-        _save_scratch(folder, reward, origin)
-    about = {
-        "init": settings.init,
-        "head": origin.head,
-        "backbone": settings.backbone,
-        "gamma": origin.gamma,
-        "base_model": origin.source.name,
-        "lora": settings.lora.model_dump() if settings.backbone == "lora" else None,
-        "vocabulary": _fingerprint(origin.tokenizer),
-        "quantization": quantization_of(reward.base),
-        "probe": {"prompt": pair.prompt, "response": pair.chosen, "logp": _logp(reward.base, pair.prompt, pair.chosen)},
-    }
-    numbers = {key: value._asdict() for key, value in results.items()}
-    written = {MARK: about, "results.json": {"n_train": len(origin.train), "held_out": numbers, "history": history}}
-    for name, content in written.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(results, origin), encoding="utf-8")
+    def save(self, folder: str | Path) -> None:
+        """Weights as safetensors, reward.json, results.json and a card; what `load_reward` reads."""
+        folder, settings, reward, pair = Path(folder), self.settings, self.reward, self.held[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        if settings.init == "policy":
+            tensors = {f"head.{name}": value for name, value in reward.head.state_dict().items()}
+            _save_tensors(folder / _TENSORS, tensors | reward.trained_parameters())
+        else:
+            _save_scratch(folder, self)
+        about = {
+            "init": settings.init,
+            "head": self.head,
+            "backbone": settings.backbone,
+            "gamma": reward.gamma,
+            "base_model": self.source.name,
+            "lora": settings.lora.model_dump() if settings.backbone == "lora" else None,
+            "vocabulary": _fingerprint(self.tokenizer),
+            "quantization": quantization_of(reward.base),
+            "probe": {
+                "prompt": pair.prompt,
+                "response": pair.chosen,
+                "logp": _logp(reward.base, pair.prompt, pair.chosen),
+            },
+        }
+        results = {
+            "n_train": len(self.train),
+            "held_out": {key: value._asdict() for key, value in self.results.items()},
+            "history": self.history,
+        }
+        for name, content in {MARK: about, "results.json": results}.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(self), encoding="utf-8")
 
 
 def load_reward(
@@ -308,10 +306,17 @@ def load_reward(
                 f"reward {folder}: it was trained on {known} of {about['base_model']}, and those here are {own}; set "
                 f"quantization: {'4bit' if about.get('quantization') else 'null'}, or train it again"
             )
-        trunk = _untrained_trunk(about, base, tokenizer)
+        trunk = base
+        if about["backbone"] != "frozen":
+            lora = None if about["lora"] is None else Lora(**about["lora"])
+            source = Source(about["base_model"], "", "the base of a saved reward")
+            trunk = make_policy(base, tokenizer, source, lora=lora, reference=False).model.eval()
         head = new_head(about["head"], base)
         reward = TrainedReward(base, trunk, head, gamma=about["gamma"], token_budget=token_budget)
-        (_load_tensors if about["init"] == "policy" else _load_scratch)(folder, reward, about["backbone"])
+        if about["init"] == "policy":
+            _load_tensors(folder, reward)
+        else:
+            _load_scratch(folder, reward, about["backbone"])
     except (*DAMAGED, RuntimeError, SafetensorError) as error:
         if isinstance(error, RewardError):
             raise
@@ -328,11 +333,11 @@ def load_reward(
 
 
 def is_reward_model(name: str) -> bool:
-    """Whether `save_reward` wrote the folder of that name."""
+    """Whether `Trained.save` wrote the folder of that name."""
     return os.path.isfile(Path(os.path.expanduser(name)) / MARK)
 
 
-def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
+def as_classifier(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """A sequence-classification model with one label whose trunk IS that of a causal language model.
 
     Its score head has no memory yet. Raises RewardError if the family has no such class.
@@ -346,7 +351,8 @@ def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
         classifier = None
     prefix = getattr(classifier, "base_model_prefix", "")
     trunk = getattr(model, prefix, None)
-    if trunk is None or type(getattr(classifier, prefix)) is not type(trunk) or not hasattr(classifier, "score"):
+    same = trunk is not None and type(getattr(classifier, prefix)) is type(trunk)
+    if classifier is None or not same or not hasattr(classifier, "score"):
         raise RewardError(
             f"reward.train: {config.model_type} has no sequence-classification class with the same trunk; use init: "
             "policy"
@@ -355,7 +361,7 @@ def as_classifier(model: PreTrainedModel | PeftModel) -> Any:
     return classifier
 
 
-def _load_tensors(folder: Path, reward: TrainedReward, backbone: str) -> None:
+def _load_tensors(folder: Path, reward: TrainedReward) -> None:
     """init: policy: tensors of our own, for ln π₀ is not part of any class of transformers."""
     tensors = load_file(folder / _TENSORS)
     # Without a bound a head is linear everywhere: that is written as infinite.
@@ -367,14 +373,14 @@ def _load_tensors(folder: Path, reward: TrainedReward, backbone: str) -> None:
     reward.trunk.requires_grad_(False)
 
 
-def _save_scratch(folder: Path, reward: TrainedReward, origin: Origin) -> None:
+def _save_scratch(folder: Path, trained: Trained) -> None:
     """init: scratch: what AutoModelForSequenceClassification (or PEFT) reads, and gives the same scores.
 
     The padding token of the tokenizer is one that no text contains.
     """
+    reward, tokenizer = trained.reward, copy.deepcopy(trained.tokenizer)
     score = reward.head.weight.detach().cpu()[None]
-    tokenizer = copy.deepcopy(origin.tokenizer)
-    pad = _padding(tokenizer, [*origin.train, *origin.held])
+    pad = _padding(tokenizer, [*trained.train, *trained.held])
     if pad is not None:
         tokenizer.pad_token_id = pad
     tokenizer.save_pretrained(folder)
@@ -382,12 +388,12 @@ def _save_scratch(folder: Path, reward: TrainedReward, origin: Origin) -> None:
         _save_tensors(folder / _ADAPTER, {**get_peft_model_state_dict(reward.trunk), _SCORE: score})
         config: Any = copy.deepcopy(reward.trunk.peft_config["default"])
         config.task_type, config.inference_mode, config.modules_to_save = "SEQ_CLS", True, ["score"]
-        config.base_model_name_or_path = origin.source.path
+        config.base_model_name_or_path = trained.source.path
         config.save_pretrained(str(folder))
         return
     model = as_classifier(reward.trunk)
     model.config.pad_token_id = pad
-    model.score.weight = nn.Parameter(score.to(reward.trunk.dtype))
+    model.get_submodule("score").weight = nn.Parameter(score.to(reward.trunk.dtype))
     model.save_pretrained(folder, max_shard_size="1TB")
 
 
@@ -407,17 +413,6 @@ def _load_scratch(folder: Path, reward: TrainedReward, backbone: str) -> None:
     reward.trunk.requires_grad_(False)
     with torch.no_grad():
         reward.head.weight.copy_(score[0])
-
-
-def _untrained_trunk(
-    about: Mapping[str, Any], base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel | PeftModel:
-    """The trunk of a saved reward, as it was before training."""
-    if about["backbone"] == "frozen":
-        return base
-    lora = None if about["lora"] is None else Lora(**about["lora"])
-    source = Source(about["base_model"], "", "the base of a saved reward")
-    return make_policy(base, tokenizer, source, lora=lora, reference=False).model.eval()
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -443,12 +438,12 @@ def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
-def _card(results: Mapping[str, Estimate], origin: Origin) -> str:
-    settings, base = origin.settings, origin.source.name
+def _card(trained: Trained) -> str:
+    settings = trained.settings
     formula = "γ ln π₀(a|x) + f(x, a)" if settings.init == "policy" else "f(x, a)"
-    rows = [f"| {key} | {v.mean:.4f} ± {v.se:.4f} | {v.n} |" for key, v in results.items()]
+    rows = [f"| {key} | {v.mean:.4f} ± {v.se:.4f} | {v.n} |" for key, v in trained.results.items()]
     given = {key: value for key, value in settings.model_dump().items() if value is not None}
-    given |= {"gamma": origin.gamma, "n_train": len(origin.train)}
+    given |= {"gamma": trained.reward.gamma, "n_train": len(trained.train)}
     listed = "\n".join(f"- {key}: {value}" for key, value in given.items())
     table = "\n".join(rows)
     return f"""---
@@ -458,7 +453,7 @@ tags:
 - reward-model
 ---
 
-# Reward model on {base}
+# Reward model on {trained.source.name}
 
 R(x, a) = {formula}, trained on pairwise preferences with distalign by maximum likelihood (arXiv 2506.01523v2, eq. 9).
 

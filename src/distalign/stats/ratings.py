@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distalign.stats.intervals import Interval, student_quantile
-from distalign.stats.logistic import LogisticFit, Separable, fit_logistic
+from distalign.stats.logistic import Separable, fit_logistic
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,17 @@ def bradley_terry_over_prompts(wins: Float[Tensor, "prompts policies policies"],
 
     Source: Bradley and Terry 1952; a finite maximum exists under the condition of Ford 1957.
     """
-    prompt, fit = _fit(wins, anchor)
+    wins = wins.detach().to("cpu", torch.float64)
     policies = wins.shape[-1]
+    _check_finite(wins.sum(0))
+    first, second = torch.triu_indices(policies, policies, 1)
+    won, lost = wins[:, first, second], wins[:, second, first]
+    # A row for each pair that met on a prompt, a feature for each policy but the anchor.
+    prompt, pair = (won + lost > 0).nonzero(as_tuple=True)
     rest = torch.tensor([i for i in range(policies) if i != anchor])
+    design = torch.eye(policies, dtype=torch.float64)[:, rest]
+    total = (won + lost)[prompt, pair]
+    fit = fit_logistic((design[first] - design[second])[pair], won[prompt, pair] / total, total)
     values = torch.zeros(policies, dtype=torch.float64)
     covariance = torch.zeros(policies, policies, dtype=torch.float64)
     values[rest] = fit.coefficients
@@ -108,20 +116,6 @@ def length_controlled_win_rate(
 
     win_rate = Interval(*(1 / (1 + math.exp(-log_odds)) for log_odds in interval(0)))
     return LengthControlled(win_rate, interval(1))
-
-
-def _fit(wins: Float[Tensor, "prompts policies policies"], anchor: int) -> tuple[Tensor, LogisticFit]:
-    """Prompt of every row, and the regression: a row for each pair that met on a prompt, a feature for each policy."""
-    wins = wins.detach().to("cpu", torch.float64)
-    policies = wins.shape[-1]
-    _check_finite(wins.sum(0))
-    first, second = torch.triu_indices(policies, policies, 1)
-    won, lost = wins[:, first, second], wins[:, second, first]
-    prompt, pair = (won + lost > 0).nonzero(as_tuple=True)
-    design = torch.eye(policies, dtype=torch.float64)
-    design = (design[first] - design[second])[:, torch.arange(policies) != anchor]
-    total = (won + lost)[prompt, pair]
-    return prompt, fit_logistic(design[pair], won[prompt, pair] / total, total)
 
 
 def _check_finite(wins: Float[Tensor, "policies policies"]) -> None:
