@@ -90,7 +90,7 @@ def pages(everything, together, tmp_path_factory):
     """A page of every kind, with evil texts wherever a file has texts."""
 
     def poison(results):
-        results.update(name=EVIL, title=EVIL, citation=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
+        results.update(name=EVIL, citation=EVIL, settings={EVIL: EVIL}, environment={EVIL: EVIL})
         results["pairs"], results["seconds"] = {EVIL: EVIL}, {EVIL: 1.0}
         results["columns"][0].update(label=EVIL, about=EVIL, unit=EVIL)
         for part in ("methods", "paired", "curves", "calibration"):
@@ -247,7 +247,7 @@ def test_numbers_that_could_not_be_computed_do_not_break_the_page(tmp_path):
         results["curves"]["pmle"][1]["forward_kl"] = {"mean": None, "se": None, "n": 0}
 
     page = comparison(tmp_path, break_numbers)
-    assert "<h1>A known target</h1>" in page
+    assert "<h1>quickstart</h1>" in page
     assert ["PMLE", "∞ ∞ [?, ?]", "n/a"] in table_cells(page, "estimates")
     assert ["PMLE", "3.5 ± ?"] in table_cells(page, "more")
 

@@ -51,7 +51,7 @@ def test_terminal_table():
     content["methods"]["[red]mine"] = {"forward_kl": number(7.0, 0.5)}
     text = printed(content, 120)
     for part in (
-        "A known target (seed 0, n = 40–128)",
+        "quickstart (seed 0, n = 40–128)",
         "KL(π*‖π) ↓",
         "nats",
         "10.9 ± 0.9",

@@ -123,9 +123,8 @@ def comparison_screen(run: Run) -> FirstScreen:
     changes = {} if column is None else {name: effect(results, name, column) for name in results.trained}
     known = [(name, change) for name, change in changes.items() if change and change.finite]
     if column is None or not known:
-        title = results.title or results.name or run.label
         why = "No method has a difference from the reference with an interval."
-        return FirstScreen(_about(run), [("", title)], why)
+        return FirstScreen(_about(run), [("", results.name or run.label)], why)
     sign = 1 if column.better == "lower" else -1
     ranked = dict(sorted(known, key=lambda item: sign * item[1].mean))  # the largest improvement first
     best, known_target = next(iter(ranked)), column.key == "forward_kl"

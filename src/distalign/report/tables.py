@@ -25,6 +25,7 @@ _MAIN = "forward_kl"  # the metric whose separations the Markdown states
 
 # What is seen first: how good a policy is, how far it went for it, and how long it talks.
 _FIRST = (_MAIN, "win_rate", "reward", "kl_reference", "length", "accuracy", "nll", "entropy", "reverse_kl")
+MAIN_TABLE = _FIRST[:6]  # on a page; the others stand in a table below it
 
 # What may begin markup: a bracket where it ends a link's text, a low line where it is not within a word.
 _MARKUP = re.compile(r"[\\`*<>&|~#$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
@@ -69,9 +70,9 @@ def results_table(content: dict[str, Any]) -> Fitting:
 
     results = Results.parse(content)
     details = ", ".join(part for part in (seeds_text(results.seeds), counts_text(results)) if part)
-    title = results.title or results.name or "comparison"
+    title = results.name or "comparison"
     columns = []
-    for column in sorted(results.filled_columns, key=_importance):
+    for column in sorted(results.filled_columns, key=importance):
         best = best_rows(results, column)
         cells = [Text(_cell(results, name, column), "bold" if name in best else "") for name in results.rows]
         columns.append(Texts(f"{column.label}{_arrow(column)}\n{column.unit or ''}", cells))
@@ -85,8 +86,8 @@ def results_table(content: dict[str, Any]) -> Fitting:
     )
 
 
-def _importance(column: Column) -> int:
-    """Where a column stands in the terminal, which has room for a few; those that nobody ranked come last."""
+def importance(column: Column) -> int:
+    """Where a column stands, as there is room for a few; those that nobody ranked come last."""
     return _FIRST.index(column.key) if column.key in _FIRST else len(_FIRST)
 
 
