@@ -39,7 +39,7 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
-from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, Potential, potential, score_together, start_share
+from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, potential, score_together, start_share
 from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
@@ -476,20 +476,21 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
         logger.info("reward: head %s; %s on %d held-out pairs", trained.origin.head, summary, len(setup.held))
         setup.statistics["reward model, held out"] = summary
         if trained.origin.gamma is not None and setup.task.prompts:
-            made = _potential(setup, trained, trained.origin.gamma)
+            prompts, reference, responses = _known_responses(setup)
+            made = potential(
+                trained,
+                prompts,
+                reference,
+                gamma=trained.origin.gamma,
+                target=setup.task.target,
+                target_responses=responses,
+            )
             logger.info("reward: %s", made)
             setup.statistics["reward model, potential"] = str(made)
             (scratch / POTENTIAL).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
             if made.warning is not None:
                 logger.warning("%s", made.warning)
     return trained
-
-
-def _potential(setup: Setup, trained: Trained, gamma: float) -> Potential:
-    """What the reward can give, on some of the held-out prompts."""
-    prompts, reference, responses = _known_responses(setup)
-    target = setup.task.target
-    return potential(trained, prompts, reference, gamma=gamma, target=target, target_responses=responses)
 
 
 def _known_responses(setup: Setup) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[int]]]]:
