@@ -204,9 +204,11 @@ def print_rich(renderable: RenderableType) -> None:
 
 
 def write_json(path: Path | None, content: object) -> None:
-    """Write JSON to a file, if one is given."""
+    """Write JSON to a file, if one is given; a number that could not be computed is null."""
     if path is not None:
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+        from distalign.evaluation.results import finite
+
+        write_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False))
 
 
 def write_markdown(path: Path | None, content: dict[str, Any], command: str) -> None:
