@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
             if key.value in keys:
                 raise yaml.MarkedYAMLError(None, None, f'"{key.value}" stands twice, keep one of them', key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # pyright: ignore[reportArgumentType]  # a tag may lie
 
     def compose_document(self) -> yaml.Node | None:
         """The document's node, refused where aliases make it too large for settings: one may double what it names."""
@@ -152,7 +152,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str) -> object:
     """The value of a YAML text as recipes are read. Raises yaml.YAMLError, also where a tag does not fit."""
     try:
         return yaml.load(text, _Loader)
@@ -162,7 +162,7 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"a value is not of its kind: {' '.join(str(error).split())[:80]}") from None
 
 
-def parse_value(text: str, override: str) -> Any:
+def parse_value(text: str, override: str) -> object:
     """The YAML value of an `override`, as `--set key=value` takes it. Raises RecipeError."""
     try:
         return load_yaml(text)

@@ -288,15 +288,6 @@ def test_weights_that_give_no_numbers_are_not_called_an_adapter(monkeypatch):
         policy.assert_starts_at_reference([Group([2, 4, 7], [[8, 3], [9, 3]])])
 
 
-@pytest.mark.parametrize("change", [{"x_limits": [1, math.nan]}, {"y_limits": [2, 2]}])
-def test_limits_that_no_axis_takes_are_refused(tmp_path, change):
-    """With the file's name."""
-    shown = report_data.panel(report_data.curve(), **change)
-    report_data.write_lab(tmp_path, report_data.measured("figure1", panels=[shown]))
-    with pytest.raises(ReportError, match=r"lab\.json: .*limits need two finite numbers"):
-        write_report(tmp_path)
-
-
 def test_points_that_no_axis_holds_are_left_out(tmp_path):
     """Their sums and squares are not finite."""
     curve = report_data.curve(y=(1.0, 1e300, 1e-300), low=[-1e300, 1, 1], high=[1e308, 1e308, 1])

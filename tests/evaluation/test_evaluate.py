@@ -193,7 +193,9 @@ def test_changed_weights_are_another_policy(place, tmp_path):
     def key(name="moved", start=reference, prompts=([1],), pairs=(), end_id=3, **change):
         sources = {name: source, "reference": start}
         encoded = [EncodedPrompt(prompt) for prompt in prompts]
-        setup = EvaluationSetup(made.model_copy(update=change), sources, None, encoded, [], end_id, {}, base, None)
+        setup = EvaluationSetup(
+            made.model_copy(update=change), sources, tiny.tokenizer(), encoded, [], end_id, {}, base, None
+        )
         return answers.content_key(setup, name, list(pairs))
 
     changes = [{"temperature": 0.5}, {"seed": 5}, {"dtype": "bfloat16"}, {"samples": 9}, {"end_id": 2}]

@@ -56,7 +56,7 @@ def test_answers_come_with_their_own_scores(monkeypatch):
     prompts = [[5, 6, 9, 11], [7], [8, 4, 5], [9, 9], [12, 4, 6, 7, 8]]
     made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, samples=2, rows=4, temperature=0.7)
     encoded = [EncodedPrompt(prompt) for prompt in prompts]
-    setup = EvaluationSetup(made, {}, None, encoded, [], 3, {}, reference, None)
+    setup = EvaluationSetup(made, {}, tiny.tokenizer(), encoded, [], 3, {}, reference, None)
     monkeypatch.setattr(EvaluationSetup, "policy", lambda self, name: policy)
     one = answers.draw_answers(setup, "a", "key", [])
     groups = [Group(prompt, own) for prompt, own in zip(prompts, one.responses, strict=True)]

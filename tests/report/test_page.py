@@ -507,12 +507,7 @@ def test_what_an_axis_cannot_hold_is_left_out_and_said(tmp_path):
         ({"lab.json": "[]"}, r"lab.json: the top level: .* found \[\]; run the experiment again"),
         ({"lab.json": {**measured(), "shown": {"about": ""}}}, r"lab.json: shown.title: Field required"),
         ({"lab.json": measured(panels=[panel(curve(y=["a"]))])}, r"shown.panels.0.curves.0.y.0: .*found \"a\""),
-        ({"lab.json": measured(panels=[panel(curve(y=[1]))])}, r"curves.0: .*as many x as y.*'x': 3, 'y': 1"),
         ({"lab.json": measured(panels=[panel(curve(kind="bar"))])}, r"curves.0.kind: .*found \"bar\""),
-        (
-            {"lab.json": measured(tables=[{"title": "", "about": "", "columns": ["a"], "rows": [[1, 2]]}])},
-            r"tables.0: .*row 0 has 2 values for 1 columns",
-        ),
     ],
 )
 def test_a_broken_folder_is_told_where_and_what_to_do(tmp_path, files, message):

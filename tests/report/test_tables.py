@@ -98,7 +98,7 @@ def test_what_is_no_comparison_is_refused(table):
 def test_the_table_has_every_number_with_its_error():
     """Rows and columns of the terminal's table, and what each column means."""
     text = results_markdown(COMPARISON, "distalign compare quickstart.yaml")
-    assert "Made by `distalign compare quickstart.yaml`." in text
+    assert "Made by distalign compare quickstart.yaml." in text
     assert "| PMLE | 6.0 ± 0.5 | 0.758 ± 0.012 | 40 ± 1 |" in text.replace("40.0 ± 1.0", "40 ± 1")
     assert r"* KL(π\*‖π): Distance." in text
     assert text.count("| reference") == 1 or "π₀" in text

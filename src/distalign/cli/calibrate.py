@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,12 +36,16 @@ def calibrate(
     data = read_pairs(pairs, limit=limit)
     encoded, _ = encode_pairs(source.tokenizer(), data, max_length=source.max_length())
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in encoded]
-    with _naming(pairs):
+    try:
         check_count(len(groups))
+    except ValueError as error:
+        shared.refuse(f"{pairs}: {error}")
     with progress("pairs", len(groups)) as advance:
         scores = score_in_batches(source.model(), groups, token_budget=token_budget, progress=advance)
-    with _naming(pairs):
+    try:
         result = fit(scores.logps.view(-1, 2), labels_of(encoded))
+    except ValueError as error:
+        shared.refuse(f"{pairs}: {error}")
     shared.print_rich(calibration_table(result))
     shared.write_json(json_path, result.to_json())
 
@@ -64,14 +66,3 @@ def calibration_table(result: Calibration) -> Table:
     table.add_row("calibration error (ECE)", f"{result.ece:.3f}, by chance {result.ece_floor:.3f}")
     table.add_row("median |γ Δ ln π|, nats", f"{result.median_logit:.3g}")
     return table
-
-
-@contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Say of which file a ValueError is. Raises InputError."""
-    from distalign.errors import InputError
-
-    try:
-        yield
-    except ValueError as error:
-        raise InputError(f"{place}: {error}") from None

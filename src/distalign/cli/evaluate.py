@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    recipe: shared.EvaluationArgument,
+    recipe: shared.RecipeArgument,
     policies: Annotated[
         list[str] | None,
         typer.Argument(help="Policies: name=folder, or folders, adapters, hub ids.", metavar="[NAME=]POLICY"),
     ] = None,
     set_: shared.SetOption = None,
-    model: shared.ReferenceOption = None,
+    model: shared.ModelOption = None,
     prompts: shared.PromptsOption = None,
     pairs: shared.HeldOutOption = None,
     output_dir: shared.OutputOption = None,

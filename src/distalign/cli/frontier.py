@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def frontier(
-    recipe: shared.EvaluationArgument,
+    recipe: shared.RecipeArgument,
     samples: Annotated[int, typer.Option(help="Responses of the reference to each prompt.", min=2)] = 64,
     betas: Annotated[
         str | None, typer.Option(help="KL weights, with commas; chosen by the rewards if not given.")
@@ -22,7 +22,7 @@ def frontier(
     gammas: Annotated[str | None, typer.Option(help="Entropy weights, with commas; 0 is RLHF.")] = None,
     kl_budget: Annotated[float | None, typer.Option(help="Recommend within this KL, in nats per response.")] = None,
     set_: shared.SetOption = None,
-    model: shared.ReferenceOption = None,
+    model: shared.ModelOption = None,
     prompts: shared.PromptsOption = None,
     pairs: shared.HeldOutOption = None,
     output_dir: shared.OutputOption = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,7 +25,13 @@ def recipes(
     from distalign.settings import packaged_recipes
 
     if schema:
-        print(json.dumps(_schema(evaluation), indent=1, ensure_ascii=False))
+        from distalign.evaluation.setup import Evaluation
+        from distalign.experiments.recipe import recipe_schema
+
+        content = Evaluation.model_json_schema() if evaluation else recipe_schema()
+        # The file's name is the run's by default.
+        content["required"].remove("name")
+        print(json.dumps(content, indent=1, ensure_ascii=False))
         return
     training, evaluations = packaged_recipes(), packaged_recipes(_EVALUATIONS)
     shared.print_words(["train, compare, reward", ""], [[name, about] for name, about in training.items()])
@@ -51,16 +57,3 @@ def init(
     shared.write_text(path, (RECIPES / kind / f"{name}.yaml").read_text(encoding="utf-8"), "init")
     command = f"distalign evaluate {path} POLICY" if evaluation else f"distalign compare {path}"
     print(f"recipe: {path}\nEdit it, then: {command}")
-
-
-def _schema(evaluation: bool) -> dict[str, Any]:
-    if evaluation:
-        from distalign.evaluation.setup import Evaluation
-
-        schema = Evaluation.model_json_schema()
-        # The file's name is the evaluation's by default.
-        schema["required"].remove("name")
-        return schema
-    from distalign.experiments.recipe import recipe_schema
-
-    return recipe_schema()

@@ -326,8 +326,6 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": {},
     }
     properties["methods"] = {"type": "object", "properties": known, "additionalProperties": own}
-    # The file's name is the recipe's by default.
-    schema["required"].remove("name")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

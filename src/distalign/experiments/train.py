@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from distalign.engine import Group
 from distalign.errors import DAMAGED, InputError
-from distalign.evaluation.metrics import Task, forward_kl
+from distalign.evaluation.metrics import forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.auto import settle_gamma
 from distalign.experiments.loggers import one_run, run_names
@@ -354,6 +354,10 @@ def where_it_ends(setup: Setup, method: Method) -> str:
 
 
 def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig) -> AlignmentTrainer:
+    def follow_target(model: nn.Module) -> dict[str, float]:
+        kl = forward_kl(model, setup.task, CURVE_PROMPTS)
+        return {"target/forward_kl": kl.mean, "target/forward_kl_se": kl.se, "target/prompts": kl.n}
+
     recipe, method = setup.recipe, setup.recipe.method(name)
     stopping = recipe.early_stopping
     callbacks: list[TrainerCallback] = []
@@ -368,21 +372,11 @@ def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig
         reward_funcs=setup.reward if method.needs.reward else None,
         callbacks=callbacks,
         label=f"train {name}",
-        extra_evaluation=_follow_target(setup.task) if setup.task.target_groups else None,
+        extra_evaluation=follow_target if setup.task.target_groups else None,
         reference_cache=setup.reference_cache,
     )
     trainer.statistics = setup.statistics
     return trainer
-
-
-def _follow_target(task: Task) -> Callable[[nn.Module], dict[str, float]]:
-    """The forward KL to the target, as further numbers of each evaluation."""
-
-    def follow(model: nn.Module) -> dict[str, float]:
-        kl = forward_kl(model, task, CURVE_PROMPTS)
-        return {"target/forward_kl": kl.mean, "target/forward_kl_se": kl.se, "target/prompts": kl.n}
-
-    return follow
 
 
 def _log_kept_step(name: str, trainer: AlignmentTrainer, pairs: int) -> None:

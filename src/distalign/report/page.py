@@ -130,8 +130,8 @@ def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
         collapse=collapse(results),
         told=told_by_win_rate(results),
         learning=draw.learning_figures(results)
-        or (draw.training_figures(results, run.logs) if len(run.logs) > 1 else []),
-        health=draw.health_figures(results, run.logs),
+        or (draw.topic_figures(draw.TRAINING, results, run.logs) if len(run.logs) > 1 else []),
+        health=draw.topic_figures(draw.HEALTH, results, run.logs),
         calibration=draw.calibration_figures(results),
         length=[figure for figure in [draw.length_figure(results)] if figure],
     )
@@ -151,8 +151,8 @@ def _training(run: Run) -> Context:
         training_screen(run),
         source="metrics.jsonl",
         changes=changes,
-        learning=draw.training_figures(None, run.logs),
-        health=draw.health_figures(None, run.logs),
+        learning=draw.topic_figures(draw.TRAINING, None, run.logs),
+        health=draw.topic_figures(draw.HEALTH, None, run.logs),
         last=[(key, *last[key]) for key in sorted(last)],
     )
 
@@ -221,7 +221,8 @@ def _write_lab_report(folder: Path, files: Sequence[Path]) -> Path:
 def _lab_figures(measured: Measured, folder: Path) -> list[tuple[Panel, Figure | None, str]]:
     """Every panel, its figure where it has points, and what of it was left out; writes the PNG files."""
     panels = measured.shown.panels
-    figures = [panel_figure(panel, look) for panel, look in zip(panels, looks(panels), strict=True)]
+    look = looks(panels)
+    figures = [panel_figure(panel, look) for panel in panels]
     for name, figure in _file_names([(p.title, figure) for p, figure in zip(panels, figures, strict=True)]):
         if figure is not None:
             (folder / f"{name}.png").write_bytes(figure.png)

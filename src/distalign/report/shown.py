@@ -5,11 +5,10 @@ The fields of these classes are the format of `shown` in lab.json.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -36,16 +35,6 @@ class Curve:
     x_low: Sequence[Number] = ()
     x_high: Sequence[Number] = ()
 
-    def __post_init__(self) -> None:
-        """Raise ValueError if the lengths do not fit."""
-        lengths = {name: len(getattr(self, name)) for name in ("x", "y", "low", "high", "x_low", "x_high")}
-        n = lengths["x"]
-        intervals = (lengths["low"], lengths["high"]), (lengths["x_low"], lengths["x_high"])
-        if lengths["y"] != n or any(ends not in ((0, 0), (n, n)) for ends in intervals):
-            raise ValueError(
-                f"a curve needs as many x as y, and as many low and high (of x too) or none; it has {lengths}"
-            )
-
 
 @dataclass(frozen=True)
 class Panel:
@@ -65,12 +54,6 @@ class Panel:
     y_limits: tuple[float, float] | None = None
     direct: bool = False
 
-    def __post_init__(self) -> None:
-        """Raise ValueError if a limit is not finite, or the upper one not above the lower."""
-        for low, high in filter(None, (self.x_limits, self.y_limits)):
-            if not -math.inf < low < high < math.inf:
-                raise ValueError(f"limits need two finite numbers, the lower first; they are {low} and {high}")
-
 
 @dataclass(frozen=True)
 class Table:
@@ -80,14 +63,6 @@ class Table:
     about: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | bool | int | float | None]]
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if there is no column, or a row has not one value for each."""
-        if not self.columns:
-            raise ValueError("a table needs at least one column")
-        for number, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(f"row {number} has {len(row)} values for {len(self.columns)} columns")
 
 
 @dataclass(frozen=True)
@@ -117,7 +92,7 @@ class Measured(BaseModel):
     """lab.json: an experiment, its settings, what it shows and how long it took. Its other numbers are not read."""
 
     experiment: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     shown: Shown
     seconds: float
 

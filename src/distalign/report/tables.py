@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distalign.report.numbers import best_rows, format_estimate, format_interval, format_seconds, seeds_text
-from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
+from distalign.report.results import REFERENCE, Column, Difference, Results, display_name
 
 if TYPE_CHECKING:
     from distalign.report.terminal import Fitting
@@ -76,13 +76,13 @@ def results_table(content: dict[str, Any]) -> Fitting:
         best = best_rows(results, column)
         cells = [Text(_cell(results, name, column), "bold" if name in best else "") for name in results.rows]
         columns.append(Texts(f"{column.label}{_arrow(column)}\n{column.unit or ''}", cells))
-    last_apart = [name for name in results.rows if name in (TARGET, REFERENCE)][-1:]
+    apart = len(results.rows) - len(results.trained)
     return Fitting(
         Texts("", [display_name(name) for name in results.rows]),
         columns,
         title=f"{title} ({details})" if details else title,
         note="mean ± standard error; bold: best mean",
-        sections=frozenset(results.rows.index(name) for name in last_apart),
+        line_after=apart - 1,
     )
 
 
@@ -110,7 +110,7 @@ def _origin(results: Results, command: str) -> str:
     work = f"{format_seconds(float(sum(results.seconds.values())))} of work" if results.seconds else ""
     facts = (seeds_text(results.seeds).capitalize(), counts_text(results), about.get("device", ""), versions, work)
     lines = [
-        f"Made by {_code(command)}." if command else "",
+        f"Made by {_plain(command)}." if command else "",
         f"{_plain('; '.join(str(fact) for fact in facts if fact))}.",
         "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
     ]
@@ -213,13 +213,6 @@ def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
 def _plain(text: str) -> str:
     """A text in one line, with a backslash before everything that may begin markup."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """A text in one line as code, between more backticks than it has in a row."""
-    text = " ".join(text.split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def write_tables(results: Results, folder: Path) -> None:
