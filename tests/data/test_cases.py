@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from decimal import Decimal
 
@@ -9,7 +10,16 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distalign.data import DataError, Pair, decode_after, encode_pairs, end_token_id, label_warnings, read_pairs
+from distalign.data import (
+    DataError,
+    Pair,
+    decode_after,
+    encode_pairs,
+    end_token_id,
+    label_warnings,
+    read_pairs,
+    readers,
+)
 from distalign.errors import InputError
 from distalign.judges import Comparison
 from distalign.judges.local import encode
@@ -201,10 +211,15 @@ def test_numbers_as_tables_and_hands_write_them(tmp_path):
         read_pairs(huge)
 
 
-def test_files_whose_names_shout(tmp_path):
-    """`.JSONL` is JSON lines."""
+def test_files_whose_names_shout_and_files_that_are_bombs(tmp_path, monkeypatch):
+    """`.JSONL` is JSON lines; a line without end stops early."""
     (tmp_path / "DATA.JSONL").write_text(json.dumps(ROW) + "\n")
     assert len(read_pairs(tmp_path / "DATA.JSONL")) == 1
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1000)
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb") as file:
+        file.write(b"x" * 5000)
+    with pytest.raises(DataError, match="a line of more than"):
+        read_pairs(tmp_path / "bomb.jsonl.gz")
 
 
 def test_a_damaged_table_is_named(tmp_path):

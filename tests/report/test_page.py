@@ -507,6 +507,8 @@ def test_what_an_axis_cannot_hold_is_left_out_and_said(tmp_path):
         ({"lab.json": "[]"}, r"lab.json: the top level: .* found \[\]; run the experiment again"),
         ({"lab.json": {**measured(), "shown": {"about": ""}}}, r"lab.json: shown.title: Field required"),
         ({"lab.json": measured(panels=[panel(curve(y=["a"]))])}, r"shown.panels.0.curves.0.y.0: .*found \"a\""),
+        ({"lab.json": measured(panels=[panel(curve(y=[1]))])}, r"curves.0: .*as many x as y.*'x': 3, 'y': 1"),
+        ({"lab.json": measured(panels=[panel(curve(), x_limits=[1, math.nan])])}, r"x_limits.1: .*finite number"),
         ({"lab.json": measured(panels=[panel(curve(kind="bar"))])}, r"curves.0.kind: .*found \"bar\""),
     ],
 )
@@ -524,7 +526,7 @@ def test_a_broken_folder_is_told_where_and_what_to_do(tmp_path, files, message):
     [
         (["nothing"], "out", "no such folder"),
         ([], "out", "no run folder was given"),
-        (["a", "b"], None, "say which folder it is to be written into"),
+        (["a", "b"], None, "say with --out which folder"),
         (["a", "a"], "out", "given twice; give every run folder once"),
         (["a", "empty"], "out", r"empty: no results.json and no metrics.jsonl \(found: nothing\)"),
     ],

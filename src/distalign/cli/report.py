@@ -25,8 +25,6 @@ def report(
     if len(runs) > 1:
         if markdown is not None or json_path is not None:
             shared.refuse("--json and --markdown are of one run; leave them out for several")
-        if out is None:
-            shared.refuse("several runs make one page: say with --out which folder it is written into")
         print(f"report: {write_report(runs, out, files=files)}")
         return
     (run,) = runs

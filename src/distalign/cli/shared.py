@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from distalign.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -118,8 +120,6 @@ def quiet() -> None:
 
 def refuse(message: str) -> NoReturn:
     """Raise InputError with the message."""
-    from distalign.errors import InputError
-
     raise InputError(message)
 
 

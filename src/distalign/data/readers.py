@@ -21,6 +21,8 @@ Source = str | Path | Iterable[Record]
 
 SHOWN_PROBLEMS = 10
 NUMBERS = ("p_chosen", "chosen_reward", "rejected_reward")
+# A longer line is no row: a few kilobytes of gzip can hold gigabytes.
+LONGEST_LINE = 1 << 28
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
 
 
@@ -106,7 +108,11 @@ def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]
     number = 0
     try:
         with gzip.open(path) if head == b"\x1f\x8b" else open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
+            for number, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+                if len(raw) == LONGEST_LINE:
+                    what = f"a line of more than {LONGEST_LINE >> 20} MB; write one row per line"
+                    problems.append(Problem(f"{path}:{number}", what))
+                    return
                 line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
                 try:
                     yield number, line.decode()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from distalign.engine import Group
@@ -22,7 +23,6 @@ from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.auto import settle_gamma
-from distalign.experiments.loggers import one_run, run_names
 from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
@@ -80,7 +80,13 @@ def training_arguments(
     `transformers.TrainingArguments` refuses.
     """
     given = recipe.training_for(name)
-    settings: dict[str, Any] = {"bf16": recipe.dtype == "bfloat16", **run_names(recipe.name, name, seed), **given}
+    settings: dict[str, Any] = {
+        "bf16": recipe.dtype == "bfloat16",
+        # Of loggers: one run for each method and seed, in trackio's project of the recipe.
+        "run_name": f"{recipe.name}-{name}-seed-{seed}",
+        "project": recipe.name,
+        **given,
+    }
     if held_out and (compared or recipe.early_stopping is not None):
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
@@ -332,6 +338,26 @@ def train_method(
     if args.push_to_hub:
         trainer.push_to_hub()
     return policy, trainer
+
+
+@contextmanager
+def one_run(args: TrainingArguments, group: str) -> Iterator[None]:
+    """What is logged within is one run. wandb reads its group from WANDB_RUN_GROUP; one that is set already stays."""
+    if "wandb" not in (args.report_to or ()):
+        yield
+        return
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    # transformers' callback goes on with a run that is open: the user's own stays, ours is closed before the next.
+    users_own, grouped = wandb.run is not None, "WANDB_RUN_GROUP" in os.environ
+    os.environ.setdefault("WANDB_RUN_GROUP", group)
+    try:
+        yield
+    finally:
+        if not grouped:
+            del os.environ["WANDB_RUN_GROUP"]
+        if not users_own:
+            wandb.finish()
 
 
 def where_it_ends(setup: Setup, method: Method) -> str:

@@ -73,7 +73,7 @@ def _report(folder: str | Path | Sequence[str | Path], out: str | Path | None, f
         if not folder:
             raise ReportError("no run folder was given; give at least one")
         if out is None:
-            raise ReportError("several run folders make one page; say which folder it is to be written into")
+            raise ReportError("several run folders make one page; say with --out which folder it is written into")
         runs = read_runs([Path(path) for path in folder])
         together = merged(runs)
         return _write(_comparison(together, runs), together.results, Path(out), files)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 
 from distalign.report.results import Number, read_json
 
@@ -35,6 +35,16 @@ class Curve:
     x_low: Sequence[Number] = ()
     x_high: Sequence[Number] = ()
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if the lengths do not fit."""
+        lengths = {name: len(getattr(self, name)) for name in ("x", "y", "low", "high", "x_low", "x_high")}
+        n = lengths["x"]
+        intervals = (lengths["low"], lengths["high"]), (lengths["x_low"], lengths["x_high"])
+        if lengths["y"] != n or any(ends not in ((0, 0), (n, n)) for ends in intervals):
+            raise ValueError(
+                f"a curve needs as many x as y, and as many low and high (of x too) or none; it has {lengths}"
+            )
+
 
 @dataclass(frozen=True)
 class Panel:
@@ -50,8 +60,8 @@ class Panel:
     curves: Sequence[Curve]
     x_scale: Scale = "log"
     y_scale: Scale = "log"
-    x_limits: tuple[float, float] | None = None
-    y_limits: tuple[float, float] | None = None
+    x_limits: tuple[FiniteFloat, FiniteFloat] | None = None
+    y_limits: tuple[FiniteFloat, FiniteFloat] | None = None
     direct: bool = False
 
 
