@@ -221,7 +221,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _load_folder(path: Path) -> Any:
+def _load_folder(path: Path) -> Iterable[object]:
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         files = sorted(file.name for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".gz"))
         listed = ", ".join(files) or "none found"
@@ -232,7 +232,7 @@ def _load_folder(path: Path) -> Any:
     return load_from_disk(str(path))
 
 
-def _load_hub(name: str) -> Any:
+def _load_hub(name: str) -> Iterable[object]:
     from datasets import load_dataset
 
     try:
@@ -244,7 +244,7 @@ def _load_hub(name: str) -> Any:
         raise DataError([Problem(name, reason)]) from None
 
 
-def _table(table: Any, split: str | None, name: str) -> Iterator[tuple[str, Record]]:
+def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tuple[str, Record]]:
     """The rows of a `datasets` object or of any iterable of dicts; of a DatasetDict, one split."""
     if isinstance(table, Mapping):
         chosen = split or ("train" if "train" in table else next(iter(table)) if len(table) == 1 else None)

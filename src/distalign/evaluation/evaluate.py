@@ -79,16 +79,14 @@ def evaluate(
         for policy in measured.values():
             measure_rewards(policy, reward, setup.prompts)
     texts = [plain_text(text) for text in setup.texts]
-    write_samples(folder, setup.tokenizer, texts, measured)
+    judged: dict[str, Any] = {}
     try:
         judged = _judge(setup, measured)
-    except BaseException:
+    finally:
         # A judge may fail or be stopped: what was measured without it is not lost.
-        write_results(folder, _results(setup, measured, {}))
-        raise
-    results = _results(setup, measured, judged)
-    write_samples(folder, setup.tokenizer, texts, measured)
-    write_results(folder, results)
+        results = _results(setup, measured, judged)
+        write_samples(folder, setup.tokenizer, texts, measured)
+        write_results(folder, results)
     return Results(folder, results)
 
 

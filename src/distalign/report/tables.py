@@ -10,8 +10,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distalign.report.numbers import best_rows, format_estimate, format_interval, format_seconds, seeds_text
-from distalign.report.results import REFERENCE, Column, Difference, Results, display_name
+from distalign.report.numbers import (
+    best_rows,
+    format_estimate,
+    format_interval,
+    format_seconds,
+    mean_interval,
+    seeds_text,
+)
+from distalign.report.results import REFERENCE, Column, Difference, Measure, Results, display_name
 
 if TYPE_CHECKING:
     from distalign.report.terminal import Fitting
@@ -189,11 +196,8 @@ def _gaps(results: Results, first: str, second: str) -> list[float]:
 
 
 def _t_interval(values: Sequence[float]) -> Difference:
-    from distalign.stats.intervals import student_quantile
-
-    mean = statistics.fmean(values)
-    half = student_quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return Difference(mean=mean, low=mean - half, high=mean + half)
+    n = len(values)
+    return mean_interval(Measure(mean=statistics.fmean(values), se=statistics.stdev(values) / n**0.5, n=n))
 
 
 def _over_seeds(values: Sequence[float]) -> str:
