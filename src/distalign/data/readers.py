@@ -250,7 +250,7 @@ def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tu
         chosen = split or ("train" if "train" in table else next(iter(table)) if len(table) == 1 else None)
         if chosen not in table:
             what = f'no split "{chosen}"' if chosen else "several splits"
-            raise DataError([Problem(name, f"{what}; choose one of {', '.join(table)}")])
+            raise DataError([Problem(name, f"{what}; choose one of {', '.join(map(str, table))}")])
         table, name = table[chosen], f"{name}[{chosen}]"
     of_arrow = hasattr(table, "features")
     for number, row in enumerate(table, 1):

@@ -115,7 +115,7 @@ def end_token_id(tokenizer: Tokenizer, *, conversational: bool) -> int:
     )
 
 
-def decode_after(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+def decode_after(tokenizer: Any, ids: Sequence[int]) -> str:
     """The text of a response, without special tokens, as it stands after a prompt.
 
     By itself some tokenizers (Metaspace, of SentencePiece) would take its first space off.

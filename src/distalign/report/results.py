@@ -230,11 +230,8 @@ class Results(BaseModel):
 
     @property
     def judged_rows(self) -> list[str]:
-        """The rows whose responses were compared, in the order of `rows`; names that it lacks come last."""
-        matrix = self.win_rates.matrix
-        names = {*matrix, *(other for row in matrix.values() for other in row)}
-        known = [name for name in self.rows if name in names]
-        return known + sorted(names - {*known})
+        """The rows whose responses were compared, in the order of `rows`."""
+        return [name for name in self.rows if name in self.win_rates.matrix]
 
     @property
     def filled_columns(self) -> list[Column]:
