@@ -31,7 +31,6 @@ from distalign.cli.reward import reward
 from distalign.cli.shared import stoppable
 from distalign.cli.study import study
 from distalign.cli.train import train
-from distalign.errors import InputError
 
 # In what gloo and NCCL say of a process that is no longer there.
 LOST = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
@@ -84,6 +83,8 @@ def options(
 
 def main() -> None:
     """Run the command line; what a user can fix is printed as one message, without a traceback."""
+    from distalign.errors import InputError
+
     # PEFT imports it where it is installed, and on some CPUs it warns that it finds no kernel on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from distalign.errors import InputError
-
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
@@ -120,6 +118,8 @@ def quiet() -> None:
 
 def refuse(message: str) -> NoReturn:
     """Raise InputError with the message."""
+    from distalign.errors import InputError
+
     raise InputError(message)
 
 
