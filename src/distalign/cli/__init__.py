@@ -64,12 +64,13 @@ for command in COMMANDS:
     app.command()(_stoppable(command))
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         from distalign import __version__
 
         print(f"distalign {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
