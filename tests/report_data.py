@@ -27,7 +27,6 @@ def difference(mean, low, high, n=48):
 
 COMPARISON = {
     "name": "quickstart",
-    "title": "A known target",
     "seeds": [0],
     "columns": [
         {"key": "forward_kl", "label": "KL(π*‖π)", "unit": "nats", "better": "lower", "about": "Distance."},

@@ -6,7 +6,7 @@ The public names are loaded when they are first used, so that `import distalign`
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from distalign.data import encode_pairs as encode_pairs
@@ -78,7 +78,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = list(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOME_OF:
         raise AttributeError(f"module 'distalign' has no attribute {name!r}")
     return getattr(import_module(f"distalign.{_HOME_OF[name]}"), name)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distalign.errors import InputError
 
@@ -40,16 +40,8 @@ def switch(value: object) -> object:
     return {True: {}, False: None}[value] if isinstance(value, bool) else value
 
 
-def _quantization(value: object) -> object:
-    """Null or "4bit". Raises ValueError naming what was meant."""
-    if value is None or value == "4bit":
-        return value
-    meant = "" if re.search("8|int|gptq|awq", str(value), re.IGNORECASE) else 'did you mean "4bit"? '
-    raise ValueError(f"quantization is {shown(value)}; {meant}it is null, or 4bit (bitsandbytes NF4)")
-
-
-# How a model's weights are put into fewer bits as they are loaded.
-Quantization = Annotated[Literal["4bit"] | None, BeforeValidator(_quantization)]
+# How a model's weights are put into fewer bits as they are loaded: bitsandbytes NF4.
+Quantization = Literal["4bit"] | None
 
 
 def several(value: object) -> object:
@@ -75,9 +67,7 @@ _FLOAT = re.compile(
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers and booleans; no dates."""
 
-    _level = 0
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, object]:
         keys = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
@@ -85,38 +75,18 @@ class _Loader(yaml.SafeLoader):
             if key.value in keys:
                 raise yaml.MarkedYAMLError(None, None, f'"{key.value}" stands twice, keep one of them', key.start_mark)
             keys.add(key.value)
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # pyright: ignore[reportArgumentType]  # a tag may lie
 
-    def get_single_data(self) -> Any:
-        """The document, refused where it is too large or too deep for settings: an alias may double what it names."""
-        node = self.get_single_node()
-        if node is None:
-            return None
-        _size(node, {})
-        return self.construct_document(node)
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Raises MarkedYAMLError for more than `_DEEPEST` levels of nesting."""
-        self._level += 1
-        if self._level > _DEEPEST:
-            what = f"more than {_DEEPEST} levels of nesting, too many for settings"
-            raise yaml.MarkedYAMLError(None, None, what, self.peek_event().start_mark)
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self._level -= 1
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Raises MarkedYAMLError for a text that is not what its tag says, such as `!!int x`."""
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            kind, reason = node.tag.rpartition(":")[2], " ".join(str(error).split())[:80]
-            raise yaml.MarkedYAMLError(None, None, f"this is no {kind}: {reason}", node.start_mark) from None
+    def compose_document(self) -> yaml.Node | None:
+        """The document's node, refused where aliases make it too large for settings: one may double what it names."""
+        node = super().compose_document()
+        if node is not None:
+            _size(node, {})
+        return node
 
 
-# Nodes that settings may have, an alias counted as all that it names, and levels of nesting.
-_LARGEST, _DEEPEST = 100_000, 50
+# Nodes that settings may have, an alias counted as all that it names.
+_LARGEST = 100_000
 
 
 def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
@@ -182,12 +152,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-def load_yaml(text: str) -> Any:
-    """The value of a YAML text as recipes are read. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+def load_yaml(text: str) -> object:
+    """The value of a YAML text as recipes are read. Raises yaml.YAMLError, also where a tag does not fit."""
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("too many levels of nesting") from None
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise yaml.YAMLError(f"a value is not of its kind: {' '.join(str(error).split())[:80]}") from None
 
 
-def parse_value(text: str, override: str) -> Any:
+def parse_value(text: str, override: str) -> object:
     """The YAML value of an `override`, as `--set key=value` takes it. Raises RecipeError."""
     try:
         return load_yaml(text)

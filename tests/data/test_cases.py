@@ -10,8 +10,16 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from distalign.data import DataError, Pair, decode_after, encode_pairs, end_token_id, read_pairs, readers
-from distalign.data.labels import label_warnings
+from distalign.data import (
+    DataError,
+    Pair,
+    decode_after,
+    encode_pairs,
+    end_token_id,
+    label_warnings,
+    read_pairs,
+    readers,
+)
 from distalign.errors import InputError
 from distalign.judges import Comparison
 from distalign.judges.local import encode

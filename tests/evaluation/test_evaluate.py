@@ -14,11 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from distalign import cli
+from distalign.data import EncodedPrompt
 from distalign.engine import Group, score
 from distalign.errors import InputError
 from distalign.evaluation import answers
 from distalign.evaluation.evaluate import all_opponents, evaluate, win_rates
-from distalign.evaluation.setup import _named, load_evaluation
+from distalign.evaluation.setup import EvaluationSetup, _named, load_evaluation
 from distalign.judges import EndpointError
 from distalign.models.targets import Tilt
 
@@ -152,9 +153,9 @@ def test_a_repeated_evaluation_runs_no_policy(place, results, monkeypatch):
     drawn = []
     real = answers.draw_answers
 
-    def count(name, *args, **more):
+    def count(setup, name, *args):
         drawn.append(name)
-        return real(name, *args, **more)
+        return real(setup, name, *args)
 
     monkeypatch.setattr("distalign.evaluation.answers.draw_answers", count)
     again = evaluate(settings(place)).content
@@ -187,11 +188,15 @@ def test_changed_weights_are_another_policy(place, tmp_path):
     weights = load_file(tmp_path / "adapted" / "adapter_model.safetensors")
     save_file({name: 2 * value for name, value in weights.items()}, tmp_path / "adapted" / "adapter_model.safetensors")
     assert answers.weights_digest(answers_source(tmp_path / "adapted")) != adapted
-    source, reference = answers_source(place / "moved"), answers_source(place / "model")
+    source, reference, base = answers_source(place / "moved"), answers_source(place / "model"), tiny.model()
 
     def key(name="moved", start=reference, prompts=([1],), pairs=(), end_id=3, **change):
-        settings = made.model_copy(update=change)
-        return answers.content_key(name, source, start, settings, list(prompts), list(pairs), end_id)
+        sources = {name: source, "reference": start}
+        encoded = [EncodedPrompt(prompt) for prompt in prompts]
+        setup = EvaluationSetup(
+            made.model_copy(update=change), sources, tiny.tokenizer(), encoded, [], end_id, {}, base, None
+        )
+        return answers.content_key(setup, name, list(pairs))
 
     changes = [{"temperature": 0.5}, {"seed": 5}, {"dtype": "bfloat16"}, {"samples": 9}, {"end_id": 2}]
     changes += [{"name": "other"}, {"start": source}, {"prompts": ([2],)}, {"pairs": (Group([1], [[2], [3]]),)}]
@@ -214,11 +219,11 @@ def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
     whole = evaluate(settings(place, f"output_dir={tmp_path}", "name=whole")).content
     drawn, real, stops = [], answers.draw_answers, ["adapted"]
 
-    def stop(name, *args, **more):
+    def stop(setup, name, *args):
         if name in stops:
             raise KeyboardInterrupt
         drawn.append(name)
-        return real(name, *args, **more)
+        return real(setup, name, *args)
 
     monkeypatch.setattr("distalign.evaluation.answers.draw_answers", stop)
     with pytest.raises(KeyboardInterrupt):

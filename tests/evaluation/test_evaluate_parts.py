@@ -13,7 +13,7 @@ from distalign.engine import Group, score
 from distalign.evaluation import answers
 from distalign.evaluation.answers import Answers, load_answers
 from distalign.evaluation.evaluate import _cross_fitted, judge_all, win_rates
-from distalign.evaluation.setup import Evaluation
+from distalign.evaluation.setup import Evaluation, EvaluationSetup
 from distalign.judges import Judgement
 from distalign.stats.calibration import calibrate
 
@@ -50,12 +50,15 @@ def test_a_folder_that_was_being_written_again_is_not_believed(tmp_path, monkeyp
     assert load_answers(tmp_path, "a", "key") is None
 
 
-def test_answers_come_with_their_own_scores():
+def test_answers_come_with_their_own_scores(monkeypatch):
     """Prompts of several lengths in several batches, two answers each: every score is that of its response."""
     policy, reference = tiny.model(initializer_range=0.3).double(), tiny.model().double()
     prompts = [[5, 6, 9, 11], [7], [8, 4, 5], [9, 9], [12, 4, 6, 7, 8]]
     made = Evaluation(name="a", model="m", prompts="p", max_new_tokens=4, samples=2, rows=4, temperature=0.7)
-    one = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=reference)
+    encoded = [EncodedPrompt(prompt) for prompt in prompts]
+    setup = EvaluationSetup(made, {}, tiny.tokenizer(), encoded, [], 3, {}, reference, None)
+    monkeypatch.setattr(EvaluationSetup, "policy", lambda self, name: policy)
+    one = answers.draw_answers(setup, "a", "key", [])
     groups = [Group(prompt, own) for prompt, own in zip(prompts, one.responses, strict=True)]
     with torch.no_grad():
         expected = score(policy, groups, reference=reference, entropy=True, temperature=0.7)
@@ -63,7 +66,7 @@ def test_answers_come_with_their_own_scores():
     for name, values in {"logps": expected.logps, "entropy": expected.step_entropy, "kl": expected.step_kl}.items():
         whole = values if name == "logps" else values.sum(-1)
         torch.testing.assert_close(one.scores[name], whole, rtol=0, atol=1e-9, msg=name)
-    own = answers.draw_answers("a", "key", policy, made, prompts, [], end_id=3, reference=policy)
+    own = answers.draw_answers(replace(setup, base=policy), "a", "key", [])
     assert own.responses == one.responses
     assert own.scores["kl"].tolist() == [0.0] * 10
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 
 import pytest
 
@@ -12,7 +11,6 @@ from distalign.errors import InputError
 from distalign.evaluation import metrics
 from distalign.evaluation.evaluate import evaluate
 from distalign.evaluation.setup import load_evaluation, load_setup
-from distalign.models.load import Source
 
 # A prompt, and the column that a function is given.
 ROWS = [
@@ -76,22 +74,6 @@ def test_nothing_is_told_where_nothing_repeats(settings, caplog):
     setup = load_setup(settings([ROWS[0], ROWS[3]]))
     assert {LEFT_OUT, SHARED}.isdisjoint(setup.statistics)
     assert caplog.text == ""
-
-
-def test_a_tokenizer_is_loaded_once_for_equal_files(settings, tiny_folder, tmp_path, monkeypatch):
-    """The reference's serves its copies; one of other files is loaded once, and its copies are not."""
-    made = settings([ROWS[0], ROWS[3]])
-    for name in ("copy", "other", "other-copy"):
-        shutil.copytree(tiny_folder, tmp_path / name)
-        if name.startswith("other"):
-            # The same vocabulary in another file.
-            text = json.loads((tmp_path / name / "tokenizer.json").read_text(encoding="utf-8"))
-            (tmp_path / name / "tokenizer.json").write_text(json.dumps(text, indent=3), encoding="utf-8")
-    policies = {name: str(tmp_path / name) for name in ("copy", "other", "other-copy")} | {"same": str(tiny_folder)}
-    loaded, real = [], Source.tokenizer
-    monkeypatch.setattr(Source, "tokenizer", lambda source: loaded.append(source.name) or real(source))
-    load_setup(made.model_copy(update={"policies": policies}))
-    assert loaded == [str(tiny_folder), policies["other"]]
 
 
 def test_results_are_written_before_a_judge_that_fails(settings, tmp_path, monkeypatch, tiny_folder):

@@ -19,9 +19,8 @@ from distalign.errors import InputError
 from distalign.evaluation.results import finite
 from distalign.experiments import train as experiment
 from distalign.experiments.compare import compare
-from distalign.experiments.loggers import one_run
 from distalign.experiments.recipe import load_recipe
-from distalign.experiments.train import train, training_arguments
+from distalign.experiments.train import one_run, train, training_arguments
 from distalign.report import write_report
 from distalign.report.results import Results
 from distalign.settings import RecipeError

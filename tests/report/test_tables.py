@@ -51,7 +51,7 @@ def test_terminal_table():
     content["methods"]["[red]mine"] = {"forward_kl": number(7.0, 0.5)}
     text = printed(content, 120)
     for part in (
-        "A known target (seed 0, n = 40–128)",
+        "quickstart (seed 0, n = 40–128)",
         "KL(π*‖π) ↓",
         "nats",
         "10.9 ± 0.9",
@@ -98,7 +98,7 @@ def test_what_is_no_comparison_is_refused(table):
 def test_the_table_has_every_number_with_its_error():
     """Rows and columns of the terminal's table, and what each column means."""
     text = results_markdown(COMPARISON, "distalign compare quickstart.yaml")
-    assert "Made by `distalign compare quickstart.yaml`." in text
+    assert "Made by distalign compare quickstart.yaml." in text
     assert "| PMLE | 6.0 ± 0.5 | 0.758 ± 0.012 | 40 ± 1 |" in text.replace("40.0 ± 1.0", "40 ± 1")
     assert r"* KL(π\*‖π): Distance." in text
     assert text.count("| reference") == 1 or "π₀" in text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distalign.cli.shared import JsonOption, ModelOption, print_rich, quiet, refuse, write_json
+from distalign.cli import shared
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 def check(
     source: Annotated[str, typer.Argument(help="JSON lines (.gz too), CSV, Parquet, a folder or a hub id.")],
-    model: ModelOption = None,
+    model: shared.ModelOption = None,
     split: Annotated[str | None, typer.Option(help="Split of a dataset.")] = None,
     drop_ties: Annotated[bool, typer.Option(help="Count pairs whose responses are the same, and go on.")] = False,
     limit: Annotated[int | None, typer.Option(help="Read this many pairs only.", min=1)] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of prompt and response together.", min=1)] = None,
-    json_path: JsonOption = None,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """Check preference pairs: format, counts, lengths, duplicates, ties, and one example as the model reads it."""
     from distalign.data import inspect_pairs
 
     tokenizer = None
     if model is not None:
-        quiet()
+        shared.quiet()
         from distalign.models.load import find_model
 
         policy = find_model(model)
         tokenizer, max_length = policy.tokenizer(), max_length or policy.max_length()
     inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
-    print_rich(describe_pairs(inspection))
-    write_json(json_path, inspection.to_json())
+    shared.print_rich(describe_pairs(inspection))
+    shared.write_json(json_path, inspection.to_json())
     if inspection.too_long:
-        refuse(
+        shared.refuse(
             f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "
             "without them: --set data.too_long=drop"
         )

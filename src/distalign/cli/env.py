@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from distalign.cli.shared import JsonOption, print_words, write_json
+from distalign.cli import shared
 
 
 def env(
     device: Annotated[bool, typer.Option("--device", help="Ask torch for the device, which takes seconds.")] = False,
-    json_path: JsonOption = None,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """Versions, what is missing, and with --device the device."""
     import importlib.util
@@ -28,5 +28,5 @@ def env(
     for package, purpose in optional.items():
         present = importlib.util.find_spec(package) is not None
         rows[package] = "installed" if present else f"missing ({purpose})"
-    print_words(["what", "found"], [[key, value] for key, value in rows.items()])
-    write_json(json_path, rows)
+    shared.print_words(["what", "found"], [[key, value] for key, value in rows.items()])
+    shared.write_json(json_path, rows)

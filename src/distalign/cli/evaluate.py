@@ -6,58 +6,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distalign.cli.shared import (
-    EvaluationArgument,
-    HeldOutOption,
-    JsonOption,
-    OutputOption,
-    PromptsOption,
-    ReferenceOption,
-    SetOption,
-    WideOption,
-    check_path,
-    command_line,
-    overrides,
-    print_numbers,
-    quiet,
-    stoppable,
-    write_json,
-)
+from distalign.cli import shared
 
 if TYPE_CHECKING:
     from distalign.report.terminal import Fitting
 
 
 def evaluate(
-    recipe: EvaluationArgument,
+    recipe: shared.RecipeArgument,
     policies: Annotated[
         list[str] | None,
         typer.Argument(help="Policies: name=folder, or folders, adapters, hub ids.", metavar="[NAME=]POLICY"),
     ] = None,
-    set_: SetOption = None,
-    model: ReferenceOption = None,
-    prompts: PromptsOption = None,
-    pairs: HeldOutOption = None,
-    output_dir: OutputOption = None,
-    wide: WideOption = False,
-    json_path: JsonOption = None,
+    set_: shared.SetOption = None,
+    model: shared.ModelOption = None,
+    prompts: shared.PromptsOption = None,
+    pairs: shared.HeldOutOption = None,
+    output_dir: shared.OutputOption = None,
+    wide: shared.WideOption = False,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """Measure policies on the same held-out prompts and pairs: distances, quality, and who wins."""
-    check_path(json_path)
-    with stoppable(lambda: f"what was answered is kept; go on with: {command_line()}"):
-        quiet()
+    shared.check_path(json_path)
+    with shared.stoppable(lambda: f"what was answered is kept; go on with: {shared.command_line()}"):
+        shared.quiet()
         from distalign.evaluation.evaluate import evaluate as run
         from distalign.evaluation.setup import load_evaluation
         from distalign.report import results_table, write_report
 
-        flags = overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
+        flags = shared.overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
         settings = load_evaluation(recipe, [*flags, *(set_ or [])], policies or [])
         results = run(settings).content
         page = write_report(settings.run_dir)
-    print_numbers(results_table(results), wide)
+    shared.print_numbers(results_table(results), wide)
     if matrix := results.get("win_rates", {}).get("matrix", {}):
-        print_numbers(_wins(matrix, list(results["methods"]), results["win_rates"]["judge"]), wide)
-    write_json(json_path, results)
+        shared.print_numbers(_wins(matrix, list(results["methods"]), results["win_rates"]["judge"]), wide)
+    shared.write_json(json_path, results)
     print(f"results: {settings.run_dir / 'results.json'}\nreport: {page}")
 
 

@@ -6,25 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distalign.cli.shared import (
-    EvaluationArgument,
-    HeldOutOption,
-    JsonOption,
-    OutputOption,
-    PromptsOption,
-    ReferenceOption,
-    SetOption,
-    WideOption,
-    check_path,
-    command_line,
-    overrides,
-    print_numbers,
-    print_rich,
-    quiet,
-    refuse,
-    stoppable,
-    write_json,
-)
+from distalign.cli import shared
 
 if TYPE_CHECKING:
     from distalign.evaluation.frontier import Band, Frontier
@@ -32,45 +14,45 @@ if TYPE_CHECKING:
 
 
 def frontier(
-    recipe: EvaluationArgument,
+    recipe: shared.RecipeArgument,
     samples: Annotated[int, typer.Option(help="Responses of the reference to each prompt.", min=2)] = 64,
     betas: Annotated[
         str | None, typer.Option(help="KL weights, with commas; chosen by the rewards if not given.")
     ] = None,
     gammas: Annotated[str | None, typer.Option(help="Entropy weights, with commas; 0 is RLHF.")] = None,
     kl_budget: Annotated[float | None, typer.Option(help="Recommend within this KL, in nats per response.")] = None,
-    set_: SetOption = None,
-    model: ReferenceOption = None,
-    prompts: PromptsOption = None,
-    pairs: HeldOutOption = None,
-    output_dir: OutputOption = None,
-    wide: WideOption = False,
-    json_path: JsonOption = None,
+    set_: shared.SetOption = None,
+    model: shared.ModelOption = None,
+    prompts: shared.PromptsOption = None,
+    pairs: shared.HeldOutOption = None,
+    output_dir: shared.OutputOption = None,
+    wide: shared.WideOption = False,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """Predict reward, KL and entropy of each (β, γ) before training, from responses of the reference."""
-    check_path(json_path)
+    shared.check_path(json_path)
     weights, entropies = _numbers("--betas", betas), _numbers("--gammas", gammas)
-    with stoppable(lambda: f"what was answered is kept; go on with: {command_line()}"):
-        quiet()
+    with shared.stoppable(lambda: f"what was answered is kept; go on with: {shared.command_line()}"):
+        shared.quiet()
         from distalign.evaluation.frontier import FRONTIER, forecast
         from distalign.evaluation.setup import load_evaluation
 
         # The prompts of the pairs that are given come before the recipe's prompts.
         flags = ["prompts=null"] if pairs and not prompts else []
-        flags += overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
+        flags += shared.overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
         settings = load_evaluation(recipe, [*flags, f"samples={samples}", *(set_ or [])])
         try:
             result = forecast(settings, betas=weights, gammas=entropies)
         except ValueError as error:
-            refuse(f"frontier: {error}")
-    print_numbers(frontier_table(result), wide)
-    write_json(json_path, result.to_json())
+            shared.refuse(f"frontier: {error}")
+    shared.print_numbers(frontier_table(result), wide)
+    shared.write_json(json_path, result.to_json())
     print(f"frontier: {settings.frontier_dir / FRONTIER}")
     if kl_budget is not None:
         try:
-            print_rich(str(result.recommend(kl_budget)))
+            shared.print_rich(str(result.recommend(kl_budget)))
         except ValueError as error:
-            refuse(f"--kl-budget {kl_budget:g}: {error}")
+            shared.refuse(f"--kl-budget {kl_budget:g}: {error}")
 
 
 def frontier_table(frontier: Frontier) -> Fitting:
@@ -111,4 +93,4 @@ def _numbers(option: str, text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        refuse(f"{option} {text}: not numbers; write them with commas, as 0.1,0.5,2")
+        shared.refuse(f"{option} {text}: not numbers; write them with commas, as 0.1,0.5,2")

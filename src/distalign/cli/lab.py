@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distalign.cli.shared import JsonOption, check_path, print_words, quiet, refuse, write_json
+from distalign.cli import shared
 
 if TYPE_CHECKING:
     from distalign.lab.experiment import Experiment, Row
@@ -31,11 +31,11 @@ def lab(
     out: Annotated[Path, typer.Option(help="Folder of the results; each experiment gets a subfolder.")] = Path(
         "runs/lab"
     ),
-    json_path: JsonOption = None,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """Measure what the theory promises, on targets known exactly; writes numbers, figures and one report."""
-    check_path(json_path)
-    quiet()
+    shared.check_path(json_path)
+    shared.quiet()
     from distalign.progress import progress
     from distalign.report import write_report
 
@@ -60,8 +60,8 @@ def lab(
         for name, numbers in results.items()
         for claim in numbers["shown"]["claims"]
     ]
-    print_words(["experiment", "promised", "found", "holds"], rows)
-    write_json(json_path, {"experiments": results} if experiment == _ALL else results[chosen[0].name])
+    shared.print_words(["experiment", "promised", "found", "holds"], rows)
+    shared.write_json(json_path, {"experiments": results} if experiment == _ALL else results[chosen[0].name])
 
 
 def _measure(experiment: Experiment, advance: Advance) -> Row:
@@ -75,7 +75,7 @@ def _measure(experiment: Experiment, advance: Advance) -> Row:
         changed = experiment.model_dump(exclude_defaults=True)
         if not changed:
             raise
-        return refuse(
+        return shared.refuse(
             f"lab {experiment.name}: cannot be measured at {in_words(changed)} ({type(error).__name__}: {error}); "
             "go back towards its defaults"
         )
@@ -92,15 +92,15 @@ def _experiments(name: str, flags: dict[str, int], overrides: list[str]) -> list
         settings, where = read_yaml(Path(name)), name
         name = str(settings.pop("experiment", None))
         if name not in EXPERIMENTS:
-            refuse(f"{where}: experiment is {name!r}; write experiment: {' | '.join(EXPERIMENTS)}")
+            shared.refuse(f"{where}: experiment is {name!r}; write experiment: {' | '.join(EXPERIMENTS)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
-            refuse(f"--set {override}: write key=value")
+            shared.refuse(f"--set {override}: write key=value")
         settings[key.strip()] = parse_value(value, override)
     if name == _ALL:
         if settings:
-            refuse("--set goes with one experiment, not with all: each has its own settings")
+            shared.refuse("--set goes with one experiment, not with all: each has its own settings")
         # Of the flags those that the experiment has.
         return [
             configure(each, {key: value for key, value in flags.items() if key in each.model_fields}, where)
@@ -108,7 +108,9 @@ def _experiments(name: str, flags: dict[str, int], overrides: list[str]) -> list
         ]
     if name not in EXPERIMENTS:
         near = "".join(f'; did you mean "{match}"?' for match in get_close_matches(name, EXPERIMENTS, 1))
-        refuse(f'lab: there is no experiment "{name}"; choose {", ".join(EXPERIMENTS)}, {_ALL} or a recipe{near}')
+        shared.refuse(
+            f'lab: there is no experiment "{name}"; choose {", ".join(EXPERIMENTS)}, {_ALL} or a recipe{near}'
+        )
     return [configure(EXPERIMENTS[name], settings | flags, where)]
 
 
@@ -116,4 +118,4 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        refuse(f"--out {folder}: cannot be made ({error.strerror}); choose another place")
+        shared.refuse(f"--out {folder}: cannot be made ({error.strerror}); choose another place")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from distalign.cli.shared import quiet, refuse
+from distalign.cli import shared
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Of llama.cpp.
@@ -39,8 +39,8 @@ def merge(
 ) -> None:
     """Merge the adapter of a run into its base: a model in full precision, with tokenizer and card."""
     if dtype not in DTYPES:
-        refuse(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
-    quiet()
+        shared.refuse(f"--dtype {dtype}: take one of {', '.join(DTYPES)}")
+    shared.quiet()
     from distalign.experiments.merge import agreement
     from distalign.experiments.merge import merge as run_merge
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from distalign.cli.shared import JsonOption, WideOption, print_numbers, write_json
+from distalign.cli import shared
 
 
-def methods(wide: WideOption = False, json_path: JsonOption = None) -> None:
+def methods(wide: shared.WideOption = False, json_path: shared.JsonOption = None) -> None:
     """The methods: their equation, what they need, and the rate at which they reach the target."""
     from distalign.methods import METHODS
     from distalign.report.terminal import Fitting, Texts
@@ -31,5 +31,5 @@ def methods(wide: WideOption = False, json_path: JsonOption = None) -> None:
             }
         )
     names, *columns = (Texts(key, [row[key] for row in rows], right=False) for key in rows[0])
-    print_numbers(Fitting(names, columns), wide)
-    write_json(json_path, {"methods": rows})
+    shared.print_numbers(Fitting(names, columns), wide)
+    shared.write_json(json_path, {"methods": rows})

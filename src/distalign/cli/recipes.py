@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from distalign.cli.shared import JsonOption, print_words, refuse, write_json, write_text
+from distalign.cli import shared
 
 # The folder of the packaged evaluations, by which they are told from those of training.
 _EVALUATIONS = "evaluate"
@@ -19,19 +19,25 @@ def recipes(
         bool, typer.Option("--schema", help="Print the JSON schema of a recipe, by which an editor completes it.")
     ] = False,
     evaluation: Annotated[bool, typer.Option("--evaluation", help="With --schema: that of an evaluation.")] = False,
-    json_path: JsonOption = None,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """List the packaged recipes, which every command takes by name."""
     from distalign.settings import packaged_recipes
 
     if schema:
-        print(json.dumps(_schema(evaluation), indent=1, ensure_ascii=False))
+        from distalign.evaluation.setup import Evaluation
+        from distalign.experiments.recipe import recipe_schema
+
+        content = Evaluation.model_json_schema() if evaluation else recipe_schema()
+        # The file's name is the run's by default.
+        content["required"].remove("name")
+        print(json.dumps(content, indent=1, ensure_ascii=False))
         return
     training, evaluations = packaged_recipes(), packaged_recipes(_EVALUATIONS)
-    print_words(["train, compare, reward", ""], [[name, about] for name, about in training.items()])
-    print_words(["evaluate, frontier", ""], [[name, about] for name, about in evaluations.items()])
+    shared.print_words(["train, compare, reward", ""], [[name, about] for name, about in training.items()])
+    shared.print_words(["evaluate, frontier", ""], [[name, about] for name, about in evaluations.items()])
     print("One to edit: distalign init NAME")
-    write_json(json_path, {"training": training, "evaluation": evaluations})
+    shared.write_json(json_path, {"training": training, "evaluation": evaluations})
 
 
 def init(
@@ -44,23 +50,10 @@ def init(
     kind, name = _EVALUATIONS if evaluation else "", name.removesuffix(".yaml")
     packaged = packaged_recipes(kind)
     if name not in packaged:
-        refuse(f'init: no recipe "{name}" is packaged; give one of {", ".join(packaged)}')
+        shared.refuse(f'init: no recipe "{name}" is packaged; give one of {", ".join(packaged)}')
     path = Path(f"{name}-evaluation.yaml" if evaluation else f"{name}.yaml")
     if path.exists():
-        refuse(f"{path}: is there already; rename or remove it, then run distalign init {name} again")
-    write_text(path, (RECIPES / kind / f"{name}.yaml").read_text(encoding="utf-8"), "init")
+        shared.refuse(f"{path}: is there already; rename or remove it, then run distalign init {name} again")
+    shared.write_text(path, (RECIPES / kind / f"{name}.yaml").read_text(encoding="utf-8"), "init")
     command = f"distalign evaluate {path} POLICY" if evaluation else f"distalign compare {path}"
     print(f"recipe: {path}\nEdit it, then: {command}")
-
-
-def _schema(evaluation: bool) -> dict[str, Any]:
-    if evaluation:
-        from distalign.evaluation.setup import Evaluation
-
-        schema = Evaluation.model_json_schema()
-        # The file's name is the evaluation's by default.
-        schema["required"].remove("name")
-        return schema
-    from distalign.experiments.recipe import recipe_schema
-
-    return recipe_schema()

@@ -8,33 +8,23 @@ from typing import Annotated
 
 import typer
 
-from distalign.cli.shared import (
-    JsonOption,
-    MarkdownOption,
-    WideOption,
-    print_numbers,
-    refuse,
-    write_json,
-    write_markdown,
-)
+from distalign.cli import shared
 
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="A run folder, or several for one page of them.", metavar="RUN…")],
     out: Annotated[Path | None, typer.Option(help="Folder of the page; needed for several runs.")] = None,
     files: Annotated[bool, typer.Option(help="Write tables as CSV and figures as PNG beside the page.")] = True,
-    wide: WideOption = False,
-    json_path: JsonOption = None,
-    markdown: MarkdownOption = None,
+    wide: shared.WideOption = False,
+    json_path: shared.JsonOption = None,
+    markdown: shared.MarkdownOption = None,
 ) -> None:
     """Draw the report of a run again, from its folder, or of several on one page; loads no model."""
     from distalign.report import results_table, write_report
 
     if len(runs) > 1:
         if markdown is not None or json_path is not None:
-            refuse("--json and --markdown are of one run; leave them out for several")
-        if out is None:
-            refuse("several runs make one page: say with --out which folder it is written into")
+            shared.refuse("--json and --markdown are of one run; leave them out for several")
         print(f"report: {write_report(runs, out, files=files)}")
         return
     (run,) = runs
@@ -42,9 +32,9 @@ def report(
     results = run / "results.json"
     if results.is_file():
         content = json.loads(results.read_text(encoding="utf-8"))  # write_report has checked it
-        print_numbers(results_table(content), wide)
-        write_json(json_path, content)
-        write_markdown(markdown, content, "")
+        shared.print_numbers(results_table(content), wide)
+        shared.write_json(json_path, content)
+        shared.write_markdown(markdown, content, "")
     elif markdown is not None or json_path is not None:
-        refuse(f"{run}: holds no results.json of a comparison to write from; leave --markdown and --json out")
+        shared.refuse(f"{run}: holds no results.json of a comparison to write from; leave --markdown and --json out")
     print(f"report: {page}")

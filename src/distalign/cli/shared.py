@@ -16,22 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from distalign.experiments.recipe import Recipe
     from distalign.report.terminal import Fitting
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(
-        help="The settings of a run: a YAML file, or the name of a packaged recipe (quickstart).", metavar="RECIPE"
-    ),
-]
-EvaluationArgument = Annotated[
-    str,
-    typer.Argument(
-        help="The settings of an evaluation: a YAML file, or the name of a packaged one (quickstart).", metavar="RECIPE"
-    ),
+    typer.Argument(help="The settings: a YAML file, or the name of a packaged recipe (quickstart).", metavar="RECIPE"),
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -46,9 +38,6 @@ WideOption = Annotated[
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the numbers of the table to this file, too.")]
 MarkdownOption = Annotated[
     Path | None, typer.Option("--markdown", help="Write the table and what separates from what to this file.")
-]
-ReferenceOption = Annotated[
-    str | None, typer.Option("--model", help="Another reference: a folder, a hub id or a .gguf file.")
 ]
 PromptsOption = Annotated[
     str | None, typer.Option("--prompts", help="Prompts to answer: a file, a folder or a hub id.")
@@ -175,38 +164,45 @@ def _masked_word(word: str) -> str:
     return f"{name}={masked(value, name.rpartition('.')[2])}" if equals else masked(word)
 
 
-def print_words(columns: list[str], rows: list[list[Any]]) -> None:
+def print_words(columns: list[str], rows: list[list[object]]) -> None:
     """A table of words, broken between words where the terminal is narrow."""
-    from distalign.report.terminal import text_table
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
-    print_rich(text_table(columns, [[str(value) for value in row] for row in rows]))
+    table = Table(box=box.HORIZONTALS)
+    for column in columns:
+        table.add_column(Text(column))
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row))
+    print_rich(table)
 
 
 def print_numbers(table: Fitting, wide: bool = False) -> None:
     """A table with as many columns as fit, or with all."""
-    from rich.console import Console
-
-    console = Console()
-    # A pipe has no width: what is read by a program must not be left out.
-    if not console.is_terminal:
-        console = Console(width=10_000)
+    console = _console(10_000)
     console.print(table.at(console.width, wide=wide))
 
 
 def print_rich(renderable: RenderableType) -> None:
     """Print something of rich, uncut where no terminal reads it."""
+    _console(300).print(renderable, highlight=False)
+
+
+def _console(width: int) -> Console:
+    """The terminal; a pipe, which has no width, gets this one: what is read by a program must not be left out."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=300)
-    console.print(renderable, highlight=False)
+    return console if console.is_terminal else Console(width=width)
 
 
 def write_json(path: Path | None, content: object) -> None:
-    """Write JSON to a file, if one is given."""
+    """Write JSON to a file, if one is given; a number that could not be computed is null."""
     if path is not None:
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False))
+        from distalign.evaluation.results import finite
+
+        write_text(path, json.dumps(finite(content), indent=1, ensure_ascii=False))
 
 
 def write_markdown(path: Path | None, content: dict[str, Any], command: str) -> None:

@@ -8,22 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from distalign.cli.shared import (
-    DataOption,
-    JsonOption,
-    ModelOption,
-    OutputOption,
-    SetOption,
-    check_path,
-    command_line,
-    is_first,
-    print_words,
-    quiet,
-    read_recipe,
-    refuse,
-    stoppable,
-    write_json,
-)
+from distalign.cli import shared
 
 
 def train(
@@ -39,44 +24,44 @@ def train(
         str | None,
         typer.Option(help="The method to train, needed if the recipe has several; file.py:Class is one of your own."),
     ] = None,
-    set_: SetOption = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    output_dir: OutputOption = None,
+    set_: shared.SetOption = None,
+    model: shared.ModelOption = None,
+    data: shared.DataOption = None,
+    output_dir: shared.OutputOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of the run's folder.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Start over in a folder that holds an earlier run.")
     ] = False,
-    json_path: JsonOption = None,
+    json_path: shared.JsonOption = None,
 ) -> None:
     """Train one method; writes a run folder with metrics, model, card and report."""
     source = recipe if recipe is not None else _settings_for(model, data, method)
-    settings = read_recipe(source, set_, model=model, data=data, output_dir=output_dir, method=method)
+    settings = shared.read_recipe(source, set_, model=model, data=data, output_dir=output_dir, method=method)
     if len(settings.methods) > 1:
-        refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
-    check_path(json_path)
+        shared.refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
+    shared.check_path(json_path)
     (name,) = settings.methods
     folder = settings.train_dir / name
 
     def how_to_go_on() -> str:
         if not any(folder.glob("checkpoint-*")):
             return "no checkpoint was saved yet: run it again"
-        return f"go on with: {command_line('--resume', without='--overwrite')}"
+        return f"go on with: {shared.command_line('--resume', without='--overwrite')}"
 
-    with stoppable(how_to_go_on):
-        quiet()
+    with shared.stoppable(how_to_go_on):
+        shared.quiet()
         from distalign.experiments.train import train as run
         from distalign.report import write_report
 
         held_out = run(settings, name, resume=resume, overwrite=overwrite).held_out
-        if not is_first():
+        if not shared.is_first():
             return
         page = write_report(folder)
     if held_out:
-        print_words(["on held-out pairs", name], [[key, f"{value:.3g}"] for key, value in held_out.items()])
-    write_json(json_path, {"method": name, "held_out": held_out})
+        shared.print_words(["on held-out pairs", name], [[key, f"{value:.3g}"] for key, value in held_out.items()])
+    shared.write_json(json_path, {"method": name, "held_out": held_out})
     print(f"model: {folder / 'model'}\nreport: {page}")
 
 
@@ -87,7 +72,7 @@ def _settings_for(model: str | None, data: str | None, method: str | None) -> di
     given = {"--model": model, "--data": data, "--method": method}
     missing = [option for option, value in given.items() if not value]
     if missing or data is None:
-        refuse(
+        shared.refuse(
             f"train: there is no recipe and no {', '.join(missing)}; name a recipe (distalign recipes lists those that "
             "are packaged), or give --model, --data and --method"
         )

@@ -5,22 +5,19 @@ from __future__ import annotations
 from distalign.data.inspect import Inspection, inspect_pairs
 from distalign.data.pairs import (
     Data,
-    Message,
     Pair,
-    PairData,
     Prompt,
-    PromptData,
     Text,
     has_pairs,
+    label_warnings,
     plain_text,
     prompt_key,
     read_pairs,
     read_prompts,
     split_by_prompt,
 )
-from distalign.data.readers import DataError, Problem, Source
+from distalign.data.readers import DataError, Source
 from distalign.data.tokenize import (
-    Counts,
     EncodedPair,
     EncodedPrompt,
     Tokenizer,
@@ -33,18 +30,13 @@ from distalign.data.tokenize import (
 )
 
 __all__ = [
-    "Counts",
     "Data",
     "DataError",
     "EncodedPair",
     "EncodedPrompt",
     "Inspection",
-    "Message",
     "Pair",
-    "PairData",
-    "Problem",
     "Prompt",
-    "PromptData",
     "Source",
     "Text",
     "Tokenizer",
@@ -55,6 +47,7 @@ __all__ = [
     "end_token_id",
     "has_pairs",
     "inspect_pairs",
+    "label_warnings",
     "plain_text",
     "prompt_key",
     "prompts_of",

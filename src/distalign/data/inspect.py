@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from distalign.data.labels import label_warnings
-from distalign.data.pairs import Data, Pair, plain_text, prompt_key, read_pairs
+from distalign.data.pairs import Data, Pair, label_warnings, plain_text, prompt_key, read_pairs
 from distalign.data.readers import Source
 from distalign.data.tokenize import EncodedPair, Tokenizer, encode_pairs
 

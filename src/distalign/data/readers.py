@@ -21,9 +21,9 @@ Source = str | Path | Iterable[Record]
 
 SHOWN_PROBLEMS = 10
 NUMBERS = ("p_chosen", "chosen_reward", "rejected_reward")
-_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
 # A longer line is no row: a few kilobytes of gzip can hold gigabytes.
 LONGEST_LINE = 1 << 28
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".parquet")
 
 
 class Problem(NamedTuple):
@@ -221,7 +221,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(part) for part in value] if isinstance(value, list) else value
 
 
-def _load_folder(path: Path) -> Any:
+def _load_folder(path: Path) -> Iterable[object]:
     if not any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         files = sorted(file.name for file in path.iterdir() if file.suffix in (*_SUFFIXES, ".gz"))
         listed = ", ".join(files) or "none found"
@@ -232,7 +232,7 @@ def _load_folder(path: Path) -> Any:
     return load_from_disk(str(path))
 
 
-def _load_hub(name: str) -> Any:
+def _load_hub(name: str) -> Iterable[object]:
     from datasets import load_dataset
 
     try:
@@ -244,13 +244,13 @@ def _load_hub(name: str) -> Any:
         raise DataError([Problem(name, reason)]) from None
 
 
-def _table(table: Any, split: str | None, name: str) -> Iterator[tuple[str, Record]]:
+def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tuple[str, Record]]:
     """The rows of a `datasets` object or of any iterable of dicts; of a DatasetDict, one split."""
     if isinstance(table, Mapping):
         chosen = split or ("train" if "train" in table else next(iter(table)) if len(table) == 1 else None)
         if chosen not in table:
             what = f'no split "{chosen}"' if chosen else "several splits"
-            raise DataError([Problem(name, f"{what}; choose one of {', '.join(table)}")])
+            raise DataError([Problem(name, f"{what}; choose one of {', '.join(map(str, table))}")])
         table, name = table[chosen], f"{name}[{chosen}]"
     of_arrow = hasattr(table, "features")
     for number, row in enumerate(table, 1):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from distalign.data.pairs import Data, Pair, Prompt, Text, plain_text
+from distalign.data.pairs import Data, Message, Pair, Prompt, Text, plain_text
 from distalign.data.readers import DataError, Problem
 from distalign.errors import InputError
 
@@ -125,12 +125,6 @@ def decode_after(tokenizer: Any, ids: Sequence[int]) -> str:
     return whole[len(start) :] if whole.startswith(start) else tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _ids_after(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The ids of a response as it stands after a prompt: by itself some tokenizers would put a space before it."""
-    before, whole = _ids(tokenizer, _BEFORE), _ids(tokenizer, _BEFORE + text)
-    return whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, text)
-
-
 def encode_prompt(tokenizer: Tokenizer, row: Prompt | Pair) -> list[int]:
     """The ids that a response follows: the text after one BOS where the tokenizer uses it, or the rendered chat.
 
@@ -204,7 +198,9 @@ def encode_pairs(
         elif pair.chosen == pair.rejected:
             counts.same_after_cut += 1
             if not cut_chosen:
-                what = _same(row)
+                spaces = plain_text(row.chosen).split() == plain_text(row.rejected).split()
+                how = "in white space only" if spaces else "only in what the tokenizer or the chat template leaves out"
+                what = f"chosen and rejected differ {how} and are the same tokens; remove the line"
                 problems.append(Problem(row.where, what))
         else:
             encoded.append(pair)
@@ -218,12 +214,6 @@ def encode_pairs(
         raise DataError(problems)
     counts.kept = len(encoded)
     return encoded, counts
-
-
-def _same(row: Pair) -> str:
-    chosen, rejected = (plain_text(text).split() for text in (row.chosen, row.rejected))
-    how = "in white space only" if chosen == rejected else "only in what the tokenizer or the chat template leaves out"
-    return f"chosen and rejected differ {how} and are the same tokens; remove the line"
 
 
 def _too_long(prompt: int, response: int, limit: int) -> str:
@@ -240,7 +230,9 @@ def _too_long(prompt: int, response: int, limit: int) -> str:
 
 def _response(tokenizer: Tokenizer, row: Pair, text: Text, prompt: list[int], name: str, end_id: int) -> list[int]:
     if isinstance(text, str):
-        ids = _ids_after(tokenizer, text)
+        # As it stands after a prompt: by itself some tokenizers would put a space before it.
+        before, whole = _ids(tokenizer, _BEFORE), _ids(tokenizer, _BEFORE + text)
+        ids = whole[len(before) :] if whole[: len(before)] == before else _ids(tokenizer, text)
         ids = ids if ids[-1:] == [end_id] else [*ids, end_id]
         inside = end_id in ids[:-1]
     else:
@@ -291,7 +283,7 @@ def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, 
         ) from None
 
 
-def _render(tokenizer: Tokenizer, messages: Sequence[Any], extra: dict[str, Any], prompt: bool) -> str:
+def _render(tokenizer: Tokenizer, messages: Sequence[Message], extra: dict[str, Any], prompt: bool) -> str:
     settings = {"tools": extra.get("tools"), **(extra.get("chat_template_kwargs") or {})}
     turns = [_in_parts(turn) for turn in messages] if _takes_parts(tokenizer) else list(messages)
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **settings)
@@ -301,7 +293,7 @@ def _takes_parts(tokenizer: Tokenizer) -> bool:
     """Whether the template writes a message's words only from a list of parts, as those of models that see images."""
     template = str(tokenizer.chat_template)
 
-    def writes(message: Any) -> bool:
+    def writes(message: Message) -> bool:
         try:
             return _WORDS in tokenizer.apply_chat_template([message], tokenize=False)
         except Exception:  # a template may raise anything
@@ -313,7 +305,7 @@ def _takes_parts(tokenizer: Tokenizer) -> bool:
     return _PARTS[template]
 
 
-def _in_parts(message: Any) -> Any:
+def _in_parts(message: Message) -> Message:
     """The message with its text as a list of one part."""
     text = message.get("content")
     return {**message, "content": [{"type": "text", "text": text}]} if isinstance(text, str) else message

@@ -19,13 +19,12 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from distalign.engine import Group, score_in_batches
 from distalign.engine.scoring import total
 from distalign.errors import DAMAGED
-from distalign.evaluation.setup import Evaluation, EvaluationSetup
-from distalign.models.load import Source, weights_digest
+from distalign.evaluation.setup import EvaluationSetup
+from distalign.models.load import weights_digest
 from distalign.progress import progress
 from distalign.rollout.sample import sample
 
@@ -58,15 +57,13 @@ class Answers:
 
 def policy_answers(setup: EvaluationSetup, name: str, folder: Path, pairs: Sequence[Group]) -> Answers:
     """A policy's answers to the prompts and pairs: from the folder if it holds them, or drawn, scored and saved now."""
-    key = _key(setup, name, pairs)
+    key = content_key(setup, name, pairs)
     answers = load_answers(folder, name, key)
     if answers is not None:
         logger.info("%s: its answers are those of %s", name, folder)
         return answers
     started = time.monotonic()
-    answers = draw_answers(
-        name, key, setup.policy(name), setup.settings, setup.ids, pairs, end_id=setup.end_id, reference=setup.base
-    )
+    answers = draw_answers(setup, name, key, pairs)
     answers.save(folder)
     setup.seconds[f"answers of {name}"] = time.monotonic() - started
     return answers
@@ -74,12 +71,7 @@ def policy_answers(setup: EvaluationSetup, name: str, folder: Path, pairs: Seque
 
 def is_answered(setup: EvaluationSetup, name: str, folder: Path, pairs: Sequence[Group]) -> bool:
     """Whether the folder holds what `policy_answers` would draw."""
-    return load_answers(folder, name, _key(setup, name, pairs)) is not None
-
-
-def _key(setup: EvaluationSetup, name: str, pairs: Sequence[Group]) -> str:
-    reference = setup.sources["reference"]
-    return content_key(name, setup.sources[name], reference, setup.settings, setup.ids, pairs, setup.end_id)
+    return load_answers(folder, name, content_key(setup, name, pairs)) is not None
 
 
 def load_answers(folder: Path, name: str, key: str) -> Answers | None:
@@ -95,46 +87,30 @@ def load_answers(folder: Path, name: str, key: str) -> Answers | None:
     return Answers(name, key, responses, pair_logps, scores)
 
 
-def content_key(
-    name: str,
-    source: Source,
-    reference: Source,
-    settings: Evaluation,
-    prompts: Sequence[list[int]],
-    pairs: Sequence[Group],
-    end_id: int,
-) -> str:
+def content_key(setup: EvaluationSetup, name: str, pairs: Sequence[Group]) -> str:
     """Hash of what decides the answers and their scores: weights, the reference's too, prompts, pairs, sampling."""
+    settings = setup.settings
     decisive = [settings.seed, settings.samples, settings.max_new_tokens, settings.temperature, settings.dtype]
-    decisive += [settings.rows, [list(prompt) for prompt in prompts], [[g.prompt, g.responses] for g in pairs], end_id]
-    digests = [weights_digest(source), weights_digest(reference)]
+    decisive += [settings.rows, setup.ids, [[g.prompt, g.responses] for g in pairs], setup.end_id]
+    digests = [weights_digest(setup.sources[policy]) for policy in (name, "reference")]
     return hashlib.sha256(json.dumps([_FORMAT, name, decisive, digests]).encode()).hexdigest()
 
 
-def draw_answers(
-    name: str,
-    key: str,
-    model: PreTrainedModel,
-    settings: Evaluation,
-    prompts: Sequence[list[int]],
-    pairs: Sequence[Group],
-    *,
-    end_id: int,
-    reference: PreTrainedModel,
-) -> Answers:
+def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Group]) -> Answers:
     """Sample the policy, then score its responses and the pairs. Every name draws with random numbers of its own.
 
     The KL of the reference to itself is 0 and is not computed.
     """
-    budget = settings.token_budget
+    settings, model, prompts = setup.settings, setup.policy(name), setup.ids
+    temperature, budget = settings.temperature or 1.0, settings.token_budget
     with progress(f"answers of {name}", len(prompts)) as advance:
         responses = sample(
             model,
             prompts,
             n=settings.samples,
             max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature or 1.0,
-            end_id=end_id,
+            temperature=temperature,
+            end_id=setup.end_id,
             seed=1_000_003 * settings.seed + int(hashlib.sha256(name.encode()).hexdigest(), 16) % 1_000_003,
             rows=settings.rows,
             progress=advance,
@@ -145,9 +121,9 @@ def draw_answers(
             model,
             groups,
             token_budget=budget,
-            reference=None if model is reference else reference,
+            reference=None if model is setup.base else setup.base,
             entropy=True,
-            temperature=settings.temperature or 1.0,
+            temperature=temperature,
             progress=advance,
         )
     assert scores.step_entropy is not None

@@ -37,12 +37,13 @@ from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.progress import progress
 from distalign.rollout.sample import end_ids
-from distalign.settings import masked
+from distalign.settings import dump_yaml, masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
+from distalign.training.auto import labels_of
 from distalign.training.processes import refuse_several_processes
-from distalign.training.run_folder import writable
+from distalign.training.run_folder import writable, write_text
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -70,7 +71,7 @@ def evaluate(
     if endpoint is not None and not all(is_answered(setup, name, place, groups) for name, place in folders.items()):
         EndpointJudge(endpoint).reach()
     forget_results(folder)
-    settings.dump(folder / "recipe.yaml")
+    write_text(folder / "recipe.yaml", dump_yaml(settings.model_dump(mode="json")))
     answers = {name: policy_answers(setup, name, place, groups) for name, place in folders.items()}
     measured = {name: _measure_answers(setup, own, answers["reference"]) for name, own in answers.items()}
     reward = setup.reward()
@@ -78,16 +79,14 @@ def evaluate(
         for policy in measured.values():
             measure_rewards(policy, reward, setup.prompts)
     texts = [plain_text(text) for text in setup.texts]
-    write_samples(folder, setup.tokenizer, texts, measured)
+    judged: dict[str, Any] = {}
     try:
         judged = _judge(setup, measured)
-    except BaseException:
+    finally:
         # A judge may fail or be stopped: what was measured without it is not lost.
-        write_results(folder, _results(setup, measured, {}))
-        raise
-    results = _results(setup, measured, judged)
-    write_samples(folder, setup.tokenizer, texts, measured)
-    write_results(folder, results)
+        results = _results(setup, measured, judged)
+        write_samples(folder, setup.tokenizer, texts, measured)
+        write_results(folder, results)
     return Results(folder, results)
 
 
@@ -181,7 +180,7 @@ def _cross_fitted(answers: Answers, pairs: Sequence[EncodedPair]) -> Tensor:
     Where a half decides it without doubt (γ → ∞) the likelihood of the other is without bound, and 1 stands for it.
     """
     half = torch.tensor([int(hashlib.sha256(str(pair.prompt).encode()).hexdigest(), 16) % 2 for pair in pairs])
-    labels = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in pairs])
+    labels = labels_of(pairs)
     scale = torch.ones(len(pairs), 1, dtype=torch.float64)
     for side in (0, 1):
         other = half != side

@@ -14,8 +14,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +39,8 @@ ENOUGH_IN_ALL = 100.0
 ENOUGH_PER_PROMPT = 20.0
 
 
-class Band(NamedTuple):
+@dataclass(frozen=True)
+class Band:
     """An estimate and its 90 % band, in the unit of the quantity, for the same prompts with endless samples.
 
     `se_prompts` is the standard error over prompts (NaN for one prompt): for OTHER prompts of the same kind, the
@@ -322,34 +323,24 @@ class Frontier:
         floor = keep_entropy * self.reference_entropy.value
         broad = [point for point in within if point.entropy.value >= floor]
         best = {gamma: [p for p in within if p.gamma == gamma] for gamma in sorted({p.gamma for p in within})}
-        return Recommendation(
-            kl_budget,
-            floor,
-            max(within, key=_reward_of),
-            max(broad, key=_reward_of, default=None),
-            tuple(max(points, key=_reward_of) for points in best.values()),
-        )
+
+        def reward(point: Point) -> float:
+            return point.reward.value
+
+        by_gamma = tuple(max(points, key=reward) for points in best.values())
+        highest, keeps = max(within, key=reward), max(broad, key=reward, default=None)
+        return Recommendation(kl_budget, floor, highest, keeps, by_gamma)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a file: numbers, texts, lists and dictionaries; NaN as None."""
-        return {
+        content = {
             "prompts": self.prompts,
             "samples": self.samples,
-            "reference": {"reward": _plain(self.reference_reward), "entropy": _plain(self.reference_entropy)},
-            "points": [
-                {
-                    "beta": p.beta,
-                    "gamma": p.gamma,
-                    **{key: _plain(getattr(p, key)) for key in ("reward", "kl", "entropy")},
-                    "ess": p.ess,
-                    "ess_per_prompt": p.ess_per_prompt,
-                    "trusted": p.trusted,
-                    "warning": p.warning,
-                }
-                for p in self.points
-            ],
-            "best_of": [{"n": b.n, "reward": _plain(b.reward), "kl_bound": b.kl_bound} for b in self.best_of],
+            "reference": {"reward": asdict(self.reference_reward), "entropy": asdict(self.reference_entropy)},
+            "points": [{**asdict(p), "trusted": p.trusted, "warning": p.warning} for p in self.points],
+            "best_of": [asdict(best) for best in self.best_of],
         }
+        return {key: finite(part) for key, part in content.items()}
 
 
 def predict_frontier(
@@ -373,16 +364,8 @@ def predict_frontier(
     return Frontier(tuple(points), tuple(best_of_n(rewards, ns)), reward, entropy, prompts, samples)
 
 
-def _reward_of(point: Point) -> float:
-    return point.reward.value
-
-
 def _cell(band: Band) -> str:
     return f"{band.value:.3g} [{band.low:.3g}, {band.high:.3g}]"
-
-
-def _plain(band: Band) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in band._asdict().items()}
 
 
 # From a reference and its prompts -------------------------------------------------------------------------------------
@@ -415,6 +398,6 @@ def forecast(
     rewards = reward(requests).double().view(len(requests), settings.samples)
     logps = answers.scores["logps"].view(len(requests), settings.samples)
     frontier = predict_frontier(rewards, logps, betas=betas, gammas=gammas)
-    text = json.dumps(finite({**frontier.to_json(), "of": setup.identity()}), indent=1, ensure_ascii=False)
+    text = json.dumps({**frontier.to_json(), "of": setup.identity()}, indent=1, ensure_ascii=False)
     (folder / FRONTIER).write_text(text, encoding="utf-8")
     return frontier

@@ -38,36 +38,21 @@ from distalign.stats.intervals import (
 )
 from distalign.stats.text import jackknife_distinct_n, jackknife_self_bleu, repeated_ngram_rate, self_bleu
 
-# From log-probabilities [pairs, 2] to the reward that a policy stands for, of the same shape, in nats.
-ImpliedReward = Callable[[Float[Tensor, "pairs 2"]], Float[Tensor, "pairs 2"]]
-
 COLUMNS: list[dict[str, Any]] = [
-    {"key": key, "label": label, "unit": unit, "better": better, "about": about}
-    for key, label, unit, better, about in (
+    dict(zip(("key", "label", "unit", "better", "about"), column, strict=True))
+    for column in (
         (
             "forward_kl",
             "KL(π*‖π)",
             "nats",
             "lower",
-            "Forward KL to the target, per response of the target as sampled (cut at max_new_tokens).",
+            "Forward KL to the target, per response of it (cut at max_new_tokens).",
         ),
         ("reverse_kl", "KL(π‖π*)", "nats", "lower", "Reverse KL to the target, per response of the policy as sampled."),
         ("kl_reference", "KL(π‖π₀)", "nats", None, "How far the policy moved from the reference, per response."),
         ("entropy", "entropy", "nats", None, "Entropy of the policy's responses; the target's own is the aim."),
-        (
-            "accuracy",
-            "accuracy",
-            None,
-            "higher",
-            "How often the policy's preference agrees with a held-out label.",
-        ),
-        (
-            "nll",
-            "label NLL",
-            "nats",
-            "lower",
-            "Negative log-likelihood of held-out labels under the policy's preference.",
-        ),
+        ("accuracy", "accuracy", None, "higher", "How often the policy's preference agrees with a held-out label."),
+        ("nll", "label NLL", "nats", "lower", "−ln probability of held-out labels under the policy's preference."),
         ("ece", "ECE", None, "lower", "Expected calibration error of the policy's preference probabilities."),
         ("win_rate", "win rate", None, "higher", "P(response of π ≻ response of π₀) by the target's own preference."),
         (
@@ -75,7 +60,7 @@ COLUMNS: list[dict[str, Any]] = [
             "reward",
             "nats",
             None,
-            "Mean reward of the policy's responses by the reward that was learned; a collapse maximises it.",
+            "Mean of the policy's responses by the learned reward; a collapse maximises it.",
         ),
         ("distinct_2", "distinct-2", None, None, "Distinct pairs of neighbouring tokens over all of them."),
         ("self_bleu", "self-BLEU", None, None, "How alike responses are: BLEU of each with the others as references."),
@@ -85,9 +70,9 @@ COLUMNS: list[dict[str, Any]] = [
             "Δ ln π(chosen)",
             "nats",
             None,
-            "ln π − ln π₀ of the preferred responses of held-out pairs; below 0 is likelihood displacement.",
+            "ln π − ln π₀ of preferred responses; below 0 is displacement.",
         ),
-        ("rejected_change", "Δ ln π(rejected)", "nats", None, "ln π − ln π₀ of the other responses."),
+        ("rejected_change", "Δ ln π(rejected)", "nats", None, "ln π − ln π₀ of the other responses of held-out pairs."),
         ("length", "tokens", None, None, "Length of a response, in tokens."),
         ("missing_end", "no end", None, None, "Share of responses cut by the length limit before they ended."),
     )
@@ -193,14 +178,18 @@ def measure_against(
 
 def target_responses(target: nn.Module, task: Task) -> list[Group]:
     """Responses of the target to the held-out prompts: the same for every seed, so that seeds differ in training."""
+    return _sampled(target, task, seed=10_000)
+
+
+def _sampled(policy: nn.Module, task: Task, seed: int) -> list[Group]:
     responses = sample(
-        target,
+        policy,
         task.prompts,
         n=task.samples,
         max_new_tokens=task.max_new_tokens,
         temperature=task.temperature,
         end_id=task.end_id,
-        seed=10_000,
+        seed=seed,
     )
     return [Group(prompt, own) for prompt, own in zip(task.prompts, responses, strict=True)]
 
@@ -210,17 +199,9 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
 
     `reference` None means that the policy is the reference itself, so that KL(π ‖ π₀) is 0.
     """
-    responses = sample(
-        policy,
-        task.prompts,
-        n=task.samples,
-        max_new_tokens=task.max_new_tokens,
-        temperature=task.temperature,
-        end_id=task.end_id,
-        # Not the reference's draws again: a win rate compares independent responses.
-        seed=2 * task.seed + (reference is None),
-    )
-    groups = [Group(prompt, own) for prompt, own in zip(task.prompts, responses, strict=True)]
+    # Not the reference's draws again: a win rate compares independent responses.
+    groups = _sampled(policy, task, seed=2 * task.seed + (reference is None))
+    responses = [group.responses for group in groups]
     values: dict[str, Tensor] = {}
     target_logps = None
     scores = _scores(policy, groups, task, reference=task.target, entropy=True)
@@ -257,12 +238,13 @@ def measure_pairs(
     measured: Measured,
     logps: Float[Tensor, "pairs 2"],
     pairs: Sequence[EncodedPair],
-    implied: ImpliedReward,
+    implied: Callable[[Float[Tensor, "pairs 2"]], Float[Tensor, "pairs 2"]],
     target_logit: Float[Tensor, "pairs"] | None = None,
 ) -> None:
     """Add accuracy, label likelihood and calibration on held-out pairs, given their log-probabilities.
 
-    What is true is the label, or P_{π*} where the target's log-odds are given (nats, first minus second).
+    `implied` makes of them the rewards that the policy stands for, in nats. What is true is the label, or P_{π*} where
+    the target's log-odds are given (nats, first minus second).
     """
     rewards = implied(logps)
     logit = (rewards[:, 0] - rewards[:, 1]).double()

@@ -31,7 +31,7 @@ from distalign.data import (
 from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
-from distalign.models.load import Source, find_model, weights_digest
+from distalign.models.load import Source, check_positions, find_model, weights_digest
 from distalign.models.policy import trained_temperature
 from distalign.models.quantized import check_installed
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
@@ -43,15 +43,11 @@ from distalign.settings import (
     RecipeError,
     Section,
     Seed,
-    dump_yaml,
     find_recipe,
     read_settings,
 )
 
 logger = logging.getLogger("distalign.evaluation")
-
-# How the names of a tokenizer's files begin. A chat template is no part of its vocabulary.
-_TOKENIZER_FILES = ("tokeniz", "vocab", "merges", "added_tokens", "special_tokens")
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
 
@@ -128,11 +124,6 @@ class Evaluation(Section):
     def frontier_dir(self) -> Path:
         """The folder of a predicted frontier, output_dir/name/frontier; an evaluation of the same name shows it."""
         return Path(self.output_dir) / self.name / "frontier"
-
-    def dump(self, path: Path) -> None:
-        """Write the settings as resolved."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dump_yaml(self.model_dump(mode="json")), encoding="utf-8")
 
 
 def load_evaluation(
@@ -260,7 +251,9 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
         check_rewards(settings.reward, conversational=conversational, target=known, gamma=known)
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
-    _check_positions(settings, sources, prompts)
+    for name, source in sources.items():
+        ids = [one.prompt for one in prompts]
+        check_positions(f"of policy {name}", source.config(), ids, settings.max_new_tokens, "max_new_tokens")
     end_id = end_token_id(tokenizer, conversational=conversational)
     settings = settings.model_copy(update={"temperature": _temperature(settings, sources)})
     if settings.target is not None:
@@ -329,32 +322,14 @@ def _read(settings: Evaluation, tokenizer: Tokenizer) -> tuple[list[EncodedPair]
 
 
 def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], vocabulary: Mapping[str, int]) -> None:
-    """Refuse policies of other tokens than the reference's. A tokenizer is loaded only if its files are new."""
-    same = [sources["reference"].tokenizer_path]
+    """Refuse policies of other tokens than the reference's."""
     for name, source in sources.items():
-        if any(_same_files(source.tokenizer_path, path) for path in same):
-            continue
-        if source.tokenizer().get_vocab() != vocabulary:
+        same = source.tokenizer_path == sources["reference"].tokenizer_path
+        if not same and source.tokenizer().get_vocab() != vocabulary:
             raise InputError(
                 f"policy {name}: its tokenizer is not that of the reference {settings.model}; policies with other "
                 "tokens have no KL to it: evaluate them by themselves, each beside its own reference"
             )
-        same.append(source.tokenizer_path)
-
-
-def _same_files(one: str, other: str) -> bool:
-    """Whether two tokenizers are read from one place, or from folders whose every file of a tokenizer is equal."""
-    if one == other:
-        return True
-    first, second = (
-        {
-            file.name: file.read_bytes()
-            for file in Path(place).glob("*")
-            if file.name.startswith(_TOKENIZER_FILES) and file.is_file()
-        }
-        for place in (one, other)
-    )
-    return "tokenizer.json" in first and first == second
 
 
 def _distinct(
@@ -386,14 +361,3 @@ def _distinct(
             len(distinct),
         )
     return list(distinct.values())
-
-
-def _check_positions(settings: Evaluation, sources: Mapping[str, Source], prompts: Sequence[EncodedPrompt]) -> None:
-    longest = max(len(one.prompt) for one in prompts)
-    for name, source in sources.items():
-        limit = source.max_length()
-        if limit is not None and longest + settings.max_new_tokens > limit:
-            raise InputError(
-                f"policy {name}: the longest prompt has {longest} tokens and max_new_tokens is "
-                f"{settings.max_new_tokens}, but the model has {limit} positions; lower it or leave out long prompts"
-            )

@@ -15,7 +15,6 @@ from distalign.engine import score_in_batches
 from distalign.evaluation.metrics import (
     COLUMNS,
     Measured,
-    differences,
     measure_pairs,
     measure_rewards,
     measure_samples,
@@ -106,7 +105,7 @@ def _results(
     runs: Mapping[str, Sequence[Measured]],
     training: Mapping[str, Any],
 ) -> dict[str, Any]:
-    recipe, reference = setup.recipe, runs["reference"]
+    recipe = setup.recipe
     return {
         "name": recipe.name,
         "seeds": list(seeds),
@@ -114,10 +113,6 @@ def _results(
         **policy_tables(runs, methods, seed=recipe.seed),
         **training,
         "by_seed": {name: [plain(summarise([measured])) for measured in own] for name, own in runs.items()},
-        "paired_by_seed": {
-            name: [plain(differences([one], [base])) for one, base in zip(runs[name], reference, strict=True)]
-            for name in methods
-        },
         "pairs": setup.statistics,
         "settings": masked(recipe.model_dump(mode="json")),
         "environment": environment(),

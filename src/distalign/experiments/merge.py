@@ -10,11 +10,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
 from transformers import GenerationConfig, PreTrainedModel, TrainingArguments
 
-from distalign.data import Prompt, encode_prompt, end_token_id
+from distalign.data import Prompt, Tokenizer, encode_prompt, end_token_id
 from distalign.engine import Group, score_in_batches
 from distalign.errors import DAMAGED, InputError
 from distalign.experiments.train import MERGED
@@ -82,9 +81,13 @@ def merge(
     check_no_links(place, place.parent)
     device = TrainingArguments(output_dir="unused").device
     as_trained = source.quantization is not None and not onto_base
-    model: Any = (
-        _written_out(source, dtype, device) if as_trained else replace(source, quantization=None).model(dtype, device)
-    )
+    if as_trained:
+        # The 4-bit weights as numbers of the dtype, and the adapter merged into them.
+        base: Any = replace(source, adapter=None).model(dtype, device)
+        label = f"model {source.name}"
+        model = load_adapter(label, base.dequantize(), str(source.adapter)).merge_and_unload().eval()
+    else:
+        model = replace(source, quantization=None).model(dtype, device)
     name, tokenizer = str(model.dtype).removeprefix("torch."), source.tokenizer()
     kl = None
     if source.quantization is not None and check:
@@ -117,13 +120,6 @@ def find_adapter(run: str | Path) -> Source:
     raise InputError(f"{run}: holds no adapter; give a run's folder (runs/NAME/train/METHOD), or an adapter's")
 
 
-def _written_out(source: Source, dtype: str, device: torch.device) -> PreTrainedModel:
-    """The 4-bit weights as numbers of a dtype, with the adapter merged into them."""
-    label = f"model {source.name}"
-    model: Any = replace(source, adapter=None).model(dtype, device).dequantize()
-    return load_adapter(label, model, str(source.adapter)).merge_and_unload().eval()
-
-
 def _replaceable(place: Path, needed: Sequence[Path]) -> bool:
     """Whether a folder holds a merged model alone, and nothing of what it is made of."""
     inner = {path for one in needed for path in (one.resolve(), *one.resolve().parents)}
@@ -132,7 +128,7 @@ def _replaceable(place: Path, needed: Sequence[Path]) -> bool:
     return made and place.resolve() not in inner
 
 
-def _divergence(source: Source, tokenizer: Any, merged: PreTrainedModel, dtype: str) -> Estimate | None:
+def _divergence(source: Source, tokenizer: Tokenizer, merged: PreTrainedModel, dtype: str) -> Estimate | None:
     """KL(4-bit ‖ merged) over the first tokens of responses that the model in 4 bits draws; None without the package.
 
     Both are at the temperature of training.

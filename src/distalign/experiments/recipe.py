@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_type_hints
@@ -326,8 +326,6 @@ def recipe_schema() -> dict[str, Any]:
         "additionalProperties": {},
     }
     properties["methods"] = {"type": "object", "properties": known, "additionalProperties": own}
-    # The file's name is the recipe's by default.
-    schema["required"].remove("name")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -444,8 +442,8 @@ def _build(name: str, settings: Mapping[str, Any]) -> Method:
         )
     settings = {key: value for key, value in settings.items() if key not in _BESIDE}
     settings |= dict.fromkeys(automatic, 1.0)
-    names = [field.name for field in dataclasses.fields(factory) if field.init]  # pyright: ignore[reportArgumentType]
-    values = _checked(name, settings, names, get_type_hints(factory).__getitem__, _BESIDE[1:])
+    types, names = get_type_hints(factory), [field.name for field in dataclasses.fields(factory) if field.init]
+    values = _checked(name, settings, {key: types[key] for key in names}, _BESIDE[1:])
     try:
         return factory(**values)
     except (TypeError, ValueError) as error:
@@ -486,7 +484,7 @@ def _training(section: str, values: object) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     types = {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
-    checked = _checked(section, values, list(types), types.__getitem__)
+    checked = _checked(section, values, types)
     wrong = [key for key, value in checked.items() if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
         lines = [f"{section}.{key} is {checked[key]}; a finite number is needed" for key in wrong]
@@ -499,26 +497,20 @@ def _training(section: str, values: object) -> dict[str, Any]:
 
 
 def _checked(
-    section: str,
-    values: Mapping[str, Any],
-    names: Sequence[str],
-    type_of: Callable[[str], Any],
-    more: Sequence[str] = (),
+    section: str, values: Mapping[str, Any], types: Mapping[str, Any], more: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The values as their types want them: known by name, a number written as text made a number."""
     problems, checked = [], {}
     for key, value in values.items():
         elsewhere = _ELSEWHERE.get((section.split(".")[-1], key))
-        if elsewhere or key not in names:
-            problems.append(unknown_setting(section, str(key), [*names, *more], elsewhere))
+        if elsewhere or key not in types:
+            problems.append(unknown_setting(section, str(key), [*types, *more], elsewhere))
             continue
-        adapter = TypeAdapter(type_of(key), config=ConfigDict(arbitrary_types_allowed=True))
+        adapter = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True))
         try:
-            fit = adapter.validate_python(value)
+            checked[key] = adapter.validate_python(value)
         except ValidationError as error:
             problems.append(f"{section}.{key} is {shown(value)}; {lower_first(error.errors()[0]['msg'])}")
-            continue
-        checked[key] = fit
     if problems:
         raise ValueError("\n".join(problems))
     return checked

@@ -72,8 +72,8 @@ def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> st
     rewarded = recipe.method(name).needs.reward
     left_out = {"name", "output_dir", "compare", "study", *(() if rewarded else ("reward",))}
     settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
-    files = [*_method(recipe, name), *_target(recipe), *(_rewards(recipe) if rewarded else [])]
-    return _hash([settings, _digests(files), seed, weights, data])
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(recipe, name, rewarded=rewarded)]
+    return _hash([settings, digests, seed, weights, data])
 
 
 def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
@@ -104,34 +104,24 @@ def claim(folder: Path, key: str) -> None:
     write_text(folder / _KEY, json.dumps({"key": key}))
 
 
-def _method(recipe: Recipe, name: str) -> list[Path]:
-    """The file of a method that is the user's own."""
-    place = recipe.methods[name].get("class")
-    file = source_file(place) if place and ":" in place else None
-    return [Path(os.path.expanduser(file))] if file else []
-
-
-def _target(recipe: Recipe) -> list[Path]:
-    """The files of a known target that is the user's own class, or a model in a folder."""
-    return [] if recipe.target is None else _files(recipe.target.class_, recipe.target.model)
-
-
-def _rewards(recipe: Recipe) -> list[Path]:
-    """The files that rewards are read from."""
-    return [file for reward in recipe.reward for file in _files(reward.function, reward.model)]
-
-
-def _files(code: str | None, model: str | None) -> list[Path]:
-    """The file of code by its name, or the files of a model in a folder."""
-    place = source_file(code) if code else model
-    path = Path(os.path.expanduser(place)) if place else None
-    if path is None or not os.path.isdir(path):
-        return [path] if path is not None and os.path.isfile(path) else []
-    return sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-
-
-def _digests(files: list[Path]) -> list[str]:
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+def _files(recipe: Recipe, name: str, *, rewarded: bool) -> list[Path]:
+    """The files of the user's own that decide a run: of code, and of models in folders."""
+    code, models = [recipe.methods[name].get("class")], list[str | None]()
+    if recipe.target is not None:
+        code.append(recipe.target.class_)
+        models.append(recipe.target.model)
+    for reward in recipe.reward if rewarded else ():
+        code.append(reward.function)
+        models.append(reward.model)
+    # A known method under another name has no file.
+    places = [*(source_file(place) for place in code if place and ":" in place), *models]
+    files = []
+    for path in (Path(os.path.expanduser(place)) for place in places if place):
+        if os.path.isfile(path):
+            files.append(path)
+        elif os.path.isdir(path):
+            files += sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+    return files
 
 
 def _hash(value: object) -> str:

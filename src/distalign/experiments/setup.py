@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -103,12 +104,11 @@ def _setup_of_data(
     train_rows, held_rows = _read_parts(data, recipe.seed)
     train, held, statistics = _encode_parts(data, source, tokenizer, train_rows, held_rows)
     held_prompts = prompts_of(held)[: recipe.evaluation.prompts]
+    check_room = partial(check_positions, source.name, source.config())
     if measured:
         ids = [one.prompt for one in held_prompts]
         _check_held_out(ids, len(held))
-        check_positions(
-            source.name, source.config(), ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens"
-        )
+        check_room(ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
     _check_rewards(recipe, conversational, train)
     prompts: list[EncodedPrompt] = []
@@ -116,7 +116,7 @@ def _setup_of_data(
         prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
         ids = [one.prompt for one in prompts]
         check_token_ids(source.name, source.config(), ids)
-        check_positions(source.name, source.config(), ids, _longest_rollout(recipe), "rollout.max_completion_length")
+        check_room(ids, _longest_rollout(recipe), "rollout.max_completion_length")
         statistics["prompts to answer"] = len(prompts)
     base = _load(source, recipe)
     end_id = end_token_id(tokenizer, conversational=conversational)
@@ -151,22 +151,36 @@ def _setup_of_target(
     held_rows = held_rows[: recipe.evaluation.prompts]
     train_ids, held_ids = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
     check_token_ids(source.name, source.config(), [*train_ids, *held_ids])
-    check_positions(
-        source.name, source.config(), [*train_ids, *held_ids], settings.max_new_tokens, "target.max_new_tokens"
-    )
+    check_room = partial(check_positions, source.name, source.config())
+    check_room([*train_ids, *held_ids], settings.max_new_tokens, "target.max_new_tokens")
     if _draws_responses(recipe):
-        check_positions(
-            source.name, source.config(), train_ids, _longest_rollout(recipe), "rollout.max_completion_length"
-        )
+        check_room(train_ids, _longest_rollout(recipe), "rollout.max_completion_length")
     if measured:
         _check_held_out(held_ids, settings.eval_pairs)
-        check_positions(
-            source.name, source.config(), held_ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens"
-        )
+        check_room(held_ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
     base = _load(source, recipe)
     started = time.monotonic()
-    train = _draw_pairs(recipe, settings, target, base, tokenizer, train_ids, held_out=False, seed=seed)
-    held = _draw_pairs(recipe, settings, target, base, tokenizer, held_ids, held_out=True, seed=seed)
+
+    def draw_pairs(label: str, prompts: Sequence[list[int]], n: int, seed: int) -> TargetPairs:
+        with progress(f"draw and label {label} pairs", 3 * n) as advance:
+            return make_pairs(
+                target,
+                base,
+                tokenizer,
+                prompts,
+                n=n,
+                gamma=settings.gamma,
+                strengths=settings.strengths,
+                temperature=settings.temperature,
+                max_new_tokens=settings.max_new_tokens,
+                token_budget=recipe.forward_budget,
+                seed=seed,
+                progress=advance,
+            )
+
+    train = draw_pairs("training", train_ids, settings.pairs, 2 * seed)
+    held = draw_pairs("held-out", held_ids, settings.eval_pairs, 2 * seed + 1)
+    information = train.information(settings.gamma)
     if measured:
         _check_held_out(held_ids, len(held.pairs))
     end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
@@ -189,7 +203,15 @@ def _setup_of_target(
         task=task,
         prompts=_encoded(train_ids, train_rows),
         held_prompts=_encoded(held_ids, held_rows),
-        statistics=_target_statistics(train, held, settings.gamma),
+        statistics={
+            "train": len(train.pairs),
+            "held_out": len(held.pairs),
+            "median_logit": float(train.logit.abs().median()),
+            "information_per_pair": information,
+            "strength_se": 1 / math.sqrt(len(train.pairs) * information),
+            "ties_redrawn": train.ties + held.ties,
+            "ties_dropped": train.dropped + held.dropped,
+        },
         prompt_texts=[plain_text(row.prompt) for row in held_rows],
         reference_cache=cache,
         seconds={"pairs": time.monotonic() - started},
@@ -332,48 +354,3 @@ def _prompts_to_answer(
             ids = encode_prompt(tokenizer, row)
             prompts.setdefault(tuple(ids), EncodedPrompt(ids, row.where, row))
     return list(prompts.values())
-
-
-# A known target -------------------------------------------------------------------------------------------------------
-
-
-def _draw_pairs(
-    recipe: Recipe,
-    settings: TargetSettings,
-    target: Target,
-    base: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[list[int]],
-    *,
-    held_out: bool,
-    seed: int,
-) -> TargetPairs:
-    n, label = (settings.eval_pairs, "held-out") if held_out else (settings.pairs, "training")
-    with progress(f"draw and label {label} pairs", 3 * n) as advance:
-        return make_pairs(
-            target,
-            base,
-            tokenizer,
-            prompts,
-            n=n,
-            gamma=settings.gamma,
-            strengths=settings.strengths,
-            temperature=settings.temperature,
-            max_new_tokens=settings.max_new_tokens,
-            token_budget=recipe.forward_budget,
-            seed=2 * seed + held_out,
-            progress=advance,
-        )
-
-
-def _target_statistics(train: TargetPairs, held: TargetPairs, gamma: float) -> dict[str, Any]:
-    information = train.information(gamma)
-    return {
-        "train": len(train.pairs),
-        "held_out": len(held.pairs),
-        "median_logit": float(train.logit.abs().median()),
-        "information_per_pair": information,
-        "strength_se": 1 / math.sqrt(len(train.pairs) * information),
-        "ties_redrawn": train.ties + held.ties,
-        "ties_dropped": train.dropped + held.dropped,
-    }

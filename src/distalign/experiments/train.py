@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 from torch import nn
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from distalign.engine import Group
 from distalign.errors import DAMAGED, InputError
-from distalign.evaluation.metrics import Task, forward_kl
+from distalign.evaluation.metrics import forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.auto import settle_gamma
-from distalign.experiments.loggers import one_run, run_names
 from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
@@ -39,7 +39,7 @@ from distalign.rewards import (
     make_reward,
     train_reward,
 )
-from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, Potential, potential, score_together, start_share
+from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, potential, score_together, start_share
 from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
@@ -80,7 +80,13 @@ def training_arguments(
     `transformers.TrainingArguments` refuses.
     """
     given = recipe.training_for(name)
-    settings: dict[str, Any] = {"bf16": recipe.dtype == "bfloat16", **run_names(recipe.name, name, seed), **given}
+    settings: dict[str, Any] = {
+        "bf16": recipe.dtype == "bfloat16",
+        # Of loggers: one run for each method and seed, in trackio's project of the recipe.
+        "run_name": f"{recipe.name}-{name}-seed-{seed}",
+        "project": recipe.name,
+        **given,
+    }
     if held_out and (compared or recipe.early_stopping is not None):
         evaluated = {"eval_strategy": "steps", "eval_steps": 0.1, **given}
         follow = evaluated["eval_strategy"] != "no"
@@ -334,6 +340,26 @@ def train_method(
     return policy, trainer
 
 
+@contextmanager
+def one_run(args: TrainingArguments, group: str) -> Iterator[None]:
+    """What is logged within is one run. wandb reads its group from WANDB_RUN_GROUP; one that is set already stays."""
+    if "wandb" not in (args.report_to or ()):
+        yield
+        return
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    # transformers' callback goes on with a run that is open: the user's own stays, ours is closed before the next.
+    users_own, grouped = wandb.run is not None, "WANDB_RUN_GROUP" in os.environ
+    os.environ.setdefault("WANDB_RUN_GROUP", group)
+    try:
+        yield
+    finally:
+        if not grouped:
+            del os.environ["WANDB_RUN_GROUP"]
+        if not users_own:
+            wandb.finish()
+
+
 def where_it_ends(setup: Setup, method: Method) -> str:
     """What the method's settings tend to with endless pairs, how fast, and its distance from a known target."""
     text = f"with endless pairs it ends at {method.optimum}"
@@ -354,6 +380,10 @@ def where_it_ends(setup: Setup, method: Method) -> str:
 
 
 def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig) -> AlignmentTrainer:
+    def follow_target(model: nn.Module) -> dict[str, float]:
+        kl = forward_kl(model, setup.task, CURVE_PROMPTS)
+        return {"target/forward_kl": kl.mean, "target/forward_kl_se": kl.se, "target/prompts": kl.n}
+
     recipe, method = setup.recipe, setup.recipe.method(name)
     stopping = recipe.early_stopping
     callbacks: list[TrainerCallback] = []
@@ -368,21 +398,11 @@ def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig
         reward_funcs=setup.reward if method.needs.reward else None,
         callbacks=callbacks,
         label=f"train {name}",
-        extra_evaluation=_follow_target(setup.task) if setup.task.target_groups else None,
+        extra_evaluation=follow_target if setup.task.target_groups else None,
         reference_cache=setup.reference_cache,
     )
     trainer.statistics = setup.statistics
     return trainer
-
-
-def _follow_target(task: Task) -> Callable[[nn.Module], dict[str, float]]:
-    """The forward KL to the target, as further numbers of each evaluation."""
-
-    def follow(model: nn.Module) -> dict[str, float]:
-        kl = forward_kl(model, task, CURVE_PROMPTS)
-        return {"target/forward_kl": kl.mean, "target/forward_kl_se": kl.se, "target/prompts": kl.n}
-
-    return follow
 
 
 def _log_kept_step(name: str, trainer: AlignmentTrainer, pairs: int) -> None:
@@ -476,20 +496,21 @@ def _fit_reward(setup: Setup, folder: Path) -> Trained:
         logger.info("reward: head %s; %s on %d held-out pairs", trained.head, summary, len(setup.held))
         setup.statistics["reward model, held out"] = summary
         if trained.reward.gamma is not None and setup.task.prompts:
-            made = _potential(setup, trained, trained.reward.gamma)
+            prompts, reference, responses = _known_responses(setup)
+            made = potential(
+                trained,
+                prompts,
+                reference,
+                gamma=trained.reward.gamma,
+                target=setup.task.target,
+                target_responses=responses,
+            )
             logger.info("reward: %s", made)
             setup.statistics["reward model, potential"] = str(made)
             (scratch / POTENTIAL).write_text(json.dumps(made.to_json(), indent=1) + "\n", encoding="utf-8")
             if made.warning is not None:
                 logger.warning("%s", made.warning)
     return trained
-
-
-def _potential(setup: Setup, trained: Trained, gamma: float) -> Potential:
-    """What the reward can give, on some of the held-out prompts."""
-    prompts, reference, responses = _known_responses(setup)
-    target = setup.task.target
-    return potential(trained, prompts, reference, gamma=gamma, target=target, target_responses=responses)
 
 
 def _known_responses(setup: Setup) -> tuple[list[list[int]], list[list[list[int]]], list[list[list[int]]]]:

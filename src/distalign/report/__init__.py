@@ -5,17 +5,8 @@ Reads the files of a run folder and loads no model.
 
 from __future__ import annotations
 
-from distalign.report.numbers import format_estimate, format_interval
 from distalign.report.page import write_report
-from distalign.report.results import ReportError, Results
+from distalign.report.results import ReportError
 from distalign.report.tables import results_markdown, results_table
 
-__all__ = [
-    "ReportError",
-    "Results",
-    "format_estimate",
-    "format_interval",
-    "results_markdown",
-    "results_table",
-    "write_report",
-]
+__all__ = ["ReportError", "results_markdown", "results_table", "write_report"]

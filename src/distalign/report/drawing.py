@@ -144,19 +144,13 @@ def numbered_look(number: int) -> Look:
     return Look(f"var(--c{number % _COLORS + 1})", number // _COLORS % len(_CYCLES))
 
 
-def looks(panels: Sequence[Panel]) -> list[dict[str, Look]]:
-    """The look of every label, one dictionary per panel: the same in all panels if the colours suffice.
+def looks(panels: Sequence[Panel]) -> dict[str, Look]:
+    """The look of every label, the same in all panels.
 
     What is computed for a line, or marks points of it, and says so in its label (`pmle limit` of `pmle`) has the
     line's colour; a bound that belongs to no line is grey.
     """
-    together = _looks([curve for panel in panels for curve in panel.curves])
-    if all(look.cycle == 0 for look in together.values()):
-        return [together] * len(panels)
-    return [_looks(panel.curves) for panel in panels]
-
-
-def _looks(curves: Sequence[Curve]) -> dict[str, Look]:
+    curves = [curve for panel in panels for curve in panel.curves]
     lines = list(dict.fromkeys(curve.label for curve in curves if curve.kind == "line"))
     by_label = {label: numbered_look(number) for number, label in enumerate(lines)}
     numbered = len(by_label)

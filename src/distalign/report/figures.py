@@ -28,6 +28,7 @@ class Topic(NamedTuple):
     keys: dict[str, str]
 
 
+# What was optimised.
 TRAINING = [
     Topic(
         DISTANCE,
@@ -53,6 +54,7 @@ TRAINING = [
     Topic("Gradient norm", "Before clipping.", {"grad_norm": "norm"}),
 ]
 
+# Whether the policy degenerated while it was trained.
 HEALTH = [
     Topic("KL from the reference", "Nats per response, on samples of the policy.", {"objective/kl": "KL"}),
     Topic("Entropy", "Nats per response; a fall towards 0 is collapse.", {"objective/entropy": "entropy"}),
@@ -90,14 +92,22 @@ def row_look(results: Results | None, name: str) -> Look:
     return Look(INK if name == TARGET else MUTED)
 
 
-def training_figures(results: Results | None, logs: Logs) -> list[Figure]:
-    """What was optimised. One run: its numbers by name; several: one figure per number, with one line per run."""
-    return _topic_figures(TRAINING, results, logs)
-
-
-def health_figures(results: Results | None, logs: Logs) -> list[Figure]:
-    """Whether the policy degenerated while it was trained, as `training_figures`."""
-    return _topic_figures(HEALTH, results, logs)
+def topic_figures(topics: Sequence[Topic], results: Results | None, logs: Logs) -> list[Figure]:
+    """What was logged. One run: its numbers by name; several: one figure per number, with one line per run."""
+    figures = []
+    for topic in topics:
+        if len(logs) == 1:
+            (runs,) = logs.values()
+            look = {label: numbered_look(1 if label == _HELD_OUT else n) for n, label in enumerate(topic.keys.values())}
+            lines = [(label, rows, key) for key, label in topic.keys.items() for rows in runs]
+            figures.append(_against_steps(topic.title, topic.about, lines, look))
+            continue
+        look = {display_name(name): row_look(results, name) for name in logs}
+        for key, label in topic.keys.items():
+            lines = [(display_name(name), rows, key) for name, runs in logs.items() for rows in runs]
+            title = topic.title if len(topic.keys) == 1 else f"{topic.title}: {label}"
+            figures.append(_against_steps(title, topic.about, lines, look))
+    return [figure for figure in figures if figure]
 
 
 def learning_figures(results: Results) -> list[Figure]:
@@ -179,23 +189,6 @@ def calibration_figures(results: Results) -> list[Figure]:
     return figures
 
 
-def _topic_figures(topics: Sequence[Topic], results: Results | None, logs: Logs) -> list[Figure]:
-    figures = []
-    for topic in topics:
-        if len(logs) == 1:
-            (runs,) = logs.values()
-            look = {label: numbered_look(1 if label == _HELD_OUT else n) for n, label in enumerate(topic.keys.values())}
-            lines = [(label, rows, key) for key, label in topic.keys.items() for rows in runs]
-            figures.append(_against_steps(topic.title, topic.about, lines, look))
-            continue
-        look = {display_name(name): row_look(results, name) for name in logs}
-        for key, label in topic.keys.items():
-            lines = [(display_name(name), rows, key) for name, runs in logs.items() for rows in runs]
-            title = topic.title if len(topic.keys) == 1 else f"{topic.title}: {label}"
-            figures.append(_against_steps(title, topic.about, lines, look))
-    return [figure for figure in figures if figure]
-
-
 def _against_steps(
     title: str, about: str, lines: Sequence[tuple[str, list[dict[str, float]], str]], look: Mapping[str, Look]
 ) -> Figure | None:
@@ -204,10 +197,6 @@ def _against_steps(
     for label, rows, key in lines:
         points = _thinned([(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))])
         curves.append(Curve(label, [x for x, _ in points], [y for _, y in points]))
-    return _step_panel(title, about, curves, look)
-
-
-def _step_panel(title: str, about: str, curves: Sequence[Curve], look: Mapping[str, Look]) -> Figure | None:
     return panel_figure(Panel(title, about, "optimizer step", "", curves, "linear", "linear"), look)
 
 
@@ -239,7 +228,7 @@ def _learning_figure(results: Results, column: Column, about: str) -> Figure | N
                 curves.append(Curve(label, [x[at]], [y[at]], kind="points"))
     title = f"{column.label}{f', {column.unit}' if column.unit else ''}"
     if column.key != "forward_kl":
-        return _step_panel(title, about, curves, look)
+        return panel_figure(Panel(title, about, "optimizer step", "", curves, "linear", "linear"), look)
     values = [y for curve in curves for y in curve.y]
     scale: Scale = "log" if values and max(values) > 10 * min(values) > 0 else "linear"
     if REFERENCE in results.methods and values:

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from distalign.report.numbers import format_estimate, format_interval, format_number, interval_texts, minus, seeds_text
+from distalign.report.numbers import (
+    format_estimate,
+    format_interval,
+    format_number,
+    interval_texts,
+    mean_interval,
+    minus,
+    seeds_text,
+)
 from distalign.report.results import (
     REFERENCE,
     TARGET,
@@ -90,7 +98,7 @@ def effect(results: Results, name: str, column: Column) -> Difference | None:
     measure = results.methods[name].get(column.key)
     if column.key != "win_rate" or measure is None:
         return results.paired.get(name, {}).get(column.key)
-    return _moved(_interval(measure, is_share=True), -0.5)
+    return _moved(mean_interval(measure, is_share=True), -0.5)
 
 
 def change_text(results: Results, name: str, column: Column) -> tuple[str, str]:
@@ -123,9 +131,8 @@ def comparison_screen(run: Run) -> FirstScreen:
     changes = {} if column is None else {name: effect(results, name, column) for name in results.trained}
     known = [(name, change) for name, change in changes.items() if change and change.finite]
     if column is None or not known:
-        title = results.title or results.name or run.label
         why = "No method has a difference from the reference with an interval."
-        return FirstScreen(_about(run), [("", title)], why)
+        return FirstScreen(_about(run), [("", results.name or run.label)], why)
     sign = 1 if column.better == "lower" else -1
     ranked = dict(sorted(known, key=lambda item: sign * item[1].mean))  # the largest improvement first
     best, known_target = next(iter(ranked)), column.key == "forward_kl"
@@ -264,11 +271,11 @@ def told_by_win_rate(results: Results) -> Finding | None:
     changes = {name: change for name, change in known if change and change.finite}
     if not changes:
         return None
-    rates = {name: _interval(measured[name], is_share=True) for name in changes}  # the largest first
+    rates = {name: mean_interval(measured[name], is_share=True) for name in changes}  # the largest first
     most, nearest = next(iter(rates)), min(changes, key=lambda name: changes[name].mean)
     only = "only " if rates[most].mean > target.mean else ""
     text = (
-        f"By its own preference the target itself wins {only}{_percent(_interval(target, is_share=True))} of its "
+        f"By its own preference the target itself wins {only}{_percent(mean_interval(target, is_share=True))} of its "
         "comparisons with the reference: a method that wins more is not better. "
     )
     text += f"By win rate one would choose {display_name(most)}, by distance {display_name(nearest)}."
@@ -292,10 +299,10 @@ def training_screen(run: Run) -> FirstScreen:
     value, interval = format_number(row[key]), Difference(mean=row[key])
     sure = "Its error is not known: the log has the number without a count."
     if key == "eval_rewards/accuracies" and pairs.isdecimal() and 0 <= row[key] <= 1:
-        interval = _interval(Measure(mean=row[key], se=0.0, n=int(pairs)), is_share=True)
+        interval = mean_interval(Measure(mean=row[key], se=0.0, n=int(pairs)), is_share=True)
         sure = f"95 % interval over {pairs} held-out pairs."
     elif key == "eval_target/forward_kl" and n >= 2:
-        interval = _interval(Measure(mean=row[key], se=row.get(f"{key}_se", math.nan), n=int(n)))
+        interval = mean_interval(Measure(mean=row[key], se=row.get(f"{key}_se", math.nan), n=int(n)))
         sure = f"95 % interval over {n:.0f} held-out prompts."
     if interval.finite:
         value = format_interval(interval.mean, interval.low, interval.high, sign="")
@@ -334,19 +341,6 @@ def _about(run: Run) -> list[tuple[str, str]]:
     return [(key, value) for key, value in facts.items() if value]
 
 
-def _interval(measure: Measure, *, is_share: bool = False) -> Difference:
-    """A mean with Student's 95 % interval; a share stays within 0 and 1, and has Wilson's where it has no spread."""
-    from distalign.stats.intervals import student_quantile, wilson_interval
-
-    mean, se, n = measure.mean, measure.se, measure.n
-    if is_share and se == 0 and n:
-        return Difference(**wilson_interval(mean, n)._asdict())
-    if n is None or n < 2 or not math.isfinite(se):
-        return Difference(mean=mean)
-    half, (least, most) = student_quantile(n - 1) * se, (0.0, 1.0) if is_share else (-math.inf, math.inf)
-    return Difference(mean=mean, low=max(least, mean - half), high=min(most, mean + half))
-
-
 def _moved(difference: Difference, by: float) -> Difference:
     return Difference(mean=difference.mean + by, low=difference.low + by, high=difference.high + by)
 
@@ -359,7 +353,7 @@ def _apart(one: Measure, other: Measure) -> Difference:
     """How far two means lie apart; their errors are taken to be independent."""
     counts = [measure.n for measure in (one, other) if measure.n is not None]
     n = min(counts) if len(counts) == 2 else None
-    return _interval(Measure(mean=one.mean - other.mean, se=math.hypot(one.se, other.se), n=n))
+    return mean_interval(Measure(mean=one.mean - other.mean, se=math.hypot(one.se, other.se), n=n))
 
 
 def _listed(names: Sequence[str]) -> str:

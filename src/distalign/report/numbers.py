@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from distalign.report.results import TARGET, Column, Results
+from distalign.report.results import TARGET, Column, Difference, Measure, Results
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
@@ -91,6 +91,19 @@ def best_rows(results: Results, column: Column) -> set[str]:
         return set()
     best = min(rows.values()) if column.better == "lower" else max(rows.values())
     return {name for name, mean in rows.items() if mean == best}
+
+
+def mean_interval(measure: Measure, *, is_share: bool = False) -> Difference:
+    """A mean with Student's 95 % interval; a share stays within 0 and 1, and has Wilson's where it has no spread."""
+    from distalign.stats.intervals import student_quantile, wilson_interval
+
+    mean, se, n = measure.mean, measure.se, measure.n
+    if is_share and se == 0 and n:
+        return Difference(**wilson_interval(mean, n)._asdict())
+    if n is None or n < 2 or not math.isfinite(se):
+        return Difference(mean=mean)
+    half, (least, most) = student_quantile(n - 1) * se, (0.0, 1.0) if is_share else (-math.inf, math.inf)
+    return Difference(mean=mean, low=max(least, mean - half), high=min(most, mean + half))
 
 
 def interval_texts(values: Sequence[float], sign: str) -> list[str]:

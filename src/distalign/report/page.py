@@ -37,15 +37,12 @@ from distalign.report.results import (
     read_runs,
 )
 from distalign.report.shown import Measured, Panel, read_lab
-from distalign.report.tables import STARS, counts_text, write_csv, write_tables
+from distalign.report.tables import MAIN_TABLE, STARS, counts_text, importance, write_csv, write_tables
 
 T = TypeVar("T")
 
 _FIGURES = ("plane", "learning", "health", "length", "calibration")  # sections that hold figures alone
 _MOST_SAMPLES = 200  # on a page; more would make it slow to open, and nobody reads them
-
-# The columns of the main table, in this order; the others stand in a table below it.
-_MAIN_TABLE = ("forward_kl", "win_rate", "reward", "kl_reference", "length", "accuracy")
 
 Context = dict[str, Any]  # what a template shows
 
@@ -76,7 +73,7 @@ def _report(folder: str | Path | Sequence[str | Path], out: str | Path | None, f
         if not folder:
             raise ReportError("no run folder was given; give at least one")
         if out is None:
-            raise ReportError("several run folders make one page; say which folder it is to be written into")
+            raise ReportError("several run folders make one page; say with --out which folder it is written into")
         runs = read_runs([Path(path) for path in folder])
         together = merged(runs)
         return _write(_comparison(together, runs), together.results, Path(out), files)
@@ -111,9 +108,8 @@ def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
     No policy of several runs is called the best or the headline, as the runs need not have the same prompts.
     """
     results, columns = run.results, run.results.filled_columns
-    order = {key: number for number, key in enumerate(_MAIN_TABLE)}
-    main = sorted((column for column in columns if column.key in order), key=lambda column: order[column.key])
-    main = main or columns[: len(order)]
+    main = sorted((column for column in columns if column.key in MAIN_TABLE), key=importance)
+    main = main or columns[: len(MAIN_TABLE)]
     ratings = [(name, format_interval(d.mean, d.low, d.high), d) for name, d in results.ratings.items()]
     equal = [(n, format_interval(d.mean, d.low, d.high, sign=""), d) for n, d in results.length_controlled.items()]
     count = f"{len(runs)} run{'s' if len(runs) != 1 else ''} side by side"
@@ -134,8 +130,8 @@ def _comparison(run: Run, runs: Sequence[Run] = ()) -> Context:
         collapse=collapse(results),
         told=told_by_win_rate(results),
         learning=draw.learning_figures(results)
-        or (draw.training_figures(results, run.logs) if len(run.logs) > 1 else []),
-        health=draw.health_figures(results, run.logs),
+        or (draw.topic_figures(draw.TRAINING, results, run.logs) if len(run.logs) > 1 else []),
+        health=draw.topic_figures(draw.HEALTH, results, run.logs),
         calibration=draw.calibration_figures(results),
         length=[figure for figure in [draw.length_figure(results)] if figure],
     )
@@ -155,8 +151,8 @@ def _training(run: Run) -> Context:
         training_screen(run),
         source="metrics.jsonl",
         changes=changes,
-        learning=draw.training_figures(None, run.logs),
-        health=draw.health_figures(None, run.logs),
+        learning=draw.topic_figures(draw.TRAINING, None, run.logs),
+        health=draw.topic_figures(draw.HEALTH, None, run.logs),
         last=[(key, *last[key]) for key in sorted(last)],
     )
 
@@ -178,7 +174,7 @@ def _page(
         "runs": runs,
         "results": None,
         "kind": run.kind,
-        "title": run.results.title or run.results.name or run.label,
+        "title": run.results.name or run.label,
         "name": run.results.name or run.label,
         "first": first,
         "change": lambda name, column: change_text(run.results, name, column),
@@ -225,7 +221,8 @@ def _write_lab_report(folder: Path, files: Sequence[Path]) -> Path:
 def _lab_figures(measured: Measured, folder: Path) -> list[tuple[Panel, Figure | None, str]]:
     """Every panel, its figure where it has points, and what of it was left out; writes the PNG files."""
     panels = measured.shown.panels
-    figures = [panel_figure(panel, look) for panel, look in zip(panels, looks(panels), strict=True)]
+    look = looks(panels)
+    figures = [panel_figure(panel, look) for panel in panels]
     for name, figure in _file_names([(p.title, figure) for p, figure in zip(panels, figures, strict=True)]):
         if figure is not None:
             (folder / f"{name}.png").write_bytes(figure.png)
@@ -249,7 +246,7 @@ def _file_names(titled: Sequence[tuple[str, T]]) -> list[tuple[str, T]]:
     return list(named.items())
 
 
-def _render(template: str, context: dict[str, Any], script: str = "") -> str:
+def _render(template: str, context: Context, script: str = "") -> str:
     """The page that a template makes of the context. The content security policy lets no other script run.
 
     Jinja escapes what comes from files, a missing name is an error, and what HTML does not admit becomes U+FFFD.

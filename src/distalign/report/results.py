@@ -33,18 +33,6 @@ _TURN = re.compile(r"(?:^|\n)\s*(?:(system|user|assistant)(?:\n|$)|(Human|Assist
 _NONCHARACTERS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
 _ILLEGAL = re.compile(f"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NONCHARACTERS}]")
 
-# The last values of a training run that stand in a table of several runs: label, unit, better, about.
-_LAST = {
-    "step": ("steps", None, None, "Optimizer steps."),
-    "loss": ("last loss", None, None, "Training loss; each method has its own."),
-    "eval_loss": ("last held-out loss", None, None, "Loss on held-out pairs; each method has its own."),
-    "eval_rewards/accuracies": ("last accuracy", None, "higher", "Share of held-out pairs whose chosen response wins."),
-    "objective/reward": ("last reward", None, None, "Mean reward of the samples of the last round."),
-    "objective/kl": ("last KL(π‖π₀)", "nats", None, "Of the samples of the last round, per response."),
-    "objective/entropy": ("last entropy", "nats", None, "Of the samples of the last round, per response."),
-    "completions/mean_length": ("last tokens", None, None, "Mean length of the samples of the last round."),
-}
-
 
 class ReportError(InputError):
     """A file of the run folder is missing or broken; the message says where, what was found and what to do."""
@@ -126,6 +114,26 @@ class Column(BaseModel):
         return "better" if (difference.mean > 0) == (self.better == "higher") else "worse"
 
 
+# The last values of a training run that stand in a table of several runs.
+_LAST = [
+    Column(key="step", label="steps", about="Optimizer steps."),
+    Column(key="loss", label="last loss", about="Training loss; each method has its own."),
+    Column(key="eval_loss", label="last held-out loss", about="Loss on held-out pairs; each method has its own."),
+    Column(
+        key="eval_rewards/accuracies",
+        label="last accuracy",
+        better="higher",
+        about="Share of held-out pairs whose chosen response wins.",
+    ),
+    Column(key="objective/reward", label="last reward", about="Mean reward of the samples of the last round."),
+    *(
+        Column(key=key, label=label, unit="nats", about="Of the samples of the last round, per response.")
+        for key, label in (("objective/kl", "last KL(π‖π₀)"), ("objective/entropy", "last entropy"))
+    ),
+    Column(key="completions/mean_length", label="last tokens", about="Mean length of the samples of the last round."),
+]
+
+
 class WinRates(BaseModel):
     """P(a preferred to b) by `matrix[a][b]`, and by whose judgement."""
 
@@ -134,9 +142,8 @@ class WinRates(BaseModel):
 
 
 class Significance(BaseModel):
-    """p-values against the reference, as found and corrected for their number by Holm's method, and their stars."""
+    """The p-value against the reference, corrected for their number by Holm's method, and its stars."""
 
-    p: Number = math.nan
     holm: Number = math.nan
     stars: str = ""
 
@@ -178,7 +185,6 @@ class Results(BaseModel):
     """results.json of a comparison or an evaluation; everything but the columns and the methods may be missing."""
 
     name: str = ""
-    title: str = ""
     seeds: list[int] = []
     columns: list[Column] = Field(min_length=1)
     methods: dict[str, dict[str, Measure]] = Field(min_length=1)
@@ -208,9 +214,9 @@ class Results(BaseModel):
         return self
 
     @classmethod
-    def parse(cls, content: object, where: str = "results") -> Results:
+    def parse(cls, content: object) -> Results:
         """Check the content of results.json; raises ReportError with the path of the first value that is wrong."""
-        return _checked(cls, content, where, REMEDY)
+        return _checked(cls, _legible(content), "results", REMEDY)
 
     @property
     def trained(self) -> list[str]:
@@ -224,11 +230,8 @@ class Results(BaseModel):
 
     @property
     def judged_rows(self) -> list[str]:
-        """The rows whose responses were compared, in the order of `rows`; names that it lacks come last."""
-        matrix = self.win_rates.matrix
-        names = {*matrix, *(other for row in matrix.values() for other in row)}
-        known = [name for name in self.rows if name in names]
-        return known + sorted(names - {*known})
+        """The rows whose responses were compared, in the order of `rows`."""
+        return [name for name in self.rows if name in self.win_rates.matrix]
 
     @property
     def filled_columns(self) -> list[Column]:
@@ -275,19 +278,24 @@ class Sample(NamedTuple):
         return math.fsum(gains) / len(gains) if gains else math.nan
 
 
-def legible(value: object, levels: int = 50) -> Any:
-    """The content of a JSON file, its texts with U+FFFD for every character that HTML does not admit.
+def legible(text: str) -> str:
+    """A text with U+FFFD for every character that HTML does not admit."""
+    return _ILLEGAL.sub("\ufffd", text)
+
+
+def _legible(value: object, levels: int = 50) -> object:
+    """The content of a JSON file with legible texts.
 
     Raises RecursionError for more levels of nesting than a page can show.
     """
     if not levels:
         raise RecursionError("too many levels of nesting")
     if isinstance(value, str):
-        return _ILLEGAL.sub("\ufffd", value)
+        return legible(value)
     if isinstance(value, list):
-        return [legible(part, levels - 1) for part in value]
+        return [_legible(part, levels - 1) for part in value]
     if isinstance(value, dict):
-        return {legible(key): legible(part, levels - 1) for key, part in value.items()}
+        return {legible(key): _legible(part, levels - 1) for key, part in value.items()}
     return value
 
 
@@ -296,10 +304,10 @@ def read_json(path: Path, model: type[Model], remedy: str) -> Model:
     return _checked(model, _content(_text(path), path, 1, remedy), str(path), remedy)
 
 
-def _content(text: str, path: Path, line: int, remedy: str) -> Any:
+def _content(text: str, path: Path, line: int, remedy: str) -> object:
     """The value of a JSON text that begins at a line of a file, legible. Raises ReportError with the remedy."""
     try:
-        return legible(json.loads(text))
+        return _legible(json.loads(text))
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); {remedy}") from None
     except (ValueError, RecursionError) as error:
@@ -343,7 +351,7 @@ def _read_metrics(path: Path) -> list[dict[str, float]]:
 def _checked(model: type[Model], content: object, where: str, remedy: str) -> Model:
     """The content as the model; raises ReportError with the path of the first value that is wrong."""
     try:
-        return model.model_validate(legible(content))
+        return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(part) for part in first["loc"]) or "the top level"
@@ -446,13 +454,9 @@ def read_run(folder: Path, label: str = "") -> Run:
     if (folder / "metrics.jsonl").exists():
         rows = _read_metrics(folder / "metrics.jsonl")
         last = {key: value for row in rows for key, value in row.items()}
-        columns = [
-            {"key": key, "label": title, "unit": unit, "better": better, "about": about}
-            for key, (title, unit, better, about) in _LAST.items()
-            if key in last
-        ]
-        values = {column["key"]: last[column["key"]] for column in columns}
-        results = Results.parse({"columns": columns, "methods": {label: values}}, str(folder))
+        columns = [column for column in _LAST if column.key in last]
+        values = {column.key: last[column.key] for column in columns}
+        results = Results.model_validate({"columns": columns, "methods": {label: values}})
         recipe, settings = _read_recipe(folder / "recipe.yaml")
         samples, card = read_samples(folder / "samples.jsonl"), folder / "model" / "README.md"
         lines = legible(_text(card)).split("\n") if card.exists() else []
@@ -514,9 +518,9 @@ def merged(runs: Sequence[Run]) -> Run:
 
 def _with_points(samples: list[Sample], results: Results) -> list[Sample]:
     """The samples with the rewards of an evaluation's prompts, for responses without one of their own."""
-    points = {name: row for name, row in results.points.items() if len(row) == len(samples)}
-
-    for name, answers in points.items():
+    for name, answers in results.points.items():
+        if len(answers) != len(samples):
+            continue
         for sample, answer in zip(samples, answers, strict=True):
             sample.responses[:] = [
                 one._replace(reward=answer.reward) if one.name == name and math.isnan(one.reward) else one

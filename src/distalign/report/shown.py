@@ -5,13 +5,12 @@ The fields of these classes are the format of `shown` in lab.json.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 
 from distalign.report.results import Number, read_json
 
@@ -61,15 +60,9 @@ class Panel:
     curves: Sequence[Curve]
     x_scale: Scale = "log"
     y_scale: Scale = "log"
-    x_limits: tuple[float, float] | None = None
-    y_limits: tuple[float, float] | None = None
+    x_limits: tuple[FiniteFloat, FiniteFloat] | None = None
+    y_limits: tuple[FiniteFloat, FiniteFloat] | None = None
     direct: bool = False
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if a limit is not finite, or the upper one not above the lower."""
-        for low, high in filter(None, (self.x_limits, self.y_limits)):
-            if not -math.inf < low < high < math.inf:
-                raise ValueError(f"limits need two finite numbers, the lower first; they are {low} and {high}")
 
 
 @dataclass(frozen=True)
@@ -80,14 +73,6 @@ class Table:
     about: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | bool | int | float | None]]
-
-    def __post_init__(self) -> None:
-        """Raise ValueError if there is no column, or a row has not one value for each."""
-        if not self.columns:
-            raise ValueError("a table needs at least one column")
-        for number, row in enumerate(self.rows):
-            if len(row) != len(self.columns):
-                raise ValueError(f"row {number} has {len(row)} values for {len(self.columns)} columns")
 
 
 @dataclass(frozen=True)
@@ -117,7 +102,7 @@ class Measured(BaseModel):
     """lab.json: an experiment, its settings, what it shows and how long it took. Its other numbers are not read."""
 
     experiment: str
-    settings: dict[str, Any]
+    settings: dict[str, object]
     shown: Shown
     seconds: float
 

@@ -10,8 +10,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distalign.report.numbers import best_rows, format_estimate, format_interval, format_seconds, seeds_text
-from distalign.report.results import REFERENCE, TARGET, Column, Difference, Results, display_name
+from distalign.report.numbers import (
+    best_rows,
+    format_estimate,
+    format_interval,
+    format_seconds,
+    mean_interval,
+    seeds_text,
+)
+from distalign.report.results import REFERENCE, Column, Difference, Measure, Results, display_name
 
 if TYPE_CHECKING:
     from distalign.report.terminal import Fitting
@@ -25,6 +32,7 @@ _MAIN = "forward_kl"  # the metric whose separations the Markdown states
 
 # What is seen first: how good a policy is, how far it went for it, and how long it talks.
 _FIRST = (_MAIN, "win_rate", "reward", "kl_reference", "length", "accuracy", "nll", "entropy", "reverse_kl")
+MAIN_TABLE = _FIRST[:6]  # on a page; the others stand in a table below it
 
 # What may begin markup: a bracket where it ends a link's text, a low line where it is not within a word.
 _MARKUP = re.compile(r"[\\`*<>&|~#$]|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])")
@@ -69,24 +77,24 @@ def results_table(content: dict[str, Any]) -> Fitting:
 
     results = Results.parse(content)
     details = ", ".join(part for part in (seeds_text(results.seeds), counts_text(results)) if part)
-    title = results.title or results.name or "comparison"
+    title = results.name or "comparison"
     columns = []
-    for column in sorted(results.filled_columns, key=_importance):
+    for column in sorted(results.filled_columns, key=importance):
         best = best_rows(results, column)
         cells = [Text(_cell(results, name, column), "bold" if name in best else "") for name in results.rows]
         columns.append(Texts(f"{column.label}{_arrow(column)}\n{column.unit or ''}", cells))
-    last_apart = [name for name in results.rows if name in (TARGET, REFERENCE)][-1:]
+    apart = len(results.rows) - len(results.trained)
     return Fitting(
         Texts("", [display_name(name) for name in results.rows]),
         columns,
         title=f"{title} ({details})" if details else title,
         note="mean ± standard error; bold: best mean",
-        sections=frozenset(results.rows.index(name) for name in last_apart),
+        line_after=apart - 1,
     )
 
 
-def _importance(column: Column) -> int:
-    """Where a column stands in the terminal, which has room for a few; those that nobody ranked come last."""
+def importance(column: Column) -> int:
+    """Where a column stands, as there is room for a few; those that nobody ranked come last."""
     return _FIRST.index(column.key) if column.key in _FIRST else len(_FIRST)
 
 
@@ -109,7 +117,7 @@ def _origin(results: Results, command: str) -> str:
     work = f"{format_seconds(float(sum(results.seconds.values())))} of work" if results.seconds else ""
     facts = (seeds_text(results.seeds).capitalize(), counts_text(results), about.get("device", ""), versions, work)
     lines = [
-        f"Made by {_code(command)}." if command else "",
+        f"Made by {_plain(command)}." if command else "",
         f"{_plain('; '.join(str(fact) for fact in facts if fact))}.",
         "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
     ]
@@ -188,11 +196,8 @@ def _gaps(results: Results, first: str, second: str) -> list[float]:
 
 
 def _t_interval(values: Sequence[float]) -> Difference:
-    from distalign.stats.intervals import student_quantile
-
-    mean = statistics.fmean(values)
-    half = student_quantile(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return Difference(mean=mean, low=mean - half, high=mean + half)
+    n = len(values)
+    return mean_interval(Measure(mean=statistics.fmean(values), se=statistics.stdev(values) / n**0.5, n=n))
 
 
 def _over_seeds(values: Sequence[float]) -> str:
@@ -212,13 +217,6 @@ def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
 def _plain(text: str) -> str:
     """A text in one line, with a backslash before everything that may begin markup."""
     return _MARKUP.sub(r"\\\g<0>", " ".join(text.split()))
-
-
-def _code(text: str) -> str:
-    """A text in one line as code, between more backticks than it has in a row."""
-    text = " ".join(text.split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def write_tables(results: Results, folder: Path) -> None:

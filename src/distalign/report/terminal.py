@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console, Group
@@ -24,15 +24,15 @@ class Texts:
 class Fitting:
     """A table whose first column names the rows; of the others, the most important first, those that fit are shown.
 
-    With `wide` the rest follows in further tables below it, at any width. `sections` are the rows after which a line
-    is drawn. `note` stands below.
+    With `wide` the rest follows in further tables below it, at any width. `line_after` is the row after which a line is
+    drawn. `note` stands below.
     """
 
     names: Texts
     columns: Sequence[Texts]
     title: str = ""
     note: str = ""
-    sections: frozenset[int] = field(default_factory=frozenset)
+    line_after: int | None = None
 
     def at(self, width: int, *, wide: bool = False) -> Group:
         """The tables for a terminal of that many characters."""
@@ -68,15 +68,5 @@ class Fitting:
             table.add_column(Text(column.heading), justify="right" if column.right else "left", no_wrap=whole)
         for row, cells in enumerate(zip(*(column.cells for column in (self.names, *columns)), strict=True)):
             texts = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
-            table.add_row(*texts, end_section=row in self.sections)
+            table.add_row(*texts, end_section=row == self.line_after)
         return table
-
-
-def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table of words, which are broken between words where the terminal is narrow."""
-    table = Table(box=box.HORIZONTALS)
-    for column in columns:
-        table.add_column(Text(column))
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table

@@ -37,11 +37,11 @@ from distalign.data import (
     encode_prompt,
     end_token_id,
     has_pairs,
+    label_warnings,
     prompts_of,
     read_pairs,
     read_prompts,
 )
-from distalign.data.labels import label_warnings
 from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
