@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from distalign.methods import DPO, PD, PMLE, REBEL, RKL, RLHF
-from distalign.rewards.potential import Potential, forward_kl, start_share
+from distalign.rewards import RewardError
+from distalign.rewards.potential import POTENTIAL, Potential, forward_kl, saved_potential, start_share
 
 
 def test_the_divergence_equals_enumeration():
@@ -60,3 +63,16 @@ def test_noise_that_exceeds_the_signal_is_said_with_the_beta_of_half_the_correct
     assert "beta 0.3" in str(doubtful.warning)
     assert good.warning is None
     assert good.beta == pytest.approx(0.3 * 0.25)
+
+
+def test_what_was_said_is_read_where_the_reward_is(tmp_path):
+    """With the advice, if there was some; nothing of a hub's model."""
+    assert saved_potential(None) == saved_potential("org/model") == saved_potential(str(tmp_path)) == []
+    for made in (Potential(3.0, 1.0, 0.5), Potential(3.0, 2.0, 0.5)):
+        (tmp_path / POTENTIAL).write_text(json.dumps(made.to_json()))
+        lines = saved_potential(str(tmp_path))
+        assert lines[0].endswith(str(made))
+        assert (made.warning is None) == (len(lines) == 1)
+    (tmp_path / POTENTIAL).write_text("{")
+    with pytest.raises(RewardError, match=r"potential.json: it cannot be read"):
+        saved_potential(str(tmp_path))

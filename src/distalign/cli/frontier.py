@@ -36,11 +36,13 @@ def frontier(
         shared.quiet()
         from distalign.evaluation.frontier import FRONTIER, forecast
         from distalign.evaluation.setup import load_evaluation
+        from distalign.rewards.potential import saved_potential
 
         # The prompts of the pairs that are given come before the recipe's prompts.
         flags = ["prompts=null"] if pairs and not prompts else []
         flags += shared.overrides(model=model, prompts=prompts, pairs=pairs, output_dir=output_dir)
         settings = load_evaluation(recipe, [*flags, f"samples={samples}", *(set_ or [])])
+        potentials = [line for one in settings.reward for line in saved_potential(one.model)]
         try:
             result = forecast(settings, betas=weights, gammas=entropies)
         except ValueError as error:
@@ -48,6 +50,8 @@ def frontier(
     shared.print_numbers(frontier_table(result), wide)
     shared.write_json(json_path, result.to_json())
     print(f"frontier: {settings.frontier_dir / FRONTIER}")
+    for line in potentials:
+        print(line)
     if kl_budget is not None:
         try:
             shared.print_rich(str(result.recommend(kl_budget)))

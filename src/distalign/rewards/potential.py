@@ -5,8 +5,10 @@ The optimum of RKL and PD is exp(R̂/γ) (β = 0), so an error of R̂ is divided
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distalign.engine import Group, score_in_batches
+from distalign.errors import DAMAGED
 from distalign.methods import Method
+from distalign.rewards.base import RewardError
 from distalign.rewards.reward_model import Trained, TrainedReward
 from distalign.stats.intervals import Estimate, mean_and_se
 from distalign.stats.laplace import Posterior
@@ -55,7 +59,8 @@ class Potential:
         """Plain data for a file."""
         known = {"distance": self.distance, "start": self.start}
         numbers = {name: value._asdict() for name, value in known.items() if value is not None}
-        return {"moved": self.moved, "noise": self.noise, "beta": self.beta, **numbers}
+        said = {"text": str(self), "warning": self.warning}
+        return {"moved": self.moved, "noise": self.noise, "beta": self.beta, **numbers, **said}
 
     def __str__(self) -> str:
         text = f"its optimum is {self.moved:.2f} nats from π₀, {self.noise:.2f} of them noise of the labels"
@@ -75,6 +80,21 @@ class Potential:
             f"reward: of the {self.moved:.2f} nats that its optimum is from π₀, {self.noise:.2f} are noise of the "
             f"labels; train with beta {self.beta:.3g} (half of the correction), or with more pairs"
         )
+
+
+def saved_potential(folder: str | None) -> list[str]:
+    """What was said of the potential of the reward in a folder when it was trained; empty where nothing was.
+
+    Raises RewardError for a file that cannot be read.
+    """
+    file = Path(folder or "") / POTENTIAL
+    if folder is None or not file.is_file():
+        return []
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+    except DAMAGED as error:
+        raise RewardError(f"{file}: it cannot be read ({error}); remove it, or train the reward again") from None
+    return [f"{folder}: {saved[name]}" for name in ("text", "warning") if saved.get(name)]
 
 
 def potential(
