@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from filelock import FileLock
 from vllm_server import Server
 
 from distalign.engine import Group
@@ -22,6 +23,7 @@ from distalign.training.prompts import Batch, PromptGroup
 
 WORK = Path(__file__).parent / "work.py"
 SIX = ("pmle", "pd", "rkl", "dpo", "rebel", "rlhf")
+TWO = [f"{method}/{wrapper}/{kind}" for wrapper in ("ddp", "fsdp") for method in SIX for kind in ("full", "lora")]
 # Other sources of pairs and estimators, whose work is dealt too.
 OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae", "rkl-stale")]
 THREE = [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full", "rkl-stale/ddp/full"]
@@ -57,34 +59,53 @@ def check_equal(one, several, tolerance=1e-5):
         assert other == pytest.approx(row, rel=tolerance, abs=tolerance)
 
 
-def compare(folder: Path, processes: int, cells: list[str], tolerance=1e-5):
-    """Each cell in one process and in several; the message names the cell that differs."""
-    work(folder / "1", 1, cells)
-    work(folder / "several", processes, cells)
+def single(cell: str) -> str:
+    """The same cell without a wrapper: what one process trains."""
+    method, _, weights = cell.split("/")
+    return f"{method}/none/{weights}"
+
+
+@pytest.fixture(scope="session")
+def one(tmp_path_factory, worker_id) -> Path:
+    """What one process makes of every cell, made once for all workers of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "one-process"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "done").exists():
+            work(folder, 1, sorted({single(cell) for cell in (*TWO, *OTHERS, *THREE)}))
+            (folder / "done").touch()
+    return folder
+
+
+def compare(one: Path, several: Path, processes: int, cells: list[str], tolerance=1e-5):
+    """Each cell in several processes beside one process; the message names the cell that differs."""
+    work(several, processes, cells)
     for cell in cells:
         try:
-            check_equal(result(folder / "1", cell), result(folder / "several", cell), tolerance)
+            check_equal(result(one, single(cell)), result(several, cell), tolerance)
         except AssertionError as error:
             raise AssertionError(f"{cell} in {processes} processes: {error}") from None
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(tmp_path, wrapper):
+def test_two_processes_do_what_one_does(one, tmp_path, wrapper):
     """Six methods, full and LoRA, three steps, the last with two prompts: log lines, samples, weights."""
-    cells = [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")]
-    compare(tmp_path, 2, [*cells, *(OTHERS if wrapper == "ddp" else [])])
+    cells = [cell for cell in TWO if f"/{wrapper}/" in cell]
+    compare(one, tmp_path / "two", 2, [*cells, *(OTHERS if wrapper == "ddp" else [])])
 
 
-def test_a_process_without_a_prompt_waits_for_nobody(tmp_path):
+def test_a_process_without_a_prompt_waits_for_nobody(one, tmp_path):
     """The last step of three processes has two prompts."""
-    compare(tmp_path, 3, THREE)
+    compare(one, tmp_path / "three", 3, THREE)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 @pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
-def test_two_processes_of_deepspeed_do_what_one_does(tmp_path, wrapper):
+def test_two_processes_of_deepspeed_do_what_one_does(one, tmp_path, wrapper):
     """Six methods, full and LoRA."""
-    compare(tmp_path, 2, [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4)
+    compare(
+        one, tmp_path / "two", 2, [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4
+    )
 
 
 def test_a_server_draws_for_all_processes(tmp_path):

@@ -2,7 +2,8 @@
 
     torch.distributed.run --nproc_per_node 2 tests/distributed/work.py FOLDER CELL [CELL …]
 
-A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora; FOLDER/METHOD-WRAPPER-WEIGHTS.pt holds its log lines and weights.
+A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora or, in one process, rkl/none/lora; FOLDER/METHOD-WRAPPER-WEIGHTS.pt
+holds its log lines and weights.
 With KILL=1 the last process is killed in its second step, with NAN=1 it finds a loss that is no number; with RESUME=1 a
 run goes on. With SERVER=URL a vLLM server of the model in the folder MODEL draws.
 """
