@@ -6,11 +6,14 @@ import json
 import logging
 
 import pytest
+from acting import exit_code_elsewhere
 
 from distalign.errors import InputError
 from distalign.evaluation import metrics
 from distalign.evaluation.evaluate import evaluate
+from distalign.evaluation.frontier import forecast
 from distalign.evaluation.setup import load_evaluation, load_setup
+from distalign.training.run_folder import locked
 
 # A prompt, and the column that a function is given.
 ROWS = [
@@ -117,3 +120,18 @@ def test_a_function_is_given_the_columns_of_every_row_that_stays(settings, tmp_p
     assert found["methods"]["reference"]["reward"]["n"] == 3
     told = json.loads((made.run_dir / "results.json").read_text(encoding="utf-8"))["pairs"]
     assert (told["held-out prompts"], told[LEFT_OUT], told[SHARED]) == (3, 1, 1)
+
+
+@pytest.mark.parametrize("work", [evaluate, forecast])
+def test_a_second_process_is_kept_out(settings, work):
+    """It ends at once, and has touched nothing."""
+    chosen = settings(ROWS, "reward=[{function: 'nowhere:reward'}]")
+    folder = chosen.run_dir if work is evaluate else chosen.frontier_dir
+
+    def refused():
+        with pytest.raises(InputError, match="works in this folder"):
+            work(chosen)
+
+    with locked(folder):
+        assert exit_code_elsewhere(refused) == 0
+        assert [path.name for path in folder.iterdir()] == [".lock"]

@@ -43,7 +43,7 @@ from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
 from distalign.training.auto import labels_of
 from distalign.training.processes import refuse_several_processes
-from distalign.training.run_folder import writable, write_text
+from distalign.training.run_folder import locked, writable, write_text
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -58,14 +58,19 @@ def evaluate(
     `settings` are settings, or a packaged one's name, a file or a mapping; `policies` are added to theirs, by name.
     What a policy gave is saved in its folder: evaluated again with the same weights, prompts and settings it is not
     run. `target` stands in for the settings' tilt of words. Raises InputError before weights are loaded where it can,
-    and for a judge's endpoint that does not answer before anything is sampled.
+    also where another process works in the folder, and for a judge's endpoint that does not answer before anything is
+    sampled.
     """
     refuse_several_processes("an evaluation")
     if not isinstance(settings, Evaluation):
         settings = load_evaluation(settings, [], [f"{name}={place}" for name, place in (policies or {}).items()])
-    folder = settings.run_dir
     _check_folder(settings)
-    setup = load_setup(settings, target)
+    with locked(settings.run_dir):
+        return _evaluate(settings, target)
+
+
+def _evaluate(settings: Evaluation, target: Target | None) -> Results:
+    folder, setup = settings.run_dir, load_setup(settings, target)
     groups, folders = setup.groups, {name: folder / "policies" / name for name in setup.sources}
     endpoint = settings.judge.endpoint if settings.judge is not None else None
     if endpoint is not None and not all(is_answered(setup, name, place, groups) for name, place in folders.items()):

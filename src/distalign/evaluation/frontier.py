@@ -29,7 +29,7 @@ from distalign.evaluation.setup import Evaluation, load_setup
 from distalign.models.targets import Target
 from distalign.rewards import Request
 from distalign.stats.intervals import student_quantile
-from distalign.training.run_folder import writable
+from distalign.training.run_folder import locked, writable
 
 # In a folder of its own: an evaluation of the same name draws its policies on the frontier.
 FRONTIER = "frontier.json"
@@ -389,7 +389,14 @@ def forecast(
         raise InputError(f"{settings.name}: a frontier is of a reward, and there is none; add reward to the settings")
     if settings.samples < 2:
         raise InputError(f"{settings.name}: samples is {settings.samples}; a frontier takes two and wants 64 a prompt")
-    folder = writable(settings.frontier_dir)
+    with locked(writable(settings.frontier_dir)):
+        return _forecast(settings, betas, gammas, target)
+
+
+def _forecast(
+    settings: Evaluation, betas: Sequence[float] | None, gammas: Sequence[float] | None, target: Target | None
+) -> Frontier:
+    folder = settings.frontier_dir
     setup = load_setup(settings.model_copy(update={"policies": {}, "judge": None}), target)
     answers = policy_answers(setup, "reference", folder / "reference", [])
     reward = setup.reward()
