@@ -125,7 +125,7 @@ def test_a_function_is_given_the_columns_of_every_row_that_stays(settings, tmp_p
 @pytest.mark.parametrize("work", [evaluate, forecast])
 def test_a_second_process_is_kept_out(settings, work):
     """It ends at once, and has touched nothing."""
-    chosen = settings(ROWS, "reward=[{function: 'nowhere:reward'}]")
+    chosen = settings(ROWS, "reward=[{function: 'nowhere:reward'}]", "samples=2")
     folder = chosen.run_dir if work is evaluate else chosen.frontier_dir
 
     def refused():
