@@ -15,6 +15,8 @@ from distalign.engine import Group, check, score
 from distalign.methods import METHODS
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
+from distalign.training.config import AlignmentConfig
+from distalign.training.trainer import AlignmentTrainer
 
 METHODS_HERE = {
     "dpo": METHODS["dpo"](gamma=0.5),
@@ -42,8 +44,9 @@ def test_layers_compute_in_bfloat16(name, tmp_path, caplog):
                 seen.setdefault((number, module.training), set()).add(output.dtype)
 
             layer.register_forward_hook(note)
-    with caplog.at_level(logging.WARNING, "distalign"):
+    with caplog.at_level(logging.INFO, "distalign"):
         made.train()
+    assert "weights in float32, the head's products in float32, their sums in float32" in caplog.text
     assert {(0, True), (0, False)} <= set(seen)
     assert len(models) == 1 or (1, False) in seen
     assert all(dtypes == {torch.bfloat16} for dtypes in seen.values()), seen
@@ -90,3 +93,19 @@ def test_a_reference_follows_its_policy(tmp_path):
     made = trainer(tmp_path, METHODS_HERE["dpo"], policy=policy, use_cpu=False)
     made.train()
     assert next(policy.reference.parameters()).device.type == "cuda"
+
+
+@pytest.mark.parametrize("switch", [{"optim": "adafactor"}, {"attn_implementation": "eager"}])
+def test_what_transformers_switches_on_trains(switch, tmp_path):
+    """docs/scaling.md: another optimizer, another attention of the model's own passes."""
+    model = tiny.model()
+    if "attn_implementation" in switch:
+        model.set_attn_implementation(switch["attn_implementation"])
+    policy = make_policy(model, tiny.tokenizer(), Source("tiny", "tiny", "made here"), reference=True)
+    start = [p.detach().clone() for p in policy.model.parameters()]
+    arguments = {"max_steps": 2, "use_cpu": True, "report_to": "none", "save_strategy": "no", "learning_rate": 1e-2}
+    args = AlignmentConfig(str(tmp_path), **arguments, **({} if "attn_implementation" in switch else switch))
+    made = AlignmentTrainer(policy, METHODS_HERE["dpo"], args, tiny.encoded_pairs(8))
+    made.train()
+    assert any(not torch.equal(p, before) for p, before in zip(made.policy.model.parameters(), start, strict=True))
+    assert check(made.policy.model).path == "shared"

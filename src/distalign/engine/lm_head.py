@@ -117,6 +117,19 @@ class HiddenRows:
         return (1 - (z * (self.temperature / self.head.softcap)).square_()).mul_(factor)
 
 
+def precision(model: nn.Module) -> str:
+    """In what the weights are, and in what the head's products and their sums are taken, autocast included."""
+    try:
+        head = head_of(model)
+    except CannotTile as reason:
+        return f"log-probabilities of the model's own logits ({reason})"
+    rows = HiddenRows(head.weight[:0], head)
+    weights, products, sums = (
+        str(kind).removeprefix("torch.") for kind in (head.weight.dtype, rows.product, rows.dtype)
+    )
+    return f"weights in {weights}, the head's products in {products}, their sums in {sums}"
+
+
 class LogitRows:
     """Rows of logits that the model computed itself."""
 

@@ -36,6 +36,7 @@ from transformers import (
 from distalign.data import EncodedPair
 from distalign.engine import Group, Scores, score, score_in_batches
 from distalign.engine.forward import evaluating
+from distalign.engine.lm_head import precision
 from distalign.engine.memory import LESS, MemoryEstimate, asked_for, available, estimate, out_of_memory
 from distalign.engine.packing import FORWARD_BUDGET
 from distalign.methods import Method, Pairs, Samples
@@ -533,6 +534,7 @@ class AlignmentTrainer(ResumableTrainer):
         """What the run will need, measured on the model as it is trained; logged, with a warning if it does not fit."""
         memory = self._estimate(self._budget())
         logger.info("%s", memory)
+        logger.info("%s: %s", self.label, self.run(lambda: precision(self.policy.model)))
         if not memory.fits():
             logger.warning("%s is likely to run out of memory: %s", self.label, memory.advice())
         return memory
