@@ -107,7 +107,7 @@ def results(segments, settings, dtype, *, by_flex, gradient=True):
     """Output of one layer over a packed row, and gradients of everything that goes in: 6 heads share 2 of keys."""
     settings = dict(settings)
     generator = torch.Generator().manual_seed(3)
-    tokens = sum(sum(segment.lengths) for segment in segments)
+    tokens = sum(segment.prompt + sum(segment.responses) for segment in segments)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(gradient)
@@ -129,7 +129,7 @@ def test_mask_by_enumeration(shapes, window):
     """The kernel's mask is the definition, pair by pair."""
     segments = tuple(Segment(prompt, tuple(responses)) for prompt, responses in shapes)
     mask = flex.block_mask(segments, window, CPU).mask_mod
-    places = torch.arange(sum(sum(segment.lengths) for segment in segments))
+    places = torch.arange(sum(segment.prompt + sum(segment.responses) for segment in segments))
     seen = mask(torch.tensor(0), torch.tensor(0), places[:, None], places[None, :])
     assert torch.equal(seen, allowed(segments, window))
 
@@ -140,7 +140,7 @@ def test_blocks_are_those_of_the_dense_mask(shapes, window):
     """Which blocks are skipped, full or partial is what torch finds from the whole mask."""
     segments = tuple(Segment(prompt, tuple(responses)) for prompt, responses in shapes)
     ours = flex.block_mask(segments, window, CPU)
-    tokens = sum(sum(segment.lengths) for segment in segments)
+    tokens = sum(segment.prompt + sum(segment.responses) for segment in segments)
     theirs = torch_flex.create_block_mask(ours.mask_mod, None, None, tokens, tokens, device="cpu")
     for name, expected in vars(theirs).items():
         found = getattr(ours, name)

@@ -471,7 +471,7 @@ def test_a_reward_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(experiment, "_potential", lost)
+        patch.setattr(experiment, "potential", lost)
         with pytest.raises(KeyboardInterrupt):
             train(settings, "rkl")
     assert not list((settings.train_dir / "rkl").rglob("reward.json"))

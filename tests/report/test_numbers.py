@@ -6,8 +6,7 @@ import math
 
 import pytest
 
-from distalign.report import format_estimate, format_interval
-from distalign.report.numbers import format_number, format_seconds
+from distalign.report.numbers import format_estimate, format_interval, format_number, format_seconds
 
 
 @pytest.mark.parametrize(
