@@ -36,7 +36,13 @@ def test_a_grid_of_comparisons(tmp_path, tiny_folder):
     assert runs.count(("pmle", 16, 1)) == 1
     assert set(result["slopes"]) >= {"pmle (weight_decay 1.0)", "mine (weight_decay 10.0)"}
     shown = json.loads((recipe.run_dir / "lab.json").read_text())["shown"]
-    assert len(shown["panels"]) == 3
+    assert len(shown["panels"]) == 4
+    plane = {curve["label"]: (curve["x"], curve["y"]) for curve in shown["panels"][3]["curves"]}
+    assert plane["reference"][0] == [0.0]
+    # E[ln π*] of the target's own responses is minus its entropy.
+    entropies = [row["entropy"]["mean"] for row in result["rows"] if row["method"] == "target"]
+    assert plane["target"][1] == pytest.approx([-sum(entropies) / len(entropies)])
+    assert len(plane["mine (weight_decay 1.0)"][0]) == 2
     assert "Distance against the number of pairs" in write_report(recipe.run_dir).read_text()
     made = {file: file.stat().st_mtime_ns for file in recipe.run_dir.rglob("finished.json")}
     again = study(recipe)

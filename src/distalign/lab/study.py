@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -115,13 +116,14 @@ def show(rows: Sequence[Row]) -> Shown:
     """The figures and tables of a study."""
     sizes = sorted({row["cell"].get(PAIRS, 0) for row in rows})
     known = {name: select(rows, method=name) for name in ("target", "reference")}
-    falls, entropies, steps, table = [], [], [], []
+    falls, entropies, steps, planes, table = [], [], [], [], []
     for label, own in _by_label(rows).items():
         by_size = [(n, [row for row in own if row["cell"].get(PAIRS, 0) == n]) for n in sizes]
         by_size = [(n, same) for n, same in by_size if same]
         falls.append(_curve(label, by_size, "forward_kl"))
         if all("entropy" in row for row in own):
             entropies.append(_curve(label, by_size, "entropy"))
+            planes.append(_plane(label, [same for _, same in by_size], "line" if len(by_size) > 1 else "points"))
         largest = by_size[-1][1]
         if largest[0]["curve"]:
             x = [step for step, _ in largest[0]["curve"]]
@@ -129,6 +131,7 @@ def show(rows: Sequence[Row]) -> Shown:
             steps.append(Curve(label, x, means))
         table += [[label, n, *_texts(same), len(same)] for n, same in by_size]
     table += [[name, None, *_texts(own), len(own)] for name, own in known.items()]
+    planes += [_plane(name, [own], "points") for name, own in known.items()]
     start = _over_seeds(known["reference"], "forward_kl").mean
     entropy_levels = [level(f"{name}'s", sizes, _over_seeds(own, "entropy").mean) for name, own in known.items()]
     nats = "KL(π*‖π), nats per response"
@@ -156,6 +159,10 @@ def show(rows: Sequence[Row]) -> Shown:
                   "linear", "log"),
             Panel("Entropy", f"{over} Dashed: the target's and π₀'s.", "labelled pairs", "nats per response",
                   [*entropies, *entropy_levels], "log", "linear"),
+            Panel("Reward against distance from the start", "The exact reward over γ, E[ln π*], against KL(π‖π₀): mean "
+                  "over seeds, a line from few pairs to many. RLHF's optimum has the most reward for its distance.",
+                  "KL(π‖π₀), nats per response", "E[ln π*], nats per response", planes, "linear", "linear",
+                  direct=True),
         ],
         tables=[
             Table("At the last step", "Mean ± standard error over seeds (prompts where there is one seed).",
@@ -172,6 +179,15 @@ def _curve(label: str, by_size: Sequence[tuple[int, Sequence[Row]]], key: str) -
         mean, se, _ = _over_seeds(same, key)
         points.append({"n": n, key: {"mean": mean, "se": 0.0 if math.isnan(se) else se}})
     return curve(label, points, "n", key)
+
+
+def _plane(label: str, groups: Sequence[Sequence[Row]], kind: Literal["line", "points"]) -> Curve:
+    """Exact reward against the distance from the start, one point for each group of runs."""
+    kl, entropy, reverse = (
+        [_over_seeds(rows, key).mean for rows in groups] for key in ("kl_reference", "entropy", "reverse_kl")
+    )
+    # E_π[ln π*] = −H(π) − KL(π‖π*), of the same responses.
+    return Curve(label, kl, [-h - d for h, d in zip(entropy, reverse, strict=True)], kind=kind)
 
 
 def _over_seeds(rows: Sequence[Row], key: str) -> Estimate:
