@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DTYPES, MODELS, WORKLOADS, Machine, body_size, useful_operations
+from common import DTYPES, MODELS, WORKLOADS, Machine, Workload, body_size, useful_operations
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -60,9 +60,14 @@ class Job:
         """The model, where it is trained."""
         return MODELS[self.model]().to(self.device, DTYPES[self.dtype])
 
+    @property
+    def shape(self) -> Workload:
+        """Lengths of the prompts and responses; rounds have those of group8."""
+        return WORKLOADS["group8" if self.workload == "rounds" else self.workload]
+
     def groups(self, model: Any) -> list[Group]:
         """The token ids that all sides train on."""
-        return WORKLOADS[self.workload].groups(self.prompts, model.config.vocab_size)
+        return self.shape.groups(self.prompts, model.config.vocab_size)
 
 
 class Turns(TrainerCallback):
@@ -167,8 +172,8 @@ ROUNDS: dict[str, Method] = {"rkl": RKL(gamma=GAMMA, beta=0.0), "rlhf": RLHF(bet
 def train_rounds(pipe: Connection, job: Job, folder: str) -> None:
     """Our trainer with RKL or what the side names: 8 responses to each TL;DR-like prompt in every step."""
     model = job.load()
-    workload = WORKLOADS["group8"]
-    rows = [EncodedPrompt(group.prompt) for group in workload.groups(job.prompts, model.config.vocab_size)]
+    workload = job.shape
+    rows = [EncodedPrompt(group.prompt) for group in job.groups(model)]
     tokens = workload.response[1]
     settings = {
         "num_generations": workload.responses,
@@ -217,8 +222,8 @@ def train_rloo(pipe: Connection, job: Job, folder: str) -> None:
 
     _tune_head(job)
     model = job.load()
-    workload = WORKLOADS["group8"]
-    prompts = [group.prompt for group in workload.groups(job.prompts, model.config.vocab_size)]
+    workload = job.shape
+    prompts = [group.prompt for group in job.groups(model)]
     tokens, responses = workload.response[1], job.prompts * workload.responses
     batches, left = divmod(responses, job.trl_batch)
     if left:

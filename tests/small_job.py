@@ -23,6 +23,7 @@ class SmallJob(sides.Job):
         """The model, where it is trained."""
         return model().to(self.device, DTYPES[self.dtype])
 
-    def groups(self, model: Any) -> Any:
-        """The token ids that all sides train on."""
-        return SHORT[self.workload].groups(self.prompts, model.config.vocab_size)
+    @property
+    def shape(self) -> Workload:
+        """Short prompts and responses."""
+        return SHORT["group8" if self.workload == "rounds" else self.workload]

@@ -9,11 +9,13 @@ import pytest
 
 pytest.importorskip("trl", reason="TRL needs Python 3.11")
 import onpolicy
+import small_job
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_onpolicy_writes_what_it_measures(tmp_path, capsys):
+def test_onpolicy_writes_what_it_measures(tmp_path, capsys, monkeypatch):
     """RLHF beside RLOO: a ratio within its spread, and memory of both."""
+    monkeypatch.setattr(onpolicy, "Job", small_job.SmallJob)
     place = tmp_path / "onpolicy.json"
     sizes = ["--models", "small-32k", "--methods", "rlhf", "--prompts", "1", "--rounds", "1"]
     rows = onpolicy.main([*sizes, "--json", str(place)])

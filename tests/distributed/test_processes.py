@@ -23,7 +23,10 @@ from distalign.training.prompts import Batch, PromptGroup
 
 WORK = Path(__file__).parent / "work.py"
 SIX = ("pmle", "pd", "rkl", "dpo", "rebel", "rlhf")
-TWO = [f"{method}/{wrapper}/{kind}" for wrapper in ("ddp", "fsdp") for method in SIX for kind in ("full", "lora")]
+TWO = {
+    wrapper: [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")]
+    for wrapper in ("ddp", "fsdp", "zero2", "zero3")
+}
 # Other sources of pairs and estimators, whose work is dealt too.
 OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae", "rkl-stale")]
 THREE = [*(f"{method}/ddp/lora" for method in SIX), "rkl/fsdp/full", "rkl-stale/ddp/full"]
@@ -65,47 +68,61 @@ def single(cell: str) -> str:
     return f"{method}/none/{weights}"
 
 
-@pytest.fixture(scope="session")
-def one(tmp_path_factory, worker_id) -> Path:
-    """What one process makes of every cell, made once for all workers of a test run."""
+def once(tmp_path_factory, worker_id: str, processes: int, cells: list[str]) -> Path:
+    """The folder of these cells, made once for all workers of a test run."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "one-process"
+    folder = (base if worker_id == "master" else base.parent) / f"processes-{processes}"
     with FileLock(f"{folder}.lock"):
         if not (folder / "done").exists():
-            work(folder, 1, sorted({single(cell) for cell in (*TWO, *OTHERS, *THREE)}))
+            work(folder, processes, cells)
             (folder / "done").touch()
     return folder
 
 
-def compare(one: Path, several: Path, processes: int, cells: list[str], tolerance=1e-5):
-    """Each cell in several processes beside one process; the message names the cell that differs."""
-    work(several, processes, cells)
+@pytest.fixture(scope="session")
+def one(tmp_path_factory, worker_id) -> Path:
+    """What one process makes of every cell."""
+    return once(tmp_path_factory, worker_id, 1, sorted({single(cell) for cell in (*TWO["fsdp"], *OTHERS, *THREE)}))
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory, worker_id) -> Path:
+    """What two processes make of every cell by DDP."""
+    return once(tmp_path_factory, worker_id, 2, [*TWO["ddp"], *OTHERS])
+
+
+def check_cells(one: Path, several: Path, cells: list[str], tolerance=1e-5):
+    """Each cell of several processes beside that of one; the message names the cell that differs."""
     for cell in cells:
         try:
             check_equal(result(one, single(cell)), result(several, cell), tolerance)
         except AssertionError as error:
-            raise AssertionError(f"{cell} in {processes} processes: {error}") from None
+            raise AssertionError(f"{cell} in {several}: {error}") from None
 
 
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_two_processes_do_what_one_does(one, tmp_path, wrapper):
+def test_two_processes_do_what_one_does(one, two):
     """Six methods, full and LoRA, three steps, the last with two prompts: log lines, samples, weights."""
-    cells = [cell for cell in TWO if f"/{wrapper}/" in cell]
-    compare(one, tmp_path / "two", 2, [*cells, *(OTHERS if wrapper == "ddp" else [])])
+    check_cells(one, two, [*TWO["ddp"], *OTHERS])
+
+
+def test_two_processes_that_shard_do_what_one_does(one, tmp_path):
+    """By FSDP2."""
+    work(tmp_path / "two", 2, TWO["fsdp"])
+    check_cells(one, tmp_path / "two", TWO["fsdp"])
 
 
 def test_a_process_without_a_prompt_waits_for_nobody(one, tmp_path):
     """The last step of three processes has two prompts."""
-    compare(one, tmp_path / "three", 3, THREE)
+    work(tmp_path / "three", 3, THREE)
+    check_cells(one, tmp_path / "three", THREE)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 @pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
 def test_two_processes_of_deepspeed_do_what_one_does(one, tmp_path, wrapper):
     """Six methods, full and LoRA."""
-    compare(
-        one, tmp_path / "two", 2, [f"{method}/{wrapper}/{kind}" for method in SIX for kind in ("full", "lora")], 1e-4
-    )
+    work(tmp_path / "two", 2, TWO[wrapper])
+    check_cells(one, tmp_path / "two", TWO[wrapper], 1e-4)
 
 
 def test_a_server_draws_for_all_processes(tmp_path):
@@ -120,21 +137,20 @@ def test_a_server_draws_for_all_processes(tmp_path):
         check_equal(result(tmp_path / "1", cell), result(tmp_path / "2", cell))
 
 
-def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(tmp_path):
+def test_a_run_whose_process_was_killed_goes_on_to_the_same_end(two, tmp_path):
     """kill -9 of one of two in the second step: torchrun ends the other; two processes end equal to the bit."""
-    cell, whole, two, one = "rkl/ddp/lora", tmp_path / "whole", tmp_path / "two", tmp_path / "one"
-    work(whole, 2, [cell])
-    assert work(two, 2, [cell], KILL="1").returncode != 0
-    assert not (two / "rkl-ddp-lora.pt").exists()
-    shutil.copytree(two, one)
-    assert work(two, 2, [cell], RESUME="1").returncode == 0
-    undisturbed, resumed = result(whole, cell), result(two, cell)
+    cell, killed, alone = "rkl/ddp/lora", tmp_path / "killed", tmp_path / "alone"
+    assert work(killed, 2, [cell], KILL="1").returncode != 0
+    assert not (killed / "rkl-ddp-lora.pt").exists()
+    shutil.copytree(killed, alone)
+    assert work(killed, 2, [cell], RESUME="1").returncode == 0
+    undisturbed, resumed = result(two, cell), result(killed, cell)
     assert resumed["samples"] == undisturbed["samples"]
     assert resumed["logs"] == undisturbed["logs"]
     assert all(torch.equal(weight, resumed["weights"][name]) for name, weight in undisturbed["weights"].items())
     # One process goes on with the batch of both.
-    assert work(one, 1, [cell], RESUME="1").returncode == 0
-    check_equal(undisturbed, result(one, cell))
+    assert work(alone, 1, [cell], RESUME="1").returncode == 0
+    check_equal(undisturbed, result(alone, cell))
 
 
 def test_what_one_process_finds_ends_all_with_its_message(tmp_path):
