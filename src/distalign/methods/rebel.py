@@ -1,8 +1,7 @@
 """REBEL (arXiv 2404.16767; arXiv 2506.01523v2, eq. 10): regress reward differences on the policy's relative log-ratio.
 
-Each round samples pairs from the current policy π_t and then moves away from it so that its log-ratio gap reproduces
-the reward gap. What holds the policy near π₀ is a KL penalty in the reward, without which many rounds collapse. With
-one optimizer step a round its gradient is RLHF's (at η = 1/β): give it several (num_iterations, minibatches).
+Each round samples pairs from the policy π_t and moves it until its log-ratio gaps are the reward's. A KL penalty in the
+reward keeps many rounds from collapse. With one step in a round it is RLHF at η = 1/β: give it num_iterations.
 """
 
 from __future__ import annotations
