@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 
 import pytest
@@ -136,6 +137,7 @@ def test_sigterm_in_training_ends_with_the_line_that_goes_on(distalign, monkeypa
     code, _, err = distalign(*words, "--resume")
     assert code == 0
     assert "had ended at step 3: nothing is trained" in err
+    assert re.search(r": 3/3, \d+ s had ended", err)
 
 
 def test_sigterm_elsewhere_stops_at_once(distalign, monkeypatch):

@@ -497,7 +497,9 @@ class AlignmentTrainer(ResumableTrainer):
                 try:
                     result = super().train(resume_from_checkpoint=checkpoint and str(checkpoint), **kwargs)
                     if checkpoint is not None and self.state.global_step == step_of(checkpoint):
-                        logger.info("%s: had ended at step %d: nothing is trained", self.label, step_of(checkpoint))
+                        step = step_of(checkpoint)
+                        self._advance(step, step, "had ended")
+                        logger.info("%s: had ended at step %d: nothing is trained", self.label, step)
                     self._stop_if_told()
                     return result
                 finally:
