@@ -10,6 +10,7 @@ import torch
 from distalign.methods import DPO, PD, PMLE, REBEL, RKL, RLHF
 from distalign.rewards import RewardError
 from distalign.rewards.potential import POTENTIAL, Potential, forward_kl, saved_potential, start_share
+from distalign.stats.intervals import Estimate
 
 
 def test_the_divergence_equals_enumeration():
@@ -76,3 +77,10 @@ def test_what_was_said_is_read_where_the_reward_is(tmp_path):
     (tmp_path / POTENTIAL).write_text("{")
     with pytest.raises(RewardError, match=r"potential.json: it cannot be read"):
         saved_potential(str(tmp_path))
+
+
+def test_a_reward_that_leads_away_from_a_known_target_is_told():
+    """Whatever its noise is."""
+    near, far = Estimate(1.0, 0.1, 32), Estimate(2.0, 0.1, 32)
+    assert Potential(3.0, 1.0, 0.5, near, far).warning is None
+    assert "farther from the target than π₀ is (2.00 and 1.00 nats)" in Potential(3.0, 1.0, 0.5, far, near).warning

@@ -73,7 +73,12 @@ class Potential:
 
     @property
     def warning(self) -> str | None:
-        """What to do where the noise exceeds the signal; None where it does not."""
+        """What to do where the noise exceeds the signal, or a known target says that the reward leads away; or None."""
+        if self.distance is not None and self.start is not None and self.distance.mean > self.start.mean:
+            return (
+                f"reward: its optimum is farther from the target than π₀ is ({self.distance.mean:.2f} and "
+                f"{self.start.mean:.2f} nats); take another head (auto chooses one), or more pairs"
+            )
         if self.noise <= self.signal:
             return None
         return (
