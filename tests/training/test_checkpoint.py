@@ -70,15 +70,16 @@ def test_a_run_that_goes_on_logs_what_it_would_have(tmp_path, monkeypatch, metho
     assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
 
 
-def offline(folder, **settings):
-    """PMLE on pairs alone, evaluated: responses are drawn only to watch its health."""
+def offline(folder, *, swapped=False, **settings):
+    """PMLE on pairs alone, evaluated, or on `swapped` labels: responses are drawn only to watch its health."""
     pairs = tiny.encoded_pairs(8)
+    held = [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs] if swapped else pairs
     torch.manual_seed(0)
     args = {**SAVED, "use_cpu": True, "max_completion_length": 5, "token_budget": 512, "eval_strategy": "steps"}
     args |= {"eval_steps": 1, "learning_rate": 1e-2, "save_total_limit": None, **settings}
     model, tokenizer = tiny.model(), tiny.tokenizer()
     args = AlignmentConfig(str(folder), **args)
-    return AlignmentTrainer(model, PMLE(0.5, 0.0), args, pairs, pairs, processing_class=tokenizer)
+    return AlignmentTrainer(model, PMLE(0.5, 0.0), args, pairs, held, processing_class=tokenizer)
 
 
 def test_an_offline_run_remembers_its_health(tmp_path, monkeypatch):
@@ -109,6 +110,58 @@ def test_a_run_that_has_ended_trains_nothing(tmp_path, monkeypatch, caplog, stra
     assert "had ended at step 3: nothing is trained" in caplog.text
     assert torch.equal(parameters(again), parameters(whole))
     assert logs(tmp_path) == expected
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "lost"])
+def test_a_folder_that_was_moved_still_has_its_best_step(tmp_path, monkeypatch, ended):
+    """Here the start: a run that goes on in another folder restores it, and does not keep the last step instead."""
+    settings = {"swapped": True, "max_steps": 4, "save_steps": 1, "save_total_limit": 1}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "eval_on_start": True}
+    whole = offline(tmp_path / "whole", **settings)
+    whole.train()
+    assert whole.kept_step == 0
+    if not ended:
+        mend = lost_before_step(monkeypatch, 2)
+        with pytest.raises(Lost):
+            offline(tmp_path / "cut", **settings).train()
+        mend()
+    (tmp_path / ("whole" if ended else "cut")).rename(tmp_path / "moved")
+    again = offline(tmp_path / "moved", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(whole))
+    remove(tmp_path / "moved" / "checkpoint-0")
+    with pytest.raises(TrainingError, match="checkpoint-0: it held the best step so far and is gone"):
+        offline(tmp_path / "moved", **settings).train(resume_from_checkpoint=True)
+
+
+def test_another_base_is_refused_wherever_it_differs(tmp_path):
+    """Not in its first numbers alone."""
+    made = offline(tmp_path)
+    made.train()
+    other = offline(tmp_path)
+    with torch.no_grad():
+        other.model.get_input_embeddings().weight.flatten()[64:].normal_()
+    with pytest.raises(InputError, match="model"):
+        other.train(resume_from_checkpoint=True)
+
+
+REFUSED = {
+    "save_only_model leaves the optimizer out": {"save_only_model": True},
+    "train_sampling_strategy is group_by_length": {"train_sampling_strategy": "group_by_length"},
+    "debug is": {"debug": "underflow_overflow"},
+    "dataloader_persistent_workers needs": {"dataloader_persistent_workers": True},
+    "per_device_train_batch_size is 99999999999999999999": {"per_device_train_batch_size": 99999999999999999999},
+    "the optimizer or its schedule cannot be made": {"adam_beta1": 2.0},
+    "the optimizer or its schedule cannot be made .*no_such": {"lr_scheduler_kwargs": {"no_such": 1}},
+    "8 rows are less than one of 64": {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+}
+
+
+@pytest.mark.parametrize("found", REFUSED)
+def test_settings_of_transformers_that_cannot_be_followed(tmp_path, found):
+    """A message, no traceback of another library's, and no run that trains nothing."""
+    with pytest.raises(InputError, match=found):
+        offline(tmp_path, **REFUSED[found]).train()
 
 
 def test_a_run_that_stopped_early_has_ended(tmp_path, monkeypatch):

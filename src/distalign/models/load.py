@@ -180,7 +180,8 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
             return _with_adapter(name, path, trust_remote_code)
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: the folder holds no config.json; give a folder made by save_pretrained")
-        return Source(name, str(path), f"folder {name}", trust_remote_code)
+        # An adapter that is trained on it says where its base is, to whoever loads it from another directory.
+        return Source(name, os.path.abspath(path), f"folder {name}", trust_remote_code)
     if name.count("/") > 1 or name.startswith((".", "~", "/")):
         raise ModelError(f"model {name}: there is no such folder; give a folder, a .gguf file or a hub id")
     return Source(name, name, f"hub model {name}", trust_remote_code)

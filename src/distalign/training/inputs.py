@@ -495,11 +495,26 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
             f"{args.n_gpu} devices found by one process: start one for each (torchrun --nproc_per_node {args.n_gpu} "
             "-m distalign train …), or show it one device (CUDA_VISIBLE_DEVICES=0)"
         )
-    if args.world_size > 1 and args.train_sampling_strategy != "random":
+    if args.train_sampling_strategy not in ("random", "sequential") or (
+        args.world_size > 1 and args.train_sampling_strategy != "random"
+    ):
         raise TrainingError(
-            f"{label}: train_sampling_strategy is {args.train_sampling_strategy}; several processes take rows in "
-            "random order, and deal those of a step by their lengths: leave it out"
+            f"{label}: train_sampling_strategy is {args.train_sampling_strategy}; rows come in random order (one "
+            "process: or sequential), and micro-batches are made of like lengths by themselves: leave it out"
         )
+    if args.fsdp and args.world_size == 1:
+        raise TrainingError(f"{label}: fsdp is {args.fsdp} in one process; start several (docs/scaling.md)")
+    if args.debug:
+        raise TrainingError(
+            f"{label}: debug is {args.debug}; its hooks are for transformers' own forward: leave it out"
+        )
+    if args.save_only_model and args.save_strategy != "no":
+        raise TrainingError(
+            f"{label}: save_only_model leaves the optimizer out of checkpoints, and a run could not go on as it was; "
+            "leave it out, or set save_strategy: no (the model is saved at the end)"
+        )
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise TrainingError(f"{label}: dataloader_persistent_workers needs dataloader_num_workers above 0")
     if args.push_to_hub and args.hub_strategy != "end":
         raise TrainingError(
             f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "

@@ -218,7 +218,7 @@ class ResumableTrainer(WrappedTrainer):
         self._check_policy()
         folder, step, best = self._folder, self.state.global_step, self.state.best_global_step
         place = folder / f"checkpoint-{step}"
-        if best and (best == step or (folder / f"checkpoint-{best}").is_dir()):
+        if best is not None and (best == step or (folder / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         best_place, together = self.state.best_model_checkpoint, self.processes.together
         counters = {} if self.worker is None else self.worker.reward_counters()
@@ -287,16 +287,29 @@ class ResumableTrainer(WrappedTrainer):
             raise type(error)(f"{error}; {saved} and the responses of this round: fix it and --resume") from error
 
 
-class NothingAfterTheEnd(TrainerCallback):
-    """A run that had ended is not evaluated and saved once more for the epoch in which it ended."""
+class GoesOn(TrainerCallback):
+    """What a run that goes on asks of transformers."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """The best step is looked for where the run's folder is now: it may have been moved, or be named otherwise."""
+        if not args.load_best_model_at_end or state.best_global_step is None:
+            return
+        best = self.trainer._folder / f"checkpoint-{state.best_global_step}"
+        if not best.is_dir():
+            raise TrainingError(
+                f"{best}: it held the best step so far and is gone; put it back, or train anew with --overwrite"
+            )
+        state.best_model_checkpoint = str(best)
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        """Of transformers."""
+        """A run that had ended is not evaluated and saved once more for the epoch in which it ended."""
         if self.trainer.ended_before:
             control.should_log = control.should_evaluate = control.should_save = False
 

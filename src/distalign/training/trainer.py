@@ -80,7 +80,7 @@ from distalign.training.prompts import (
     merge,
     pair_metrics,
 )
-from distalign.training.resumable import NothingAfterTheEnd, ResumableTrainer
+from distalign.training.resumable import GoesOn, ResumableTrainer
 from distalign.training.rounds import (
     ReferenceResponses,
     Rollout,
@@ -231,7 +231,7 @@ class AlignmentTrainer(ResumableTrainer):
         self._at_step_start: dict[str, Any] = {}
         self._stop_signal: int | None = None
         self.ended_before = False
-        self.add_callback(NothingAfterTheEnd(self))
+        self.add_callback(GoesOn(self))
 
     def _worker(self) -> RolloutWorker:
         return RolloutWorker(
@@ -252,20 +252,46 @@ class AlignmentTrainer(ResumableTrainer):
         Each of several processes gets the batches of all: `training_step` deals their prompts.
         """
         dataset: Any = self.train_dataset
+        batch = self.args.per_device_train_batch_size * self.processes.count
         if self.worker is not None:
             loader = DataLoader(dataset, batch_sampler=self.worker.batches, collate_fn=self.data_collator)
+        elif self.args.dataloader_drop_last and len(self.rows) < batch:
+            raise TrainingError(
+                f"{self.label}: dataloader_drop_last leaves out a batch that is not full, and {len(self.rows)} rows "
+                f"are less than one of {batch}; leave it out, or lower per_device_train_batch_size"
+            )
         elif self.processes.count == 1:
             return super().get_train_dataloader()
         else:
             loader = DataLoader(
                 dataset,
-                batch_size=self.args.per_device_train_batch_size * self.processes.count,
+                batch_size=batch,
                 sampler=RandomSampler(dataset),
                 collate_fn=self.data_collator,
                 drop_last=self.args.dataloader_drop_last,
             )
         seed = self.args.data_seed
         return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As the Trainer's. Raises TrainingError for settings that torch refuses only here."""
+        with self._explain_optimizer():
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> torch.optim.lr_scheduler.LRScheduler:
+        """As the Trainer's. Raises TrainingError for settings that transformers refuses only here."""
+        with self._explain_optimizer():
+            return super().create_scheduler(*args, **kwargs)
+
+    @contextmanager
+    def _explain_optimizer(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError, ImportError) as error:
+            raise TrainingError(
+                f"{self.label}: the optimizer or its schedule cannot be made ({' '.join(str(error).split())[:200]}); "
+                "see optim, optim_args, adam_beta1, lr_scheduler_type and lr_scheduler_kwargs"
+            ) from error
 
     # A step -----------------------------------------------------------------------------------------------------------
 
