@@ -20,7 +20,7 @@ from distalign.experiments.train import MERGED
 from distalign.models.load import Source, find_model
 from distalign.models.policy import trained_temperature
 from distalign.models.quantized import check_installed
-from distalign.models.verify import load_adapter
+from distalign.models.verify import check_mergeable, load_adapter
 from distalign.rollout.sample import sample
 from distalign.settings import dump_yaml
 from distalign.stats.intervals import Estimate, mean_and_se
@@ -81,13 +81,17 @@ def merge(
     check_no_links(place, place.parent)
     device = TrainingArguments(output_dir="unused").device
     as_trained = source.quantization is not None and not onto_base
+    label = f"model {source.name}"
     if as_trained:
         # The 4-bit weights as numbers of the dtype, and the adapter merged into them.
         base: Any = replace(source, adapter=None).model(dtype, device)
-        label = f"model {source.name}"
-        model = load_adapter(label, base.dequantize(), str(source.adapter)).merge_and_unload().eval()
+        adapted = load_adapter(label, base.dequantize(), str(source.adapter))
+        check_mergeable(label, adapted)
+        model = adapted.merge_and_unload().eval()
     else:
         model = replace(source, quantization=None).model(dtype, device)
+        # Where it could not be merged, the adapter is still in the layers.
+        check_mergeable(label, model)
     name, tokenizer = str(model.dtype).removeprefix("torch."), source.tokenizer()
     kl = None
     if source.quantization is not None and check:

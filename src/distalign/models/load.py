@@ -29,7 +29,7 @@ from transformers import (
 from distalign.errors import InputError
 from distalign.models import everyday
 from distalign.models.quantized import NF4, check_installed, is_quantized, keep_exact, read_note
-from distalign.models.verify import ModelError, load_adapter, load_verified
+from distalign.models.verify import ModelError, adapts_tied, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -114,7 +114,8 @@ class Source:
     def model(self, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
         """The model's weights on `device`, verified, in evaluation mode. Raises ModelError.
 
-        Its adapter is merged into it; not into quantised weights, which merging would round again.
+        Its adapter is merged into it; not into quantised weights, which merging would round again, nor into tied
+        embeddings (`adapts_tied`).
         """
         if self.quantization is not None:
             check_installed(f"model {self.name}")
@@ -133,7 +134,8 @@ class Source:
                 quantized = is_quantized(model)
                 adapted = load_adapter(f"model {self.name}", model, self.adapter)
                 # The layers of the base have the adapter in them.
-                model = adapted.get_base_model() if quantized else adapted.merge_and_unload()
+                unmerged = quantized or adapts_tied(adapted)
+                model = adapted.get_base_model() if unmerged else adapted.merge_and_unload()
             return model.eval()
 
     def holds_4bit(self) -> bool:
