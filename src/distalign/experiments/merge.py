@@ -24,7 +24,7 @@ from distalign.models.verify import check_mergeable, load_adapter
 from distalign.rollout.sample import sample
 from distalign.settings import dump_yaml
 from distalign.stats.intervals import Estimate, mean_and_se
-from distalign.training.run_folder import check_no_links, whole_folder
+from distalign.training.run_folder import check_no_links, locked, whole_folder
 
 logger = logging.getLogger("distalign.experiments.merge")
 
@@ -67,18 +67,32 @@ def merge(
     `run` is a run's folder or an adapter's, `out` by default the folder `merged` in it. `dtype` is the weights', by
     default that of the base's files. An adapter that was trained on 4-bit weights is merged into those, written out,
     which keeps what was trained, or with `onto_base` into the base's own, which are others; with `check` the result is
-    compared with what was trained. Raises InputError.
+    compared with what was trained. Raises InputError, at once where another process trains in the run's folder, or
+    merges into the same one.
     """
     source = find_adapter(run)
-    place = Path(run) / MERGED if out is None else Path(os.path.expanduser(out))
+    place = Path(os.path.expanduser(run)) / MERGED if out is None else Path(os.path.expanduser(out))
+    # Where the place is in no run's folder, models beside it may be written meanwhile.
+    lock = ".lock" if (place.parent / "recipe.yaml").is_file() else f".{place.name}.lock"
+    with locked(place.parent, lock):
+        _check_place(place, [Path(run), Path(source.path), Path(str(source.adapter))], overwrite=overwrite)
+        return _merge_into(place, source, dtype=dtype, onto_base=onto_base, check=check)
+
+
+def _check_place(place: Path, needed: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise InputError for a place that is taken, or that may not be replaced."""
     if place.exists() and not overwrite:
         raise InputError(f"{place}: is there already; give another folder with --out, or --overwrite to replace it")
-    if place.exists() and not _replaceable(place, [Path(run), Path(source.path), Path(str(source.adapter))]):
+    if place.exists() and not _replaceable(place, needed):
         raise InputError(
             f"{place}: --overwrite replaces a model that distalign merge made, and this is something else, or holds "
             "the adapter or its base; give another folder with --out"
         )
     check_no_links(place, place.parent)
+
+
+def _merge_into(place: Path, source: Source, *, dtype: str, onto_base: bool, check: bool) -> Merged:
+    """Merge the adapter and write the model into `place`."""
     device = TrainingArguments(output_dir="unused").device
     as_trained = source.quantization is not None and not onto_base
     label = f"model {source.name}"
