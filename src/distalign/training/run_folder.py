@@ -147,7 +147,8 @@ def disk_error(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError):
         return str(error)
     # What torch.save raises says no more than this.
-    return "the disk took a part only" if re.search(r"PytorchStreamWriter|inline_container", str(error)) else None
+    written = re.search(r"PytorchStreamWriter|inline_container|basic_ios::clear|iostream error", str(error))
+    return "the disk took a part only" if written else None
 
 
 def cut_log(path: Path, last: int) -> None:
