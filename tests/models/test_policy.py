@@ -91,6 +91,19 @@ def test_an_adapter_folder_loads_with_its_adapter_merged(tiny_folder, tmp_path):
     torch.testing.assert_close(logps(saved), logps(again.model), rtol=0, atol=1e-4)
 
 
+def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):
+    """Its own folder, or another adapter's: it says which and what to write."""
+    for name, base in (("itself", tmp_path / "itself"), ("first", tmp_path / "second"), ("second", tmp_path / "first")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(ModelError, match=r"itself: the base of this adapter is the adapter itself \(base_model_name"):
+        find_model(str(tmp_path / "itself"))
+    with pytest.raises(ModelError, match=r"first: the base of this adapter, .*second, is an adapter too; make one"):
+        find_model(str(tmp_path / "first"))
+
+
 @pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_tied_embeddings_is_not_merged(tmp_path, target):

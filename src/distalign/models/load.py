@@ -271,9 +271,26 @@ def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
         raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
     with _explained(name):
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        _check_base(name, folder, base)
         source = find_model(base, trust_remote_code=trust_remote_code)
     origin = f"{source.origin}, with the adapter {name}"
     return replace(source, name=name, origin=origin, adapter=str(folder), quantization=read_note(folder))
+
+
+def _check_base(name: str, folder: Path, base: str) -> None:
+    """Raise ModelError for an adapter whose base is an adapter: itself, or another, which would be left out."""
+    place = Path(os.path.expanduser(base))
+    if not (place / "adapter_config.json").is_file():
+        return
+    if place.resolve() == folder.resolve():
+        raise ModelError(
+            f"model {name}: the base of this adapter is the adapter itself (base_model_name_or_path in its "
+            "adapter_config.json); name there the hub id or folder of the model that it was trained on"
+        )
+    raise ModelError(
+        f"model {name}: the base of this adapter, {base}, is an adapter too; make one model of that and its own base "
+        f"(distalign merge {base}), and name its folder as base_model_name_or_path in adapter_config.json"
+    )
 
 
 @contextmanager
