@@ -461,6 +461,21 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(place, tm
     assert (whole.folder / "samples.jsonl").read_text() == lines
 
 
+def test_a_merged_model_stays_when_a_run_goes_on(place, tmp_path, caplog):
+    """With what the user has put there, with a checkpoint and without one; it is said that it may be an older one."""
+    settings = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", method="pmle")
+    folder = train(settings, "pmle").folder
+    own = folder / "merged" / "model.gguf"
+    own.parent.mkdir()
+    own.write_text("weights")
+    train(settings, "pmle", resume=True)
+    for checkpoint in folder.glob("checkpoint-*"):
+        (checkpoint / "manifest.json").unlink()
+    train(settings, "pmle", resume=True)
+    assert own.read_text() == "weights"
+    assert caplog.text.count(f"run distalign merge {folder} --overwrite") == 2
+
+
 def test_a_reward_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch):
     """Lost while it is written, it is trained again by --resume."""
     settings = recipe(

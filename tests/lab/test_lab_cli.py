@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from contextlib import suppress
@@ -123,3 +124,21 @@ def test_what_is_done_has_its_page_when_the_rest_is_stopped(monkeypatch, tmp_pat
     assert Path("runs/lab/gamma/lab.json").is_file()
     assert Path("runs/lab/report.html").is_file()
     assert "report: " in capsys.readouterr().out
+
+
+def test_a_full_disk_is_what_is_said(monkeypatch, tmp_path, capsys):
+    """Not that the numbers, of which a part is there, cannot be read for the page."""
+    monkeypatch.chdir(tmp_path)
+    real = Path.write_text
+
+    def full(self, text, **more):
+        if self.name != "lab.json":
+            return real(self, text, **more)
+        real(self, text[: len(text) // 2], **more)
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert run(monkeypatch, "gamma", "--seeds", 2, "--max-n", 4096) == 2
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "not JSON" not in message

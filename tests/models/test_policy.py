@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -18,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from distalign.engine import Group, score
+from distalign.experiments.merge import merge as merge_run
 from distalign.methods import PMLE
 from distalign.models.card import model_card
 from distalign.models.load import ModelError, Source, find_model, weights_digest
@@ -87,6 +89,50 @@ def test_an_adapter_folder_loads_with_its_adapter_merged(tiny_folder, tmp_path):
     again.save(tmp_path / "again", "")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     torch.testing.assert_close(logps(saved), logps(again.model), rtol=0, atol=1e-4)
+
+
+def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):
+    """Its own folder, or another adapter's: it says which and what to write."""
+    for name, base in (("itself", tmp_path / "itself"), ("first", tmp_path / "second"), ("second", tmp_path / "first")):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"")
+        (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    with pytest.raises(ModelError, match=r"itself: the base of this adapter is the adapter itself \(base_model_name"):
+        find_model(str(tmp_path / "itself"))
+    with pytest.raises(ModelError, match=r"first: the base of this adapter, .*second, is an adapter too; make one"):
+        find_model(str(tmp_path / "first"))
+
+
+@pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_adapter_on_tied_embeddings_is_not_merged(tmp_path, target):
+    """It loads as PEFT has it; merging it, which would change the other embeddings too, is refused, as is training."""
+    base = tiny.save(tmp_path / "base", tie_word_embeddings=True)
+    config = LoraConfig(r=4, target_modules=[target], task_type="CAUSAL_LM")
+    trained: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tiny.tokenizer().save_pretrained(tmp_path / "adapter")
+    trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    source = find_model(str(tmp_path / "adapter"))
+    model = source.model()
+    ids = torch.tensor([PAIRS[0].prompt])
+    with torch.no_grad():
+        expected = trained.eval()(ids).logits
+        assert (expected - find_model(str(base)).model()(ids).logits).abs().max() > 0.1
+        torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logps(model), logps(trained), rtol=0, atol=1e-5)
+    why = r"is on the output or input embeddings .*one weight \(tie_word_embeddings\).*keep it as an adapter"
+    with pytest.raises(ModelError, match=why):
+        merge_run(tmp_path / "adapter", tmp_path / "merged")
+    with pytest.raises(ModelError, match=why):
+        Policy(trained, tiny.tokenizer(), SOURCE).save(tmp_path / "merged", "", merge=True)
+    assert not (tmp_path / "merged").exists()
+    for lora in (None, Lora(r=4)):
+        with pytest.raises(ModelError, match="nothing can be trained on top of it; start from its base"):
+            make_policy(model, tiny.tokenizer(), source, lora=lora, reference=False)
 
 
 def test_weights_are_hashed_once_and_again_when_they_change(tiny_folder, tmp_path, monkeypatch):

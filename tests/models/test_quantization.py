@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
+from acting import exit_code_elsewhere
 from peft import LoraConfig, get_peft_model
 from refusal import refused as is_refused
 from safetensors.torch import load_file, save_file
@@ -31,6 +32,7 @@ from distalign.rewards import RewardError, RewardTraining, load_reward
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
+from distalign.training.run_folder import locked
 from distalign.training.trainer import AlignmentTrainer
 
 installed = pytest.mark.skipif(
@@ -448,6 +450,24 @@ def test_the_command_merges_an_ordinary_adapter(folder, tmp_path, monkeypatch, c
     is_refused(command(monkeypatch, capsys, result.folder, "--dtype", "int8"), "--dtype int8: take one of")
     assert train(load_recipe(settings(folder, tmp_path, quantization=None)), "pmle", overwrite=True)
     assert not merged.exists()
+
+
+def test_one_process_merges_into_a_folder(folder, tmp_path):
+    """A second one is refused at once and changes nothing, as is one while the run is trained; others go on beside."""
+    result = train(load_recipe(settings(folder, tmp_path, quantization=None)), "pmle")
+    scratch = result.folder / ".merged.new"
+    scratch.mkdir()
+    with locked(result.folder):
+        for run, out in ((result.folder, None), (result.model, result.folder / "merged")):
+            assert exit_code_elsewhere(lambda run=run, out=out: merge(run, out)) == 2
+    assert scratch.is_dir()
+    with locked(tmp_path, ".other.lock"):
+        assert exit_code_elsewhere(lambda: merge(result.folder, tmp_path / "other")) == 2
+        assert exit_code_elsewhere(lambda: merge(result.folder, tmp_path / "another")) == 0
+    assert not (tmp_path / "other").exists()
+    assert (tmp_path / "another" / "model.safetensors").is_file()
+    assert merge(result.folder).folder == result.folder / "merged"
+    assert not scratch.exists()
 
 
 def test_what_cannot_be_compared_is_said(folder, tmp_path, monkeypatch, caplog):

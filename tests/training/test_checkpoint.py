@@ -331,6 +331,8 @@ def test_by_default_the_last_checkpoint_is_kept(tmp_path):
 
 FULL = {
     "torch.save": RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    "torch.save, as its file is closed": RuntimeError("basic_ios::clear: iostream error"),
+    "torch.save, of its writer": RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
     "Python": OSError(28, "No space left on device"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,6 +37,7 @@ def lab(
     """Measure what the theory promises, on targets known exactly; writes numbers, figures and one report."""
     shared.check_path(json_path)
     shared.quiet()
+    from distalign.errors import InputError
     from distalign.progress import progress
     from distalign.report import write_report
 
@@ -50,10 +52,13 @@ def lab(
                 results[each.name] = _measure(each, advance)
             text = json.dumps(results[each.name], indent=1, ensure_ascii=False, allow_nan=False)
             (out / each.name / "lab.json").write_text(text, encoding="utf-8")
-    finally:
-        # Stopped or refused in the middle: what is done has its page.
+    except BaseException:
+        # Stopped or refused in the middle: what is done has its page, where that can be written.
         if results:
-            print(f"results: {folder}\nreport: {write_report(folder)}")
+            with suppress(InputError, OSError):
+                print(f"results: {folder}\nreport: {write_report(folder)}")
+        raise
+    print(f"results: {folder}\nreport: {write_report(folder)}")
     words = {True: "yes", False: "NO", None: "not judged"}
     rows = [
         [name, claim["promised"], claim["found"], words[claim["holds"]]]

@@ -20,11 +20,11 @@ from distalign.experiments.train import MERGED
 from distalign.models.load import Source, find_model
 from distalign.models.policy import trained_temperature
 from distalign.models.quantized import check_installed
-from distalign.models.verify import load_adapter
+from distalign.models.verify import check_mergeable, load_adapter
 from distalign.rollout.sample import sample
 from distalign.settings import dump_yaml
 from distalign.stats.intervals import Estimate, mean_and_se
-from distalign.training.run_folder import check_no_links, whole_folder
+from distalign.training.run_folder import check_no_links, locked, whole_folder
 
 logger = logging.getLogger("distalign.experiments.merge")
 
@@ -67,27 +67,45 @@ def merge(
     `run` is a run's folder or an adapter's, `out` by default the folder `merged` in it. `dtype` is the weights', by
     default that of the base's files. An adapter that was trained on 4-bit weights is merged into those, written out,
     which keeps what was trained, or with `onto_base` into the base's own, which are others; with `check` the result is
-    compared with what was trained. Raises InputError.
+    compared with what was trained. Raises InputError, at once where another process trains in the run's folder, or
+    merges into the same one.
     """
     source = find_adapter(run)
-    place = Path(run) / MERGED if out is None else Path(os.path.expanduser(out))
+    place = Path(os.path.expanduser(run)) / MERGED if out is None else Path(os.path.expanduser(out))
+    # Where the place is in no run's folder, models beside it may be written meanwhile.
+    lock = ".lock" if (place.parent / "recipe.yaml").is_file() else f".{place.name}.lock"
+    with locked(place.parent, lock):
+        _check_place(place, [Path(run), Path(source.path), Path(str(source.adapter))], overwrite=overwrite)
+        return _merge_into(place, source, dtype=dtype, onto_base=onto_base, check=check)
+
+
+def _check_place(place: Path, needed: Sequence[Path], *, overwrite: bool) -> None:
+    """Raise InputError for a place that is taken, or that may not be replaced."""
     if place.exists() and not overwrite:
         raise InputError(f"{place}: is there already; give another folder with --out, or --overwrite to replace it")
-    if place.exists() and not _replaceable(place, [Path(run), Path(source.path), Path(str(source.adapter))]):
+    if place.exists() and not _replaceable(place, needed):
         raise InputError(
             f"{place}: --overwrite replaces a model that distalign merge made, and this is something else, or holds "
             "the adapter or its base; give another folder with --out"
         )
     check_no_links(place, place.parent)
+
+
+def _merge_into(place: Path, source: Source, *, dtype: str, onto_base: bool, check: bool) -> Merged:
+    """Merge the adapter and write the model into `place`."""
     device = TrainingArguments(output_dir="unused").device
     as_trained = source.quantization is not None and not onto_base
+    label = f"model {source.name}"
     if as_trained:
         # The 4-bit weights as numbers of the dtype, and the adapter merged into them.
         base: Any = replace(source, adapter=None).model(dtype, device)
-        label = f"model {source.name}"
-        model = load_adapter(label, base.dequantize(), str(source.adapter)).merge_and_unload().eval()
+        adapted = load_adapter(label, base.dequantize(), str(source.adapter))
+        check_mergeable(label, adapted)
+        model = adapted.merge_and_unload().eval()
     else:
         model = replace(source, quantization=None).model(dtype, device)
+        # Where it could not be merged, the adapter is still in the layers.
+        check_mergeable(label, model)
     name, tokenizer = str(model.dtype).removeprefix("torch."), source.tokenizer()
     kl = None
     if source.quantization is not None and check:

@@ -319,7 +319,7 @@ def train_method(
     checkpoint = processes.from_first(lambda: newest_complete(folder)) if resume else None
     if resume and checkpoint is None:
         logger.warning("%s: holds no complete checkpoint: the run begins anew", folder)
-    processes.from_first(lambda: _forget(folder, everything=checkpoint is None))
+    processes.from_first(lambda: _forget(folder, everything=checkpoint is None, resume=resume))
     if processes.first:
         recipe.only([name]).dump(folder / "recipe.yaml")
     started = time.monotonic()
@@ -416,16 +416,25 @@ def _log_kept_step(name: str, trainer: AlignmentTrainer, pairs: int) -> None:
         logger.warning("%s improved nothing on the held-out pairs: the model kept is the one it started from", name)
 
 
-def _forget(folder: Path, *, everything: bool) -> None:
-    """Remove what an earlier run left, or of one that goes on what was made of it; the trainer cuts its logs."""
+def _forget(folder: Path, *, everything: bool, resume: bool) -> None:
+    """Remove what an earlier run left, or of one that goes on what is made anew; the trainer cuts its logs.
+
+    The merged model of one that goes on stays, with what the user has put beside it.
+    """
+    if resume and (folder / MERGED).exists():
+        logger.warning(
+            "%s: is made of the model that the run had until now; to make it anew run distalign merge %s --overwrite",
+            folder / MERGED, folder,
+        )  # fmt: skip
     if not everything:
         remove(folder / "results.json")
         remove(folder / "report.html")
-        remove(folder / MERGED)
         return
     forget_results(folder)
-    for old in (folder / "metrics.jsonl", folder / SAVING, folder / MERGED, *checkpoints(folder)):
+    for old in (folder / "metrics.jsonl", folder / SAVING, *checkpoints(folder)):
         remove(old)
+    if not resume:
+        remove(folder / MERGED)
     if (folder / NEW_REWARD).is_dir():
         remove(folder / "reward")
         (folder / NEW_REWARD).rename(folder / "reward")

@@ -29,7 +29,7 @@ from transformers import (
 from distalign.errors import InputError
 from distalign.models import everyday
 from distalign.models.quantized import NF4, check_installed, is_quantized, keep_exact, read_note
-from distalign.models.verify import ModelError, load_adapter, load_verified
+from distalign.models.verify import ModelError, adapts_tied, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -114,7 +114,8 @@ class Source:
     def model(self, dtype: str = "float32", device: torch.device | None = None) -> PreTrainedModel:
         """The model's weights on `device`, verified, in evaluation mode. Raises ModelError.
 
-        Its adapter is merged into it; not into quantised weights, which merging would round again.
+        Its adapter is merged into it; not into quantised weights, which merging would round again, nor into tied
+        embeddings (`adapts_tied`).
         """
         if self.quantization is not None:
             check_installed(f"model {self.name}")
@@ -133,7 +134,8 @@ class Source:
                 quantized = is_quantized(model)
                 adapted = load_adapter(f"model {self.name}", model, self.adapter)
                 # The layers of the base have the adapter in them.
-                model = adapted.get_base_model() if quantized else adapted.merge_and_unload()
+                unmerged = quantized or adapts_tied(adapted)
+                model = adapted.get_base_model() if unmerged else adapted.merge_and_unload()
             return model.eval()
 
     def holds_4bit(self) -> bool:
@@ -270,9 +272,26 @@ def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
         raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
     with _explained(name):
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        _check_base(name, folder, base)
         source = find_model(base, trust_remote_code=trust_remote_code)
     origin = f"{source.origin}, with the adapter {name}"
     return replace(source, name=name, origin=origin, adapter=str(folder), quantization=read_note(folder))
+
+
+def _check_base(name: str, folder: Path, base: str) -> None:
+    """Raise ModelError for an adapter whose base is an adapter: itself, or another, which would be left out."""
+    place = Path(os.path.expanduser(base))
+    if not (place / "adapter_config.json").is_file():
+        return
+    if place.resolve() == folder.resolve():
+        raise ModelError(
+            f"model {name}: the base of this adapter is the adapter itself (base_model_name_or_path in its "
+            "adapter_config.json); name there the hub id or folder of the model that it was trained on"
+        )
+    raise ModelError(
+        f"model {name}: the base of this adapter, {base}, is an adapter too; make one model of that and its own base "
+        f"(distalign merge {base}), and name its folder as base_model_name_or_path in adapter_config.json"
+    )
 
 
 @contextmanager

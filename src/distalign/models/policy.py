@@ -27,6 +27,7 @@ from distalign.engine.forward import embedding_weight, whole_state
 from distalign.errors import DAMAGED
 from distalign.models.load import ModelError, Source
 from distalign.models.quantized import is_quantized, keep_exact, write_note
+from distalign.models.verify import adapts_tied, check_mergeable
 from distalign.settings import Count, Positive, Section, Share
 
 logger = logging.getLogger("distalign.models.policy")
@@ -156,7 +157,7 @@ class Policy:
 
         `sampling` says how to draw from it, in place of what its base said (`whole_distribution`).
         An adapter on a model that another adapter was merged into is always merged, for its base is in no folder. Into
-        quantised weights none is merged (`distalign.models.merge`): raises ModelError.
+        quantised weights and tied embeddings none is merged (`distalign.experiments.merge`): raises ModelError.
         """
         model: Any = self.model
         if merge and is_quantized(model):
@@ -164,8 +165,11 @@ class Policy:
                 f"model {self.source.name}: an adapter is not merged into quantised weights, which would round it "
                 "away; save it, and merge it with distalign merge"
             )
+        merge = (merge or self.source.adapter is not None) and isinstance(self.model, PeftModel)
+        if merge:
+            check_mergeable(f"model {self.source.name}", self.model)
         folder.mkdir(parents=True, exist_ok=True)
-        if (merge or self.source.adapter is not None) and isinstance(model, PeftModel):
+        if merge:
             model = copy.deepcopy(model).merge_and_unload()
         own = model.generation_config
         model.generation_config = sampling or own
@@ -218,9 +222,10 @@ def make_policy(
 
     With `lora` the policy shares every weight with `base` and adds its own adapter.
     Without it all weights are copied and trained. Raises ModelError for an adapter that does not fit the model, and for
-    quantised weights without one.
+    quantised weights without one. On a model with an adapter of its own that could not be merged nothing is trained.
     """
     keep_exact(f"model {source.name}", base)
+    check_startable(base, source)
     if lora is None:
         if is_quantized(base):
             raise ModelError(f"model {source.name}: quantised weights cannot be trained; train an adapter (lora)")
@@ -236,7 +241,19 @@ def make_policy(
         raise ModelError(
             f"model {source.name}: lora.target_modules is {getattr(config, 'target_modules', None)!r}; {error}"
         ) from None
+    if source.adapter is not None:
+        # It would be merged where it is saved.
+        check_mergeable(f"model {source.name}", adapted)
     return Policy(adapted, tokenizer, source, adapter_off(adapted) if reference else None)
+
+
+def check_startable(base: PreTrainedModel, source: Source) -> None:
+    """Raise ModelError for a model that has an adapter on its tied embeddings: what is trained could not be saved."""
+    if adapts_tied(base):
+        raise ModelError(
+            f"model {source.name}: its adapter is on tied embeddings (lm_head, embed_tokens) and is not merged, so "
+            "nothing can be trained on top of it; start from its base, or from an adapter without them"
+        )
 
 
 def adapter_off(model: PeftModel) -> Callable[[], AbstractContextManager[nn.Module]]:

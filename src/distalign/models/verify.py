@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 from transformers import PreTrainedModel
@@ -61,6 +62,7 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
         model.resize_token_embeddings(rows[0], mean_resizing=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        warnings.filterwarnings("ignore", ".*a tied layer is part of the adapter")  # it is then not merged
         adapted = PeftModel.from_pretrained(model, folder)
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     check_complete(
@@ -70,6 +72,27 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
     )
     check_finite(label, adapted)
     return adapted
+
+
+def adapts_tied(model: nn.Module) -> bool:
+    """Whether an adapter is on the input or output embeddings of a model in which both are one weight.
+
+    Merged into that weight it would change the other end of the model too.
+    """
+    ends: Any = (model.get_input_embeddings(), model.get_output_embeddings())  # pyright: ignore[reportCallIssue]
+    own = [end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends]
+    weights = [getattr(layer, "weight", None) for layer in own]
+    return weights[0] is not None and weights[0] is weights[1] and any(isinstance(end, BaseTunerLayer) for end in ends)
+
+
+def check_mergeable(label: str, model: nn.Module) -> None:
+    """Raise ModelError for an adapter that cannot be merged, because it is on tied embeddings."""
+    if adapts_tied(model):
+        raise ModelError(
+            f"{label}: its adapter is on the output or input embeddings (lm_head, embed_tokens), and in this model "
+            "both are one weight (tie_word_embeddings): merged into it, the adapter would change both, which gives "
+            "another model; keep it as an adapter, or train one without them (target_modules)"
+        )
 
 
 def _layers_beyond(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:

@@ -45,7 +45,7 @@ from distalign.data import (
 from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
-from distalign.models.policy import Lora, Policy, adapter_off, make_policy, share
+from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.rewards import (
     ClassifierReward,
@@ -355,6 +355,7 @@ def _make_policy(
         dtype = str((args.model_init_kwargs or {}).get("dtype", "float32")).removeprefix("torch.")
         # An adapter that was merged leaves the weights frozen.
         model = source.model(dtype, args.device).requires_grad_(peft_config is None)
+        check_startable(model, source)
     if peft_config is not None:
         return make_policy(model, tokenizer, source, lora=peft_config, reference=True), model
     copied = copy.deepcopy(model).requires_grad_(False).eval() if reference or frozen else None

@@ -43,19 +43,19 @@ def writable(folder: Path) -> Path:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     """Keep other processes out of a folder. Raises InputError at once if one is in it.
 
-    The lock is the system's, on the file `.lock`: it ends with the process, however that ends.
+    The lock is the system's, on the file `name` in it: it ends with the process, however that ends.
     """
     import fcntl  # not on Windows
 
-    place = (folder.resolve(), os.getpid())
+    place = (folder.resolve() / name, os.getpid())
     if place in _HELD:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+    with (folder / name).open("a+", encoding="utf-8") as file:
         try:
             # A record lock: unlike flock's, it does not pass to children, which may outlive a killed process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +147,8 @@ def disk_error(error: BaseException) -> str | None:
     if isinstance(error, SafetensorError):
         return str(error)
     # What torch.save raises says no more than this.
-    return "the disk took a part only" if re.search(r"PytorchStreamWriter|inline_container", str(error)) else None
+    written = re.search(r"PytorchStreamWriter|inline_container|basic_ios::clear|iostream error", str(error))
+    return "the disk took a part only" if written else None
 
 
 def cut_log(path: Path, last: int) -> None:
