@@ -7,9 +7,11 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from distalign.data import Data, DataError, Pair, Prompt, inspect_pairs, read_pairs, read_prompts, split_by_prompt
 
@@ -78,6 +80,24 @@ def test_csv(tmp_path):
     chat = json.dumps([USER, BLUE]).replace('"', '""'), json.dumps([USER, GREEN]).replace('"', '""')
     (tmp_path / "y.csv").write_text('chosen,rejected\n"{}","{}"\n'.format(*chat))
     assert texts(read_pairs(tmp_path / "y.csv")) == [([USER], [BLUE], [GREEN])]
+
+
+def test_a_column_that_stands_twice_is_refused(write, tmp_path):
+    """In JSON, also inside a message, CSV and Parquet: it would be read as the last of its values."""
+    row = '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}'
+    key = 'the key "chosen" stands more than once, and only the last would be read; keep one'
+    lines = write(f"{json.dumps(ROW)}\n{row}\n{row}\n")
+    assert refusal(lines) == f"x.jsonl:2: {key} (the same in 1 more rows)"
+    assert refusal(write(f"[\n{json.dumps(ROW)},\n{row}]", "x.json")) == f"x.json:2: {key}"
+    turn = '{"role": "user", "role": "assistant", "content": "a"}'
+    nested = f'{{"prompt": [{turn}], "chosen": "b", "rejected": "c"}}'
+    assert refusal(write(nested)) == f"x.jsonl:1: {key.replace('chosen', 'role')}"
+    column = key.replace("key", "column")
+    assert refusal(write("prompt, chosen,rejected,chosen\na,b,c,d\n", "x.csv")) == f"x.csv:1: {column}"
+    assert len(read_pairs(write("prompt,chosen,rejected,,\na,b,c,,\n", "x.csv"))) == 1
+    table = pyarrow.Table.from_arrays([["a"], ["b"], ["c"], ["d"]], ["prompt", "chosen", "rejected", "chosen"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert refusal(tmp_path / "x.parquet") == f"x.parquet: {column}"
 
 
 def test_parquet_folder_and_memory_agree(tmp_path):
