@@ -118,6 +118,10 @@ def test_parquet_folder_and_memory_agree(tmp_path):
         assert data[0].extra == {"extra": 1}
     assert len(read_pairs(tmp_path / "splits", split="test")) == 1
     assert 'no split "dev"; choose one of train, test' in refusal(tmp_path / "splits", split="dev")
+    for source, name in ((tmp_path / "x.parquet", "x.parquet"), (tmp_path / "folder", "folder"), ([chat], "rows")):
+        assert len(read_pairs(source, split="train")) >= 1
+        what = f'{name}: no split "dev": these rows are not split; leave split out'
+        assert refusal(source, split="dev") == what
 
 
 def test_conversations_in_every_layout():

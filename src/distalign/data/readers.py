@@ -66,7 +66,7 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
     """(place, row) of every row that can be read; what cannot be is appended to `problems`.
 
     A place is `name:number`, counted from 1: the line of a text file, the row of anything else. `split` chooses from a
-    `datasets` folder or a hub id; a file has none. Raises DataError if the source as a whole cannot be read.
+    `datasets` folder or a hub id; a file is all "train". Raises DataError if the source as a whole cannot be read.
     """
     if not isinstance(source, str | Path):
         yield from _table(source, split, "rows")
@@ -76,6 +76,7 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
     if os.path.isdir(path):
         yield from _table(_load_folder(path), split, str(source))
     elif os.path.isfile(path):
+        _check_split(split, "train", str(source))
         yield from _read_file(path, problems)
     elif (
         isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in (*_SUFFIXES, ".gz")
@@ -83,6 +84,12 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
         yield from _table(_load_hub(source), split, source)
     else:
         raise DataError([Problem(str(source), f"no such file; looked from {Path.cwd().name}/, check the path")])
+
+
+def _check_split(split: str | None, only: str, name: str) -> None:
+    """Refuse a split of what is not split; the name that `datasets` gives to all of it chooses nothing either."""
+    if split not in (None, "train", only):
+        raise DataError([Problem(name, f'no split "{split}": these rows are not split; leave split out')])
 
 
 def _read_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
@@ -295,6 +302,8 @@ def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tu
             what = f'no split "{chosen}"' if chosen else "several splits"
             raise DataError([Problem(name, f"{what}; choose one of {', '.join(map(str, table))}")])
         table, name = table[chosen], f"{name}[{chosen}]"
+    else:
+        _check_split(split, str(getattr(table, "split", None) or "train"), name)
     of_arrow = hasattr(table, "features")
     for number, row in enumerate(table, 1):
         if not isinstance(row, Mapping):
