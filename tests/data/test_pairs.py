@@ -155,6 +155,18 @@ def test_optional_columns():
     assert (row.probability, row.chosen_reward, row.rejected_reward, row.extra) == (1.0, 2.0, -1.5, {"id": "a"})
 
 
+@pytest.mark.parametrize(
+    ("value", "kind"), [("enable_thinking", "text"), ('{"a": 1}', "text"), ([1], "list"), (3, "int")]
+)
+def test_settings_of_the_template_are_an_object(write, value, kind):
+    """Refused by the name of their column; none at all is no fault."""
+    said = f"x.jsonl:1: chat_template_kwargs is {kind}; it must be an object, such as"
+    assert said in refusal(write([{**ROW, "chat_template_kwargs": value}]))
+    assert said in refusal(write([{"prompt": "a", "chat_template_kwargs": value}]), read_prompts)
+    good = read_pairs(write([{**ROW, "chat_template_kwargs": {"a": 1}}, {**ROW, "chat_template_kwargs": None}]))
+    assert [row.extra for row in good] == [{"chat_template_kwargs": {"a": 1}}, {}]
+
+
 def test_prompts(write):
     """A prompt-only set needs the one column."""
     data = read_prompts(write([{"prompt": "a"}, {"prompt": "b", "completion": "c"}]))
