@@ -11,7 +11,7 @@ import yaml
 from distalign.cli.shared import command_line
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.train import train
-from distalign.settings import HIDDEN, dump_yaml, masked
+from distalign.settings import HIDDEN, RecipeError, dump_yaml, masked
 
 TOKEN = "hf_" + "aB3" * 11
 
@@ -55,3 +55,25 @@ def test_no_file_of_a_run_holds_the_token(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command_line().startswith("torchrun --nproc_per_node 2 -m distalign ")
     assert TOKEN not in command_line()
+
+
+@pytest.mark.parametrize(
+    "wrong", [["trainin.x=1"], ["training.hub_token.x=1"], ["training.hub_token={"], ["training.hub_token=[SECRET]"]]
+)
+def test_no_refusal_of_a_recipe_shows_the_token(tmp_path, wrong):
+    """Not in the name of the settings' source, nor where the value itself is refused."""
+    settings = yaml.safe_load(tiny.recipe_text(tmp_path))
+    flags = ["training.hub_token=hf_NOT_A_REAL_ONE", *(word.replace("SECRET", "hf_NOT_A_REAL_ONE") for word in wrong)]
+    with pytest.raises(RecipeError) as refused:
+        load_recipe(settings, flags)
+    assert "NOT_A_REAL" not in str(refused.value)
+    assert "--set" in str(refused.value) or HIDDEN in str(refused.value)
+
+
+def test_a_flag_that_is_joined_to_its_setting_is_hidden_too(monkeypatch):
+    """`--set=…`, and an address that holds a key."""
+    secret = "NOT_A_REAL_ONE"
+    words = [f"--set=training.hub_token={secret}", f"judge.url=https://a.example/x?api_key={secret}", "note=a=b"]
+    monkeypatch.setattr(sys, "argv", ["distalign", *words])
+    assert secret not in command_line()
+    assert command_line().endswith("note=a=b")

@@ -168,7 +168,7 @@ def parse_value(text: str, override: str) -> object:
         return load_yaml(text)
     except yaml.YAMLError as error:
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise RecipeError(f"--set {override[:200]}: the value is not YAML ({reason}); quote it") from None
+        raise RecipeError(f"--set {masked_word(override)[:200]}: the value is not YAML ({reason}); quote it") from None
 
 
 def dump_yaml(value: object) -> str:
@@ -200,6 +200,15 @@ def masked(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple):
         return [masked(part) for part in value]
     return _TOKEN.sub(HIDDEN, value) if isinstance(value, str) else value
+
+
+def masked_word(word: str) -> str:
+    """A word of a command as it may be shown: the value in `training.hub_token=…` as that of the setting."""
+    name, equals, value = masked(word).partition("=")
+    if not equals:
+        return name
+    hidden = masked(value, name.rpartition(".")[2])
+    return f"{name}={hidden if hidden == HIDDEN else masked_word(value)}"
 
 
 RECIPES = Path(__file__).parent / "experiments" / "recipes"
@@ -248,7 +257,7 @@ def read_settings(
         raw, place, folder = deepcopy(dict(source)), "recipe", Path()
     for override in overrides:
         _override(raw, override)
-    where = " ".join([place, *(f"--set {override}" for override in overrides)])
+    where = " ".join([place, *(f"--set {masked_word(override)}" for override in overrides)])
     change(raw, where, folder)
     for section, keys in files.items():
         _find_files(raw.get(section) if section else raw, keys, folder)
@@ -266,13 +275,14 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     *sections, last = key.strip().split(".")
     if not equals or not all([*sections, last]):
-        raise RecipeError(f"--set {override}: no setting and value; write section.key=value")
+        raise RecipeError(f"--set {masked_word(override)}: no setting and value; write section.key=value")
     for depth, section in enumerate(sections, 1):
         if raw.get(section) in (None, True, False):
             raw[section] = {}
         raw = raw[section]
         if not isinstance(raw, dict):
-            raise RecipeError(f"--set {override}: {'.'.join(sections[:depth])} is no section; set it as a whole")
+            place = ".".join(sections[:depth])
+            raise RecipeError(f"--set {masked_word(override)}: {place} is no section; set it as a whole")
     raw[last] = parse_value(value, override)
 
 
@@ -318,12 +328,14 @@ def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
         return [f'{section} has no "{key}"; add it']
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]).splitlines()
-    return [f"{'.'.join(map(str, error['loc']))} is {shown(error['input'])}; {lower_first(error['msg'])}"]
+    return [
+        f"{'.'.join(map(str, error['loc']))} is {shown(masked(error['input'], str(key)))}; {lower_first(error['msg'])}"
+    ]
 
 
 def shown(value: object) -> str:
-    """A value in a message, shortened."""
-    text = repr(value)
+    """A value in a message, shortened, without secrets."""
+    text = repr(masked(value))
     return text if len(text) <= 200 else f"{text[:199]}…"
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from refusal import refused
 
+from distalign.cli.shared import read_recipe
 from distalign.experiments.recipe import load_recipe
 from distalign.settings import RECIPES
 
@@ -108,6 +109,14 @@ def test_train_without_a_recipe(distalign, place):
     assert settings.training["eval_steps"] == 0.1
     refused(distalign("train", "--model", "m", "--method", "pmle"), "there is no recipe and no --data; name a recipe")
     refused(distalign(*words, "--method", "pmel"), 'no method "pmel"', 'did you mean "pmle"?')
+
+
+def test_own_pairs_are_not_read_by_the_split_of_the_recipes():
+    """--data takes the place of a data set of several splits; --set still chooses one."""
+    flags = {"model": None, "data": "pairs.jsonl", "output_dir": None}
+    assert load_recipe("chat").data.split == "train_prefs"
+    assert read_recipe("chat", None, **flags).data.split == "train"
+    assert read_recipe("chat", ["data.split=mine"], **flags).data.split == "mine"
 
 
 def test_a_method_of_ones_own(distalign, place, ipo):

@@ -7,9 +7,11 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from distalign.data import Data, DataError, Pair, Prompt, inspect_pairs, read_pairs, read_prompts, split_by_prompt
 
@@ -80,6 +82,24 @@ def test_csv(tmp_path):
     assert texts(read_pairs(tmp_path / "y.csv")) == [([USER], [BLUE], [GREEN])]
 
 
+def test_a_column_that_stands_twice_is_refused(write, tmp_path):
+    """In JSON, also inside a message, CSV and Parquet: it would be read as the last of its values."""
+    row = '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}'
+    key = 'the key "chosen" stands more than once, and only the last would be read; keep one'
+    lines = write(f"{json.dumps(ROW)}\n{row}\n{row}\n")
+    assert refusal(lines) == f"x.jsonl:2: {key} (the same in 1 more rows)"
+    assert refusal(write(f"[\n{json.dumps(ROW)},\n{row}]", "x.json")) == f"x.json:2: {key}"
+    turn = '{"role": "user", "role": "assistant", "content": "a"}'
+    nested = f'{{"prompt": [{turn}], "chosen": "b", "rejected": "c"}}'
+    assert refusal(write(nested)) == f"x.jsonl:1: {key.replace('chosen', 'role')}"
+    column = key.replace("key", "column")
+    assert refusal(write("prompt, chosen,rejected,chosen\na,b,c,d\n", "x.csv")) == f"x.csv:1: {column}"
+    assert len(read_pairs(write("prompt,chosen,rejected,,\na,b,c,,\n", "x.csv"))) == 1
+    table = pyarrow.Table.from_arrays([["a"], ["b"], ["c"], ["d"]], ["prompt", "chosen", "rejected", "chosen"])
+    parquet.write_table(table, tmp_path / "x.parquet")
+    assert refusal(tmp_path / "x.parquet") == f"x.parquet: {column}"
+
+
 def test_parquet_folder_and_memory_agree(tmp_path):
     """A `datasets` object, the folder and the Parquet file it saves, and plain dicts hold the same pairs."""
     from datasets import Dataset, DatasetDict, disable_progress_bars
@@ -98,6 +118,10 @@ def test_parquet_folder_and_memory_agree(tmp_path):
         assert data[0].extra == {"extra": 1}
     assert len(read_pairs(tmp_path / "splits", split="test")) == 1
     assert 'no split "dev"; choose one of train, test' in refusal(tmp_path / "splits", split="dev")
+    for source, name in ((tmp_path / "x.parquet", "x.parquet"), (tmp_path / "folder", "folder"), ([chat], "rows")):
+        assert len(read_pairs(source, split="train")) >= 1
+        what = f'{name}: no split "dev": these rows are not split; leave split out'
+        assert refusal(source, split="dev") == what
 
 
 def test_conversations_in_every_layout():
@@ -129,6 +153,18 @@ def test_optional_columns():
     """Soft labels and rewards are read, what nothing reads is kept aside."""
     row = read_pairs([{**ROW, "p_chosen": 1, "chosen_reward": 2, "rejected_reward": -1.5, "id": "a", "none": None}])[0]
     assert (row.probability, row.chosen_reward, row.rejected_reward, row.extra) == (1.0, 2.0, -1.5, {"id": "a"})
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("enable_thinking", "text"), ('{"a": 1}', "text"), ([1], "list"), (3, "int")]
+)
+def test_settings_of_the_template_are_an_object(write, value, kind):
+    """Refused by the name of their column; none at all is no fault."""
+    said = f"x.jsonl:1: chat_template_kwargs is {kind}; it must be an object, such as"
+    assert said in refusal(write([{**ROW, "chat_template_kwargs": value}]))
+    assert said in refusal(write([{"prompt": "a", "chat_template_kwargs": value}]), read_prompts)
+    good = read_pairs(write([{**ROW, "chat_template_kwargs": {"a": 1}}, {**ROW, "chat_template_kwargs": None}]))
+    assert [row.extra for row in good] == [{"chat_template_kwargs": {"a": 1}}, {}]
 
 
 def test_prompts(write):

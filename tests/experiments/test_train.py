@@ -24,6 +24,7 @@ from distalign.experiments.train import one_run, train, training_arguments
 from distalign.report import write_report
 from distalign.report.results import Results
 from distalign.settings import RecipeError
+from distalign.training.config import AlignmentConfig
 from distalign.training.rounds import TrainingError
 from distalign.training.run_folder import locked
 
@@ -279,6 +280,29 @@ def test_the_best_step_is_kept_unless_the_recipe_says_otherwise(place, tmp_path)
         arguments("training.eval_strategy=steps", held_out=False)
     with pytest.raises(RecipeError, match="tiny: training of pmle"):
         arguments("training.save_steps=3", "training.eval_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"),
+    [
+        ("eval_objective/kl", False),
+        ("forward_kl", False),
+        ("eval_rollout/mismatch_kl", False),
+        ("nll", False),
+        ("eval_ece", False),
+        ("eval_second_loss", False),
+        ("eval_rewards/accuracies", True),
+        ("eval_objective/reward", True),
+    ],
+)
+def test_the_best_step_is_that_of_the_smallest_kl(place, tmp_path, metric, greater):
+    """In a recipe and in Python; greater_is_better is never overruled."""
+    settings = recipe(place, tmp_path, f"training.metric_for_best_model={metric}", training={"use_cpu": True})
+    assert training_arguments(settings, "pmle", tmp_path, held_out=True).greater_is_better is greater
+    own = AlignmentConfig(
+        output_dir=str(tmp_path), use_cpu=True, metric_for_best_model=metric, greater_is_better=not greater
+    )
+    assert own.greater_is_better is not greater
 
 
 def test_a_run_without_evaluation_trains(place, tmp_path):

@@ -63,7 +63,8 @@ def read_recipe(
     """The recipe with the flags' changes. Raises RecipeError naming every problem."""
     from distalign.experiments.recipe import load_recipe
 
-    own_data = ["target=null", f"data.train={json.dumps(data)}"] if data else []
+    # The recipe's split is that of its own data.
+    own_data = ["target=null", f"data.train={json.dumps(data)}", "data.split=train"] if data else []
     flags = [*overrides(model=model, output_dir=output_dir), *own_data]
     return load_recipe(source, [*flags, *(set_ or [])], method)
 
@@ -150,18 +151,12 @@ def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
 
 def command_line(*more: str, without: str = "") -> str:
     """The command that runs, as a shell takes it, with further flags and without one of its own."""
-    # "training.hub_token=…" as a setting of that name would be written.
-    words = [_masked_word(word) for word in sys.argv[1:] if word != without]
+    from distalign.settings import masked_word
+
+    words = [masked_word(word) for word in sys.argv[1:] if word != without]
     count = os.environ.get("WORLD_SIZE", "1")
     start = ["distalign"] if count == "1" else ["torchrun", "--nproc_per_node", count, "-m", "distalign"]
     return shlex.join([*start, *words, *(word for word in more if word not in words)])
-
-
-def _masked_word(word: str) -> str:
-    from distalign.settings import masked
-
-    name, equals, value = word.partition("=")
-    return f"{name}={masked(value, name.rpartition('.')[2])}" if equals else masked(word)
 
 
 def print_words(columns: list[str], rows: list[list[object]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from difflib import get_close_matches
@@ -317,6 +317,10 @@ def _extra(row: Record, used: Collection[str], where: str) -> dict[str, Any]:
             _refuse(where, f"tools is text that is not JSON ({error}); write a list of schemas, or json.dumps of it")
     if not isinstance(extra.get("tools"), list | None):
         _refuse(where, f"tools is {type(extra['tools']).__name__}; a list of schemas is needed")
+    settings = extra.get("chat_template_kwargs") or {}
+    if not isinstance(settings, Mapping):
+        kind = "text" if isinstance(settings, str) else type(settings).__name__
+        _refuse(where, f'chat_template_kwargs is {kind}; it must be an object, such as {{"enable_thinking": false}}')
     return extra
 
 

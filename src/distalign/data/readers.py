@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
     """(place, row) of every row that can be read; what cannot be is appended to `problems`.
 
     A place is `name:number`, counted from 1: the line of a text file, the row of anything else. `split` chooses from a
-    `datasets` folder or a hub id; a file has none. Raises DataError if the source as a whole cannot be read.
+    `datasets` folder or a hub id; a file is all "train". Raises DataError if the source as a whole cannot be read.
     """
     if not isinstance(source, str | Path):
         yield from _table(source, split, "rows")
@@ -75,6 +76,7 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
     if os.path.isdir(path):
         yield from _table(_load_folder(path), split, str(source))
     elif os.path.isfile(path):
+        _check_split(split, "train", str(source))
         yield from _read_file(path, problems)
     elif (
         isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in (*_SUFFIXES, ".gz")
@@ -82,6 +84,12 @@ def read_records(source: Source, problems: list[Problem], *, split: str | None =
         yield from _table(_load_hub(source), split, source)
     else:
         raise DataError([Problem(str(source), f"no such file; looked from {Path.cwd().name}/, check the path")])
+
+
+def _check_split(split: str | None, only: str, name: str) -> None:
+    """Refuse a split of what is not split; the name that `datasets` gives to all of it chooses nothing either."""
+    if split not in (None, "train", only):
+        raise DataError([Problem(name, f'no split "{split}": these rows are not split; leave split out')])
 
 
 def _read_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
@@ -129,13 +137,14 @@ def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
     """One object per line, or one array of objects."""
     may_be_array = path.name.lower().removesuffix(".gz").endswith(".json")
     lines = _read_lines(path, problems)
+    decode = json.JSONDecoder(object_pairs_hook=_object).decode
     for number, text in lines:
         if not text.strip():
             continue
         if may_be_array and text.lstrip().startswith("["):
             text += "".join(more for _, more in lines)
         try:
-            value = json.loads(text.rstrip())
+            value = decode(text.rstrip())
         except json.JSONDecodeError as error:
             where = f"{path}:{number + error.lineno - 1}"
             problems.append(
@@ -148,11 +157,47 @@ def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
             continue
         rows = enumerate(value, 1) if may_be_array and isinstance(value, list) else [(number, value)]
         for place, row in rows:
-            if isinstance(row, dict):
+            if twice := _twice(row):
+                problems.append(Problem(f"{path}:{place}", _stands_twice("key", twice)))
+            elif isinstance(row, dict):
                 yield f"{path}:{place}", row
             else:
                 what = f'{type(row).__name__}, not an object; write {{"prompt": …, "chosen": …, "rejected": …}}'
                 problems.append(Problem(f"{path}:{place}", what))
+
+
+class _Repeating(dict[str, Any]):
+    """An object of JSON in which a key stands more than once."""
+
+    twice: list[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        value = _Repeating(value)
+        value.twice = _repeated([name for name, _ in pairs])
+    return value
+
+
+def _twice(value: object) -> list[str]:
+    """The keys that stand more than once in the first such object of a value."""
+    if isinstance(value, _Repeating):
+        return value.twice
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        if isinstance(part, dict | list) and (twice := _twice(part)):
+            return twice
+    return []
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, times in Counter(names).items() if times > 1]
+
+
+def _stands_twice(what: str, names: Sequence[str]) -> str:
+    listed = ", ".join(f'"{name[:100]}"' for name in names[:SHOWN_PROBLEMS])
+    return f"the {what} {listed} stands more than once, and only the last would be read; keep one"
 
 
 def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
@@ -172,6 +217,9 @@ def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record
             continue
         if not header:
             header = [name.strip() for name in cells]
+            # Spreadsheets write columns without a name, which nothing reads.
+            if twice := _repeated(name for name in header if name):
+                raise DataError([Problem(where, _stands_twice("column", twice))])
             continue
         if len(cells) != len(header):
             what = f"{len(cells)} fields where the header names {len(header)}"
@@ -203,6 +251,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Record]]:
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
+            if twice := _repeated(file.schema_arrow.names):
+                raise DataError([Problem(str(path), _stands_twice("column", twice))])
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
@@ -252,6 +302,8 @@ def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tu
             what = f'no split "{chosen}"' if chosen else "several splits"
             raise DataError([Problem(name, f"{what}; choose one of {', '.join(map(str, table))}")])
         table, name = table[chosen], f"{name}[{chosen}]"
+    else:
+        _check_split(split, str(getattr(table, "split", None) or "train"), name)
     of_arrow = hasattr(table, "features")
     for number, row in enumerate(table, 1):
         if not isinstance(row, Mapping):

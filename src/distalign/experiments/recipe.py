@@ -43,6 +43,7 @@ from distalign.settings import (
     find_file,
     find_recipe,
     lower_first,
+    masked,
     read_settings,
     shown,
     switch,
@@ -510,7 +511,9 @@ def _checked(
         try:
             checked[key] = adapter.validate_python(value)
         except ValidationError as error:
-            problems.append(f"{section}.{key} is {shown(value)}; {lower_first(error.errors()[0]['msg'])}")
+            problems.append(
+                f"{section}.{key} is {shown(masked(value, str(key)))}; {lower_first(error.errors()[0]['msg'])}"
+            )
     if problems:
         raise ValueError("\n".join(problems))
     return checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
@@ -40,6 +41,10 @@ _ELSEWHERE = {
     "truncation_mode": "nothing is cut silently: max_length, too_long and max_response_tokens say what happens",
     "precompute_ref_log_probs": "the reference's log-probabilities are computed once and kept: leave it out",
 }
+
+
+# Metrics of which the smallest is the best; transformers takes the largest of any whose name does not end in "loss".
+_BETTER_SMALL = re.compile(r"(?:^|[/_])(?:kl|nll|ece)$|loss$")
 
 
 def names_what_was_meant(elsewhere: Mapping[str, str]) -> Callable[[type[Kind]], type[Kind]]:
@@ -159,6 +164,8 @@ class AlignmentConfig(TrainingArguments):
         if (self.load_best_model_at_end or self.metric_for_best_model) and self.save_total_limit == 1:
             # The best, and the last: only from this a run goes on, and transformers would remove it at the end.
             self.save_total_limit = 2
+        if self.greater_is_better is None and _BETTER_SMALL.search(self.metric_for_best_model or ""):
+            self.greater_is_better = False
         started = os.environ.get("WORLD_SIZE", "1")
         unset = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if started != "1" and (not started.isdigit() or unset):
