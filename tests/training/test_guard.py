@@ -29,7 +29,6 @@ def trainer(folder, method, reward=None, **settings):
             "token_budget": 512,
             "save_strategy": "steps",
             "save_steps": 1,
-            "save_only_model": True,
             "use_cpu": True,
             **settings,
         },

@@ -68,6 +68,7 @@ class ResumableTrainer(WrappedTrainer):
     whole_run: MetricAverager
     token_budget: int | None
     ended_before: bool
+    resumed_from: Path | None = None
     _at_step_start: dict[str, Any]
 
     @property
@@ -162,7 +163,7 @@ class ResumableTrainer(WrappedTrainer):
         return checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
-        step, state = step_of(checkpoint), load_state(checkpoint)
+        step, state, self.resumed_from = step_of(checkpoint), load_state(checkpoint), checkpoint.parent
         if self.worker is not None:
             drawn = load_round(checkpoint) if (checkpoint / ROUND).is_file() else None
             self.worker.resume(drawn, state["reward_counters"], step)
@@ -299,10 +300,13 @@ class GoesOn(TrainerCallback):
         """The best step is looked for where the run's folder is now: it may have been moved, or be named otherwise."""
         if not args.load_best_model_at_end or state.best_global_step is None:
             return
-        best = self.trainer._folder / f"checkpoint-{state.best_global_step}"
-        if not best.is_dir():
+        # A run may go on from a checkpoint in another folder.
+        folders = (self.trainer._folder, self.trainer.resumed_from)
+        places = [folder / f"checkpoint-{state.best_global_step}" for folder in folders if folder is not None]
+        best = next((place for place in places if place.is_dir()), None)
+        if best is None:
             raise TrainingError(
-                f"{best}: it held the best step so far and is gone; put it back, or train anew with --overwrite"
+                f"{places[-1]}: it held the best step so far and is gone; put it back, or train anew with --overwrite"
             )
         state.best_model_checkpoint = str(best)
 
