@@ -111,13 +111,15 @@ def test_more_than_two_samples_make_all_pairs_or_the_extreme_one(tmp_path):
     pairs, samples = inputs(made, drawn)
     assert not hasattr(samples, "token_logps")
     assert pairs.logps.shape == (12, 2)
-    own = made.score([drawn[0].group]).logps
-    wanted = torch.stack([torch.stack([own[a], own[b]]) for a in range(4) for b in range(a + 1, 4)])
-    torch.testing.assert_close(pairs.logps[:6], wanted)
+    for place, prompt in enumerate(drawn):
+        own = made.score([prompt.group]).logps
+        wanted = torch.stack([torch.stack([own[a], own[b]]) for a in range(4) for b in range(a + 1, 4)])
+        torch.testing.assert_close(pairs.logps[6 * place : 6 * place + 6], wanted)
+        # What was drawn may be worth the same.
+        prompt.constants["rewards"] = torch.tensor([1.0, 3.0, 0.0, 2.0]) + place
     extreme, _ = inputs(made, drawn, "best_worst")
-    rewards = torch.stack([prompt.constants["rewards"] for prompt in drawn])
-    assert extreme.logps.shape == (2, 2)
-    torch.testing.assert_close(extreme.rewards.float(), torch.stack([rewards.amax(1), rewards.amin(1)], 1))
+    assert torch.equal(extreme.rewards.float(), torch.tensor([[3.0, 0.0], [4.0, 1.0]]))
+    torch.testing.assert_close(extreme.logps[1], made.score([drawn[1].group]).logps[[1, 2]])
     torch.testing.assert_close(extreme.behavior_logps, extreme.logps.detach())
 
 
