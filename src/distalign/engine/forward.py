@@ -58,7 +58,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
         return model.state_dict()
     # FSDP2 would deal the weights anew before it names them. Which buffers are not saved torch does not say publicly.
     buffers = {
-        f"{prefix}.{name}": buffer
+        f"{prefix}.{name}".removeprefix("."): buffer
         for prefix, module in model.named_modules()
         for name, buffer in module.named_buffers(recurse=False)
         if name not in module._non_persistent_buffers_set
