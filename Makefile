@@ -24,7 +24,7 @@ $(VENV)/.smollm2: $(VENV)/.installed
 	touch $@
 
 quickstart: $(VENV)/.installed
-	$(BIN)/distalign compare quickstart
+	$(BIN)/distalign compare quickstart --resume
 
 # Some ten minutes on one core by its parts; docs/benchmarks.md has the commands of the full tables.
 bench: $(VENV)/.smollm2

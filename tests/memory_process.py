@@ -21,7 +21,7 @@ from distalign.methods import PMLE
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
 SIZES = {"vocab_size": 32_000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}

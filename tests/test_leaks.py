@@ -71,9 +71,11 @@ def test_no_refusal_of_a_recipe_shows_the_token(tmp_path, wrong):
 
 
 def test_a_flag_that_is_joined_to_its_setting_is_hidden_too(monkeypatch):
-    """`--set=…`, and an address that holds a key."""
+    """`--set=…`, a setting within a value, and an address that holds a key."""
     secret = "NOT_A_REAL_ONE"
     words = [f"--set=training.hub_token={secret}", f"judge.url=https://a.example/x?api_key={secret}", "note=a=b"]
+    words.insert(0, "training={hub_token: 'NOT_A_REAL_ONE', max_steps: 3}")
     monkeypatch.setattr(sys, "argv", ["distalign", *words])
     assert secret not in command_line()
+    assert "max_steps: 3" in command_line()
     assert command_line().endswith("note=a=b")

@@ -202,13 +202,19 @@ def masked(value: Any, name: str = "") -> Any:
     return _TOKEN.sub(HIDDEN, value) if isinstance(value, str) else value
 
 
+# A setting within a value of YAML, as in {hub_token: …}.
+_NESTED = re.compile(r"""([\w-]+)(["']?\s*:\s*)("[^"]*"|'[^']*'|[^\s,{}]+)""")
+
+
 def masked_word(word: str) -> str:
     """A word of a command as it may be shown: the value in `training.hub_token=…` as that of the setting."""
     name, equals, value = masked(word).partition("=")
     if not equals:
         return name
     hidden = masked(value, name.rpartition(".")[2])
-    return f"{name}={hidden if hidden == HIDDEN else masked_word(value)}"
+    if hidden != HIDDEN:
+        hidden = _NESTED.sub(lambda part: part[1] + part[2] + masked(part[3], part[1]), masked_word(value))
+    return f"{name}={hidden}"
 
 
 RECIPES = Path(__file__).parent / "experiments" / "recipes"

@@ -11,6 +11,7 @@ import pytest
 import tiny
 
 from distalign import cli
+from distalign.errors import InputError
 from distalign.experiments import compare as comparison
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import load_recipe
@@ -106,18 +107,20 @@ def test_a_stopped_comparison_goes_on_and_ends_the_same(finished, begun, recipe,
 
 
 def test_what_has_changed_is_done_again(begun, recipe, trained):
-    """Another setting of one method, other pairs, a torn record; and without --resume everything."""
+    """Another setting of one method, other pairs, a torn record; and with overwrite everything."""
     folder = begun("whole/seed-0")
 
     def again(*overrides, methods=("pmle",), resume=True):
         trained.clear()
-        compare(recipe(*overrides), list(methods), [0], resume=resume)
+        compare(recipe(*overrides), list(methods), [0], resume=resume, overwrite=not resume)
         return trained
 
     assert again("methods.dpo.gamma=0.3", methods=("pmle", "dpo")) == [(0, "dpo", False)]
     (folder / "pmle" / "finished.safetensors").write_bytes(b"torn")
     assert [name for _, name, _ in again()] == ["pmle"]
     assert again("target.pairs=20") == [(0, "pmle", False)]
+    with pytest.raises(InputError, match="holds pmle/checkpoint-.* of an earlier comparison; go on with --resume"):
+        compare(recipe("target.pairs=20"), ["pmle"], [0])
     assert again("target.pairs=20", resume=False) == [(0, "pmle", False)]
 
 

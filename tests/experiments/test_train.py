@@ -25,7 +25,7 @@ from distalign.report import write_report
 from distalign.report.results import Results
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 from distalign.training.run_folder import locked
 
 METRICS = {
@@ -442,7 +442,7 @@ def test_a_comparison_keeps_its_results_until_another_begins(place, tmp_path):
     folder = compare(settings, ["dpo"], [0]).folder
     before = contents(folder)
     with pytest.raises(InputError):
-        compare(recipe(place, tmp_path, *own_data(place), "data.train=nowhere.jsonl", method="dpo"), ["dpo"], [0])
+        compare(recipe(place, tmp_path, *own_data(place), "data.train=nowhere.jsonl", method="dpo"), ["dpo"], [0], overwrite=True)
     with locked(folder):
         assert exit_code_elsewhere(lambda: compare(settings, ["dpo"], [0])) == 2
     assert contents(folder) == before

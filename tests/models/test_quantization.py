@@ -31,7 +31,7 @@ from distalign.models.quantized import NOTE, is_quantized, read_note
 from distalign.rewards import RewardError, RewardTraining, load_reward
 from distalign.settings import RecipeError
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 from distalign.training.run_folder import locked
 from distalign.training.trainer import AlignmentTrainer
 

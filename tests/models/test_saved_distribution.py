@@ -14,7 +14,7 @@ from distalign import PMLE, RKL, AlignmentConfig, AlignmentTrainer
 from distalign.evaluation.setup import load_evaluation, load_setup
 from distalign.models.card import add_licence
 from distalign.models.policy import trained_temperature
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 
 ROWS = [{"prompt": p, "chosen": " happy tea", "rejected": " cold bad rain"} for p in tiny.prompts(8)]
 

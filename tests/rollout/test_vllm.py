@@ -19,7 +19,7 @@ from distalign.models.policy import Lora, make_policy
 from distalign.rollout.vllm import ServerError, VLLMServer, check_mismatch, rescored
 from distalign.training.checkpoint import load_round, save_round
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
 LORA = Lora(r=4, alpha=8)

@@ -21,7 +21,7 @@ from distalign.training import run_folder
 from distalign.training.checkpoint import MANIFEST, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.health import HealthSettings
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 from distalign.training.run_folder import cut_log, locked, remove, write_text
 from distalign.training.trainer import AlignmentTrainer
 
@@ -148,6 +148,7 @@ def test_another_base_is_refused_wherever_it_differs(tmp_path):
 REFUSED = {
     "save_only_model leaves the optimizer out": {"save_only_model": True},
     "train_sampling_strategy is group_by_length": {"train_sampling_strategy": "group_by_length"},
+    "ignore_data_skip would train on": {"ignore_data_skip": True},
     "debug is": {"debug": "underflow_overflow"},
     "dataloader_persistent_workers needs": {"dataloader_persistent_workers": True},
     "per_device_train_batch_size is 99999999999999999999": {"per_device_train_batch_size": 99999999999999999999},

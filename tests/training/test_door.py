@@ -23,7 +23,7 @@ from distalign.experiments.recipe import Recipe
 from distalign.models.load import ModelError
 from distalign.training.health import HealthSettings
 from distalign.training.inputs import check_arguments
-from distalign.training.rounds import RolloutSettings, TrainingError
+from distalign.training.rollout_settings import RolloutSettings, TrainingError
 
 METHODS = {"offline": PMLE(gamma=0.5, beta=0.0), "on-policy": RKL(gamma=0.5, beta=0.1)}
 LORA = LoraConfig(r=4, target_modules="all-linear")

@@ -8,7 +8,7 @@ import torch
 
 from distalign import DPO, PMLE, REBEL, RKL, RLHF, AlignmentConfig, AlignmentTrainer, InputError
 from distalign.training.guard import SKIPPED_IN_A_ROW, Guard
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 
 
 def rows(n=8):

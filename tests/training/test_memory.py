@@ -22,7 +22,7 @@ from distalign.engine.memory import MemoryEstimate, available, estimate
 from distalign.methods import METHODS
 from distalign.models.policy import Lora
 from distalign.training.inputs import expected_lengths
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 300, "max_position_embeddings": 512}
 LENGTHS = (70, (40, 25))

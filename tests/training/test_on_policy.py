@@ -14,7 +14,8 @@ from distalign.models.policy import Lora
 from distalign.rewards import FunctionReward, Request, RewardError
 from distalign.training.health import HealthSettings
 from distalign.training.prompts import MicroBatch
-from distalign.training.rounds import RoundBatches, TrainingError
+from distalign.training.rollout_settings import TrainingError
+from distalign.training.rounds import RoundBatches
 
 
 class Gradients(TrainerCallback):

@@ -16,7 +16,7 @@ from distalign.engine import Group, Scores
 from distalign.methods import PD, Needs
 from distalign.models.policy import Lora
 from distalign.training.prompts import MicroBatch, PromptGroup, merge
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 
 GAMMA, BETA = 0.7, 0.4
 MIXTURES = ("data", "reference", "policy", "data+reference", "data+policy", "reference+policy")

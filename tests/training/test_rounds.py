@@ -10,7 +10,8 @@ import torch
 
 from distalign.training.checkpoint import ROUND, load_round, save_round
 from distalign.training.health import HealthSettings
-from distalign.training.rounds import MissingEnd, RolloutSettings, Round, apply_missing_end
+from distalign.training.rollout_settings import MissingEnd, RolloutSettings
+from distalign.training.rounds import Round, apply_missing_end
 
 
 def a_round(**changes):

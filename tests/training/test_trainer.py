@@ -17,7 +17,7 @@ from distalign.models.load import ModelError, Source
 from distalign.models.policy import Lora, make_policy
 from distalign.training.checkpoint import load_reference, newest_complete, save_reference
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import TrainingError
+from distalign.training.rollout_settings import TrainingError
 from distalign.training.trainer import AlignmentTrainer
 
 PMLE, DPO = METHODS["pmle"](gamma=0.5, beta=0.0), METHODS["dpo"](gamma=0.5)

@@ -19,6 +19,9 @@ def compare(
     data: shared.DataOption = None,
     output_dir: shared.OutputOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a comparison that was stopped.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over in a folder that holds an earlier comparison.")
+    ] = False,
     wide: shared.WideOption = False,
     json_path: shared.JsonOption = None,
     markdown: shared.MarkdownOption = None,
@@ -27,6 +30,8 @@ def compare(
     settings = shared.read_recipe(recipe, set_, model=model, data=data, output_dir=output_dir)
     if methods and full:
         shared.refuse("--methods and --full: give one of them")
+    if resume and overwrite:
+        shared.refuse("--resume and --overwrite: give one of them")
     chosen = list(settings.methods) if full else (settings.compare or list(settings.methods))
     if methods:
         chosen = [name.strip() for name in methods.split(",")]
@@ -36,12 +41,12 @@ def compare(
     chosen_seeds = shared.read_seeds(seeds, settings.seed)
     shared.check_path(json_path)
     shared.check_path(markdown, "--markdown")
-    with shared.stoppable(lambda: f"go on with: {shared.command_line('--resume')}"):
+    with shared.stoppable(lambda: f"go on with: {shared.command_line('--resume', without='--overwrite')}"):
         shared.quiet()
         from distalign.experiments.compare import compare as run
         from distalign.report import results_table, write_report
 
-        results = run(settings, chosen, chosen_seeds, resume=resume).content
+        results = run(settings, chosen, chosen_seeds, resume=resume, overwrite=overwrite).content
         page = write_report(settings.run_dir)
     shared.print_numbers(results_table(results), wide)
     for name, differences in results["paired"].items():

@@ -40,6 +40,7 @@ def lab(
     from distalign.errors import InputError
     from distalign.progress import progress
     from distalign.report import write_report
+    from distalign.training.run_folder import write_text
 
     flags = {"seeds": seeds, "max_n": max_n, "seed": seed}
     chosen = _experiments(experiment, {key: value for key, value in flags.items() if value is not None}, set_ or [])
@@ -51,7 +52,7 @@ def lab(
             with progress(each.name, 1) as advance:
                 results[each.name] = _measure(each, advance)
             text = json.dumps(results[each.name], indent=1, ensure_ascii=False, allow_nan=False)
-            (out / each.name / "lab.json").write_text(text, encoding="utf-8")
+            write_text(out / each.name / "lab.json", text)
     except BaseException:
         # Stopped or refused in the middle: what is done has its page, where that can be written.
         if results:

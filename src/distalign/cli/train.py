@@ -41,6 +41,8 @@ def train(
     settings = shared.read_recipe(source, set_, model=model, data=data, output_dir=output_dir, method=method)
     if len(settings.methods) > 1:
         shared.refuse(f"{recipe}: has the methods {', '.join(settings.methods)}; choose one with --method")
+    if resume and overwrite:
+        shared.refuse("--resume and --overwrite: give one of them")
     shared.check_path(json_path)
     (name,) = settings.methods
     folder = settings.train_dir / name

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from distalign.engine import score_in_batches
+from distalign.errors import InputError
 from distalign.evaluation.metrics import (
     COLUMNS,
     Measured,
@@ -59,6 +60,7 @@ def compare(
     target: Target | None = None,
     *,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Results:
     """Train several methods on the same pairs, measure them on held-out prompts, and write the run folder.
 
@@ -67,7 +69,7 @@ def compare(
     trains anew, in a subfolder if there are several. `target` stands in for the recipe's own, whose other settings
     (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
     done again, a method in the middle goes on from its last checkpoint, and what has other settings or data now starts
-    over.
+    over. `overwrite` starts all over. Raises InputError for a folder that holds a comparison, without either.
     """
     recipe = as_recipe(recipe)
     methods = list(methods or recipe.compare or recipe.methods)
@@ -80,6 +82,11 @@ def compare(
     training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}, "potential": []}
     results: dict[str, Any] = {}
     with locked(root):
+        if not (resume or overwrite) and (old := _earlier(root)):
+            raise InputError(
+                f"{root}: holds {old.relative_to(root)} of an earlier comparison; go on with --resume, start over with "
+                "--overwrite, or give another name with --set name=…"
+            )
         for number, seed in enumerate(seeds, 1):
             setup = load_setup(recipe, seed, measured=True, target=target)
             if number == 1:
@@ -96,6 +103,12 @@ def compare(
             results = _results(setup, methods, seeds[:number], runs, training)
             write_results(root, results)
     return Results(root, results)
+
+
+def _earlier(root: Path) -> Path | None:
+    """Something that a comparison left in its folder: results, or a checkpoint."""
+    patterns = ("results.json", "*/checkpoint-*", "seed-*/*/checkpoint-*")
+    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
 
 
 def _results(

@@ -50,7 +50,7 @@ from distalign.settings import (
     unknown_setting,
 )
 from distalign.training.health import HealthSettings
-from distalign.training.rounds import RolloutSettings
+from distalign.training.rollout_settings import RolloutSettings
 from distalign.training.run_folder import write_text
 from distalign.user_code import load_named
 

@@ -42,7 +42,7 @@ from distalign.models.targets import Target, TargetPairs, TargetSettings, make_p
 from distalign.progress import progress
 from distalign.rewards import Reward, check_columns, check_rewards
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import draws_responses
+from distalign.training.rollout_settings import draws_responses
 
 logger = logging.getLogger("distalign.experiments.setup")
 

@@ -49,7 +49,7 @@ from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
 from distalign.training.resumable import FREE_SETTINGS
-from distalign.training.rounds import check_rollout, draws_responses
+from distalign.training.rollout_settings import check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 

@@ -19,7 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from distalign.engine.memory import Recompute
 from distalign.settings import lower_first, unknown_setting
 from distalign.training.health import HealthSettings
-from distalign.training.rounds import MissingEnd, RolloutSettings, TrainingError
+from distalign.training.rollout_settings import MissingEnd, RolloutSettings, TrainingError
 
 Kind = TypeVar("Kind")
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from distalign.engine import Scores
 from distalign.training.passes import local
-from distalign.training.rounds import Row, TrainingError
+from distalign.training.rollout_settings import TrainingError
+from distalign.training.rounds import Row
 
 ADVICE = "lower learning_rate, gamma or the scale of the rewards"
 # Steps in a row that the scaler of float16 may skip: it halves its scale each time.

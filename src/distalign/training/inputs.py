@@ -66,14 +66,14 @@ from distalign.rewards.reward_model import is_reward_model
 from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.config import AlignmentConfig
-from distalign.training.rounds import (
+from distalign.training.rollout_settings import (
     RolloutSettings,
-    Row,
     TrainingError,
     check_rollout,
     draws_responses,
     is_on_policy,
 )
+from distalign.training.rounds import Row
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -513,6 +513,10 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         raise TrainingError(
             f"{label}: save_only_model leaves the optimizer out of checkpoints, and a run could not go on as it was; "
             "leave it out, or set save_strategy: no (the model is saved at the end)"
+        )
+    if args.ignore_data_skip:
+        raise TrainingError(
+            f"{label}: ignore_data_skip would train on the first rows again where a run goes on: leave it out"
         )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise TrainingError(f"{label}: dataloader_persistent_workers needs dataloader_num_workers above 0")

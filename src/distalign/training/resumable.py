@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from distalign.engine.memory import out_of_memory
 from distalign.errors import InputError
-from distalign.methods import Method
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
     ROUND,
@@ -39,12 +39,12 @@ from distalign.training.checkpoint import (
     saving,
     step_of,
 )
-from distalign.training.config import AlignmentConfig
 from distalign.training.health import Monitor
-from distalign.training.passes import WrappedTrainer
 from distalign.training.prompts import MetricAverager, merge_sums
-from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, TrainingError, draws_responses
+from distalign.training.rollout_settings import TrainingError, draws_responses
+from distalign.training.rounds import ReferenceResponses, RolloutWorker
 from distalign.training.run_folder import cut_log, remove
+from distalign.training.saving import SavingTrainer
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -52,14 +52,9 @@ logger = logging.getLogger("distalign.training.trainer")
 FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_base_url", "vllm_server_timeout"}
 
 
-class ResumableTrainer(WrappedTrainer):
+class ResumableTrainer(SavingTrainer):
     """What `AlignmentTrainer` does beside training: it writes checkpoints whole, stops on signals, and goes on."""
 
-    args: AlignmentConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    label: str
-    method: Method
-    rows: list[Any]
-    rollout: Rollout
     worker: RolloutWorker | None
     reference_responses: ReferenceResponses | None
     reference_cache: dict[tuple, Tensor]
@@ -67,23 +62,15 @@ class ResumableTrainer(WrappedTrainer):
     metrics: MetricAverager
     whole_run: MetricAverager
     token_budget: int | None
-    ended_before: bool
+    ended_before = False
     resumed_from: Path | None = None
-    _at_step_start: dict[str, Any]
-
-    @property
-    def _folder(self) -> Path:
-        return Path(str(self.args.output_dir))
-
-    def _budget(self) -> int:
-        """Tokens of a micro-batch."""
-        raise NotImplementedError
+    # Where a checkpoint is written; the step of the last one; what it holds if the next step fails half-way.
+    _scratch: Path | None = None
+    _saved_step = -1
+    _at_step_start: Mapping[str, Any] = MappingProxyType({})
+    _stop_signal: int | None = None
 
     def _set_token_budget(self, budget: int | None) -> None:
-        raise NotImplementedError
-
-    def _check_policy(self) -> None:
-        """Raise TrainingError for a policy that is not to be saved."""
         raise NotImplementedError
 
     # Signals ----------------------------------------------------------------------------------------------------------

@@ -17,28 +17,26 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 from transformers import TrainingArguments
 
 from distalign.data import EncodedPair, EncodedPrompt, plain_text
 from distalign.engine import Group, Reference, Scores, join, score_in_batches
-from distalign.errors import InputError
 from distalign.methods import Method, Needs, Samples
 from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
 from distalign.rollout.sample import sample
 from distalign.rollout.vllm import ServerError, VLLMServer, check_mismatch, rescored
-from distalign.settings import Count, Positive, Section
 from distalign.training.health import Monitor, completion_metrics, write_completions
 from distalign.training.processes import ALONE, Processes
 from distalign.training.prompts import MetricAverager, PromptGroup
+from distalign.training.rollout_settings import MissingEnd, RolloutSettings
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
@@ -48,106 +46,6 @@ Row = EncodedPair | EncodedPrompt
 RunPass = Callable[[Callable[[], Any]], Any]
 # Name of the constant of a round that holds the log-probabilities of a server that drew it.
 SERVER = "server_token_logps"
-
-
-class TrainingError(InputError):
-    """Training cannot start or go on: says what was found and what to do."""
-
-
-class MissingEnd(Section):
-    """What becomes of the reward of a response that was cut before its end: nothing, `value` added, or `value`."""
-
-    rule: Literal["none", "penalty", "replace"] = "none"
-    value: Annotated[float, Field(allow_inf_nan=False)] = -1.0
-
-
-class RolloutSettings(Section):
-    """How a method that learns from its own responses samples them, and how often each is used.
-
-    A round samples for `minibatches` optimizer steps and goes through them `num_iterations` times. `stale` says what
-    becomes of the KL term once the policy has moved: importance weights, or fresh responses. `pairing` makes pairs of
-    more than two samples. A recipe without `max_completion_length` takes the evaluation's
-    max_new_tokens. `num_completions_to_print` prompts of each round are written to samples.jsonl with their responses,
-    one of them to the terminal. `decode_batch_size` bounds the responses decoded at once.
-
-    With `use_vllm` a running `vllm serve` at `vllm_server_base_url` draws them (rollout/vllm.py); it is waited for
-    `vllm_server_timeout` seconds. `vllm_importance_sampling_correction` weights responses by what the engine's
-    probability is of the server's, up to `vllm_importance_sampling_clip_max` (null: any).
-    """
-
-    renamed: ClassVar[dict[str, str]] = {
-        "samples": "num_generations",
-        "max_new_tokens": "max_completion_length",
-        "inner_epochs": "num_iterations",
-        "rows": "decode_batch_size",
-        "show": "num_completions_to_print",
-        "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
-    }
-
-    num_generations: Count = 4
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    max_completion_length: Count = 128
-    min_new_tokens: Annotated[int, Field(ge=0)] = 0
-    decode_batch_size: Count = 64
-    missing_end: MissingEnd = MissingEnd()
-    minibatches: Count = 1
-    num_iterations: Count = 1
-    pairing: Literal["all", "best_worst"] = "all"
-    stale: Literal["weights", "resample"] = "weights"
-    num_completions_to_print: Annotated[int, Field(ge=0)] = 2
-    use_vllm: bool = False
-    vllm_server_base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] = "http://127.0.0.1:8000"
-    vllm_server_timeout: Positive = 240.0
-    vllm_importance_sampling_correction: bool = True
-    vllm_importance_sampling_clip_max: Positive | None = 3.0
-
-    @model_validator(mode="after")
-    def _corrected(self) -> RolloutSettings:
-        cut = self.top_p < 1 or self.min_new_tokens > 0 or self.stale == "resample"
-        if self.use_vllm and self.vllm_importance_sampling_correction and cut:
-            raise ValueError(
-                f"rollout: top_p is {self.top_p:g}, min_new_tokens {self.min_new_tokens} and stale {self.stale}; the "
-                "correction of vLLM's responses is for 1, 0 and weights: take these, or set "
-                "vllm_importance_sampling_correction to false"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _lengths(self) -> RolloutSettings:
-        if self.min_new_tokens > self.max_completion_length:
-            raise ValueError(
-                f"rollout.min_new_tokens is {self.min_new_tokens} and max_completion_length "
-                f"{self.max_completion_length}; lower the first or raise the second"
-            )
-        return self
-
-
-def is_on_policy(method: Method) -> bool:
-    """Whether a method learns from responses that the policy itself draws."""
-    return method.needs.samples or "sampled" in method.needs.pairs
-
-
-def draws_responses(method: Method) -> bool:
-    """Whether responses are drawn for a method: by the policy, or by the reference before the first step."""
-    return is_on_policy(method) or "reference" in method.needs.pairs
-
-
-def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None:
-    """Raise TrainingError for `rollout` settings that do not go with the method."""
-    needs = method.needs
-    if settings.num_generations == 1 and not needs.values:
-        raise TrainingError(
-            f"{label}: num_generations is 1, but pairs and leave-one-out baselines are made of several "
-            "responses to one prompt; set it to 2 or more"
-        )
-    if settings.stale == "resample" and needs.samples and needs.reward and not needs.pairs:
-        raise TrainingError(
-            f"{label}: stale is resample, which draws fresh responses for a KL term, but this method scores "
-            "the samples that it learns from; leave it at weights"
-        )
-    if settings.pairing == "best_worst" and needs.pairs not in ("", "labelled") and not needs.reward:
-        raise TrainingError(f"{label}: pairing is best_worst, but the method has no reward; take all")
 
 
 class RoundBatches(BatchSampler):

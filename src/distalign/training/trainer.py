@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from httpx import HTTPError
-from huggingface_hub import HfApi
 from jaxtyping import Float
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import (
@@ -42,9 +40,7 @@ from distalign.engine.packing import FORWARD_BUDGET
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
-from distalign.models.card import add_licence, model_card
-from distalign.models.policy import Policy, whole_distribution
-from distalign.models.quantized import quantization_of, write_note
+from distalign.models.policy import Policy
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
@@ -81,27 +77,26 @@ from distalign.training.prompts import (
     pair_metrics,
 )
 from distalign.training.resumable import GoesOn, ResumableTrainer
-from distalign.training.rounds import (
-    ReferenceResponses,
-    Rollout,
-    RolloutSettings,
-    RolloutWorker,
-    Row,
-    TrainingError,
-    draws_responses,
-    is_on_policy,
-    observe,
-)
+from distalign.training.rollout_settings import TrainingError, draws_responses, is_on_policy
+from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, Row, observe
 from distalign.training.run_folder import locked
 
 logger = logging.getLogger("distalign.training.trainer")
 T = TypeVar("T")
 
-# Settings of training that a model card names.
-CARD_SETTINGS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "max_grad_norm"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
-)
+
+@dataclass
+class StepTotals:
+    """Sums over the batches of one optimizer step, in this process: seconds, tokens, loss, and what is averaged.
+
+    `gaps` are absolute differences of implicit rewards (nats) and `weights` importance weights, a tensor for each pass.
+    """
+
+    seconds: float = 0.0
+    tokens: int = 0
+    loss: float = 0.0
+    gaps: list[Tensor] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
 
 
 @names_what_was_meant(
@@ -141,6 +136,8 @@ class AlignmentTrainer(ResumableTrainer):
     reference and pairs may share it. Raises InputError for what cannot be trained, before a model is loaded where it
     can be known then, and ModelError if the policy does not start at its reference.
     """
+
+    memory: MemoryEstimate | None = None
 
     def __init__(
         self,
@@ -221,16 +218,7 @@ class AlignmentTrainer(ResumableTrainer):
                 policy, self.needs, self.rollout, self.rows, args=args, metrics=self.metrics, run=self.run
             )
         self.start: dict[str, dict[str, float]] = {}
-        self.memory: MemoryEstimate | None = None
-        self._seconds, self._tokens, self._weights = 0.0, 0, list[Tensor]()
-        self._gaps: list[Tensor] = []
-        self._loss = 0.0
-        # Where a checkpoint is written; the step of the last one; what it holds if the next step fails half-way.
-        self._scratch: Path | None = None
-        self._saved_step = -1
-        self._at_step_start: dict[str, Any] = {}
-        self._stop_signal: int | None = None
-        self.ended_before = False
+        self._step = StepTotals()
         self.add_callback(GoesOn(self))
 
     def _worker(self) -> RolloutWorker:
@@ -370,10 +358,10 @@ class AlignmentTrainer(ResumableTrainer):
             self.metrics.add(pair_metrics(self.method, pairs), len(micro.prompts))
             if self.state.global_step == 0 and not self.start:
                 rewards = implicit_rewards(self.method, pairs).detach()
-                self._gaps.append((rewards[:, 0] - rewards[:, 1]).abs())
+                self._step.gaps.append((rewards[:, 0] - rewards[:, 1]).abs())
         stale = "behavior_token_logps" in micro.prompts[0].constants and not micro.prompts[0].fresh
         if needs.samples and not needs.values and stale:
-            self._weights.append(importance_weights(samples)[:, -1])
+            self._step.weights.append(importance_weights(samples)[:, -1])
         if self.worker is not None:
             self.worker.record(scores, micro.prompts, self.state.global_step)
 
@@ -383,21 +371,22 @@ class AlignmentTrainer(ResumableTrainer):
         if self.worker is not None:
             self.worker.finish_batch(step)
             self._stop_if_collapsed()
-        self._seconds += time.perf_counter() - started
-        self._tokens += batch.tokens
-        self._loss += float(total)
+        totals = self._step
+        totals.seconds += time.perf_counter() - started
+        totals.tokens += batch.tokens
+        totals.loss += float(total)
         if self.accelerator.sync_gradients:
             # transformers' own sums are not in its checkpoints: a run that goes on would log other means.
             count = self.processes.count
-            gaps, weights = self._of_all(self._gaps, self._weights)
+            gaps, weights = self._of_all(totals.gaps, totals.weights)
             if len(gaps):
                 check_sharpness(self.label, float(gaps.median()))
-            metrics = {"step_time": self._seconds, "tokens_per_second": self._tokens / self._seconds}
+            metrics = {"step_time": totals.seconds, "tokens_per_second": totals.tokens / totals.seconds}
             if len(weights):
                 metrics["rollout/effective_samples"] = effective_share(weights)
-            self.metrics.add({"loss": self._loss * count, **metrics})
-            self.whole_run.add({"train_loss": self._loss * count})
-            self._seconds, self._tokens, self._loss, self._gaps, self._weights = 0.0, 0, 0.0, [], []
+            self.metrics.add({"loss": totals.loss * count, **metrics})
+            self.whole_run.add({"train_loss": totals.loss * count})
+            self._step = StepTotals()
         mean = total * self.processes.count * batch.step_prompts / len(batch.prompts)
         self._advance(step + 1, self.state.max_steps, f"loss {mean:.3f}")
         return total
@@ -419,7 +408,7 @@ class AlignmentTrainer(ResumableTrainer):
         if self.ended_before:
             self.control.should_training_stop = True
             return [], 0
-        self._at_step_start, self._loss = self._state(), 0.0
+        self._at_step_start, self._step = self._state(), StepTotals()
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(len(batch["rows"]) for batch in batches)
 
@@ -695,111 +684,6 @@ class AlignmentTrainer(ResumableTrainer):
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
         self._save_checkpoint(self._wrapper, trial=None)
-
-    @property
-    def kept_step(self) -> int:
-        """The step whose weights the model has after training: the best on the held-out pairs, or the last."""
-        best = self.state.best_global_step if self.args.load_best_model_at_end else None
-        return self.state.global_step if best is None else best
-
-    # Saving -----------------------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the model as it is (under LoRA the adapter), the tokenizer and the card."""
-        if _internal_call:
-            super().save_model(output_dir, _internal_call=True)
-            # A pickle, with the hub's token in it.
-            if self.processes.first:
-                folder = Path(output_dir or self._folder)
-                (folder / "training_args.bin").unlink(missing_ok=True)
-                write_note(self.policy.model, folder)
-                whole_distribution(self.temperature, self.rollout.end_ids).save_pretrained(folder)
-        else:
-            self.save_policy(Path(output_dir or self._folder))
-            if self.args.push_to_hub:
-                self.push_to_hub()
-
-    def save_policy(self, folder: Path) -> None:
-        """Write the model, the tokenizer and the card, and nothing to the hub."""
-        self._check_policy()
-        sampling = whole_distribution(self.temperature, self.rollout.end_ids)
-        with self.whole_weights():
-            self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
-
-    def init_hf_repo(self, token: str | None = None) -> None:
-        """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
-        try:
-            with self.processes.together():
-                super().init_hf_repo(token)
-        except (OSError, ValueError, HTTPError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise TrainingError(
-                f"{self.label}: push_to_hub is set and the hub makes no repository ({reason}); log in with hf auth "
-                "login, or leave it out and upload the folder of the model later"
-            ) from error
-
-    def push_to_hub(self, commit_message: str | None = "distalign", **kwargs: Any) -> Any:
-        """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder."""
-        with tempfile.TemporaryDirectory() as scratch:
-            self.save_policy(Path(scratch))
-            if not self.processes.first:
-                return None
-            add_licence(Path(scratch) / "README.md", self.policy.source.path)
-            return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
-                repo_id=str(self.hub_model_id),
-                folder_path=scratch,
-                commit_message=commit_message,
-                revision=kwargs.get("revision") or self.args.hub_revision,
-            )
-
-    def _check_policy(self) -> None:
-        """Raise TrainingError for a policy that diverged: no bad one is saved."""
-        groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
-        logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
-        with self.whole_weights():
-            self.guard.check_policy(self.policy.model, logps, self.state.global_step)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
-    ) -> None:
-        """Write README.md into the run's folder: method, settings, data, results, citation."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        card = self.card(model_name=model_name, dataset_name=dataset_name, tags=tags or [])
-        (self._folder / "README.md").write_text(card, encoding="utf-8")
-
-    def card(self, **more: Any) -> str:
-        """The model card, as Markdown with the hub's metadata."""
-        args = self.args
-        rollout = [name for name in RolloutSettings.model_fields if not name.startswith("vllm_")]
-        names = [*CARD_SETTINGS, *(rollout if draws_responses(self.method) else ())]
-        training = {name: getattr(value, "value", value) for name in names for value in [getattr(args, name)]}
-        return model_card(
-            base_model=self.policy.source.name,
-            name=self.name,
-            method=self.method,
-            data=self.statistics,
-            training={**training, "kept_step": self.kept_step, "seed": args.seed},
-            results=self.last_evaluation(),
-            adapter=self._adapter(),
-            quantization=quantization_of(self.policy.model),
-            temperature=self.temperature,
-            **more,
-        )
-
-    def _adapter(self) -> dict[str, Any] | None:
-        """Settings of the adapter that is trained; None if all weights are, or if it is merged where it is saved."""
-        model = self.policy.model
-        if not isinstance(model, PeftModel) or self.policy.source.adapter is not None:
-            return None
-        config = model.peft_config[str(model.active_adapter)]
-        names = [name for name in ("peft_type", "r", "lora_alpha", "lora_dropout") if hasattr(config, name)]
-        return {name: getattr(value, "value", value) for name in names for value in [getattr(config, name)]}
-
-    def last_evaluation(self) -> dict[str, float]:
-        """The numbers of the evaluation at the step that was kept; empty without one."""
-        rows = [row for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
-        kept = [row for row in rows if row["step"] == self.kept_step] or rows[-1:]
-        return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
 
     # Logging ----------------------------------------------------------------------------------------------------------
 
