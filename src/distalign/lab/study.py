@@ -22,6 +22,7 @@ from distalign.lab.experiment import Row, curve, level, select
 from distalign.report.shown import Curve, Panel, Shown, Table
 from distalign.settings import masked
 from distalign.stats.intervals import Estimate, Interval, mean_and_se, student_quantile
+from distalign.training.run_folder import write_text
 
 logger = logging.getLogger("distalign.experiments.study")
 
@@ -65,8 +66,7 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
             "seconds": time.monotonic() - started,
             "environment": environment(),
         }
-        text = json.dumps(finite(result), indent=1, ensure_ascii=False)
-        (folder / "lab.json").write_text(text, encoding="utf-8")
+        write_text(folder / "lab.json", json.dumps(finite(result), indent=1, ensure_ascii=False))
     return result
 
 
