@@ -304,6 +304,13 @@ def test_help_answers_in_half_a_second():
     assert min(spent) < 0.5
 
 
+def test_threads_wait_without_spinning(distalign, monkeypatch):
+    """Said before torch is loaded, which a recipe needs to be read: here nothing is."""
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert distalign("--version")[0] == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
 def test_check_refuses_what_training_refuses(distalign, place, tiny_folder):
     """Ties and pairs beyond the context, each with a way out."""
     tie = {"prompt": "tell", "chosen": "tea", "rejected": "tea"}

@@ -86,6 +86,9 @@ def main() -> None:
     """Run the command line; what a user can fix is printed as one message, without a traceback."""
     from distalign.errors import InputError
 
+    # Read by OpenMP when torch is loaded: two spinning threads on a busy machine are ten times slower than none.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports it where it is installed, and on some CPUs it warns that it finds no kernel on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:

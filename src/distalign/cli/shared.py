@@ -95,15 +95,12 @@ def is_first() -> bool:
 
 
 def quiet() -> None:
-    """Our own messages on stderr, none of the libraries' bars and notices; and threads that wait without spinning."""
+    """Our own messages on stderr, none of the libraries' bars and notices; and no warnings that nobody can heed."""
     import logging
     import warnings
 
     from distalign.progress import show_logs
 
-    # Read by OpenMP when torch is loaded: two spinning threads on a busy machine are ten times slower than none.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT 0.21 reads a name that transformers 5.23 renamed; neither has a release that agrees with the other.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
     show_logs("distalign")
