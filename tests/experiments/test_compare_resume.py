@@ -119,7 +119,7 @@ def test_what_has_changed_is_done_again(begun, recipe, trained):
     (folder / "pmle" / "finished.safetensors").write_bytes(b"torn")
     assert [name for _, name, _ in again()] == ["pmle"]
     assert again("target.pairs=20") == [(0, "pmle", False)]
-    with pytest.raises(InputError, match="holds results.json of an earlier comparison; go on with --resume"):
+    with pytest.raises(InputError, match=r"holds results\.json of an earlier comparison; go on with --resume"):
         compare(recipe("target.pairs=20"), ["pmle"], [0])
     assert again("target.pairs=20", resume=False) == [(0, "pmle", False)]
 

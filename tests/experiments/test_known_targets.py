@@ -41,8 +41,8 @@ def test_a_class_beside_the_recipe_is_the_target(recipe, tmp_path):
     assert load_recipe(tmp_path / "runs" / "again.yaml") == mine
     results = compare(mine)
     start = results.methods["reference"]["forward_kl"]["mean"]
-    words = compare(recipe(words=["happy", "kind"], bonus=3.0), overwrite=True).methods["reference"]["forward_kl"]["mean"]
-    assert start == pytest.approx(words)
+    words = compare(recipe(words=["happy", "kind"], bonus=3.0), overwrite=True)
+    assert start == pytest.approx(words.methods["reference"]["forward_kl"]["mean"])
     assert results.content["pairs"]["ties_dropped"] == 0
 
 

@@ -441,8 +441,9 @@ def test_a_comparison_keeps_its_results_until_another_begins(place, tmp_path):
     settings = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", method="dpo")
     folder = compare(settings, ["dpo"], [0]).folder
     before = contents(folder)
-    with pytest.raises(InputError):
-        compare(recipe(place, tmp_path, *own_data(place), "data.train=nowhere.jsonl", method="dpo"), ["dpo"], [0], overwrite=True)
+    lost = recipe(place, tmp_path, *own_data(place), "data.train=nowhere.jsonl", method="dpo")
+    with pytest.raises(InputError, match=r"nowhere\.jsonl"):
+        compare(lost, ["dpo"], [0], overwrite=True)
     with locked(folder):
         assert exit_code_elsewhere(lambda: compare(settings, ["dpo"], [0])) == 2
     assert contents(folder) == before
