@@ -36,9 +36,9 @@ bench: $(VENV)/.smollm2
 test: $(VENV)/.smollm2
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Two and three processes on a CPU against one; `make test` runs them, too.
+# Two and three processes on a CPU against one, every method by every wrapper, full and LoRA; `make test` has half of it.
 test-distributed: $(VENV)/.installed
-	$(BIN)/python -m pytest tests/distributed
+	EVERY_CELL=1 $(BIN)/python -m pytest tests/distributed
 
 check: format lint types test
 

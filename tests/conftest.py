@@ -1,14 +1,14 @@
 import gc
 import os
+import sys
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook
+import shapes
 
-# Every shape annotation of the package is checked while the tests run.
-install_import_hook("distalign", "type_checker.check")
+shapes.install()
 
 import hypothesis
 import pytest
@@ -20,16 +20,30 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
-def pytest_collection_finish():
+_known_modules = 0
+
+
+def pytest_runtest_setup():
     """What is imported stays: the collector, which every training calls, does not look through it each time."""
-    gc.collect()
-    gc.freeze()
+    global _known_modules
+    if len(sys.modules) > _known_modules:
+        _known_modules = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _reproducible():
+    shapes.begin()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures_beside_pages(monkeypatch, request):
+    """Every page has its figures; what they are as files is tests/report's to test."""
+    if "report" not in request.path.parts:
+        monkeypatch.setattr("distalign.report.drawing.Figure.png", b"")
 
 
 @pytest.fixture(autouse=True)
