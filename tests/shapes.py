@@ -1,6 +1,6 @@
 """Shape annotations of the package are checked while the tests run, in the first calls of every test.
 
-A test that trains calls some functions 100,000 times; checking all calls of all functions was a third of the tests' time.
+A test that trains calls some functions 100,000 times: checking every call was a third of the time that the tests took.
 An int is a float, as everywhere in Python.
 """
 
