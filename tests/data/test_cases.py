@@ -172,11 +172,32 @@ def test_a_tool_call_is_an_answer(content):
     assert len(encoded) == 1
 
 
-def test_what_differs_only_in_what_the_template_drops_is_called_so():
-    """Not white space."""
-    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content[:14] }}<|im_end|>{% endfor %}")
-    with pytest.raises(DataError, match="only in what the tokenizer or the chat template leaves out"):
-        encode_pairs(tokenizer, read_pairs([chat("q", "a" * 15, "a" * 14 + "b")]), max_length=None)
+LOOK_UP = {"type": "function", "function": {"name": "look_up"}}
+THOUGHT = {"role": "assistant", "content": "<think>hm</think>\n\nyes"}
+CALLING = {"role": "assistant", "content": "yes", "tool_calls": [LOOK_UP]}
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "left_out"),
+    [
+        ("{{ m.content.split('</think>')[-1] }}", {"chosen": [THOUGHT]}, "'<think>hm.* of chosen"),
+        ("{{ m.content }}", {"chosen": [CALLING]}, "'look_up' of chosen"),
+        ("{{ m.content }}", {"chosen": [{**THOUGHT, "content": "yes", "reasoning_content": "hm"}]}, "'hm' of chosen"),
+        ("{{ m.content }}", {"tools": [LOOK_UP]}, "'look_up' of the prompt"),
+        ("{{ m.content if m.role != 'system' }}", {"system": "be kind"}, "'be kind' of the prompt"),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_is_refused(template, row, left_out):
+    """It would not be learned, and nobody would know. Space that a template adds or strips does not count."""
+    row = {**chat("q", "no", "cannot"), **row}
+    if system := row.pop("system", None):
+        row["prompt"] = [{"role": "system", "content": system}, *row["prompt"]]
+    rendered = "{% for m in messages %}<s>{{ m.role }} " + template + "<|im_end|>{% endfor %}"
+    with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
+        encode_pairs(byte_tokenizer(rendered), read_pairs([row]), max_length=None)
+    spaced = "{% for m in messages %}<s>{{ m.content | replace('\n', ' ') }} <|im_end|>{% endfor %}"
+    pairs = read_pairs([chat("q", "<think>hm</think>\n\nyes", "no")])
+    assert len(encode_pairs(byte_tokenizer(spaced), pairs, max_length=None)[0]) == 1
 
 
 def test_labels_that_no_target_fits_are_told():

@@ -13,7 +13,7 @@ from judge_server import Server
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from distalign import cli
+from distalign import cli, engine
 from distalign.data import EncodedPrompt
 from distalign.engine import Group, score
 from distalign.errors import InputError
@@ -21,6 +21,7 @@ from distalign.evaluation import answers
 from distalign.evaluation.evaluate import all_opponents, evaluate, win_rates
 from distalign.evaluation.setup import EvaluationSetup, _named, load_evaluation
 from distalign.judges import EndpointError
+from distalign.models.policy import whole_distribution
 from distalign.models.targets import Tilt
 
 WORDS = ["happy", "kind", "warm"]
@@ -355,6 +356,16 @@ def test_calibrate_finds_a_gamma(place, monkeypatch, capsys):
     found = json.loads((place / "c.json").read_text(encoding="utf-8"))
     assert found["gamma"]["low"] <= found["gamma"]["mean"] <= found["gamma"]["high"]
     assert "γ (95 %)" in capsys.readouterr().out
+    # Of the distribution that was trained: its folder says the temperature.
+    shutil.copytree(place / "model", place / "cold")
+    whole_distribution(0.5, [tiny.END]).save_pretrained(place / "cold")
+    asked = []
+    real = engine.score_in_batches
+    monkeypatch.setattr(engine, "score_in_batches", lambda *a, **k: asked.append(k["temperature"]) or real(*a, **k))
+    monkeypatch.setattr(sys, "argv", ["distalign", "calibrate", str(place / "cold"), words[1]])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert asked == [0.5]
 
 
 def test_the_frontier_is_predicted_from_the_references_responses(place, monkeypatch, capsys, results):

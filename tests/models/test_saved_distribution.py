@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distalign import PMLE, RKL, AlignmentConfig, AlignmentTrainer
+from distalign.engine import Group, score_in_batches
+from distalign.evaluation.answers import draw_answers
 from distalign.evaluation.setup import load_evaluation, load_setup
 from distalign.models.card import add_licence
 from distalign.models.policy import trained_temperature
@@ -46,7 +48,13 @@ def test_the_temperature_is_saved_said_and_evaluated_with(tmp_path, caplog):
     prompts.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in ROWS))
     settings = {"name": "t", "model": str(tmp_path / "base"), "prompts": str(prompts), "max_new_tokens": 4}
     evaluation = load_evaluation({**settings, "policies": {"mine": str(tmp_path / "model")}})
-    assert load_setup(evaluation).settings.temperature == 0.5
+    setup = load_setup(evaluation)
+    assert setup.settings.temperature == 0.5
+    # What it says of pairs, too, and the γ that fits it.
+    pairs = [Group(row.prompt, [row.prompt[:2], row.prompt[:1]]) for row in run.rows[:3]]
+    answers = draw_answers(setup, "mine", "key", pairs)
+    measured = score_in_batches(setup.policy("mine"), pairs, token_budget=512, temperature=0.5).logps
+    assert answers.pair_logps.flatten().tolist() == pytest.approx(measured.tolist())
     other = load_evaluation({**settings, "policies": {"mine": str(tmp_path / "model")}, "temperature": 1.0})
     assert load_setup(other).settings.temperature == 1.0
     assert "mine at 0.5" in caplog.text

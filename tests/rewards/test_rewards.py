@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import time
@@ -83,6 +84,14 @@ def test_a_function_is_called_as_trl_calls_it(write):
     assert seen["topic"] == [None, None, "sky"]
     assert seen["completion_ids"] == [ids for r in REQUESTS for ids in r.responses]
     assert reward.counters() == {"responses": 3.0, "calls": 1.0}
+
+
+def test_what_a_function_changes_is_its_own(write):
+    """The next round's prompts and columns are those of the data."""
+    before = copy.deepcopy(REQUESTS)
+    change = "[prompt.append(1) for prompt in prompts if isinstance(prompt, list)]; columns['weight'][0] = 7"
+    function(write(f"{change}; return [1, 2, 3]"))(REQUESTS)
+    assert [request.row for request in REQUESTS] == [request.row for request in before]
 
 
 def test_rows_without_text_are_decoded(write):

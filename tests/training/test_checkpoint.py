@@ -469,6 +469,9 @@ def test_a_torn_last_line_is_dropped_with_a_message(tmp_path, caplog):
     cut_log(path, 2)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert f"{path}: the last line is torn and is dropped" in caplog.text
+    path.write_text('{"step": 1, "prompt": "a\u2028b\x85"}\n')
+    cut_log(path, 2)
+    assert path.read_text() == '{"step": 1, "prompt": "a\u2028b\x85"}\n'
     path.write_text('{"step": 1}\n{"st\n{"step": 2}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl:2: not a line of this log; remove it"):
         cut_log(path, 2)

@@ -92,6 +92,20 @@ def test_rows_in_every_form_are_the_same(tmp_path, kind, form):
     found.train()
 
 
+def test_rows_of_one_prompt_with_other_columns_are_several(tmp_path):
+    """A reward may read them: each is drawn for; a row that stands twice is drawn for once."""
+    data, seen = [{"prompt": "tell me", "answer": str(i % 3)} for i in range(6)], set()
+
+    def right(completions, answer, **_):
+        seen.update(answer)
+        return [float(len(one)) for one in completions]
+
+    made = trainer(tmp_path, METHODS["on-policy"], data=data, reward_funcs=right)
+    made.train()
+    assert len(made.rows) == 3
+    assert seen == {"0", "1", "2"}
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_a_model_by_its_folder(tmp_path, kind, tiny_folder):
     """Model and tokenizer come from the folder; save_model writes model, tokenizer and card, which load again."""

@@ -27,6 +27,7 @@ def calibrate(
     from distalign.data import encode_pairs, read_pairs
     from distalign.engine import Group, score_in_batches
     from distalign.models.load import find_model
+    from distalign.models.policy import trained_temperature
     from distalign.progress import progress
     from distalign.stats.calibration import calibrate as fit
     from distalign.stats.calibration import check_count
@@ -40,8 +41,12 @@ def calibrate(
         check_count(len(groups))
     except ValueError as error:
         shared.refuse(f"{pairs}: {error}")
+    # A policy that was trained here says at which temperature: that is the distribution it learned.
+    temperature = trained_temperature(str(source.adapter or source.path)) or 1.0
     with progress("pairs", len(groups)) as advance:
-        scores = score_in_batches(source.model(), groups, token_budget=token_budget, progress=advance)
+        scores = score_in_batches(
+            source.model(), groups, token_budget=token_budget, temperature=temperature, progress=advance
+        )
     try:
         result = fit(scores.logps.view(-1, 2), labels_of(encoded))
     except ValueError as error:

@@ -14,6 +14,9 @@ from distalign.errors import InputError
 _WORDS, _BEFORE = "distalignprobe", "\n"
 _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
 
+# Where a message has words.
+_WORDS_IN = ("content", "reasoning_content", "thinking")
+
 # By chat template, what `_takes_parts` found.
 _PARTS: dict[str, bool] = {}
 
@@ -50,6 +53,11 @@ class EncodedPair:
         """What any model reads of it: equal for equal pairs, also for a copy from another process."""
         return tuple(map(tuple, (self.prompt, self.chosen, self.rejected)))
 
+    @property
+    def question(self) -> tuple[object, ...]:
+        """What several pairs may be answers to."""
+        return tuple(self.prompt)
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -59,10 +67,15 @@ class EncodedPrompt:
     where: str = "prompt"
     row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def question(self) -> tuple[object, ...]:
+        """The ids, and the other columns, which a reward may read: two rows with both are one question."""
+        return tuple(self.prompt), None if self.row is None else repr(self.row.extra)
+
 
 def prompts_of(pairs: Iterable[EncodedPair]) -> list[EncodedPrompt]:
     """The prompts of the pairs, each once, with the last row that has it."""
-    return list({tuple(pair.prompt): EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in pairs}.values())
+    return list({pair.question: EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in pairs}.values())
 
 
 @dataclass
@@ -135,7 +148,10 @@ def encode_prompt(tokenizer: Tokenizer, row: Prompt | Pair) -> list[int]:
         if bos is not None and ids[:1] != [bos] and tokenizer(row.prompt)["input_ids"][:1] == [bos]:
             ids = [bos, *ids]
         return ids
-    return _ids(tokenizer, _chat(tokenizer, row, row.prompt, prompt=True))
+    text = _chat(tokenizer, row, row.prompt, prompt=True)
+    asked = [message for message in row.prompt if message["role"] != "assistant"]
+    _check_written(row, "the prompt", [*asked, {"tool_calls": row.extra.get("tools")}], text)
+    return _ids(tokenizer, text)
 
 
 def encode_pair(
@@ -199,7 +215,7 @@ def encode_pairs(
             counts.same_after_cut += 1
             if not cut_chosen:
                 spaces = plain_text(row.chosen).split() == plain_text(row.rejected).split()
-                how = "in white space only" if spaces else "only in what the tokenizer or the chat template leaves out"
+                how = "in white space only" if spaces else "only in what the tokenizer leaves out"
                 what = f"chosen and rejected differ {how} and are the same tokens; remove the line"
                 problems.append(Problem(row.where, what))
         else:
@@ -237,6 +253,7 @@ def _response(tokenizer: Tokenizer, row: Pair, text: Text, prompt: list[int], na
         inside = end_id in ids[:-1]
     else:
         rendered = _chat(tokenizer, row, [*row.prompt, *text], prompt=False)
+        _check_written(row, name, [message for message in text if message["role"] == "assistant"], rendered)
         whole = _ids(tokenizer, rendered)
         if whole[: len(prompt)] != prompt:
             raise DataError([Problem(row.where, _boundary(tokenizer, row, prompt, whole, rendered, name))])
@@ -252,6 +269,17 @@ def _response(tokenizer: Tokenizer, row: Pair, text: Text, prompt: list[int], na
         what = f"{name} contains the end token {tokenizer.decode([end_id])!r} in its text; remove it from the text"
         raise DataError([Problem(row.where, what)])
     return ids
+
+
+def _check_written(row: Prompt | Pair, name: str, messages: Iterable[Message], text: str) -> None:
+    """Raise DataError for words, or a tool's name, that the chat template leaves out; white space does not count."""
+    written = "".join(text.split())
+    for message in messages:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+        for part in (*map(message.get, _WORDS_IN), *(call.get("name") for call in calls)):
+            if isinstance(part, str) and message.get("role") != "tool" and "".join(part.split()) not in written:
+                what = f"the chat template leaves out {part[:60]!r} of {name}"
+                raise DataError([Problem(row.where, f"{what}; take it out, or use a template that writes it")])
 
 
 def _boundary(tokenizer: Tokenizer, row: Pair, prompt: list[int], whole: list[int], text: str, name: str) -> str:

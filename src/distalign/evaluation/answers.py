@@ -25,12 +25,13 @@ from distalign.engine.scoring import total
 from distalign.errors import DAMAGED
 from distalign.evaluation.setup import EvaluationSetup
 from distalign.models.load import weights_digest
+from distalign.models.policy import trained_temperature
 from distalign.progress import progress
 from distalign.rollout.sample import sample
 
 logger = logging.getLogger("distalign.evaluation")
 
-_FORMAT = 4  # of the saved files; with another number everything is drawn again
+_FORMAT = 5  # of the saved files; with another number everything is drawn again
 
 
 @dataclass
@@ -132,6 +133,9 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
     pair_logps = torch.zeros(0, 2, dtype=torch.float64)
     if pairs:
         with progress(f"pairs of {name}", len(pairs)) as advance:
-            pair_scores = score_in_batches(model, pairs, token_budget=budget, progress=advance)
+            # Whatever it is sampled at: what it says of pairs is of the distribution that it learned.
+            source = setup.sources[name]
+            own = trained_temperature(str(source.adapter or source.path)) or 1.0
+            pair_scores = score_in_batches(model, pairs, token_budget=budget, temperature=own, progress=advance)
         pair_logps = pair_scores.logps.cpu().double().view(-1, 2)
     return Answers(name, key, responses, pair_logps, {key: values.cpu().double() for key, values in sums.items()})

@@ -62,8 +62,9 @@ class Evaluation(Section):
     their prompt and all their other columns are the same. target: a known target made of `model`. reward scores
     responses, judge compares them (null: by the target's own preference, or by the reward where there is one; without
     either nothing is compared). opponents: every two policies, or each with the reference alone. temperature: of what
-    is sampled and measured (null: the policies' own, which training wrote into their generation_config.json). gamma:
-    sharpness of P_π (null: found on the pairs by each policy, half judging the other half).
+    is sampled and measured (null: the policies' own, which training wrote into their generation_config.json); pairs are
+    measured at the policies' own. gamma: sharpness of P_π (null: found on the pairs by each policy, half judging the
+    other half).
     """
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]

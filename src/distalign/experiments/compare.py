@@ -47,6 +47,7 @@ from distalign.settings import masked
 from distalign.training.checkpoint import checkpoints
 from distalign.training.processes import refuse_several_processes
 from distalign.training.prompts import implicit_rewards
+from distalign.training.rollout_settings import draws_responses
 from distalign.training.run_folder import locked
 from distalign.training.trainer import AlignmentTrainer
 
@@ -77,6 +78,7 @@ def compare(
     refuse_several_processes("a comparison")
     recipe = recipe.only(methods)
     check(recipe, methods)
+    _warn_of_temperatures(recipe, methods)
     root = recipe.run_dir
     runs: dict[str, list[Measured]] = {}
     training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}, "potential": []}
@@ -109,6 +111,17 @@ def _earlier(root: Path) -> Path | None:
     """Something that a comparison left in its folder: results, or a checkpoint."""
     patterns = ("results.json", "*/checkpoint-*", "seed-*/*/checkpoint-*")
     return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
+
+
+def _warn_of_temperatures(recipe: Recipe, methods: Sequence[str]) -> None:
+    measured = recipe.evaluation.temperature
+    for name in methods:
+        trained = recipe.rollout_for(name).temperature
+        if draws_responses(recipe.method(name)) and measured != trained:
+            logger.warning(
+                "%s: evaluation.temperature is %g, and %s learns the distribution at rollout.temperature %g: give both "
+                "the same", recipe.name, measured, name, trained,
+            )  # fmt: skip
 
 
 def _results(

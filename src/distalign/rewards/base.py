@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,7 +72,8 @@ def as_text(requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase) -> 
     """Every response as text, without special tokens, in order. `tokenizer` is the policy's."""
     responses: list[TextResponse] = []
     for request in requests:
-        row = request.row
+        # A copy: a function may change what it is given.
+        row = copy.deepcopy(request.row)
         prompt = str(tokenizer.decode(request.prompt, skip_special_tokens=True)) if row is None else row.prompt
         columns = {} if row is None else row.extra
         if isinstance(row, Pair):

@@ -189,7 +189,7 @@ def read_rows(
     else:
         data = train if isinstance(train, Data) else read_prompts(train)
         prompts = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in data]
-        rows = list({tuple(row.prompt): row for row in prompts}.values())
+        rows = list({row.question: row for row in prompts}.values())
     place = f" of {train}" if isinstance(train, str | Path) else ""
     statistics = {"train_dataset": f"{len(rows)} {'pairs' if labelled else 'prompts'}{place}"}
     if isinstance(held_out, Mapping):

@@ -267,7 +267,7 @@ class Rollout:
 class ReferenceResponses:
     """What π₀ answers to each prompt of a run: drawn, rewarded and scored once, before the first step (theorem 14).
 
-    `rows` are those of the run; rows of one prompt share its responses. `run` runs passes of the policy.
+    `rows` are those of the run; rows of one question share its responses. `run` runs passes of the policy.
     """
 
     def __init__(
@@ -282,8 +282,8 @@ class ReferenceResponses:
         run: RunPass,
     ) -> None:
         self.policy, self.needs, self.rollout, self.metrics, self.run = policy, needs, rollout, metrics, run
-        self.rows = list({tuple(row.prompt): row for row in rows}.values())
-        self.places = {tuple(row.prompt): place for place, row in enumerate(self.rows)}
+        self.rows = list({row.question: row for row in rows}.values())
+        self.places = {row.question: place for place, row in enumerate(self.rows)}
         self.batch_size, self.seed = args.per_device_train_batch_size, args.seed
         self.samples_file = samples_file_of(args)
         self.round: Round | None = None
@@ -334,7 +334,7 @@ class ReferenceResponses:
         assert self.round is not None
         groups = []
         for row in rows:
-            place = self.places[tuple(row.prompt)]
+            place = self.places[row.question]
             responses = self.round.responses[place]
             constants = {name: values[self.round.rows(place)] for name, values in self.round.tensors.items()}
             if "reference_token_logps" in constants:

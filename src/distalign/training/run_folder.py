@@ -158,7 +158,8 @@ def cut_log(path: Path, last: int) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    # Not splitlines: a text may hold other ends of lines (U+2028).
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     kept = []
     for number, line in enumerate(lines, 1):
         try:
