@@ -172,6 +172,13 @@ def test_a_tool_call_is_an_answer(content):
     assert len(encoded) == 1
 
 
+def test_a_template_that_writes_the_date_gives_the_same_ids_on_another_day():
+    """Else a run could not go on tomorrow."""
+    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML + OPENED)
+    ((pair,), _) = encode_pairs(tokenizer, read_pairs([chat("q", "yes", "no")]), max_length=None)
+    assert tokenizer.decode(pair.prompt).startswith("01 Jan 2025")
+
+
 LOOK_UP = {"type": "function", "function": {"name": "look_up"}}
 THOUGHT = {"role": "assistant", "content": "<think>hm</think>\n\nyes"}
 CALLING = {"role": "assistant", "content": "yes", "tool_calls": [LOOK_UP]}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from distalign.data.pairs import Data, Message, Pair, Prompt, Text, plain_text
@@ -14,8 +16,10 @@ from distalign.errors import InputError
 _WORDS, _BEFORE = "distalignprobe", "\n"
 _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
 
+# Templates that write today's date are given this one: a run goes on, and is measured, on other days than it began.
+_DAY, _TODAY = datetime(2025, 1, 1), re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # Where a message has words.
-_WORDS_IN = ("content", "reasoning_content", "thinking")
+_WORDS_IN = ("content", "reasoning_content", "reasoning", "thinking")
 
 # By chat template, what `_takes_parts` found.
 _PARTS: dict[str, bool] = {}
@@ -313,6 +317,9 @@ def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], extra: dict[str, Any], prompt: bool) -> str:
     settings = {"tools": extra.get("tools"), **(extra.get("chat_template_kwargs") or {})}
+    template = tokenizer.chat_template
+    if isinstance(template, str) and _TODAY.search(template):
+        settings["chat_template"] = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
     turns = [_in_parts(turn) for turn in messages] if _takes_parts(tokenizer) else list(messages)
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **settings)
 
