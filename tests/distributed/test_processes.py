@@ -98,8 +98,8 @@ def one(tmp_path_factory, worker_id) -> Path:
 
 @pytest.fixture(scope="session")
 def two(tmp_path_factory, worker_id) -> Path:
-    """What two processes make of every cell by DDP."""
-    return once(tmp_path_factory, worker_id, 2, [*TWO["ddp"], *OTHERS])
+    """What two processes make of every cell by DDP and FSDP2."""
+    return once(tmp_path_factory, worker_id, 2, [*TWO["ddp"], *OTHERS, *TWO["fsdp"]])
 
 
 def check_cells(one: Path, several: Path, cells: list[str], tolerance=1e-5):
@@ -112,14 +112,8 @@ def check_cells(one: Path, several: Path, cells: list[str], tolerance=1e-5):
 
 
 def test_two_processes_do_what_one_does(one, two):
-    """Six methods, full and LoRA, three steps, the last with two prompts: log lines, samples, weights."""
-    check_cells(one, two, [*TWO["ddp"], *OTHERS])
-
-
-def test_two_processes_that_shard_do_what_one_does(one, tmp_path):
-    """By FSDP2."""
-    work(tmp_path / "two", 2, TWO["fsdp"])
-    check_cells(one, tmp_path / "two", TWO["fsdp"])
+    """Six methods, by DDP and FSDP2, three steps, the last with two prompts: log lines, samples, weights."""
+    check_cells(one, two, [*TWO["ddp"], *OTHERS, *TWO["fsdp"]])
 
 
 def test_a_process_without_a_prompt_waits_for_nobody(one, tmp_path):
