@@ -169,7 +169,7 @@ class Policy:
         merge = (merge or self.source.adapter is not None) and isinstance(self.model, PeftModel)
         if merge:
             check_mergeable(f"model {self.source.name}", self.model)
-        adapter = isinstance(model, PeftModel) and not merge
+        adapter = isinstance(self.model, PeftModel) and not merge
         if adapter and folder.resolve() == Path(self.source.path).resolve():
             raise ModelError(f"{folder}: holds the base of the adapter that is to be saved; give another folder")
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -617,7 +618,9 @@ def check_policy(label: str, method: Method, policy: Policy) -> None:
     if (method.needs.reference or method.needs.kl) and policy.reference is None:
         raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
     for name, module in policy.model.named_modules():
-        if any(getattr(module, "lora_bias", {}).values()) and getattr(module.get_base_layer(), "bias", None) is None:
+        if not isinstance(module, LoraLayer) or not any(module.lora_bias.values()):
+            continue
+        if getattr(module.get_base_layer(), "bias", None) is None:
             raise TrainingError(
                 f"{label}: lora_bias is true and {name} has no bias, so that the adapter could not be merged or "
                 "loaded again; leave lora_bias out, or name layers with a bias (target_modules)"
