@@ -340,12 +340,15 @@ class Layered(PMLE):
     """A user's method with a setting that is no number."""
 
     layers: tuple[int, ...] = (1, 2)
+    shape: object = None
 
 
 def test_every_setting_of_a_method_counts(tmp_path):
-    """Not numbers and words alone."""
+    """Not numbers and words alone; a function is the same in another process."""
     settings = {**SAVED, "max_steps": 2}
-    trainer(tmp_path, Layered(0.5, 0.0), **settings).train()
+    for resume in (False, True):
+        method = Layered(0.5, 0.0, shape=lambda x: x)
+        trainer(tmp_path, method, **settings).train(resume_from_checkpoint=resume)
     with pytest.raises(InputError, match=r"another method: it had .*\(1, 2\)"):
         trainer(tmp_path, Layered(0.5, 0.0, layers=(1, 3)), **settings).train(resume_from_checkpoint=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -127,7 +128,8 @@ class ResumableTrainer(SavingTrainer):
         args, prompts = self.args, self.args.per_device_train_batch_size * self.processes.count
         taken = {name: getattr(args, name) for name in FROM_CHECKPOINT}
         return {
-            "method": f"{type(self.method).__name__} {settings}",
+            # A function is not where it lies in memory.
+            "method": re.sub(" at 0x[0-9a-f]+", "", f"{type(self.method).__name__} {settings}"),
             "data": rows_digest(self.rows),
             **adapter_settings(self.policy.model),
             "model": model_digest(self.policy.model),
