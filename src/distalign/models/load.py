@@ -181,8 +181,8 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     ModelError if there is no such folder or file, or it holds no model.
     """
     path = Path(os.path.expanduser(name))
-    held = [file for file in ("config.json", "adapter_config.json") if (path / file).is_file()]
-    if held and name in (EVERYDAY, *PACKAGED):
+    held = (path / "config.json", path / "adapter_config.json")
+    if name in (EVERYDAY, *PACKAGED) and any(file.is_file() for file in held):
         raise ModelError(
             f"model {name}: is a short name of distalign's and a folder here; write ./{name} for the folder, or rename "
             "it for the model of that name"
