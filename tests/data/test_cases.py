@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -226,7 +228,8 @@ ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 def test_numbers_as_tables_and_hands_write_them(tmp_path):
     """A Decimal is a probability; a huge integer and deep nesting are refused, not a traceback."""
-    assert read_pairs([{**ROW, "p_chosen": Decimal("0.75")}])[0].probability == 0.75
+    for number in (Decimal("0.75"), np.float32(0.75), Fraction(3, 4)):
+        assert read_pairs([{**ROW, "p_chosen": number}])[0].probability == 0.75
     huge = tmp_path / "huge.jsonl"
     huge.write_text(json.dumps(ROW)[:-1] + f', "p_chosen": 1{"0" * 400}}}\n')
     with pytest.raises(DataError, match="a finite number is needed"):

@@ -185,6 +185,16 @@ def test_what_is_not_there_is_refused_with_its_name(name, message):
         find_model(name)
 
 
+@pytest.mark.parametrize("name", ["everyday", "smollm2-135m-instruct"])
+def test_a_folder_with_a_short_name_is_not_passed_over(tmp_path, monkeypatch, name):
+    """Which of both is meant is asked; a folder that holds no model is none."""
+    monkeypatch.chdir(tmp_path)
+    tiny.save(tmp_path / name)
+    with pytest.raises(ModelError, match=f"model {name}: is a short name .* and a folder here; write ./{name} for the"):
+        find_model(name)
+    assert find_model(f"./{name}").path == str(tmp_path / name)
+
+
 @pytest.mark.parametrize("name", ["nobody-here/nothing-there", "nothing-there"])
 def test_a_hub_id_that_cannot_be_had_is_refused(name):
     """Transformers' own words come last, in one line."""
@@ -359,6 +369,40 @@ def test_what_was_saved_is_what_was_trained(tiny_folder, tmp_path, lora, merge):
     assert not [name for name in files if name.endswith((".bin", ".pt"))]
     assert {"tokenizer.json", "README.md"} <= files
     assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
+
+
+def test_a_folder_holds_one_kind_of_model(tiny_folder, tmp_path):
+    """What an earlier run saved there, the other kind or on 4-bit weights, is gone; the base's folder is refused."""
+    base = find_model(str(tiny_folder)).model()
+    for kind in ({}, {"full": True}, {}):
+        policy = make(base, **kind)
+        move(policy.model)
+        if (tmp_path / "adapter_config.json").is_file():
+            (tmp_path / "quantization.json").write_text('{"load_in_4bit": true}')
+        policy.save(tmp_path, "")
+        assert not (tmp_path / "quantization.json").exists()
+        expected = logps(policy.model)
+        torch.testing.assert_close(logps(find_model(str(tmp_path)).model()), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logps(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, rtol=0, atol=1e-4)
+    policy.source = Source("base", str(tmp_path), "")
+    with pytest.raises(ModelError, match="holds the base of the adapter that is to be saved; give another folder"):
+        policy.save(tmp_path, "")
+
+
+def test_a_base_that_changed_under_its_adapter_is_warned_of(tmp_path, caplog):
+    """Wherever the adapter is loaded; not where the base is what it was."""
+    place = tmp_path / "base"
+    source = find_model(str(tiny.save(place)))
+    make_policy(source.model(), source.tokenizer(), source, lora=Lora(r=4), reference=False).save(tmp_path / "a", "")
+    adapter = find_model(str(tmp_path / "a"))
+    adapter.model()
+    assert "has changed since" not in caplog.text
+    other = tiny.model()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1.0)
+    other.save_pretrained(place)
+    adapter.model()
+    assert f"its base {place} has changed since the adapter was saved" in caplog.text
 
 
 def test_the_card_tells_what_was_done_and_has_metadata_that_the_hub_reads(tmp_path, monkeypatch):

@@ -6,13 +6,15 @@ import json
 import logging
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import tiny
 import torch
 from acting import METHODS, exit_code_elsewhere, logs, parameters, trainer
+from peft import LoraConfig
 
+from distalign.data import Pair
 from distalign.errors import InputError
 from distalign.methods import DPO, PMLE
 from distalign.models.policy import Lora
@@ -150,6 +152,9 @@ REFUSED = {
     "train_sampling_strategy is group_by_length": {"train_sampling_strategy": "group_by_length"},
     "ignore_data_skip would train on": {"ignore_data_skip": True},
     "debug is": {"debug": "underflow_overflow"},
+    "fp16 has no effect on a CPU": {"fp16": True},
+    "bf16_full_eval has no effect": {"bf16_full_eval": True},
+    "fp16_full_eval has no effect": {"fp16_full_eval": True},
     "dataloader_persistent_workers needs": {"dataloader_persistent_workers": True},
     "per_device_train_batch_size is 99999999999999999999": {"per_device_train_batch_size": 99999999999999999999},
     "the optimizer or its schedule cannot be made": {"adam_beta1": 2.0},
@@ -285,6 +290,9 @@ def test_a_checkpoint_that_only_wanted_its_name_gets_it(tmp_path):
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-5"
 
 
+REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.0)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -295,8 +303,10 @@ def test_a_checkpoint_that_only_wanted_its_name_gets_it(tmp_path):
         ("model", {"kind": "qwen2"}),
         ("seed", {"seed": 1}),
         ("batches", {"per_device_train_batch_size": 8}),
+        ("learning_rate", {"learning_rate": 0.5}),
+        ("data", {"rows": [replace(pair, row=REWARDED) for pair in tiny.encoded_pairs(8)]}),
     ],
-    ids=["method", "gamma", "rows", "order", "model", "seed", "batches"],
+    ids=["method", "gamma", "rows", "order", "model", "seed", "batches", "learning_rate", "column rewards"],
 )
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, changes, lora):
@@ -308,6 +318,39 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, changes, lora):
     with pytest.raises(InputError, match=rf"checkpoint-2: is of a run with another {name}.*give the same"):
         trainer(tmp_path, **again).train(resume_from_checkpoint=True)
     assert before.items() <= {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("lora_alpha", {"lora_alpha": 32}), ("use_rslora", {"use_rslora": True}), ("lora_dropout", {"lora_dropout": 0.1}),
+     ("r", {"r": 2}), ("target_modules", {"target_modules": ["q_proj"]})],
+)  # fmt: skip
+def test_another_adapter_is_refused(tmp_path, name, other):
+    """By the setting that differs, whichever run has it; with the same a run goes on."""
+    settings, plain = {**SAVED, "max_steps": 2}, {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    for first, second in ((plain, plain | other), (plain | other, plain)):
+        trainer(tmp_path, PMLE(0.5, 0.0), lora=LoraConfig(**first), **settings).train()
+        with pytest.raises(InputError, match=f"another adapter {name}: it had .*, this run has .*give the same"):
+            trainer(tmp_path, PMLE(0.5, 0.0), lora=LoraConfig(**second), **settings).train(resume_from_checkpoint=True)
+    trainer(tmp_path, PMLE(0.5, 0.0), lora=LoraConfig(**first), **settings).train(resume_from_checkpoint=True)
+
+
+@dataclass(frozen=True)
+class Layered(PMLE):
+    """A user's method with a setting that is no number."""
+
+    layers: tuple[int, ...] = (1, 2)
+    shape: object = None
+
+
+def test_every_setting_of_a_method_counts(tmp_path):
+    """Not numbers and words alone; a function is the same in another process."""
+    settings = {**SAVED, "max_steps": 2}
+    for resume in (False, True):
+        method = Layered(0.5, 0.0, shape=lambda x: x)
+        trainer(tmp_path, method, **settings).train(resume_from_checkpoint=resume)
+    with pytest.raises(InputError, match=r"another method: it had .*\(1, 2\)"):
+        trainer(tmp_path, Layered(0.5, 0.0, layers=(1, 3)), **settings).train(resume_from_checkpoint=True)
 
 
 def test_weights_of_the_same_shape_are_another_model(tmp_path):

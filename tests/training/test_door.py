@@ -155,6 +155,31 @@ def test_an_own_adapter_is_trained_and_its_reference_is_the_model_without(tmp_pa
         trainer(tmp_path / "c", METHODS[kind], model=adapted, peft_config=LORA)
 
 
+def test_adapters_that_could_not_be_kept_as_they_are_trained_are_refused(tmp_path, tiny_folder):
+    """Biases of the base, adapters under other names or several, biases where the base has none."""
+    for bias in ("all", "lora_only"):
+        config = LoraConfig(r=4, target_modules="all-linear", bias=bias)
+        adapted = {"model": get_peft_model(tiny.model(), config)}
+        for given in ({"model": str(tiny_folder), "peft_config": config}, adapted):
+            with pytest.raises(TrainingError, match=f'bias="{bias}", .*would move with them; give bias="none"'):
+                trainer(tmp_path, METHODS["offline"], **given)
+    named = get_peft_model(tiny.model(), copy.deepcopy(LORA), adapter_name="policy")
+    several = get_peft_model(tiny.model(), copy.deepcopy(LORA))
+    several.add_adapter("other", copy.deepcopy(LORA))
+    several.set_adapter("other")
+    for model, names in ((named, r"policy \(active: policy"), (several, r"default, other \(active: other")):
+        with pytest.raises(TrainingError, match=f'has the adapters {names}.*as adapter_name="default"'):
+            trainer(tmp_path, METHODS["offline"], model=model)
+    several.set_adapter("default")
+    several.delete_adapter("other")
+    trainer(tmp_path, METHODS["offline"], model=several)
+    with_bias = LoraConfig(r=4, target_modules=["q_proj", "o_proj"], lora_bias=True)
+    with pytest.warns(UserWarning, match="lora_bias"), pytest.raises(TrainingError, match="o_proj has no bias"):
+        trainer(tmp_path, METHODS["offline"], model=tiny.model("qwen2"), peft_config=with_bias)
+    with_bias.target_modules = ["q_proj"]
+    trainer(tmp_path, METHODS["offline"], model=tiny.model("qwen2"), peft_config=with_bias)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_an_own_callback_and_an_own_optimizer(tmp_path, kind):
     """Both are used: the callback sees every step, and a rate of zero leaves the weights alone."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from distalign.data.readers import DataError, Problem, Record, Source, describe, read_records
@@ -299,7 +300,7 @@ def _number(row: Record, name: str, where: str) -> float | None:
     if value is None:
         return None
     try:
-        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | Decimal) else float(value)
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real | Decimal) else float(value)
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):

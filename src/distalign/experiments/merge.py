@@ -97,6 +97,7 @@ def _merge_into(place: Path, source: Source, *, dtype: str, onto_base: bool, che
     as_trained = source.quantization is not None and not onto_base
     label = f"model {source.name}"
     if as_trained:
+        source.compare_base()
         # The 4-bit weights as numbers of the dtype, and the adapter merged into them.
         base: Any = replace(source, adapter=None).model(dtype, device)
         adapted = load_adapter(label, base.dequantize(), str(source.adapter))

@@ -48,7 +48,7 @@ from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
-from distalign.training.resumable import FREE_SETTINGS
+from distalign.training.resumable import FREE_SETTINGS, FROM_CHECKPOINT
 from distalign.training.rollout_settings import check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
@@ -282,11 +282,10 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     if name not in recipe.methods:
         return {"methods": {name: None}, "rollout": None, "batches": {}}
     training = recipe.training_for(name)
-    # The optimizer and its schedule come from the checkpoint: another rate would be written down and not used.
     batches = (
         # The prompts of a batch are those of all processes: its checkpoints know them.
         "gradient_accumulation_steps",
-        *("learning_rate", "weight_decay", "optim", "lr_scheduler_type"),
+        *FROM_CHECKPOINT,
     )
     return {
         "methods": {name: recipe.method(name)},

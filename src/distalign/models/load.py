@@ -46,6 +46,9 @@ PACKAGED = {
 # Short name of the small language model that is trained when it is first asked for.
 EVERYDAY = "everyday"
 
+# The file beside a saved adapter with the digest of its base, where that is a folder.
+BASE = "base.sha256"
+
 # State of the hash of weights after files, in their order: what begins with the same files goes on from there.
 _DIGESTS: dict[tuple[Any, ...], Any] = {}
 
@@ -131,12 +134,30 @@ class Source:
             model = model if device is None else model.to(device)
             keep_exact(f"model {self.name}", model)
             if self.adapter is not None:
+                self.compare_base()
                 quantized = is_quantized(model)
                 adapted = load_adapter(f"model {self.name}", model, self.adapter)
                 # The layers of the base have the adapter in them.
                 unmerged = quantized or adapts_tied(adapted)
                 model = adapted.get_base_model() if unmerged else adapted.merge_and_unload()
             return model.eval()
+
+    def write_base(self, folder: Path) -> None:
+        """Write beside a saved adapter which weights its base has, if they are in a folder."""
+        if os.path.isdir(self.path):
+            (folder / BASE).write_text(self._base_digest() + "\n", encoding="utf-8")
+
+    def compare_base(self) -> None:
+        """Warn if the base of the adapter is a folder that has changed since the adapter was saved."""
+        note = Path(str(self.adapter)) / BASE
+        if note.is_file() and os.path.isdir(self.path) and note.read_text("utf-8").strip() != self._base_digest():
+            logger.warning(
+                "model %s: its base %s has changed since the adapter was saved (%s): they do not belong together; put "
+                "the base back, or train again", self.name, self.path, BASE,
+            )  # fmt: skip
+
+    def _base_digest(self) -> str:
+        return weights_digest(replace(self, adapter=None, quantization=None))
 
     def holds_4bit(self) -> bool:
         """Whether its files hold weights that bitsandbytes has quantised."""
@@ -160,6 +181,12 @@ def find_model(name: str, *, trust_remote_code: bool = False) -> Source:
     ModelError if there is no such folder or file, or it holds no model.
     """
     path = Path(os.path.expanduser(name))
+    held = (path / "config.json", path / "adapter_config.json")
+    if name in (EVERYDAY, *PACKAGED) and any(file.is_file() for file in held):
+        raise ModelError(
+            f"model {name}: is a short name of distalign's and a folder here; write ./{name} for the folder, or rename "
+            "it for the model of that name"
+        )
     if name == EVERYDAY:
         folder = _made_once(cache_dir() / everyday.folder_name(), everyday.save_model)
         return Source(name, str(folder), "a small model that was trained on this machine")

@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from distalign.engine import Group, Reference, score
 from distalign.engine.forward import embedding_weight, whole_state
 from distalign.errors import DAMAGED
-from distalign.models.load import ModelError, Source
-from distalign.models.quantized import is_quantized, keep_exact, write_note
+from distalign.models.load import BASE, ModelError, Source
+from distalign.models.quantized import NOTE, is_quantized, keep_exact, write_note
 from distalign.models.verify import adapts_tied, check_mergeable
 from distalign.settings import Count, Positive, Section, Share
 
@@ -156,7 +156,8 @@ class Policy:
         """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card.
 
         `sampling` says how to draw from it, in place of what its base said (`whole_distribution`).
-        An adapter on a model that another adapter was merged into is always merged, for its base is in no folder. Into
+        Files of the other kind (an adapter, a whole model) that an earlier run left in the folder are removed. An
+        adapter on a model that another adapter was merged into is always merged, for its base is in no folder. Into
         quantised weights and tied embeddings none is merged (`distalign.experiments.merge`): raises ModelError.
         """
         model: Any = self.model
@@ -168,14 +169,24 @@ class Policy:
         merge = (merge or self.source.adapter is not None) and isinstance(self.model, PeftModel)
         if merge:
             check_mergeable(f"model {self.source.name}", self.model)
+        adapter = isinstance(self.model, PeftModel) and not merge
+        if adapter and folder.resolve() == Path(self.source.path).resolve():
+            raise ModelError(f"{folder}: holds the base of the adapter that is to be saved; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
+        # An earlier run's, of the other kind: loading would take them.
+        other = ("config.json", "model*.safetensors*") if adapter else ("adapter_config.json", "adapter_model.*")
+        for pattern in (*other, NOTE, BASE):
+            for old in folder.glob(pattern):
+                old.unlink()
         if merge:
             model = copy.deepcopy(model).merge_and_unload()
         own = model.generation_config
         model.generation_config = sampling or own
         model.save_pretrained(folder, state_dict=whole_state(model), safe_serialization=True)
         model.generation_config = own
-        write_note(model, folder)
+        if adapter:
+            write_note(model, folder)
+            self.source.write_base(folder)
         self.tokenizer.save_pretrained(folder)
         if sampling is not None:
             # Beside an adapter PEFT writes none.

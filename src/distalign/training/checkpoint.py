@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from distalign.data import EncodedPair
 from distalign.errors import DAMAGED, InputError
+from distalign.rewards.base import column_rewards
 from distalign.training.rounds import Round, Row
 from distalign.training.run_folder import remove, sync, whole_folder, write_text
 
@@ -45,6 +46,12 @@ MANIFEST, STATE, ROUND, DRAWN_ONCE, VALUES, REFERENCE = (
 )
 # A checkpoint is written in this folder of the run's.
 SAVING = ".saving"
+
+# Settings of an adapter that may be others where a run goes on.
+_NOT_THE_ADAPTER = {
+    *("base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("inference_mode", "init_lora_weights", "runtime_config"),
+}
 
 # Tensors of the round are stored as "tensor.<name>", beside the ids.
 _PREFIX = "tensor."
@@ -123,9 +130,10 @@ def defect(checkpoint: Path) -> str | None:
 def check_belongs(checkpoint: Path, run: Mapping[str, str]) -> None:
     """Raise InputError if a complete checkpoint is of a run with another method, other data or another model."""
     saved = _manifest(checkpoint)["run"]
-    for name, value in run.items():
-        if saved.get(name) != value:
-            both = "" if len(value) == 64 else f": it had {saved.get(name)}, this run has {value}"
+    for name in dict.fromkeys((*run, *saved)):
+        before, now = saved.get(name, "none"), run.get(name, "none")
+        if before != now:
+            both = "" if len(now) == 64 else f": it had {before}, this run has {now}"
             raise InputError(
                 f"{checkpoint}: is of a run with another {name}{both}; give the same, or train anew in another folder"
             )
@@ -144,12 +152,12 @@ def _digest(path: Path) -> str:
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """Hash of what is learned from: ids and probabilities, in their order."""
+    """Hash of what is learned from: ids, probabilities and rewards of columns, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         ids = [row.prompt, row.chosen, row.rejected] if isinstance(row, EncodedPair) else [row.prompt]
         probability = row.probability if isinstance(row, EncodedPair) else None
-        digest.update(f"{list(map(len, ids))} {probability}".encode())
+        digest.update(f"{list(map(len, ids))} {probability} {column_rewards(row.row)}".encode())
         digest.update(array("q", [token for part in ids for token in part]).tobytes())
     return digest.hexdigest()
 
@@ -163,6 +171,19 @@ def model_digest(model: nn.Module) -> str:
             numbers = weight.detach().flatten()
             digest.update(numbers[:: max(1, len(numbers) // 256)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def adapter_settings(model: nn.Module) -> dict[str, str]:
+    """What is set of the adapter that is trained, by "adapter NAME": not how it began, nor where its base is."""
+    if not isinstance(model, PeftModel):
+        return {}
+    settings = model.peft_config[str(model.active_adapter)].to_dict()
+    return {
+        # A set has another order in each process.
+        f"adapter {name}": str(sorted(value) if isinstance(value, set) else getattr(value, "value", value))
+        for name, value in settings.items()
+        if value and name not in _NOT_THE_ADAPTER
+    }
 
 
 # Its parts ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -525,6 +526,11 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
             f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "
             "it out"
         )
+    if args.fp16 and args.device.type == "cpu":
+        raise TrainingError(f"{label}: fp16 has no effect on a CPU; set bf16, or leave it out")
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(args, name):
+            raise TrainingError(f"{label}: {name} has no effect; evaluations compute as training does: leave it out")
     if args.torch_compile:
         raise TrainingError(
             f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
@@ -584,9 +590,21 @@ def server_of(
 
 
 def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftConfig | None:
-    """Settings of the adapter that is trained; None if all weights are."""
+    """Settings of the adapter that is trained; None if all weights are. Raises TrainingError for what is refused."""
     network = model.model if isinstance(model, Policy) else model
-    return network.peft_config[str(network.active_adapter)] if isinstance(network, PeftModel) else peft_config
+    if isinstance(network, PeftModel):
+        if list(network.peft_config) != ["default"]:
+            raise TrainingError(
+                f"model has the adapters {', '.join(network.peft_config)} (active: {network.active_adapter}); only one "
+                'that is called "default" is saved and restored: load the one to train alone, as adapter_name="default"'
+            )
+        peft_config = network.peft_config["default"]
+    if (bias := getattr(peft_config, "bias", "none")) != "none":
+        raise TrainingError(
+            f'the adapter has bias="{bias}", which trains biases of the model itself, and its reference (the adapter '
+            'off) would move with them; give bias="none"'
+        )
+    return peft_config
 
 
 def check_policy(label: str, method: Method, policy: Policy) -> None:
@@ -599,6 +617,14 @@ def check_policy(label: str, method: Method, policy: Policy) -> None:
         )
     if (method.needs.reference or method.needs.kl) and policy.reference is None:
         raise TrainingError(f"{label} needs the reference, but the policy was made without; pass reference=True")
+    for name, module in policy.model.named_modules():
+        if not isinstance(module, LoraLayer) or not any(module.lora_bias.values()):
+            continue
+        if getattr(module.get_base_layer(), "bias", None) is None:
+            raise TrainingError(
+                f"{label}: lora_bias is true and {name} has no bias, so that the adapter could not be merged or "
+                "loaded again; leave lora_bias out, or name layers with a bias (target_modules)"
+            )
 
 
 def expected_lengths(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from distalign.training.checkpoint import (
     DRAWN_ONCE,
     ROUND,
     VALUES,
+    adapter_settings,
     check_belongs,
     checkpoints,
     defect,
@@ -50,6 +52,8 @@ logger = logging.getLogger("distalign.training.trainer")
 
 # Settings of rollouts that may be others where a run goes on: memory, what is shown and where a server is, not results.
 FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_base_url", "vllm_server_timeout"}
+# What the optimizer and its schedule take from the checkpoint: others would be written down and not used.
+FROM_CHECKPOINT = ("learning_rate", "weight_decay", "optim", "lr_scheduler_type")
 
 
 class ResumableTrainer(SavingTrainer):
@@ -119,17 +123,20 @@ class ResumableTrainer(SavingTrainer):
     @cached_property
     def identity(self) -> dict[str, str]:
         """What a checkpoint must be of for this run to go on from it."""
-        numbers = (int, float, str, type(None))
-        settings = {name: value for name, value in sorted(vars(self.method).items()) if isinstance(value, numbers)}
+        settings = {name: value for name, value in sorted(vars(self.method).items()) if not name.startswith("_")}
         rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
         args, prompts = self.args, self.args.per_device_train_batch_size * self.processes.count
+        taken = {name: getattr(args, name) for name in FROM_CHECKPOINT}
         return {
-            "method": f"{type(self.method).__name__} {settings}",
+            # A function is not where it lies in memory.
+            "method": re.sub(" at 0x[0-9a-f]+", "", f"{type(self.method).__name__} {settings}"),
             "data": rows_digest(self.rows),
+            **adapter_settings(self.policy.model),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
             "batches": f"{prompts} prompts, {args.gradient_accumulation_steps} a step",
             "seed": str(args.seed),
+            **{name: str(getattr(value, "value", value)) for name, value in taken.items()},
         }
 
     def _checkpoint(self, resume_from_checkpoint: str | bool | None) -> Path | None:
