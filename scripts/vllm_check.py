@@ -28,6 +28,7 @@ from distalign.engine import Group
 from distalign.methods import RKL
 from distalign.models.load import find_model
 from distalign.rollout.vllm import VLLMServer
+from distalign.training.rounds import SERVER
 
 URL = "http://127.0.0.1:8765"
 STEPS = 3
