@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,11 +83,11 @@ def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
     return _hash([[one.model_dump(mode="json") for one in recipe.reward], recipe.dtype, seed, weights, data])
 
 
-def data_key(pairs: list[EncodedPair], prompts: list[EncodedPrompt], held_out: list[list[int]]) -> str:
+def data_key(pairs: list[EncodedPair], prompts: list[EncodedPrompt], held_out: Sequence[list[int]]) -> str:
     """Hash of pairs, and of prompts to answer, with their columns; and of held-out prompts."""
     rows = [[pair.prompt, pair.chosen, pair.rejected, pair.probability, column_rewards(pair.row)] for pair in pairs]
     columns = [one.row and one.row.extra for one in (*pairs, *prompts)]
-    return _hash([rows, [one.prompt for one in prompts], held_out, columns])
+    return _hash([rows, [one.prompt for one in prompts], list(held_out), columns])
 
 
 def is_of(folder: Path, key: str) -> bool:
