@@ -128,8 +128,9 @@ _Dumper.add_representer(str, _text)
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError with the line."""
-    if os.path.isdir(path):
-        raise RecipeError(f"{path}: a folder; give a recipe's file, or the name of a packaged recipe")
+    if os.path.exists(path) and not os.path.isfile(path):
+        found = "a folder" if os.path.isdir(path) else "a device or a pipe"
+        raise RecipeError(f"{path}: {found}; give a recipe's file, or the name of a packaged recipe")
     try:
         value = load_yaml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

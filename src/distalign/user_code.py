@@ -35,7 +35,9 @@ def load_named(
         raise error(f"{label}: there is no file {place}; paths start at the working directory")
     try:
         module = _module(place)
-    except Exception as reason:
+    except (Exception, SystemExit) as reason:
+        if isinstance(reason, SystemExit) and reason.code == 143:
+            raise  # SIGTERM
         raise error(
             f"{label}: importing {place} raised {type(reason).__name__}: {reason}; fix it, or install what it needs"
         ) from reason

@@ -25,7 +25,7 @@ from distalign.report import ReportError, write_report
 from distalign.report.numbers import format_estimate, format_seconds
 from distalign.rewards.reward_model import is_reward_model
 from distalign.settings import RecipeError, find_recipe, parse_value, read_yaml
-from distalign.training.checkpoint import defect
+from distalign.training.checkpoint import checkpoints, defect
 from distalign.user_code import load_named
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -99,6 +99,12 @@ def test_a_folder_is_no_recipe(name, tmp_path):
         load_recipe(name)
     with pytest.raises(RecipeError, match="a folder; give a recipe's file"):
         load_recipe(f"{tmp_path}/")
+
+
+def test_a_device_is_no_recipe():
+    """It would be read without end."""
+    with pytest.raises(RecipeError, match=r"/dev/zero: a device or a pipe; give a recipe's file"):
+        load_recipe("/dev/zero")
 
 
 def test_an_empty_list_of_messages_is_an_empty_prompt():
@@ -260,7 +266,9 @@ def test_a_damaged_recipe_of_a_run_is_named_by_its_report(tmp_path, text):
         write_report(folder, files=False)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '"x"', '{"step": 2, "files": [], "run": {}}'])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "[]", '"x"', '{"step": 2, "files": [], "run": {}}', '{"step": 2, "files": {}, "run": "x"}']
+)
 def test_a_damaged_manifest_is_a_checkpoint_passed_over(tmp_path, text):
     """And a damaged key a result that is made again."""
     folder = tmp_path / "checkpoint-2"
@@ -269,6 +277,41 @@ def test_a_damaged_manifest_is_a_checkpoint_passed_over(tmp_path, text):
     assert defect(folder)
     (folder / "key.json").write_text(text)
     assert not is_of(folder, "key")
+
+
+def test_a_folder_that_is_almost_a_checkpoint_is_none(tmp_path):
+    """Its name ends like one."""
+    for name in ("checkpoint-best-3", "checkpoint-3", "my-checkpoint-4"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "import argparse; argparse.ArgumentParser().error('x')"])
+def test_code_that_ends_the_program_is_named(tmp_path, line):
+    """A script with a reward in it: the command would end with code 0, and nothing trained."""
+    (tmp_path / "script.py").write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"importing .*script\.py raised SystemExit: [02]; fix it"):
+        load_named(f"{tmp_path}/script.py:f", "function", callable, label="x", error=InputError)
+
+
+def test_data_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Whatever the system says."""
+    (tmp_path / "pairs.jsonl").touch()
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match=r"pairs\.jsonl: cannot be read \(Permission denied\)"):
+        read_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    """With the variable."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DISTALIGN_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelError, match=r"file/cache: .*cannot be written \(Not a directory\); .* DISTALIGN_CACHE"):
+        find_model("everyday")
 
 
 def test_durations_and_errors_that_are_no_plain_numbers():

@@ -279,6 +279,30 @@ def test_the_program_ends_with_code_2_and_no_traceback(tmp_path):
     assert done.stdout == ""
 
 
+def test_a_terminal_without_our_letters_shows_others(place):
+    """± and γ where the output is ASCII."""
+    command = [sys.executable, "-m", "distalign", "methods"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "120"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout
+
+
+def test_a_system_that_refuses_a_file_is_one_message(distalign, place):
+    """Wherever it is: the message has the file's name."""
+    (place / "runs" / "tiny" / "train" / "pmle" / ".lock").mkdir(parents=True)
+    refused(distalign("train", "tiny.yaml", "--method", "pmle"), "Is a directory", "pmle/.lock", "check this path")
+
+
+def test_code_that_ends_the_program_is_an_error(distalign, place):
+    """A method that calls sys.exit(0) while it trains: not a command that went well."""
+    (place / "mine.py").write_text(
+        "from distalign.methods import PMLE\nclass Mine(PMLE):\n    def loss(self, *_, **__): raise SystemExit(0)\n"
+    )
+    words = ("train", "tiny.yaml", "--method", "mine.py:Mine", "--set", "methods.mine={gamma: 0.5, beta: 0}")
+    refused(distalign(*words), "a sys.exit(0) in code that the command called")
+
+
 def test_a_pipe_may_be_closed_early():
     """`distalign methods | head -1` prints no traceback."""
     command = f"{sys.executable} -m distalign methods | head -n 1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 
 import pytest
 from acting import exit_code_elsewhere
@@ -107,6 +108,22 @@ def test_results_are_written_before_a_judge_that_fails(settings, tmp_path, monke
     for part in ("methods", "paired", "points"):
         assert written("broken")[part] == alone[part] == judged[part]
     assert set(judged) - set(alone) == {"win_rates", "ratings", "length_controlled"}
+
+
+def test_results_stay_until_there_are_others(settings, tmp_path, tiny_folder):
+    """One more policy, which cannot be loaded, or a reward that fails: the evaluation before it stays as it is."""
+    (tmp_path / "broken.py").write_text("def reward(completions, **columns): raise RuntimeError('out of order')")
+    shutil.copytree(tiny_folder, tmp_path / "broken")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"torn")
+    made = settings([ROWS[0], ROWS[3]])
+    evaluate(made)
+    files = {path: path.read_bytes() for path in made.run_dir.iterdir() if path.is_file() and path.name != ".lock"}
+    with pytest.raises(InputError, match="broken"):
+        evaluate(made.model_copy(update={"policies": {"b": str(tmp_path / "broken")}}))
+    with pytest.raises(InputError, match="out of order"):
+        evaluate(settings([ROWS[0], ROWS[3]], f"reward={{function: '{tmp_path}/broken.py:reward'}}"))
+    assert {"results.json", "samples.jsonl", "recipe.yaml"} <= {path.name for path in files}
+    assert files == {path: path.read_bytes() for path in files}
 
 
 def test_a_function_is_given_the_columns_of_every_row_that_stays(settings, tmp_path):

@@ -43,9 +43,9 @@ def trained(monkeypatch):
     seen = []
     real = comparison.train_method
 
-    def note(setup, name, folder, *, compared, resume=False):
+    def note(setup, name, folder, *, resume=False, **more):
         seen.append((setup.seed, name, resume))
-        return real(setup, name, folder, compared=compared, resume=resume)
+        return real(setup, name, folder, resume=resume, **more)
 
     monkeypatch.setattr(comparison, "train_method", note)
     return seen
@@ -124,6 +124,25 @@ def test_what_has_changed_is_done_again(begun, recipe, trained):
     assert again("target.pairs=20", resume=False) == [(0, "pmle", False)]
 
 
+@pytest.mark.parametrize("left", ["pmle/finished.json", "pmle/model", "pmle/checkpoint-3"])
+@pytest.mark.parametrize("seed", [".", "seed-1"])
+def test_any_rest_of_a_comparison_is_refused(recipe, left, seed):
+    """Killed before results.json was written, with one seed or several, with checkpoints or without."""
+    (recipe().run_dir / seed / left).mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"holds .*{left} of an earlier comparison; go on with --resume"):
+        compare(recipe(), ["pmle"], [0])
+
+
+def test_a_killed_runs_new_reward_is_nobodys(begun, recipe):
+    """It waited for a method to begin, and none did."""
+    folder = begun("rewarded")
+    shutil.copytree(folder / "reward", folder / "reward.new")
+    (folder / "reward.new" / "mark").touch()
+    compare(recipe(*REWARDED), ["rkl"], [0], resume=True)
+    assert not (folder / "reward.new").exists()
+    assert not (folder / "reward" / "mark").exists()
+
+
 def test_the_marks_are_of_all_methods_together(finished):
     """Holm's p is never below the bootstrap's own, and stars go by it."""
     marks = finished[0]["significance"]
@@ -146,7 +165,7 @@ def test_the_command_goes_on(begun, trained, tmp_path, monkeypatch):
     assert trained == []
 
 
-def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained, tmp_path, tiny_folder):
+def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained, tmp_path, tiny_folder, caplog):
     """The model's folder and the pairs' file keep their names, not their content; a lost model is trained again."""
     shutil.copytree(tiny_folder, tmp_path / "model")
     pairs = tiny.write_pairs(tmp_path / "pairs.jsonl")
@@ -159,8 +178,15 @@ def test_other_weights_or_labels_under_the_same_names_start_over(recipe, trained
 
     compare(recipe(*own), ["pmle"], [0])
     assert again() == []
+    moved = tmp_path / "elsewhere.jsonl"
+    pairs.rename(moved)
+    compare(recipe(*own, f"data.train={moved}"), ["pmle"], [0], resume=True)
+    moved.rename(pairs)
+    assert trained == []
+    assert "is trained again" not in caplog.text
     tiny.model(initializer_range=0.3).save_pretrained(tmp_path / "model")
     assert again() == ["pmle"]
+    assert "pmle, seed 0: is trained again: its settings, data or weights are not those it had" in caplog.text
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in swapped))

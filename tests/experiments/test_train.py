@@ -449,6 +449,39 @@ def test_a_comparison_keeps_its_results_until_another_begins(place, tmp_path):
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("again", [{"resume": True}, {"overwrite": True}])
+def test_a_comparison_deletes_nothing_before_everything_is_checked(place, tmp_path, monkeypatch, again):
+    """Also where only the trainer refuses, after another reward was trained: results, record, model and reward stay."""
+    own = (*own_data(place), "training.max_steps=1", "reward={train: {gamma: 0.5}}")
+    folder = compare(recipe(place, tmp_path, *own, methods=RKL), ["rkl"], [0]).folder
+    before = contents(folder)
+    changed = recipe(place, tmp_path, *own, "reward={train: {gamma: 0.4}}", methods=RKL)
+    with monkeypatch.context() as patch:
+        patch.setattr("distalign.training.inputs.check_trained", refuse)
+        with pytest.raises(TrainingError, match="seen by the trainer"):
+            compare(changed, ["rkl"], [0], **again)
+    assert before.items() <= contents(folder).items()
+    compare(changed, ["rkl"], [0], **again)
+    after = contents(folder)
+    for file in ("results.json", "rkl/finished.json", "rkl/run.json", "reward/reward.json"):
+        assert before[folder / file] != after[folder / file]
+    assert not (folder / "reward.new").exists()
+
+
+@pytest.mark.parametrize("link", [".", "seed-0", "seed-1/pmle", "seed-0/reward"])
+@pytest.mark.parametrize("again", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_comparison_does_not_go_through_a_link(place, tmp_path, link, again):
+    """Its folder, a seed's, a method's or a reward's."""
+    settings = recipe(place, tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "tables").mkdir(parents=True)
+    (settings.run_dir / link).parent.mkdir(parents=True)
+    (settings.run_dir / link).symlink_to(elsewhere)
+    with pytest.raises(InputError, match=r"is a link to .*elsewhere, and nothing is deleted through a link"):
+        compare(settings, ["pmle"], [0, 1], **again)
+    assert [path.name for path in elsewhere.rglob("*")] == ["tables"]
+
+
 def test_overwrite_does_not_go_through_a_link(place, tmp_path):
     """A folder of the run that is a link is refused; a link in it goes, and what it points to stays."""
     settings = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", method="pmle")

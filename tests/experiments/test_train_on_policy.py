@@ -106,6 +106,9 @@ def test_a_reward_can_be_trained_alone_and_named(made):
     alone = made("name=alone")
     results = train_reward_model(alone).results
     assert set(results) >= {"accuracy", "nll", "ece"}
+    with pytest.raises(InputError, match=r"reward: is there already; start over with --overwrite"):
+        train_reward_model(made("name=alone", "seed=1"))
+    assert train_reward_model(alone, overwrite=True).results == results
     named = made("name=named", reward={"model": str(alone.train_dir / "reward")})
     fresh = made("name=fresh")
     for recipe in (named, fresh):

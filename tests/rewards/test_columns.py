@@ -83,7 +83,7 @@ def test_a_comparison_knows_that_the_columns_changed():
     row = Pair("a", "b", "c", chosen_reward=1.0, rejected_reward=0.0)
     pairs = [EncodedPair([1], [2], [3], None, "row", row)]
     others = [dataclasses.replace(pairs[0], row=dataclasses.replace(row, chosen_reward=2.0))]
-    assert data_key(pairs, []) != data_key(others, [])
+    assert data_key(pairs, [], []) != data_key(others, [], [])
 
 
 def test_a_scale_is_asked_for_and_belongs_to_columns():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 from dataclasses import dataclass, replace
 
@@ -492,6 +493,33 @@ def test_a_folder_is_one_process_at_a_time(tmp_path):
     assert exit_code_elsewhere(lock) == 0
     assert exit_code_elsewhere(killed) == -signal.SIGKILL
     lock()
+
+
+def test_a_lock_stays_where_its_folder_is_copied_and_goes_where_a_child_outlives(tmp_path):
+    """A copy reads and closes the lock's file; a child of a killed process (a loader of data) holds nothing."""
+    folder = tmp_path / "run"
+
+    def lock():
+        with locked(folder):
+            pass
+
+    with locked(folder):
+        shutil.copytree(folder, tmp_path / "copy")
+        assert exit_code_elsewhere(lock) == 2
+    ends, go_on = os.pipe()
+
+    def killed_with_a_child():
+        with locked(folder):
+            if os.fork() == 0:
+                os.close(go_on)
+                os.read(ends, 1)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert exit_code_elsewhere(killed_with_a_child) == -signal.SIGKILL
+    lock()
+    os.close(go_on)
+    os.close(ends)
 
 
 def test_a_second_trainer_is_refused_before_it_trains(tmp_path):

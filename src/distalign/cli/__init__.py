@@ -7,6 +7,7 @@ Exit codes: 0 fine, 2 bad input (the message says where, what was found and what
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import sys
@@ -91,6 +92,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # PEFT imports it where it is installed, and on some CPUs it warns that it finds no kernel on the hub.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that has no ± or γ shows ? instead.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         app(prog_name="distalign")
     except InputError as error:
@@ -105,7 +110,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and error.filename is None:
             raise
-        print(f"error: {error}; make space, and go on with --resume where the command has it", file=sys.stderr)
+        advice = "make space, and go on with --resume where the command has it" if full else "check this path"
+        print(f"error: {error}; {advice}", file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from distalign.cli import shared
 
 
@@ -11,6 +15,7 @@ def reward(
     model: shared.ModelOption = None,
     data: shared.DataOption = None,
     output_dir: shared.OutputOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a reward that was trained before.")] = False,
     json_path: shared.JsonOption = None,
 ) -> None:
     """Train a reward model on a recipe's pairs; writes it to the run's folder, where a recipe can name it."""
@@ -20,7 +25,7 @@ def reward(
     from distalign.experiments.train import train_reward_model
     from distalign.report.numbers import format_estimate
 
-    results = train_reward_model(settings).results
+    results = train_reward_model(settings, overwrite=overwrite).results
     rows = [[name, format_estimate(one.mean, one.se), one.n] for name, one in results.items()]
     shared.print_words(["on held-out pairs", "reward", "n"], rows)
     shared.write_json(json_path, {name: one._asdict() for name, one in results.items()})

@@ -135,7 +135,11 @@ def stoppable(advice: str | Callable[[], str]) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit) as stop:
         code = stop.code if isinstance(stop, SystemExit) else 130
         if code not in (130, 143):
-            raise
+            from distalign.errors import InputError
+
+            raise InputError(
+                f"a sys.exit({code!r}) in code that the command called (a reward, a method) ended it; take it out"
+            ) from stop
         # A terminal has shown ^C where the line was.
         start = "\n" if sys.stderr.isatty() else ""
         if is_first():

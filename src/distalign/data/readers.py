@@ -109,8 +109,11 @@ def _read_file(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
 
 def _read_lines(path: Path, problems: list[Problem]) -> Iterator[tuple[int, str]]:
     """(number, text) of every line, gzip recognised by its content, a byte order mark removed."""
-    with open(path, "rb") as file:
-        head = file.read(2)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(2)
+    except OSError as error:
+        raise DataError([Problem(str(path), f"cannot be read ({error.strerror}); check its permissions")]) from None
     if head in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         raise DataError([Problem(str(path), "UTF-16 text; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")])
     number = 0

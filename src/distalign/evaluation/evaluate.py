@@ -75,8 +75,6 @@ def _evaluate(settings: Evaluation, target: Target | None) -> Results:
     endpoint = settings.judge.endpoint if settings.judge is not None else None
     if endpoint is not None and not all(is_answered(setup, name, place, groups) for name, place in folders.items()):
         EndpointJudge(endpoint).reach()
-    forget_results(folder)
-    write_text(folder / "recipe.yaml", dump_yaml(settings.model_dump(mode="json")))
     answers = {name: policy_answers(setup, name, place, groups) for name, place in folders.items()}
     measured = {name: _measure_answers(setup, own, answers["reference"]) for name, own in answers.items()}
     reward = setup.reward()
@@ -90,6 +88,8 @@ def _evaluate(settings: Evaluation, target: Target | None) -> Results:
     finally:
         # A judge may fail or be stopped: what was measured without it is not lost.
         results = _results(setup, measured, judged)
+        forget_results(folder)
+        write_text(folder / "recipe.yaml", dump_yaml(settings.model_dump(mode="json")))
         write_samples(folder, setup.tokenizer, texts, measured)
         write_results(folder, results)
     return Results(folder, results)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from distalign.evaluation.metrics import (
 from distalign.evaluation.results import Results, environment, forget_results, write_results, write_samples
 from distalign.experiments.recipe import RecipeSource, as_recipe
 from distalign.experiments.results import (
+    FINISHED,
     ResumeRecord,
     claim,
     data_key,
@@ -36,7 +38,7 @@ from distalign.experiments.results import (
     run_key,
 )
 from distalign.experiments.setup import Setup, load_setup
-from distalign.experiments.train import check, make_setup_reward, train_method
+from distalign.experiments.train import NEW_REWARD, check, make_setup_reward, train_method
 from distalign.models.card import CITATION
 from distalign.models.load import weights_digest
 from distalign.models.targets import Target
@@ -48,7 +50,7 @@ from distalign.training.checkpoint import checkpoints
 from distalign.training.processes import refuse_several_processes
 from distalign.training.prompts import implicit_rewards
 from distalign.training.rollout_settings import draws_responses
-from distalign.training.run_folder import locked
+from distalign.training.run_folder import check_no_links, locked, remove
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.compare")
@@ -70,7 +72,8 @@ def compare(
     trains anew, in a subfolder if there are several. `target` stands in for the recipe's own, whose other settings
     (gamma, pairs, strengths) hold. `resume` goes on with a comparison that was stopped: what is done is not
     done again, a method in the middle goes on from its last checkpoint, and what has other settings or data now starts
-    over. `overwrite` starts all over. Raises InputError for a folder that holds a comparison, without either.
+    over. `overwrite` starts all over. Raises InputError for a folder that holds a comparison, without either. What was
+    there stays until all has been checked and the first training starts.
     """
     recipe = as_recipe(recipe)
     methods = list(methods or recipe.compare or recipe.methods)
@@ -80,6 +83,9 @@ def compare(
     check(recipe, methods)
     _warn_of_temperatures(recipe, methods)
     root = recipe.run_dir
+    folders = {seed: root if len(seeds) == 1 else root / f"seed-{seed}" for seed in seeds}
+    for place in (folder / name for folder in folders.values() for name in (*methods, "reward")):
+        check_no_links(place, Path(recipe.output_dir))
     runs: dict[str, list[Measured]] = {}
     training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}, "potential": []}
     results: dict[str, Any] = {}
@@ -89,15 +95,16 @@ def compare(
                 f"{root}: holds {old.relative_to(root)} of an earlier comparison; go on with --resume, start over with "
                 "--overwrite, or give another name with --set name=…"
             )
-        for number, seed in enumerate(seeds, 1):
+        for number, (seed, folder) in enumerate(folders.items(), 1):
             setup = load_setup(recipe, seed, measured=True, target=target)
             if number == 1:
                 # What is auto is chosen on the pairs of the first seed, for all.
                 recipe = setup.recipe
-                forget_results(root)
-                recipe.dump(root / "recipe.yaml")
             logger.info("pairs: %s", in_words(setup.statistics))
-            _compare_seed(setup, methods, root if len(seeds) == 1 else root / f"seed-{seed}", runs, training, resume)
+            begin = partial(_begin, recipe, folder, first=number == 1)
+            _compare_seed(setup, methods, folder, runs, training, resume, begin)
+            # Of methods that were all done before none has begun.
+            begin()
             if number == 1:
                 samples = {name: own[0] for name, own in runs.items()}
                 write_samples(root, setup.tokenizer, setup.prompt_texts, samples)
@@ -108,9 +115,19 @@ def compare(
 
 
 def _earlier(root: Path) -> Path | None:
-    """Something that a comparison left in its folder: results, or a checkpoint."""
-    patterns = ("results.json", "*/checkpoint-*", "seed-*/*/checkpoint-*")
-    return next((path for pattern in patterns for path in sorted(root.glob(pattern))), None)
+    """Something that a comparison left in its folder: results, or a method's checkpoint, model or record."""
+    left = [f"{place}/{name}" for place in ("*", "seed-*/*") for name in ("checkpoint-*", "model", FINISHED)]
+    return next((path for pattern in ("results.json", *left) for path in sorted(root.glob(pattern))), None)
+
+
+def _begin(recipe: Recipe, folder: Path, *, first: bool) -> None:
+    """All has been checked: what an earlier comparison left goes, and a reward that was trained takes its place."""
+    if first:
+        forget_results(recipe.run_dir)
+        recipe.dump(recipe.run_dir / "recipe.yaml")
+    if (folder / NEW_REWARD).is_dir():
+        remove(folder / "reward")
+        (folder / NEW_REWARD).rename(folder / "reward")
 
 
 def _warn_of_temperatures(recipe: Recipe, methods: Sequence[str]) -> None:
@@ -153,17 +170,20 @@ def _compare_seed(
     runs: dict[str, list[Measured]],
     training: dict[str, Any],
     resume: bool,
+    begin: Callable[[], None],
 ) -> None:
     """Measure target and reference, train and measure the methods, and add all to `runs` and `training`."""
+    # Of a run that was killed before a method began.
+    remove(folder / NEW_REWARD)
     measured = _measure_known(setup)
     # Columns are of the data's responses, not of these.
     scored = not any(part.columns for part in setup.recipe.reward)
     if any(setup.recipe.method(name).needs.reward for name in methods):
-        _make_reward(setup, folder / "reward", resume)
-        if (folder / "reward" / POTENTIAL).is_file():
-            training["potential"].append(json.loads((folder / "reward" / POTENTIAL).read_text(encoding="utf-8")))
+        found = _make_reward(setup, folder, resume) / POTENTIAL
+        if found.is_file():
+            training["potential"].append(json.loads(found.read_text(encoding="utf-8")))
     for name in methods:
-        record = _run_method(setup, name, folder / name, resume)
+        record = _run_method(setup, name, folder / name, resume, begin)
         training["curves"].setdefault(name, []).extend(record.curve)
         training["kept_step"].setdefault(name, []).append(record.kept_step)
         setup.seconds |= record.seconds
@@ -202,7 +222,7 @@ def _measure_known(setup: Setup) -> dict[str, Measured]:
     return measured
 
 
-def _run_method(setup: Setup, name: str, folder: Path, resume: bool) -> ResumeRecord:
+def _run_method(setup: Setup, name: str, folder: Path, resume: bool, begin: Callable[[], None]) -> ResumeRecord:
     """One method, trained and measured; from its record, or on from its checkpoint, where that is allowed."""
     task = setup.task
     key = run_key(setup.recipe, name, setup.seed, weights_digest(setup.source), _data(setup))
@@ -210,9 +230,17 @@ def _run_method(setup: Setup, name: str, folder: Path, resume: bool) -> ResumeRe
     if record is not None:
         logger.info("%s, seed %d: done before", name, setup.seed)
         return record
+    if resume and (folder / FINISHED).is_file() and not is_of(folder, key):
+        logger.warning(
+            "%s, seed %d: is trained again: its settings, data or weights are not those it had", name, setup.seed
+        )
     going_on = resume and is_of(folder, key) and any(checkpoints(folder))
-    claim(folder, key)
-    policy, trainer = train_method(setup, name, folder, compared=True, resume=going_on)
+
+    def take() -> None:
+        begin()
+        claim(folder, key)
+
+    policy, trainer = train_method(setup, name, folder, compared=True, resume=going_on, begin=take)
     started = time.monotonic()
     with progress(f"measure {name}", 1) as advance:
         measured = measure_samples(policy.model, task, reference=setup.base)
@@ -232,27 +260,31 @@ def _run_method(setup: Setup, name: str, folder: Path, resume: bool) -> ResumeRe
     return record
 
 
-def _make_reward(setup: Setup, folder: Path, resume: bool) -> None:
-    """The recipe's reward; a trained one stays if it is whole and of the same settings, weights and pairs."""
+def _make_reward(setup: Setup, above: Path, resume: bool) -> Path:
+    """The recipe's reward, and its folder; a trained one stays if it is whole and of the same settings, weights, pairs.
+
+    Another waits beside it until the first method begins.
+    """
+    folder, new = above / "reward", above / NEW_REWARD
     if not any(one.train is not None for one in setup.recipe.reward):
         make_setup_reward(setup, folder)
-        return
+        return folder
     key = reward_key(setup.recipe, setup.seed, weights_digest(setup.source), _data(setup))
     if resume and is_of(folder, key):
         try:
             make_setup_reward(setup, folder, reuse=True)
-            return
+            return folder
         except UnreadableReward as error:
             logger.warning("%s: it is trained anew", error)
     elif resume and folder.is_dir():
         logger.info("%s: unfinished, or of other settings, weights or pairs: the reward is trained anew", folder)
-    make_setup_reward(setup, folder)
-    claim(folder, key)
+    make_setup_reward(setup, new)
+    claim(new, key)
+    return new
 
 
 def _data(setup: Setup) -> str:
-    prompts = [*(one.prompt for one in setup.prompts), *setup.task.prompts]
-    return data_key([*setup.train, *setup.held], prompts)
+    return data_key([*setup.train, *setup.held], setup.prompts, setup.task.prompts)
 
 
 def _reference_logps(setup: Setup) -> torch.Tensor:

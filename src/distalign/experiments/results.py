@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from distalign.data import EncodedPair
+from distalign.data import EncodedPair, EncodedPrompt
 from distalign.errors import DAMAGED
 from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
@@ -21,7 +22,7 @@ from distalign.rewards.base import column_rewards
 from distalign.training.run_folder import write_text
 from distalign.user_code import source_file
 
-_TENSORS, _REST, _KEY = "finished.safetensors", "finished.json", "run.json"
+_TENSORS, FINISHED, _KEY = "finished.safetensors", "finished.json", "run.json"
 
 
 @dataclass
@@ -41,15 +42,15 @@ class ResumeRecord:
         tensors |= {"confidence": measured.confidence, "correct": measured.correct}
         if measured.target_logps is not None:
             tensors["target_logps"] = measured.target_logps
-        (folder / _REST).unlink(missing_ok=True)
+        (folder / FINISHED).unlink(missing_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _TENSORS)
-        write_text(folder / _REST, json.dumps({"key": key, "responses": measured.responses, **rest}))
+        write_text(folder / FINISHED, json.dumps({"key": key, "responses": measured.responses, **rest}))
 
 
 def load_resume_record(folder: Path, key: str, pairs: list[EncodedPair]) -> ResumeRecord | None:
     """The record in a method's folder, if it is of that key and whole."""
     try:
-        rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
+        rest = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         if rest["key"] != key or not (folder / "model").is_dir():
             return None
         tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
@@ -67,10 +68,11 @@ def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> st
 
     The other methods of the recipe, its name and its place do not count, nor does a reward that the method does not
     take. A reward's and a target's files count by their content, a function's and a method's too, whether named by path
-    or by module.
+    or by module; files of data by their content alone (`data`).
     """
     rewarded = recipe.method(name).needs.reward
-    left_out = {"name", "output_dir", "compare", "study", *(() if rewarded else ("reward",))}
+    left_out: dict[str, Any] = dict.fromkeys(("name", "output_dir", "compare", "study"), True)
+    left_out |= {"data": {"train", "eval", "prompts"}, "target": {"prompts"}} | ({} if rewarded else {"reward": True})
     settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(recipe, name, rewarded=rewarded)]
     return _hash([settings, digests, seed, weights, data])
@@ -81,12 +83,11 @@ def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
     return _hash([[one.model_dump(mode="json") for one in recipe.reward], recipe.dtype, seed, weights, data])
 
 
-def data_key(pairs: list[EncodedPair], prompts: list[list[int]]) -> str:
-    """Hash of pairs, with the rewards of their columns, and prompts as ids."""
-    rows = [
-        [pair.prompt, pair.chosen, pair.rejected, pair.probability, *(column_rewards(pair.row) or ())] for pair in pairs
-    ]
-    return _hash([rows, prompts])
+def data_key(pairs: list[EncodedPair], prompts: list[EncodedPrompt], held_out: Sequence[list[int]]) -> str:
+    """Hash of pairs, and of prompts to answer, with their columns; and of held-out prompts."""
+    rows = [[pair.prompt, pair.chosen, pair.rejected, pair.probability, column_rewards(pair.row)] for pair in pairs]
+    columns = [one.row and one.row.extra for one in (*pairs, *prompts)]
+    return _hash([rows, [one.prompt for one in prompts], list(held_out), columns])
 
 
 def is_of(folder: Path, key: str) -> bool:
@@ -100,7 +101,7 @@ def is_of(folder: Path, key: str) -> bool:
 def claim(folder: Path, key: str) -> None:
     """What is made in a folder from now on is made under this key; what another run had finished there is forgotten."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _REST).unlink(missing_ok=True)
+    (folder / FINISHED).unlink(missing_ok=True)
     write_text(folder / _KEY, json.dumps({"key": key}))
 
 
@@ -125,4 +126,4 @@ def _files(recipe: Recipe, name: str, *, rewarded: bool) -> list[Path]:
 
 
 def _hash(value: object) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,9 +295,18 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def train_method(
-    setup: Setup, name: str, folder: Path, *, compared: bool = False, resume: bool = False
+    setup: Setup,
+    name: str,
+    folder: Path,
+    *,
+    compared: bool = False,
+    resume: bool = False,
+    begin: Callable[[], None] = lambda: None,
 ) -> tuple[Policy, AlignmentTrainer]:
-    """Train a policy of its own for one method and save it under `folder`; the setup stays as it is."""
+    """Train a policy of its own for one method and save it under `folder`; the setup stays as it is.
+
+    `begin` is called when all has been checked and the folder is this run's, before the first step.
+    """
     recipe, processes = setup.recipe, Processes.here()
     processes.from_first(lambda: writable(folder))
     logger.info("%s: %s", name, where_it_ends(setup, recipe.method(name)))
@@ -319,6 +328,7 @@ def train_method(
     if resume and checkpoint is None:
         logger.warning("%s: holds no complete checkpoint: the run begins anew", folder)
     processes.from_first(lambda: _forget(folder, everything=checkpoint is None, resume=resume))
+    begin()
     if processes.first:
         recipe.only([name]).dump(folder / "recipe.yaml")
     started = time.monotonic()
@@ -442,16 +452,26 @@ def _forget(folder: Path, *, everything: bool, resume: bool) -> None:
 # The reward -----------------------------------------------------------------------------------------------------------
 
 
-def train_reward_model(recipe: Recipe) -> Trained:
-    """Train the recipe's reward model alone, into the folder train/reward of its run. Raises InputError."""
+def train_reward_model(recipe: Recipe, *, overwrite: bool = False) -> Trained:
+    """Train the recipe's reward model alone, into the folder train/reward of its run.
+
+    `overwrite` replaces one that is there. Raises InputError.
+    """
     refuse_several_processes("training a reward alone")
     settings = next((one for one in recipe.reward if one.train is not None), RewardSettings(train=RewardTraining()))
     known = recipe.target is not None
     check_rewards([settings], conversational=False, target=known, gamma=recipe.has_gamma)
+    folder = recipe.train_dir / "reward"
+    if overwrite:
+        check_no_links(folder, Path(recipe.output_dir))
     with locked(writable(recipe.train_dir)):
+        if folder.exists() and not overwrite:
+            raise InputError(
+                f"{folder}: is there already; start over with --overwrite, or give another name with --set name=…"
+            )
         setup = load_setup(recipe.only([]), recipe.seed, measured=False)
         setup.recipe = settle_gamma(recipe, setup.base, setup.train)
-        return _fit_reward(setup, recipe.train_dir / "reward")
+        return _fit_reward(setup, folder)
 
 
 def make_setup_reward(setup: Setup, folder: Path, *, reuse: bool = False) -> None:

@@ -376,8 +376,14 @@ def _made_once(folder: Path, save: Callable[[Path], None]) -> Path:
     """The folder, written by `save` whole or not at all where it is not there yet."""
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(
+            f"{folder.parent}: models are kept here, and it cannot be written ({error.strerror}); name another folder "
+            "in the variable DISTALIGN_CACHE"
+        ) from None
     try:
         save(scratch)
         scratch.rename(folder)

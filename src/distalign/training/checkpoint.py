@@ -67,7 +67,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run's folder, whole or not, by their step."""
-    return sorted((path for path in folder.glob("checkpoint-*") if re.search(r"-\d+$", path.name)), key=step_of)
+    return sorted((path for path in folder.glob("*") if re.fullmatch(r"checkpoint-\d+", path.name)), key=step_of)
 
 
 @contextmanager
@@ -113,6 +113,8 @@ def defect(checkpoint: Path) -> str | None:
         manifest = _manifest(checkpoint)
         if manifest["step"] != step_of(checkpoint):
             return f"it is of step {manifest['step']}"
+        if not isinstance(manifest["run"], dict):
+            return f"{MANIFEST} cannot be read (its run is no object)"
         for name, digest in manifest["files"].items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -24,7 +25,18 @@ from distalign.errors import DAMAGED, InputError
 logger = logging.getLogger("distalign.training.run_folder")
 
 # Locks of this process: a comparison locks its folder, and each of its methods' trainers its own.
-_HELD: set[tuple[Path, int]] = set()
+_HELD: dict[Path, TextIO] = {}
+
+
+def _let_go() -> None:
+    """In a forked child, which may outlive a killed process: the locks are its parent's alone."""
+    for file in _HELD.values():
+        file.close()
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def writable(folder: Path) -> Path:
@@ -50,15 +62,15 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
     """
     import fcntl  # not on Windows
 
-    place = (folder.resolve() / name, os.getpid())
+    place = folder.resolve() / name
     if place in _HELD:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("a+", encoding="utf-8") as file:
         try:
-            # A record lock: unlike flock's, it does not pass to children, which may outlive a killed process.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Unlike a record lock it is not lost where the file is read and closed: the folder may be copied.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
@@ -70,11 +82,11 @@ def locked(folder: Path, name: str = ".lock") -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()}\n")
         file.flush()
-        _HELD.add(place)
+        _HELD[place] = file
         try:
             yield
         finally:
-            _HELD.discard(place)
+            _HELD.pop(place, None)
 
 
 def remove(path: Path) -> None:
