@@ -293,6 +293,11 @@ def pair_metrics(method: Method, pairs: Pairs) -> dict[str, float]:
         return {name: float(values.detach().mean()) for name, values in means.items()}
 
 
+def effective_share(weights: Float[Tensor, "responses"]) -> float:
+    """(Σ w)² / (n Σ w²): the share of the responses that still counts under these importance weights."""
+    return float(weights.sum() ** 2 / (len(weights) * weights.square().sum()))
+
+
 def check_sharpness(label: str, median: float) -> None:
     """Warn if the median |implicit reward gap| of labelled pairs, in nats, says that labels carry no information.
 

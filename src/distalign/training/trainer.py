@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -44,10 +44,7 @@ from distalign.models.policy import Policy
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
-from distalign.training.checkpoint import (
-    checkpoints,
-    step_of,
-)
+from distalign.training.checkpoint import checkpoints, step_of
 from distalign.training.config import AlignmentConfig, names_what_was_meant
 from distalign.training.guard import ADVICE, Guard
 from distalign.training.health import Monitor
@@ -71,6 +68,7 @@ from distalign.training.prompts import (
     MicroBatch,
     PromptGroup,
     check_sharpness,
+    effective_share,
     implicit_rewards,
     labelled_pairs,
     merge,
@@ -82,7 +80,6 @@ from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker
 from distalign.training.run_folder import locked
 
 logger = logging.getLogger("distalign.training.trainer")
-T = TypeVar("T")
 
 
 @dataclass
@@ -700,8 +697,3 @@ class AlignmentTrainer(ResumableTrainer):
             line = {"step": self.state.global_step, **logs}
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-
-
-def effective_share(weights: Float[Tensor, "responses"]) -> float:
-    """(Σ w)² / (n Σ w²): the share of the responses that still counts under these importance weights."""
-    return float(weights.sum() ** 2 / (len(weights) * weights.square().sum()))
