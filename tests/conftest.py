@@ -14,11 +14,11 @@ import hypothesis
 import pytest
 import torch
 
-# CI tries the same examples every time: what it finds, a laptop finds too.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
-
+# CI tries the same examples every time: what it finds, a laptop finds too. A busy machine is no fault of a test's.
+_patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("laptop", **_patient)
+hypothesis.settings.register_profile("ci", derandomize=True, **_patient)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "laptop")
 
 _known_modules = 0
 
