@@ -135,6 +135,14 @@ def test_metrics_have_their_names_and_are_means_over_pairs(tmp_path, method):
     assert second["eval_health/chosen_logps_change"] == pytest.approx(change)
 
 
+def test_a_launcher_hears_how_many_processes_there_are(tmp_path, monkeypatch, caplog):
+    """`accelerate launch --cpu --num_processes 2` starts one."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    with caplog.at_level("INFO"):
+        trainer(tmp_path).train()
+    assert "processes: 1 (NO), 8 prompts each" in caplog.text
+
+
 def test_soft_labels_are_a_cross_entropy(tmp_path):
     """With p_chosen the held-out loss is −p ln σ(l) − (1 − p) ln σ(−l); pairs without one are certain."""
     pairs = tiny.encoded_pairs(6, soft=True)

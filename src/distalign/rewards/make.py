@@ -66,10 +66,16 @@ class RewardSettings(Section):
         return [name for name in _KINDS if getattr(self, name) not in (None, False)]
 
 
+def _settings(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(f"reward is the text {value!r}; write {{function: FILE.py:NAME}} or {{model: ID}}")
+    return several(value)
+
+
 # As settings have them: one of them, or a list.
 Rewards = Annotated[
     tuple[RewardSettings, ...],
-    BeforeValidator(several, json_schema_input_type=RewardSettings | list[RewardSettings] | None),
+    BeforeValidator(_settings, json_schema_input_type=RewardSettings | list[RewardSettings] | None),
 ]
 
 

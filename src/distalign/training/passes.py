@@ -75,7 +75,8 @@ class WrappedTrainer(Trainer):
             return
         accelerator.sync_gradients = False
         try:
-            with accelerator.no_sync(self._wrapper):
+            # FSDP2 adds to its shares in every pass: until the last one, gradients would be whole on each device.
+            with nullcontext() if self.is_sharded else accelerator.no_sync(self._wrapper):
                 yield
         finally:
             accelerator.sync_gradients = before

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -490,10 +491,10 @@ class AlignmentTrainer(ResumableTrainer):
             _ = self.identity
         with ExitStack() as stack, self._finish_step_on_signals():
             self.processes.from_first(lambda: stack.enter_context(locked(self._folder)))
-            if self.processes.count > 1:
-                each, count = self.args.per_device_train_batch_size, self.processes.count
-                kind = self.accelerator.distributed_type.value
-                logger.info("%s: %d processes (%s), %d prompts each", self.label, count, kind, each)
+            # `accelerate launch --cpu` starts one, whatever number it is given.
+            if self.processes.count > 1 or "ACCELERATE_USE_CPU" in os.environ:
+                each, kind = self.args.per_device_train_batch_size, self.accelerator.distributed_type.value
+                logger.info("%s: processes: %d (%s), %d prompts each", self.label, self.processes.count, kind, each)
             checkpoint = self._checkpoint(resume_from_checkpoint)
             self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
             self.ended_before = False
