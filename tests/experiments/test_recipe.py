@@ -195,8 +195,8 @@ REFUSALS = {
     "methods: {dpo: }\ncompare: [pmle]": 'x.yaml: compare: recipe has no method "pmle"; it has dpo',
     "methods: {dpo: }\nreward: {weight: 2}": "x.yaml: reward names 0 of model, train, function, exact, columns; give "
     "one each",
-    "methods: {dpo: }\nreward: a.py:b": "x.yaml: reward is the text 'a.py:b'; write {function: FILE.py:NAME} or {model: "
-    "ID}",
+    "methods: {dpo: }\nreward: a.py:b": "x.yaml: reward is the text 'a.py:b'; write {function: FILE.py:NAME} or "
+    "{model: ID}",
     "methods: {dpo: }\nreward: {modle: a}": 'x.yaml: reward.0 has no setting "modle"; did you mean "model"?',
     "methods: {dpo: }\ndata: {train: a}": "x.yaml: recipe has both data and target; "
     "give one of them: your pairs, or a known target that makes pairs",
