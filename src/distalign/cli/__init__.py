@@ -87,8 +87,8 @@ def main() -> None:
     """Run the command line; what a user can fix is printed as one message, without a traceback."""
     from distalign.errors import InputError
 
-    # Read by OpenMP when torch is loaded. Threads that spin long are several times slower on a busy machine, threads that
-    # sleep at once half as fast as need be on a quiet one: some microseconds are as good as the better of both.
+    # Read by OpenMP when torch is loaded: threads that wait spin for some microseconds, then sleep. Without spinning a
+    # quiet machine is half as fast, with much of it a busy one several times slower (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
