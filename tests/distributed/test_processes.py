@@ -36,7 +36,7 @@ TWO = {
 }
 # Other sources of pairs and estimators, whose work is dealt too.
 OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae", "rkl-stale")]
-THREE = [*(f"{method}/ddp/lora" for method in (SIX if EVERY else ("pd",))), "rkl/fsdp/full", "rkl-stale/ddp/full"]
+THREE = [*(TWO["ddp"] + TWO["fsdp"] if EVERY else ["pd/ddp/lora", "rkl/fsdp/full"]), "rkl-stale/ddp/full"]
 # Adapters first: a server that has had whole weights of a run takes no other run's adapters.
 SERVED = ["pd/ddp/lora", "pd/fsdp/lora", "rkl/ddp/full", "rkl/fsdp/full"][:: 1 if EVERY else 3]
 
@@ -124,10 +124,11 @@ def test_a_process_without_a_prompt_waits_for_nobody(one, tmp_path):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 @pytest.mark.parametrize("wrapper", ["zero2", "zero3"])
-def test_two_processes_of_deepspeed_do_what_one_does(one, tmp_path, wrapper):
-    """Six methods, full and LoRA."""
-    work(tmp_path / "two", 2, TWO[wrapper])
-    check_cells(one, tmp_path / "two", TWO[wrapper], 1e-4)
+@pytest.mark.parametrize("processes", [2, 3] if EVERY else [2])
+def test_processes_of_deepspeed_do_what_one_does(one, tmp_path, wrapper, processes):
+    """Six methods."""
+    work(tmp_path / "several", processes, TWO[wrapper])
+    check_cells(one, tmp_path / "several", TWO[wrapper], 1e-4)
 
 
 def test_a_server_draws_for_all_processes(tmp_path):
