@@ -124,7 +124,7 @@ def test_a_process_without_a_prompt_waits_for_nobody(one, tmp_path):
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")
 @pytest.mark.parametrize(
-    # Three processes by ZeRO-3 hang in the third step, which leaves one of them without a prompt: docs/scaling.md.
+    # ZeRO-3 is refused where the last step leaves one of three without a prompt.
     ("wrapper", "processes"),
     [("zero2", 2), ("zero3", 2), *([("zero2", 3)] if EVERY else [])],
 )
