@@ -56,7 +56,7 @@ class WrappedTrainer(Trainer):
     def whole_weights(self) -> AbstractContextManager[None]:
         """While it lasts every process has all weights, where each has a share of them otherwise."""
         if self.in_zero3:
-            return unpartitioned(self._wrapper)
+            return unpartitioned(self._wrapper, self.policy.model)
         return gathered(self.policy.model, self.policy.reference) if self.is_sharded else nullcontext()
 
     def _weights_for_gradients(self) -> AbstractContextManager[None]:
@@ -139,11 +139,14 @@ def gathered(*models: object) -> Iterator[None]:
 
 
 @contextmanager
-def unpartitioned(engine: nn.Module) -> Iterator[None]:
-    """As `gathered`, for the model in an engine of DeepSpeed's ZeRO-3; its gradients are dealt all the same."""
+def unpartitioned(engine: nn.Module, model: nn.Module) -> Iterator[None]:
+    """As `gathered`, for `model` in an engine of DeepSpeed's ZeRO-3; its gradients are dealt all the same."""
     from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation  # pyright: ignore[reportMissingImports]
 
     with unwrap_model_for_generation(engine):
+        # Until two passes have ended DeepSpeed compares them between processes, which make as many as they like here.
+        for _ in range(2):
+            redirect(model, model, lambda: None, nullcontext())
         yield
 
 

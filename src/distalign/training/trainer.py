@@ -238,13 +238,8 @@ class AlignmentTrainer(ResumableTrainer):
         Each of several processes gets the batches of all: `training_step` deals their prompts.
         """
         dataset: Any = self.train_dataset
-        count, plugin = self.processes.count, self.args.deepspeed_plugin
+        count = self.processes.count
         batch = self.args.per_device_train_batch_size * count
-        if plugin is not None and plugin.zero_stage == 3 and 0 < (left := len(self.rows) % batch) < count:
-            raise TrainingError(
-                f"{self.label}: an epoch ends with a batch of {left} prompts for {count} processes, in which ZeRO-3 "
-                "hangs; give another number of rows, or take FSDP2"
-            )
         if self.worker is not None:
             loader = DataLoader(dataset, batch_sampler=self.worker.batches, collate_fn=self.data_collator)
         elif self.args.dataloader_drop_last and len(self.rows) < batch:
