@@ -61,6 +61,7 @@ def trainer(
     callbacks=None,
     kind="llama",
     prepare=None,
+    reference_cache=None,
     **settings,
 ):
     """A trainer on the tiny model. `settings` are AlignmentConfig's; `prepare` may do something to the model."""
@@ -95,6 +96,7 @@ def trainer(
         (tiny.encoded_pairs(8) if labelled else prompts()) if rows is None else rows,
         reward_funcs=(reward or Warmth()) if method.needs.reward else None,
         callbacks=callbacks,
+        reference_cache=reference_cache,
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from statsmodels.stats.multitest import multipletests
 
 from distalign.stats.intervals import (
-    correlation,
     holm,
+    jackknife,
     mean_and_se,
     paired_difference,
     paired_p_value,
@@ -70,12 +70,11 @@ def test_wilson_interval():
         wilson_interval(1.5, 10)
 
 
-def test_correlation():
-    """numpy's number; NaN, not an error or a warning, when one side does not vary."""
-    a, b = torch.randn(2, 30, dtype=torch.float64).unbind()
-    assert correlation(a, b) == pytest.approx(np.corrcoef(a.numpy(), b.numpy())[0, 1])
-    assert correlation(a, 2 * a + 1) == pytest.approx(1.0)
-    assert math.isnan(correlation(a, torch.ones(30)))
+def test_jackknife_of_a_mean_is_its_standard_error():
+    """Values that are independent, one item each."""
+    values = torch.randn(12, dtype=torch.float64)
+    found = jackknife(lambda items: sum(items) / len(items), values.tolist())
+    assert found == pytest.approx(mean_and_se(values))
 
 
 def test_student_quantile_of_other_levels():

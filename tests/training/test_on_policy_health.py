@@ -90,6 +90,20 @@ def test_metrics_of_a_round_have_their_names(tmp_path):
     assert len(row["responses"]) == len(row["rewards"]) == 4
 
 
+def test_the_logged_kl_is_of_the_policy_to_its_start(tmp_path):
+    """A policy that has moved: above 0, where it is estimated from samples too."""
+    trainer(tmp_path, RLHF(0.3), reward=LikesOneToken(), max_steps=6, num_generations=8, learning_rate=3e-2).train()
+    assert metrics(tmp_path)[5]["objective/kl"] > 0.1
+
+
+def test_another_temperature_shares_no_reference(tmp_path):
+    """Log-probabilities that trainers share are of temperature 1."""
+    held, cache = tiny.encoded_pairs(4), {}
+    made = trainer(tmp_path, RKL(0.5, 0.3), temperature=0.7, reference_cache=cache)
+    made.held_out(held)
+    assert not cache
+
+
 def test_an_offline_method_is_watched_too(tmp_path):
     """At each evaluation some responses are drawn on held-out prompts, and entropy and KL are logged."""
     held = tiny.encoded_pairs(6, seed=1)

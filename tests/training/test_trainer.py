@@ -175,6 +175,16 @@ def test_the_reference_is_scored_once_and_not_touched(tmp_path, lora):
     assert len(cache) == 8
 
 
+def test_pairs_of_one_prompt_have_each_their_reference(tmp_path):
+    """Two pairs that differ in their responses alone."""
+    first, other = tiny.encoded_pairs(2)
+    pairs = [first, replace(other, prompt=first.prompt)]
+    made = trainer(tmp_path, DPO, pairs)
+    found = torch.stack([row.reference_logps for row in made.labelled(pairs, reference=True)])
+    expected = score(tiny.model(), [Group(first.prompt, [pair.chosen, pair.rejected]) for pair in pairs]).logps
+    torch.testing.assert_close(found, expected.detach().view(-1, 2), rtol=0, atol=1e-4)
+
+
 def test_pairs_from_another_process_have_their_own_reference(tmp_path):
     """Worker processes send copies of the rows: what is remembered of a pair goes by its text, not by its place."""
     pairs = tiny.encoded_pairs(12)

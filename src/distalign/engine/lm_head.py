@@ -266,25 +266,16 @@ def _scan_with_gradient(ask: _Ask, block: slice) -> tuple[Tensor, Tensor]:
     rows, targets = ask.rows, ask.targets[block]
     hidden = rows.hidden[block]
     sums = Sums(len(targets), rows.dtype, hidden.device)
-    hit, at_hit = (torch.zeros(len(targets), dtype=rows.dtype, device=hidden.device) for _ in range(2))
+    hit = torch.zeros(len(targets), dtype=rows.dtype, device=hidden.device)
     mean = torch.zeros(hidden.shape, dtype=rows.dtype, device=hidden.device)
-    constant = rows.head.softcap is None
     for start, stop in ask.tiles():
         z = rows.tile(block, start, stop)
         hit = gather(z, targets, start, stop, hit)
-        slope = rows.slope(z)
-        if isinstance(slope, Tensor):
-            at_hit = gather(slope, targets, start, stop, at_hit)
         weights, fade = sums.add(z, keep=False)
-        weights = weights if constant else weights.mul_(slope)
         mean.mul_(fade[:, None])
         _add_product(mean, weights.to(rows.product), rows.weight(start, stop))
     target_rows = rows.head.weight[targets].to(rows.dtype)
-    if constant:
-        factor = rows.head.scale / rows.temperature
-        gradient = (target_rows - mean.div_(sums.total[:, None])).mul_(factor)
-    else:
-        gradient = target_rows * at_hit[:, None] - mean.div_(sums.total[:, None])
+    gradient = (target_rows - mean.div_(sums.total[:, None])).mul_(rows.head.scale / rows.temperature)
     return hit - sums.log, gradient.to(hidden.dtype)
 
 
@@ -312,7 +303,8 @@ class _TiledHead(torch.autograd.Function):
         device = hidden.device.type
         ctx.ask = ask
         only_hidden = ctx.needs_input_grad[0] and not any(ctx.needs_input_grad[1:3])
-        ctx.direct = ask.gradient and ask.only_logps and only_hidden
+        # With a cap the gradient needs z itself.
+        ctx.direct = ask.gradient and ask.only_logps and only_hidden and ask.rows.head.softcap is None
         with torch.autocast(device, enabled=False):
             if ctx.direct:
                 parts = zip(*(_scan_with_gradient(ask, block) for block in ask.blocks()), strict=True)

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -51,17 +52,14 @@ class EngineReport:
     """How a model is served.
 
     path: "shared" (prompt encoded once), "padded" (sequences on their own, tiled head) or "plain" (the model's own
-    logits). reason: one sentence. max_error: largest difference of one log-probability from the model's own, in nats,
-    on the path taken. length_limit: sequences longer than this are served "plain", because what is computed of one
-    depends on the others of a call, or on their padding; None where there is no such limit. by_flex: on the shared
-    path, FlexAttention computes what it serves (`distalign.engine.flex`), the attention by segments the rest.
+    logits). reason: one sentence. length_limit: sequences longer than this are served "plain", because what is computed
+    of one depends on the others of a call, or on their padding; None where there is no such limit. by_flex: on the
+    shared path, FlexAttention computes what it serves (`distalign.engine.flex`), the attention by segments the rest.
     """
 
     path: Path
     reason: str
     model_type: str
-    max_error: float
-    tolerance: float
     length_limit: int | None = None
     by_flex: bool = False
 
@@ -89,19 +87,19 @@ SPARSE = ("index_topk", "index_topk_blocks", "indexer_budget", "keep_window_size
 _REPORTS: WeakKeyDictionary[nn.Module, dict[tuple, tuple[EngineReport, list[flex.Call]]]] = WeakKeyDictionary()
 
 
-def check(model: nn.Module, *, again: bool = False, kernels: bool = True) -> EngineReport:
+def check(model: nn.Module, *, kernels: bool = True) -> EngineReport:
     """Find the fastest path on which `model` gives the log-probabilities of its own logits, and remember it.
 
-    Run at the first use of a model; `again=True` repeats it. A change of dtype, device, attention implementation or
-    head repeats it too. Without `kernels` FlexAttention, whose first use in a process compiles for half a minute, is
-    left untried: `by_flex` then says what an earlier trial found. Modes and the random state are left as they were.
+    Run at the first use of a model, and again after a change of dtype, device, attention implementation or head.
+    Without `kernels` FlexAttention, whose first use in a process compiles for half a minute, is left untried: `by_flex`
+    then says what an earlier trial found. Modes and the random state are left as they were.
     Raises TypeError if `model` is not a causal language model of transformers or PEFT.
     """
     if model not in _REPORTS:
         require_causal_lm(model)
     reports = _REPORTS.setdefault(model, {})
     key = state_of(model)
-    if again or key not in reports:
+    if key not in reports:
         device = device_of(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
             reports[key] = _find_path(model)
@@ -132,17 +130,17 @@ def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:
     targets = frame(groups, device_of(model)).targets
     expected = score_rows(truth, targets).logps
     limits = _tolerances(model)
-    report = EngineReport("plain", "", config.model_type, 0.0, limits[0], _length_limit(config))
+    report = EngineReport("plain", "", config.model_type, _length_limit(config))
     try:
-        reason, error, calls = _try_shared(model, groups, targets, expected, limits)
+        reason, calls = _try_shared(model, groups, targets, expected, limits)
         if reason is None:
-            return replace(report, path="shared", reason="agrees with separate encoding", max_error=error), calls
+            return replace(report, path="shared", reason="agrees with separate encoding"), calls
         padded = score_rows(encode(model, groups, "padded", 1.0), targets).logps
     except CannotTile as refusal:
         return replace(report, reason=f"{refusal}; log-probabilities come from the model's own logits"), []
     error, wrong = _compare(padded, expected, limits)
     if not wrong:
-        return replace(report, path="padded", reason=f"{reason}; prompts are not shared", max_error=error), []
+        return replace(report, path="padded", reason=f"{reason}; prompts are not shared"), []
     return replace(report, reason=f"{reason}; padded rows differ from its own logits too, by {error:.2g} nats"), []
 
 
@@ -162,26 +160,26 @@ def _require_causal(model: nn.Module, logits: Tensor, lengths: Sequence[int]) ->
 
 def _try_shared(
     model: nn.Module, groups: Sequence[Group], targets: Tensor, expected: Tensor, limits: tuple[float, float]
-) -> tuple[str | None, float, list[flex.Call]]:
-    """Why the prompt cannot be shared (None: it can), the largest error, and what the layers asked for."""
+) -> tuple[str | None, list[flex.Call]]:
+    """Why the prompt cannot be shared (None: it can), and what the layers asked for."""
     head = head_of(model)
     try:
         windows = expected_windows(text_config(model))
         hidden, layout = shared_hidden(decoder_of(model), pack(groups, device_of(model)))
     except CannotShare as refusal:
-        return str(refusal), float("nan"), []
+        return str(refusal), []
     except (CannotTile, torch.OutOfMemoryError):
         raise
     except Exception as problem:
         # Foreign code met an attention it was not written for; whatever it raises means the same: not this path.
-        return f"it does not run on packed rows ({type(problem).__name__}: {problem})", float("nan"), []
+        return f"it does not run on packed rows ({type(problem).__name__}: {problem})", []
     used = [call.window for call in layout.calls]
     if len(used) != len(windows):
-        return f"{len(used)} of its {len(windows)} layers used the shared-prefix attention", float("nan"), []
+        return f"{len(used)} of its {len(windows)} layers used the shared-prefix attention", []
     if used != windows:
-        return f"its layers ask for windows {used}, its configuration for {windows}", float("nan"), []
+        return f"its layers ask for windows {used}, its configuration for {windows}", []
     error, wrong = _compare(score_rows(HiddenRows(hidden, head), targets).logps, expected, limits)
-    return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), error, layout.calls
+    return (f"packed rows differ from separate ones by {error:.2g} nats" if wrong else None), layout.calls
 
 
 def _try_flex(model_type: str, calls: list[flex.Call]) -> bool:
@@ -285,17 +283,11 @@ def sample_groups(config: PretrainedConfig, vocabulary: int) -> list[Group]:
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     generator = torch.Generator().manual_seed(0)
     ids = [i for i in torch.randint(vocabulary, (256,), generator=generator).tolist() if i not in special]
-    ids = ids or [0] * 256
-
-    def take(count: int) -> list[int]:
-        return [ids[(take.start + i) % len(ids)] for i in range(count)]
+    endless = cycle(ids or [0])
 
     def draw(count: int) -> list[int]:
-        out = take(count)
-        take.start += count
-        return out
+        return list(islice(endless, count))
 
-    take.start = 0
     return [Group(draw(11), [draw(5), draw(1), draw(3)]), Group(draw(4), [draw(8)])]
 
 

@@ -131,14 +131,6 @@ def wilson_interval(fraction: float, n: int) -> Interval:
     return Interval(fraction, max(0.0, centre - half_width), min(1.0, centre + half_width))
 
 
-def correlation(first: Float[Tensor, "n"], second: Float[Tensor, "n"]) -> float:
-    """Pearson correlation, between −1 and 1; NaN when one side is constant or there are fewer than two values."""
-    first, second = float64(first), float64(second)
-    first, second = first - first.mean(), second - second.mean()
-    scale = float(first.norm() * second.norm())
-    return float(first @ second) / scale if scale > 0 else math.nan
-
-
 @lru_cache(maxsize=4096)
 def student_quantile(freedom: int | float, *, level: float = 0.95) -> float:
     """Half-width, in standard errors, of the central interval that holds a probability of `level` under Student's t.

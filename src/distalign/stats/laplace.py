@@ -26,7 +26,7 @@ _NOTHING = 1e-4  # p(1 − p) of a row that says nothing about its weights next 
 class Posterior:
     """N(mean, H⁻¹) of the weights, H = XᵀDX + λI with D the labels' information; `evidence` in nats.
 
-    Kept in a space that holds the rows: `basis` takes it to the features. Beyond it the weights are 0 ± 1/√λ.
+    Kept in a space that holds the rows: `basis` takes it to the features.
     """
 
     mean: Float[Tensor, "features"]
@@ -49,13 +49,6 @@ class Posterior:
         prior = self.precision * torch.eye(len(self.factor), dtype=self.factor.dtype)
         data = self.factor @ self.factor.T - prior
         return replace(self, factor=torch.linalg.cholesky(times * data + prior))
-
-    def variance(self, features: Float[Tensor, "rows features"]) -> Float[Tensor, "rows"]:
-        """Posterior variance xᵀ H⁻¹ x of the values of rows of features, what no label speaks about included."""
-        features = features.double()
-        inside = features @ self.basis
-        outside = (features.square().sum(-1) - inside.square().sum(-1)).clamp(min=0) / self.precision
-        return outside + (inside * torch.cholesky_solve(inside.T, self.factor).T).sum(-1)
 
 
 def fit_posterior(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +24,6 @@ from torch import Tensor
 
 from distalign.progress import CONSOLE
 from distalign.settings import Count, Positive, Section, Share
-from distalign.stats.intervals import correlation
 from distalign.stats.text import distinct_n, repeated_ngram_rate
 
 logger = logging.getLogger("distalign.training.health")
@@ -67,7 +68,8 @@ def completion_metrics(
         metrics["health/distinct_2"] = distinct_n(texts, n=2)
         metrics["health/repeated_4grams"] = repeated_ngram_rate(texts, n=4).mean
     if rewards is not None and len(responses) >= FEW:
-        metrics["health/reward_length_correlation"] = correlation(rewards, lengths)
+        with suppress(statistics.StatisticsError):  # one of them is constant
+            metrics["health/reward_length_correlation"] = statistics.correlation(rewards.tolist(), lengths.tolist())
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
