@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from distalign.data import Prompt
+from distalign.errors import InputError
+from distalign.models.load import ModelError
 from distalign.rewards import Request, RewardError, RewardSettings, check_rewards, make_reward
 
 
@@ -128,9 +130,9 @@ def test_models_that_are_no_reward_classifiers_are_refused(tmp_path, tiny_folder
     for name, message in (
         (str(tiny_folder), "it is a LlamaForCausalLM"),
         (two, "it has 2 labels"),
-        (code, "it brings code of its own"),
+        (code, "it brings code of its own, which is not run"),
     ):
-        with pytest.raises(RewardError, match=message):
+        with pytest.raises(InputError, match=message):
             check_rewards([RewardSettings(model=name)], conversational=True)
 
 
@@ -142,7 +144,7 @@ def test_a_classifier_without_a_score_head_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RewardError, match=r"its files lack 1 of its tensors \(score\.weight\)"):
+    with pytest.raises(ModelError, match=r"its files lack 1 of its tensors \(score\.weight\)"):
         classifier(name)
 
 

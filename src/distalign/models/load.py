@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,6 @@ EVERYDAY = "everyday"
 
 # The file beside a saved adapter with the digest of its base, where that is a folder.
 BASE = "base.sha256"
-
-# State of the hash of weights after files, in their order: what begins with the same files goes on from there.
-_DIGESTS: dict[tuple[Any, ...], Any] = {}
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,12 @@ class Source:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError."""
-        with _explained(self.name):
+        with explained(self.name):
             return AutoTokenizer.from_pretrained(self.tokenizer_path, trust_remote_code=self.trust_remote_code)
 
     def config(self) -> PretrainedConfig:
         """The model's configuration, without its weights. Raises ModelError."""
-        with _explained(self.name):
+        with explained(self.name):
             return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
 
     def max_length(self) -> int | None:
@@ -122,7 +120,7 @@ class Source:
         """
         if self.quantization is not None:
             check_installed(f"model {self.name}")
-        with _explained(self.name):
+        with explained(self.name):
             model: Any = load_verified(
                 AutoModelForCausalLM,
                 f"model {self.name}",
@@ -268,61 +266,48 @@ def weights_digest(source: Source) -> str:
 
     Within a process a file is read once, as long as its path, size and times stay what they were.
     """
-    digest, seen = hashlib.sha256(), ()
+    parts: list[Any] = []
     for place in (source.path, source.adapter):
-        folder = Path(place) if place else None
-        if folder is None:
-            continue
-        if not folder.is_dir():
-            commit = f"{source.path}@{getattr(source.config(), '_commit_hash', None)}"
-            digest.update(commit.encode())
-            seen = (*seen, commit)
-            continue
-        for file in sorted(folder.iterdir()):
-            if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
-                path, stamp = file.resolve(), file.stat()
-                seen = (*seen, (file.name, path, stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns))
-                if seen not in _DIGESTS:
-                    digest.update(file.name.encode())
-                    with path.open("rb") as opened:
-                        while block := opened.read(1 << 24):
-                            digest.update(block)
-                    _DIGESTS[seen] = digest
-                digest = _DIGESTS[seen].copy()
+        if place is not None and not os.path.isdir(place):
+            parts.append(f"{place}@{getattr(source.config(), '_commit_hash', None)}")
+        elif place is not None:
+            for file in sorted(Path(place).iterdir()):
+                if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
+                    stamp = file.stat()
+                    digest = _file_digest(file.resolve(), stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns)
+                    parts.append([file.name, digest])
     if source.quantization is not None:
-        digest.update(json.dumps(dict(source.quantization), sort_keys=True).encode())
+        parts.append(dict(source.quantization))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def _file_digest(path: Path, *_: int) -> str:
+    """Hash of a file, whose size and times make a changed one another."""
+    digest = hashlib.sha256()
+    with path.open("rb") as opened:
+        while block := opened.read(1 << 24):
+            digest.update(block)
     return digest.hexdigest()
 
 
 def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
-    with _explained(name):
+    with explained(name):
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-        _check_base(name, folder, base)
+        if (Path(os.path.expanduser(base)) / "adapter_config.json").is_file():
+            raise ModelError(
+                f"model {name}: the base of this adapter, {base}, is an adapter too; name as base_model_name_or_path "
+                f"in its adapter_config.json the model that it was trained on (distalign merge {base} makes one)"
+            )
         source = find_model(base, trust_remote_code=trust_remote_code)
     origin = f"{source.origin}, with the adapter {name}"
     return replace(source, name=name, origin=origin, adapter=str(folder), quantization=read_note(folder))
 
 
-def _check_base(name: str, folder: Path, base: str) -> None:
-    """Raise ModelError for an adapter whose base is an adapter: itself, or another, which would be left out."""
-    place = Path(os.path.expanduser(base))
-    if not (place / "adapter_config.json").is_file():
-        return
-    if place.resolve() == folder.resolve():
-        raise ModelError(
-            f"model {name}: the base of this adapter is the adapter itself (base_model_name_or_path in its "
-            "adapter_config.json); name there the hub id or folder of the model that it was trained on"
-        )
-    raise ModelError(
-        f"model {name}: the base of this adapter, {base}, is an adapter too; make one model of that and its own base "
-        f"(distalign merge {base}), and name its folder as base_model_name_or_path in adapter_config.json"
-    )
-
-
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn what transformers says about a missing or unusable model into one line that says what to do."""
     try:
         yield
@@ -332,8 +317,8 @@ def _explained(name: str) -> Iterator[None]:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         if "trust_remote_code" in reason:
             raise ModelError(
-                f"model {name}: it brings code of its own, which is not run; "
-                "set trust_remote_code: true if you trust it"
+                f"model {name}: it brings code of its own, which is not run; a policy's is with trust_remote_code: "
+                "true, if you trust it"
             ) from None
         raise ModelError(
             f"model {name}: cannot be loaded; give a folder made by save_pretrained (safetensors), a .gguf file, or a "
@@ -357,7 +342,7 @@ def _converted(gguf: Path) -> Path:
         raise ModelError(
             f"model {gguf}: reading GGUF files needs the package gguf; run pip install distalign[quickstart]"
         )
-    with _explained(str(gguf)):
+    with explained(str(gguf)):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # The weights are plain now; what remains of the quantiser makes save_pretrained refuse.

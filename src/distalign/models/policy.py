@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -45,27 +44,24 @@ class Lora(Section):
 
     def config(self, model: PreTrainedModel, name: str) -> LoraConfig:
         """As PEFT takes it, for a model of that name. Raises ModelError if `layers` exceeds the model's."""
-        targets, linear = self.target_modules, (nn.Linear, Conv1D)
+        excluded = None
         if self.layers is not None:
-            layers, prefix = _top_layers(model, self.layers, name)
-            modules = {f"{prefix}.{index}.{inner}": m for index, layer in layers for inner, m in layer.named_modules()}
-            if isinstance(targets, str) and targets != "all-linear":
-                chosen = [path for path in modules if re.fullmatch(targets, path)]
-            else:
-                wanted = None if isinstance(targets, str) else set(targets)
-                chosen = [
-                    path
-                    for path, module in modules.items()
-                    if isinstance(module, linear) and (wanted is None or path.split(".")[-1] in wanted)
-                ]
-            targets = chosen or targets
+            count = model.config.get_text_config().num_hidden_layers
+            if self.layers > count:
+                raise ModelError(
+                    f"model {name}: lora.layers is {self.layers} but the model has {count} layers; lower it"
+                )
+            # Of a module's path the first number is that of its layer; what is in no layer has none.
+            top = "|".join(map(str, range(count - self.layers, count)))
+            excluded = rf"(?!\D*\.({top})\.).*"
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
             bias="none",
-            target_modules=targets,
+            target_modules=self.target_modules,
+            exclude_modules=excluded,
             # GPT-2's linear maps keep their weight transposed.
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )
@@ -152,21 +148,16 @@ class Policy:
                 "trained adapter, or merge it first"
             )
 
-    def save(self, folder: Path, card: str, *, merge: bool = False, sampling: GenerationConfig | None = None) -> None:
-        """Write `model` in transformers' format (the adapter alone under LoRA, unless `merge`), tokenizer and card.
+    def save(self, folder: Path, card: str, *, sampling: GenerationConfig | None = None) -> None:
+        """Write `model` in transformers' format (the adapter alone under LoRA), tokenizer and card.
 
         `sampling` says how to draw from it, in place of what its base said (`whole_distribution`).
         Files of the other kind (an adapter, a whole model) that an earlier run left in the folder are removed. An
-        adapter on a model that another adapter was merged into is always merged, for its base is in no folder. Into
-        quantised weights and tied embeddings none is merged (`distalign.experiments.merge`): raises ModelError.
+        adapter on a model that another adapter was merged into is merged too, for its base is in no folder; into tied
+        embeddings it is not: raises ModelError.
         """
         model: Any = self.model
-        if merge and is_quantized(model):
-            raise ModelError(
-                f"model {self.source.name}: an adapter is not merged into quantised weights, which would round it "
-                "away; save it, and merge it with distalign merge"
-            )
-        merge = (merge or self.source.adapter is not None) and isinstance(self.model, PeftModel)
+        merge = self.source.adapter is not None and isinstance(self.model, PeftModel)
         if merge:
             check_mergeable(f"model {self.source.name}", self.model)
         adapter = isinstance(self.model, PeftModel) and not merge
@@ -283,14 +274,3 @@ def share(model: AnyModel) -> AnyModel:
     # The scales of 4-bit weights are neither parameters nor buffers.
     states = [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
     return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers(), *states)})
-
-
-def _top_layers(model: PreTrainedModel, top: int, name: str) -> tuple[list[tuple[int, nn.Module]], str]:
-    """The last `top` layers of the decoder with their numbers, and the name of the list that they are in."""
-    count = model.config.get_text_config().num_hidden_layers
-    if top > count:
-        raise ModelError(f"model {name}: lora.layers is {top} but the model has {count} layers; lower it")
-    for prefix, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return list(enumerate(module))[-top:], prefix
-    raise ModelError(f"model {name}: its layers are in no list that could be found; leave lora.layers out")

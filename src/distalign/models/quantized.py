@@ -1,9 +1,4 @@
-"""4-bit weights (bitsandbytes), frozen below an adapter: which they are, what is beside an adapter trained on them.
-
-`peft.prepare_model_for_kbit_training` is not used: it copies embeddings, head and norms to float32, which the engine's
-sums do not need, and switches on a gradient checkpointing of its own (ours is `recompute`). What else it does, freezing
-the base, an adapter does.
-"""
+"""4-bit weights (bitsandbytes), frozen below an adapter: which they are, what is beside an adapter trained on them."""
 
 from __future__ import annotations
 

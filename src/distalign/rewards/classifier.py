@@ -16,16 +16,10 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from distalign.models.load import Source, find_model
-from distalign.models.verify import ModelError, load_adapter, load_verified
+from distalign.models.load import Source, explained, find_model, positions
+from distalign.models.verify import load_adapter, load_verified
 from distalign.rewards.base import Request, RewardError, TextResponse, as_text, finite
 
 _CLASSIFIER = "ForSequenceClassification"
@@ -55,10 +49,10 @@ class ClassifierSource:
             )
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel | PeftModel:
-        """The weights, from safetensors only, in evaluation mode. Raises RewardError if the score head is missing."""
+        """The weights, from safetensors only, in evaluation mode. Raises ModelError if the score head is missing."""
         path, adapter = self.source.path, self.source.adapter
-        try:
-            model = load_verified(
+        with explained(self.name):
+            model: Any = load_verified(
                 AutoModelForSequenceClassification,
                 f"reward model {self.name}",
                 path,
@@ -69,25 +63,16 @@ class ClassifierSource:
             )
             if adapter is not None:
                 model = load_adapter(f"reward model {self.name}", model, adapter)
-        except ModelError as error:
-            raise RewardError(str(error)) from None
-        except (OSError, RuntimeError, ImportError, KeyError) as error:
-            raise _unusable(self.name, error) from error
         return model.requires_grad_(False).eval()
 
 
 def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSource:
-    """Check a reward classifier without loading its weights: a folder, or a hub id. Raises RewardError.
+    """Check a reward classifier without loading its weights: a folder, or a hub id. Raises ModelError, RewardError.
 
     `max_length` (tokens) must not exceed what the model can read.
     """
     source = find_model(name)
-    try:
-        labels = {"num_labels": 1} if source.adapter else {}
-        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False, **labels)
-        tokenizer = AutoTokenizer.from_pretrained(source.tokenizer_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unusable(name, error) from error
+    config, tokenizer = source.config(), source.tokenizer()
     if source.adapter is not None:
         with safe_open(Path(source.adapter) / "adapter_model.safetensors", framework="pt") as file:
             keys = list(file.keys())
@@ -101,20 +86,10 @@ def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSo
             )
         if config.num_labels != 1:
             raise RewardError(f"reward model {name}: it has {config.num_labels} labels; a reward model has one")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = positions(config)
     if limit is not None and max_length is not None and max_length > limit:
         raise RewardError(f"reward model {name}: max_length is {max_length}, but it has {limit} positions; lower it")
     return ClassifierSource(source, tokenizer, max_length or limit)
-
-
-def _unusable(name: str, error: Exception) -> RewardError:
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
-        return RewardError(f"reward model {name}: it brings code of its own, which is never run for a reward")
-    return RewardError(
-        f"reward model {name}: cannot be loaded; give a folder made by save_pretrained (safetensors), or a hub id and "
-        f"a network. transformers says: {reason[:300]}"
-    )
 
 
 class ClassifierReward:
