@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow
@@ -88,7 +88,7 @@ def test_a_column_that_stands_twice_is_refused(write, tmp_path):
     key = 'the key "chosen" stands more than once, and only the last would be read; keep one'
     lines = write(f"{json.dumps(ROW)}\n{row}\n{row}\n")
     assert refusal(lines) == f"x.jsonl:2: {key} (the same in 1 more rows)"
-    assert refusal(write(f"[\n{json.dumps(ROW)},\n{row}]", "x.json")) == f"x.json:2: {key}"
+    assert refusal(write(f"[\n{json.dumps(ROW)},\n{row}]", "x.json")) == f"x.json:1: {key}"
     turn = '{"role": "user", "role": "assistant", "content": "a"}'
     nested = f'{{"prompt": [{turn}], "chosen": "b", "rejected": "c"}}'
     assert refusal(write(nested)) == f"x.jsonl:1: {key.replace('chosen', 'role')}"
@@ -364,7 +364,7 @@ def test_inspection_counts(write):
     assert (found.soft_label_count, found.soft_labels[2]) == (2, 0.8)
     assert found.lengths["words"]["chosen"][-1] == 2
     assert found.example["chosen"] == "a⟦prompt | response⟧long one"
-    assert json.loads(json.dumps(found.to_json()))["pairs"] == 5
+    assert json.loads(json.dumps(asdict(found)))["pairs"] == 5
 
 
 @pytest.mark.parametrize("name", ["hh_helpful", "webgpt", "scitldr_pairs", "alpacaeval2_soft"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,7 +36,7 @@ def check(
         tokenizer, max_length = policy.tokenizer(), max_length or policy.max_length()
     inspection = inspect_pairs(source, tokenizer, split=split, drop_ties=drop_ties, limit=limit, max_length=max_length)
     shared.print_rich(describe_pairs(inspection))
-    shared.write_json(json_path, inspection.to_json())
+    shared.write_json(json_path, asdict(inspection))
     if inspection.too_long:
         shared.refuse(
             f"{source}: {inspection.too_long} pairs are longer than {max_length} tokens; shorten them, or train "

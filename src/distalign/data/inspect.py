@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -50,10 +50,6 @@ class Inspection:
     warnings: list[str]
     too_long: int | None
     example: dict[str, str]
-
-    def to_json(self) -> dict[str, object]:
-        """The same as plain JSON types."""
-        return asdict(self)
 
 
 def inspect_pairs(

@@ -154,44 +154,28 @@ def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
                 Problem(where, f"not JSON ({error.msg} at column {error.colno}); write one object per line")
             )
             continue
+        except LookupError as error:
+            problems.append(Problem(f"{path}:{number}", str(error)))
+            continue
         except (ValueError, RecursionError) as error:
             what = f"not a row ({' '.join(str(error).split())[:100]}); write plain numbers, and few levels of nesting"
             problems.append(Problem(f"{path}:{number}", what))
             continue
         rows = enumerate(value, 1) if may_be_array and isinstance(value, list) else [(number, value)]
         for place, row in rows:
-            if twice := _twice(row):
-                problems.append(Problem(f"{path}:{place}", _stands_twice("key", twice)))
-            elif isinstance(row, dict):
+            if isinstance(row, dict):
                 yield f"{path}:{place}", row
             else:
                 what = f'{type(row).__name__}, not an object; write {{"prompt": …, "chosen": …, "rejected": …}}'
                 problems.append(Problem(f"{path}:{place}", what))
 
 
-class _Repeating(dict[str, Any]):
-    """An object of JSON in which a key stands more than once."""
-
-    twice: list[str]
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises LookupError for a key that stands more than once."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        value = _Repeating(value)
-        value.twice = _repeated([name for name, _ in pairs])
+        raise LookupError(_stands_twice("key", _repeated(name for name, _ in pairs)))
     return value
-
-
-def _twice(value: object) -> list[str]:
-    """The keys that stand more than once in the first such object of a value."""
-    if isinstance(value, _Repeating):
-        return value.twice
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        if isinstance(part, dict | list) and (twice := _twice(part)):
-            return twice
-    return []
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
