@@ -272,7 +272,8 @@ def test_without_pairs_target_or_reward_there_is_what_there_is(place, tmp_path):
     ("lines", "message"),
     [
         ("prompts: p.jsonl\nreward: {train: true}\n", "an evaluation trains nothing"),
-        ("prompts: p.jsonl\nreward: {exact: true}\n", "reward.exact is the known target's; add target"),
+        ("prompts: p.jsonl\nreward: {columns: true, scale: 1}\n", "only the data's pairs have them"),
+        ("prompts: p.jsonl\nreward: {exact: true}\n", "only a known target has an exact reward; add target"),
         ("prompts: p.jsonl\npolicies: {reference: x}\n", 'policies: "reference" cannot be'),
         ('prompts: p.jsonl\npolicies: {"..": x}\n', 'policies: ".." cannot be'),
         ("limit: 4\n", "neither prompts nor pairs"),

@@ -14,7 +14,7 @@ import torch
 from enumeration import Enumeration
 
 from distalign.cli.frontier import frontier_table
-from distalign.evaluation.frontier import best_of_n, default_grid, forecast, mean_band, predict, predict_frontier
+from distalign.evaluation.frontier import best_of_n, default_grid, forecast, mean_band, predict_frontier
 from distalign.evaluation.setup import Evaluation
 from distalign.lab.exact import divergence, entropy, optimum
 from distalign.lab.tables import random_tables
@@ -71,7 +71,7 @@ def coverage(seeds, *, samples=(64, 128, 256, 512, 1024), most=25):
         drawn = draw(reference, rewards, samples[seed // 2 % len(samples)], seed)
         spread = float(rewards.std())
         betas, gammas = ([spread * share for share in shares] for shares in (SHARES, GAMMAS))
-        for point in predict(*drawn, betas=betas, gammas=gammas):
+        for point in predict_frontier(*drawn, betas=betas, gammas=gammas).points:
             bands = [getattr(point, name) for name in QUANTITIES]
             held = [b.low <= t <= b.high for b, t in zip(bands, truth(reference, rewards, point), strict=True)]
             rows.append([point.ess, point.ess_per_prompt, point.trusted, *held])
@@ -111,7 +111,8 @@ def test_the_error_over_prompts_is_that_of_other_prompts():
     hits, runs = torch.zeros(3), 150
     for seed in range(runs):
         chosen = torch.randperm(3000, generator=torch.Generator().manual_seed(seed))[:50]
-        (point,) = predict(*draw(reference[chosen], rewards[chosen], 128, seed), betas=[0.5], gammas=[0.1])
+        drawn = draw(reference[chosen], rewards[chosen], 128, seed)
+        (point,) = predict_frontier(*drawn, betas=[0.5], gammas=[0.1]).points
         for i, (name, true) in enumerate(zip(QUANTITIES, truth(reference, rewards, point), strict=True)):
             band = getattr(point, name)
             hits[i] += abs(band.value - true) < 1.645 * band.se_prompts
@@ -134,7 +135,7 @@ def test_the_jackknife_is_its_definition(spread):
 
     left_out = torch.stack([plain([j for j in range(7) if j != i]) for i in range(7)])
     value = 7 * plain(list(range(7))) - 6 * left_out.mean(0)
-    (point,) = predict(rewards, logps, betas=[beta], gammas=[gamma])
+    (point,) = predict_frontier(rewards, logps, betas=[beta], gammas=[gamma]).points
     for i, name in enumerate(QUANTITIES):
         band = getattr(point, name)
         assert band.value == pytest.approx(float(value[i]), rel=1e-9, abs=1e-9)
@@ -145,16 +146,18 @@ def test_the_jackknife_is_its_definition(spread):
 def test_limits_and_constants():
     """A large β gives the reference; a constant per prompt moves the reward alone; equal samples have no band."""
     rewards, logps = torch.randn(5, 40).double(), -5 + torch.randn(5, 40).double()
-    (far,) = predict(rewards, logps, betas=[1e7], gammas=[0.0])
+    (far,) = predict_frontier(rewards, logps, betas=[1e7], gammas=[0.0]).points
     assert (far.reward.value, far.kl.value) == pytest.approx((float(rewards.mean()), 0), abs=1e-6)
     assert far.entropy.value == pytest.approx(-float(logps.mean()), abs=1e-6)
     assert (far.ess, far.ess_per_prompt) == pytest.approx((200, 40), rel=1e-6)
     constant = torch.arange(5.0).double()[:, None]
-    (first,), (second,) = (predict(r, logps, betas=[2.0], gammas=[0.2]) for r in (rewards, rewards + constant))
+    (first,), (second,) = (
+        predict_frontier(r, logps, betas=[2.0], gammas=[0.2]).points for r in (rewards, rewards + constant)
+    )
     assert astuple(second.kl) == pytest.approx(astuple(first.kl))
     assert astuple(second.entropy) == pytest.approx(astuple(first.entropy))
     assert second.reward.value == pytest.approx(first.reward.value + 2)
-    (flat,) = predict(0 * rewards + 3, 0 * logps - 5, betas=[1.0], gammas=[0.5])
+    (flat,) = predict_frontier(0 * rewards + 3, 0 * logps - 5, betas=[1.0], gammas=[0.5]).points
     assert (flat.reward.value, flat.reward.low, flat.reward.high) == pytest.approx((3, 3, 3))
     assert astuple(flat.kl)[:3] == pytest.approx((0, 0, 0), abs=1e-9)
 
@@ -238,12 +241,12 @@ def test_frontier_refuses_what_it_cannot_use():
     bad = good.clone()
     bad[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"rewards\[1, 2\] is nan; draw that response again"):
-        predict(bad, good, betas=[1.0], gammas=[0.0])
+        predict_frontier(bad, good, betas=[1.0], gammas=[0.0])
     for beta, gamma in ((0.0, 0.0), (-1.0, 0.5), (1.0, -0.1), (math.nan, 0.1), (math.inf, 0.1)):
         with pytest.raises(ValueError, match=f"beta {beta:g}, gamma {gamma:g}: .* nor both be 0; leave that value out"):
-            predict(good, good, betas=[beta], gammas=[gamma])
+            predict_frontier(good, good, betas=[beta], gammas=[gamma])
     with pytest.raises(ValueError, match="at least one prompt with two samples"):
-        predict(good[:, :1], good[:, :1], betas=[1.0], gammas=[0.0])
+        predict_frontier(good[:, :1], good[:, :1], betas=[1.0], gammas=[0.0])
     with pytest.raises(ValueError, match="nothing to weigh"):
         default_grid(0 * good, good)
 

@@ -66,33 +66,29 @@ def evaluate(
         settings = load_evaluation(settings, [], [f"{name}={place}" for name, place in (policies or {}).items()])
     _check_folder(settings)
     with locked(settings.run_dir):
-        return _evaluate(settings, target)
-
-
-def _evaluate(settings: Evaluation, target: Target | None) -> Results:
-    folder, setup = settings.run_dir, load_setup(settings, target)
-    groups, folders = setup.groups, {name: folder / "policies" / name for name in setup.sources}
-    endpoint = settings.judge.endpoint if settings.judge is not None else None
-    if endpoint is not None and not all(is_answered(setup, name, place, groups) for name, place in folders.items()):
-        EndpointJudge(endpoint).reach()
-    answers = {name: policy_answers(setup, name, place, groups) for name, place in folders.items()}
-    measured = {name: _measure_answers(setup, own, answers["reference"]) for name, own in answers.items()}
-    reward = setup.reward()
-    if reward is not None:
-        for policy in measured.values():
-            measure_rewards(policy, reward, setup.prompts)
-    texts = [plain_text(text) for text in setup.texts]
-    judged: dict[str, Any] = {}
-    try:
-        judged = _judge(setup, measured)
-    finally:
-        # A judge may fail or be stopped: what was measured without it is not lost.
-        results = _results(setup, measured, judged)
-        forget_results(folder)
-        write_text(folder / "recipe.yaml", dump_yaml(settings.model_dump(mode="json")))
-        write_samples(folder, setup.tokenizer, texts, measured)
-        write_results(folder, results)
-    return Results(folder, results)
+        folder, setup = settings.run_dir, load_setup(settings, target)
+        groups, folders = setup.groups, {name: folder / "policies" / name for name in setup.sources}
+        endpoint = settings.judge.endpoint if settings.judge is not None else None
+        if endpoint is not None and not all(is_answered(setup, name, own, groups) for name, own in folders.items()):
+            EndpointJudge(endpoint).reach()
+        answers = {name: policy_answers(setup, name, own, groups) for name, own in folders.items()}
+        measured = {name: _measure_answers(setup, own, answers["reference"]) for name, own in answers.items()}
+        reward = setup.reward()
+        if reward is not None:
+            for policy in measured.values():
+                measure_rewards(policy, reward, setup.prompts)
+        texts = [plain_text(text) for text in setup.texts]
+        judged: dict[str, Any] = {}
+        try:
+            judged = _judge(setup, measured)
+        finally:
+            # A judge may fail or be stopped: what was measured without it is not lost.
+            results = _results(setup, measured, judged)
+            forget_results(folder)
+            write_text(folder / "recipe.yaml", dump_yaml(settings.model_dump(mode="json")))
+            write_samples(folder, setup.tokenizer, texts, measured)
+            write_results(folder, results)
+        return Results(folder, results)
 
 
 def _check_folder(settings: Evaluation) -> None:

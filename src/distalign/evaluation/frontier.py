@@ -95,25 +95,6 @@ class BestOfN:
     kl_bound: float
 
 
-def predict(
-    rewards: Float[Tensor, "prompts samples"],
-    logps: Float[Tensor, "prompts samples"],
-    *,
-    betas: Sequence[float],
-    gammas: Sequence[float],
-) -> list[Point]:
-    """The optimum's reward, KL and entropy at every (β, γ), from samples of π₀ alone; γ varies slowest.
-
-    `rewards` are R̂ and `logps` ln π₀ of the samples, sums over tokens in nats, of the distribution that they were drawn
-    from (temperature included), end-of-sequence included.
-
-    Raises ValueError for fewer than two samples, a number that is not finite, a negative β or γ, or β = γ = 0.
-    """
-    check_coefficients(betas, gammas)
-    rewards, logps = _checked(rewards, "rewards"), _checked(logps, "logps")
-    return [_point(rewards, logps, float(beta), float(gamma)) for gamma in gammas for beta in betas]
-
-
 def check_coefficients(betas: Sequence[float] | None, gammas: Sequence[float] | None) -> None:
     """Raise ValueError unless every β and γ is finite and at least 0, and no β = 0 meets γ = 0, which has no optimum.
 
@@ -350,18 +331,24 @@ def predict_frontier(
     betas: Sequence[float] | None = None,
     gammas: Sequence[float] | None = None,
 ) -> Frontier:
-    """The whole frontier from samples of π₀ with rewards and ln π₀ (nats), as `predict` takes them.
+    """The optimum's reward, KL and entropy at every (β, γ), from samples of π₀ alone; γ varies slowest.
 
-    None takes the grid of `default_grid`. Best-of-n stands beside it for n = 2, 4, 8 … up to a quarter of the samples.
+    `rewards` are R̂ and `logps` ln π₀ of the samples, sums over tokens in nats, of the distribution that they were drawn
+    from (temperature included), end-of-sequence included. None takes the grid of `default_grid`. Best-of-n stands
+    beside it for n = 2, 4, 8 … up to a quarter of the samples.
+
+    Raises ValueError for fewer than two samples, a number that is not finite, a negative β or γ, or β = γ = 0.
     """
+    check_coefficients(betas, gammas)
+    rewards, logps = _checked(rewards, "rewards"), _checked(logps, "logps")
     if betas is None or gammas is None:
         default = default_grid(rewards, logps)
         betas, gammas = default[0] if betas is None else betas, default[1] if gammas is None else gammas
     prompts, samples = rewards.shape
-    points = predict(rewards, logps, betas=betas, gammas=gammas)
+    points = tuple(_point(rewards, logps, float(beta), float(gamma)) for gamma in gammas for beta in betas)
     ns = [2**k for k in range(1, samples.bit_length()) if 4 * 2**k <= samples]
     reward, entropy = (mean_band(values.double()) for values in (rewards, -logps))
-    return Frontier(tuple(points), tuple(best_of_n(rewards, ns)), reward, entropy, prompts, samples)
+    return Frontier(points, tuple(best_of_n(rewards, ns)), reward, entropy, prompts, samples)
 
 
 def _cell(band: Band) -> str:
@@ -389,22 +376,18 @@ def forecast(
         raise InputError(f"{settings.name}: a frontier is of a reward, and there is none; add reward to the settings")
     if settings.samples < 2:
         raise InputError(f"{settings.name}: samples is {settings.samples}; a frontier takes two and wants 64 a prompt")
-    with locked(writable(settings.frontier_dir)):
-        return _forecast(settings, betas, gammas, target)
-
-
-def _forecast(
-    settings: Evaluation, betas: Sequence[float] | None, gammas: Sequence[float] | None, target: Target | None
-) -> Frontier:
-    folder = settings.frontier_dir
-    setup = load_setup(settings.model_copy(update={"policies": {}, "judge": None}), target)
-    answers = policy_answers(setup, "reference", folder / "reference", [])
-    reward = setup.reward()
-    assert reward is not None
-    requests = [Request(one.prompt, own, one.row) for one, own in zip(setup.prompts, answers.responses, strict=True)]
-    rewards = reward(requests).double().view(len(requests), settings.samples)
-    logps = answers.scores["logps"].view(len(requests), settings.samples)
-    frontier = predict_frontier(rewards, logps, betas=betas, gammas=gammas)
-    text = json.dumps({**frontier.to_json(), "of": setup.identity()}, indent=1, ensure_ascii=False)
-    (folder / FRONTIER).write_text(text, encoding="utf-8")
-    return frontier
+    folder = writable(settings.frontier_dir)
+    with locked(folder):
+        setup = load_setup(settings.model_copy(update={"policies": {}, "judge": None}), target)
+        answers = policy_answers(setup, "reference", folder / "reference", [])
+        reward = setup.reward()
+        assert reward is not None
+        requests = [
+            Request(one.prompt, own, one.row) for one, own in zip(setup.prompts, answers.responses, strict=True)
+        ]
+        rewards = reward(requests).double().view(len(requests), settings.samples)
+        logps = answers.scores["logps"].view(len(requests), settings.samples)
+        frontier = predict_frontier(rewards, logps, betas=betas, gammas=gammas)
+        text = json.dumps({**frontier.to_json(), "of": setup.identity()}, indent=1, ensure_ascii=False)
+        (folder / FRONTIER).write_text(text, encoding="utf-8")
+        return frontier

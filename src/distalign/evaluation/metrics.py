@@ -41,13 +41,7 @@ from distalign.stats.text import jackknife_distinct_n, jackknife_self_bleu, repe
 COLUMNS: list[dict[str, Any]] = [
     dict(zip(("key", "label", "unit", "better", "about"), column, strict=True))
     for column in (
-        (
-            "forward_kl",
-            "KL(π*‖π)",
-            "nats",
-            "lower",
-            "Forward KL to the target, per response of it (cut at max_new_tokens).",
-        ),
+        ("forward_kl", "KL(π*‖π)", "nats", "lower", "Forward KL per response of the target, cut at max_new_tokens."),
         ("reverse_kl", "KL(π‖π*)", "nats", "lower", "Reverse KL to the target, per response of the policy as sampled."),
         ("kl_reference", "KL(π‖π₀)", "nats", None, "How far the policy moved from the reference, per response."),
         ("entropy", "entropy", "nats", None, "Entropy of the policy's responses; the target's own is the aim."),
@@ -55,23 +49,11 @@ COLUMNS: list[dict[str, Any]] = [
         ("nll", "label NLL", "nats", "lower", "−ln probability of held-out labels under the policy's preference."),
         ("ece", "ECE", None, "lower", "Expected calibration error of the policy's preference probabilities."),
         ("win_rate", "win rate", None, "higher", "P(response of π ≻ response of π₀) by the target's own preference."),
-        (
-            "reward",
-            "reward",
-            "nats",
-            None,
-            "Mean of the policy's responses by the learned reward; a collapse maximises it.",
-        ),
+        ("reward", "reward", "nats", None, "Mean of the responses by the learned reward; a collapse maximises it."),
         ("distinct_2", "distinct-2", None, None, "Distinct pairs of neighbouring tokens over all of them."),
         ("self_bleu", "self-BLEU", None, None, "How alike responses are: BLEU of each with the others as references."),
         ("repetition", "repeats", None, None, "Share of a response's 3-grams that stood in it before."),
-        (
-            "chosen_change",
-            "Δ ln π(chosen)",
-            "nats",
-            None,
-            "ln π − ln π₀ of preferred responses; below 0 is displacement.",
-        ),
+        ("chosen_change", "Δ ln π(chosen)", "nats", None, "ln π − ln π₀ of chosen responses; below 0: displacement."),
         ("rejected_change", "Δ ln π(rejected)", "nats", None, "ln π − ln π₀ of the other responses of held-out pairs."),
         ("length", "tokens", None, None, "Length of a response, in tokens."),
         ("missing_end", "no end", None, None, "Share of responses cut by the length limit before they ended."),

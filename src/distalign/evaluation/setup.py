@@ -108,12 +108,6 @@ class Evaluation(Section):
         for one in self.reward:
             if one.train is not None:
                 raise ValueError("reward.train: an evaluation trains nothing; run distalign reward and name its folder")
-            if one.columns:
-                raise ValueError(
-                    "reward.columns: an evaluation's responses are drawn, and have none; take another reward"
-                )
-            if one.exact and self.target is None:
-                raise ValueError("reward.exact is the known target's; add target, or take another reward")
         return self
 
     @property
@@ -249,7 +243,7 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     known = settings.target is not None or target is not None
     gamma = None if settings.target is None else settings.target.gamma
     if settings.reward:
-        check_rewards(settings.reward, conversational=conversational, target=known, gamma=known)
+        check_rewards(settings.reward, conversational=conversational, target=settings.target is not None)
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
     for name, source in sources.items():

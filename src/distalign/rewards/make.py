@@ -17,7 +17,7 @@ from distalign.rewards.function import FunctionReward, find_function
 from distalign.rewards.reward_model import RewardTraining, is_reward_model, load_reward
 from distalign.settings import Count, Positive, Section, several, switch
 
-_NO_TARGET = "reward.exact: only a known target has an exact reward; add target, or train a reward"
+_NO_TARGET = "reward.exact: only a known target has an exact reward; add target, or take another reward"
 
 _KINDS = ("model", "train", "function", "exact", "columns")
 
