@@ -302,17 +302,18 @@ def test_another_tokenizer_is_refused(place, tmp_path):
         evaluate(load_evaluation(place / "all.yaml", ["name=other"], [str(tmp_path / "other")]))
 
 
-def test_policies_are_named_by_what_tells_them_apart():
-    """name=place; the last part of a path; more of it where two end alike; never model, reference or target."""
+def test_policies_are_named_by_the_last_part_of_a_path():
+    """Or name=place, which may replace one of the settings; never model. Two alike are refused, of the settings too."""
     assert _named(["mine=a/b", "runs/x/pmle/model"], {}) == {"mine": "a/b", "pmle": "runs/x/pmle/model"}
-    assert _named(["runs/a/pmle/model", "runs/b/pmle/model"], {}) == {
-        "pmle": "runs/a/pmle/model",
-        "b-pmle": "runs/b/pmle/model",
-    }
-    assert set(_named(["x/reference"], {})) == {"x-reference"}
-    assert set(_named(["x/dpo"], {"dpo": "y"})) == {"x-dpo"}
-    with pytest.raises(InputError, match="two are named x"):
-        _named(["x=a", "x=b"], {})
+    assert _named(["dpo=x"], {"dpo": "y"}) == {"dpo": "x"}
+    for policies, taken in (
+        (["x=a", "x=b"], {}),
+        (["runs/a/x/model", "runs/b/x/model"], {}),
+        (["a/x"], {"x": "b"}),
+        (["a/x", "x=b"], {}),
+    ):
+        with pytest.raises(InputError, match=r"two are named x, .* names of their own \(name=place\)"):
+            _named(policies, taken)
 
 
 def test_opponents_are_all_or_the_reference_alone():

@@ -5,7 +5,6 @@ Everything that can be read without weights is read, and refused, before they ar
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -126,7 +125,7 @@ def load_evaluation(
 ) -> Evaluation:
     """Read and check the settings: of a file, a packaged recipe by its name, or a mapping.
 
-    `policies` are `name=place`, or places that are named by their last parts; they are added to those of the settings.
+    `policies` are `name=place`, or places that are named by the last part; they are added to those of the settings.
     Raises RecipeError, every line of which says where, what was found and what to do.
     """
 
@@ -140,23 +139,19 @@ def load_evaluation(
     return read_settings(Evaluation, place, overrides, files=files, change=add)
 
 
-def _named(policies: Sequence[str], taken: dict[str, str]) -> dict[str, str]:
-    """Names of policies: what stands before =, or as much of the end of the path as tells them apart."""
+def _named(policies: Sequence[str], taken: Mapping[str, str]) -> dict[str, str]:
+    """Names of policies: what stands before =, or the last part of the path, which must be free."""
     named: dict[str, str] = {}
     for policy in policies:
         name, equals, place = policy.partition("=")
-        if not equals or "/" in name:
-            place = policy
+        given = equals and "/" not in name
+        if not given:
             parts = [part for part in Path(policy).parts if part not in ("/", ".", "..", "model")]
-            name = parts[-1] if parts else policy
-            depth = 2
-            while name in named or name in taken or name in ("reference", "target"):
-                name = "-".join(parts[-depth:]) if depth <= len(parts) else f"{name}-{len(named) + 1}"
-                depth += 1
-        name = name.replace("/", "-")
-        if name in named:
+            name, place = parts[-1] if parts else policy, policy
+        others = named if given else {**taken, **named}
+        if name in others:
             raise RecipeError(
-                f"policies: two are named {name}, {named[name]} and {place}; give them names of their own"
+                f"policies: two are named {name}, {others[name]} and {place}; give them names of their own (name=place)"
             )
         named[name] = place
     return named
@@ -236,7 +231,8 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     _check_tokenizers(settings, sources, tokenizer.get_vocab())
     _check_quantization(settings, sources)
     pairs, rows, statistics = _read(settings, tokenizer)
-    prompts = _distinct(rows, tokenizer, settings.limit, statistics)
+    prompts = _distinct(rows, tokenizer, settings.limit)
+    statistics["held-out prompts"] = len(prompts)
     if len(prompts) < 2:
         raise InputError(f"{settings.name}: {len(prompts)} different prompts; standard errors need two: give more")
     conversational = bool(tokenizer.chat_template) and statistics["format"] == "conversational"
@@ -327,32 +323,12 @@ def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], vocab
             )
 
 
-def _distinct(
-    rows: Sequence[Prompt], tokenizer: Tokenizer, limit: int, statistics: dict[str, Any]
-) -> list[EncodedPrompt]:
-    """The first `limit` rows that differ in their prompt or another column, encoded; counts are added to `statistics`.
-
-    Functions that reward or judge are given the columns, so the same prompt with others is another row.
-    """
-    distinct: dict[tuple[tuple[int, ...], str], EncodedPrompt] = {}
-    repeated = 0
+def _distinct(rows: Sequence[Prompt], tokenizer: Tokenizer, limit: int) -> list[EncodedPrompt]:
+    """The first `limit` rows that differ in their prompt or another column, encoded; what comes later is not read."""
+    distinct: dict[object, EncodedPrompt] = {}
     for row in rows:
         if len(distinct) == limit:
             break
         prompt = EncodedPrompt(encode_prompt(tokenizer, row), row.where, row)
-        key = tuple(prompt.prompt), json.dumps(row.extra, sort_keys=True, default=repr)
-        repeated += key in distinct
-        distinct.setdefault(key, prompt)
-    statistics["held-out prompts"] = len(distinct)
-    if repeated:
-        statistics["repeated rows left out"] = repeated
-        logger.info("%d rows repeat another, prompt and columns, and are left out", repeated)
-    shared = len(distinct) - len({ids for ids, _ in distinct})
-    if shared:
-        statistics["prompts that are another's with other columns"] = shared
-        logger.warning(
-            "%d of %d prompts are another's with other columns; standard errors count each as a prompt of its own",
-            shared,
-            len(distinct),
-        )
+        distinct.setdefault(prompt.question, prompt)
     return list(distinct.values())
