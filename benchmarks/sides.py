@@ -29,7 +29,7 @@ from distalign.engine.packing import frame
 from distalign.methods import DPO, PD, RKL, RLHF, Method
 from distalign.models.load import Source
 from distalign.models.policy import Policy
-from distalign.rewards import Request
+from distalign.rewards import Request, Reward
 from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
@@ -155,15 +155,11 @@ def train_ours(pipe: Connection, job: Job, folder: str) -> None:
     trainer.train()
 
 
-class _Lengths:
+class _Lengths(Reward):
     """A reward that costs nothing: how many different tokens a response has."""
 
     def __call__(self, requests: Sequence[Request]) -> torch.Tensor:
         return torch.tensor([float(len(set(own))) for request in requests for own in request.responses])
-
-    def counters(self) -> dict[str, float]:
-        """Nothing to tell."""
-        return {}
 
 
 ROUNDS: dict[str, Method] = {"rkl": RKL(gamma=GAMMA, beta=0.0), "rlhf": RLHF(beta=0.0), "pd": PD(gamma=GAMMA, beta=0.0)}

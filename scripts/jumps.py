@@ -32,6 +32,7 @@ from distalign.data import EncodedPrompt
 from distalign.methods import RKL
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
+from distalign.rewards import Reward
 from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
@@ -88,17 +89,13 @@ class CountingTrainer(AlignmentTrainer):
             self.found.stop()
 
 
-class Even:
+class Even(Reward):
     """A reward: one nat for each even token."""
 
     def __call__(self, requests: Sequence[Any]) -> torch.Tensor:
         """A reward a response."""
         texts = [own for request in requests for own in request.responses]
         return torch.tensor([float(sum(token % 2 == 0 for token in own)) for own in texts])
-
-    def counters(self) -> dict[str, float]:
-        """Nothing to tell."""
-        return {}
 
 
 def tiny_model() -> Any:

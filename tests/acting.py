@@ -13,6 +13,7 @@ from distalign.errors import InputError
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
+from distalign.rewards import Reward
 from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
@@ -32,17 +33,13 @@ METHODS = {
 SOURCE = Source("tiny", "tiny", "made here")
 
 
-class Warmth:
+class Warmth(Reward):
     """Rewards warm words: a nat for each id from 7 to 9, and half a one for an end."""
 
     def __call__(self, requests):
         """A reward a response."""
         texts = [own for request in requests for own in request.responses]
         return torch.tensor([sum(7 <= t <= 9 for t in own) + 0.5 * (own[-1] == tiny.END) for own in texts])
-
-    def counters(self):
-        """Nothing to tell."""
-        return {}
 
 
 def prompts(n=8):

@@ -82,10 +82,6 @@ class Lookup:
         self.asked += comparisons
         return [Judgement(self.table[tuple(c.ids.first), tuple(c.ids.second)]) for c in comparisons]
 
-    def counters(self):
-        """None."""
-        return {}
-
 
 def test_judgements_go_to_their_prompt_and_pair():
     """Three prompts, two samples, two pairs of opponents: the mean over the samples, the first's response first."""

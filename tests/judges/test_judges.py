@@ -65,12 +65,13 @@ def test_the_exact_judge_is_the_targets_preference(verdict):
     logit = GAMMA * (logp(target, prompt, first) - logp(target, prompt, second))
     expected = torch.tensor(logit).sigmoid().item() if verdict == "probability" else float(logit > 0)
     by_ids = Comparison(CHATS[0].prompt, "", "", ids=Ids(prompt, first, second))
-    seen = []
+    seen, given, reward = [], [], judge.reward
+    judge.reward = lambda requests: given.extend(requests) or reward(requests)
     found = judge([CHATS[0], by_ids, swapped(CHATS[0])], lambda *counts: seen.append(counts))
     assert [one.probability for one in found] == pytest.approx([expected, expected, 1 - expected], abs=1e-5)
     assert 0.01 < abs(logit) < 5
     assert seen == [(3, 3)]
-    assert judge.counters() == {"responses": 2.0}  # each once, however often it is compared
+    assert [len(request.responses) for request in given] == [2]  # each once, however often it is compared
 
 
 def test_a_response_that_did_not_end_is_judged_as_such():
@@ -150,14 +151,15 @@ def test_a_function_judges(write):
         ("return [(0.8 if a == 'bad' else 0.6) for a, b in completions]", [0.5, 0.4], 2),
     ],
 )
-def test_a_function_is_asked_in_both_orders(write, body, expected, contradictory):
-    """The mean of p in one order and 1 − p in the other; what names the same position twice is counted."""
+def test_a_function_is_asked_in_both_orders(write, caplog, body, expected, contradictory):
+    """The mean of p in one order and 1 − p in the other; of what names the same position twice a warning tells."""
     judge = FunctionJudge(write(body), timeout=9.0)
     assert [one.probability for one in judge(CHATS)] == pytest.approx(expected)
-    assert judge.counters() == {"comparisons": 2.0, "contradictory": float(contradictory)}
+    told = f"for {contradictory} of 2 comparisons both orders name the same position"
+    assert caplog.text.count(told) == (contradictory > 0)
     backwards = judge([swapped(one) for one in CHATS])
     assert [1 - one.probability for one in backwards] == pytest.approx(expected)
-    assert judge.counters() == {"comparisons": 4.0, "contradictory": 2.0 * contradictory}
+    assert caplog.text.count(told) == 2 * (contradictory > 0)
 
 
 @pytest.mark.parametrize(

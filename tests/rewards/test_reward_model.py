@@ -66,7 +66,6 @@ def test_a_saved_reward_reads_back_identically(saved, kind):
     check_rewards(settings, conversational=True)
     reward = make_reward(settings, base=base, tokenizer=tiny.tokenizer(), token_budget=256)
     torch.testing.assert_close(reward(ASKED), scores, rtol=1e-5, atol=1e-5)
-    assert reward.counters() == {"responses": 12.0}
     assert float(scores.std()) > 0.01
 
 

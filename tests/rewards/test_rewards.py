@@ -59,7 +59,7 @@ def test_a_request_has_something_to_reward():
 
 
 def test_the_exact_reward_is_gamma_times_the_log_probability():
-    """In order, whatever the batches; float32 constants on the CPU; counted."""
+    """In order, whatever the batches; float32 constants on the CPU."""
     model = tiny.model()
     reward = ExactReward(model, gamma=0.3, token_budget=8)
     found = reward(REQUESTS)
@@ -68,7 +68,6 @@ def test_the_exact_reward_is_gamma_times_the_log_probability():
     torch.testing.assert_close(found, expected.float())
     assert found.dtype == torch.float32
     assert not found.requires_grad
-    assert reward.counters() == {"responses": 3.0}
     assert isinstance(reward, Reward)
 
 
@@ -83,7 +82,6 @@ def test_a_function_is_called_as_trl_calls_it(write):
     assert seen["weight"] == [2, 2, None]
     assert seen["topic"] == [None, None, "sky"]
     assert seen["completion_ids"] == [ids for r in REQUESTS for ids in r.responses]
-    assert reward.counters() == {"responses": 3.0, "calls": 1.0}
 
 
 def test_what_a_function_changes_is_its_own(write):
@@ -178,23 +176,21 @@ def test_a_module_that_raises_or_is_async_is_refused(tmp_path):
 
 
 def test_several_rewards_are_summed_with_their_weights(write):
-    """R = 0.5 f − 2 γ ln π*; counters carry the name of their part."""
+    """R = 0.5 f − 2 γ ln π*."""
     base = tiny.model()
     settings = [RewardSettings(function=write("return [1, 2, 3]"), weight=0.5), RewardSettings(exact=True, weight=-2.0)]
     check_rewards(settings, conversational=True, target=True, gamma=True)
     reward = make_reward(settings, base=base, target=base, gamma=0.3, **PARTS)
     exact = ExactReward(base, gamma=0.3, token_budget=64)(REQUESTS)
     torch.testing.assert_close(reward(REQUESTS), 0.5 * torch.tensor([1.0, 2.0, 3.0]) - 2 * exact)
-    assert reward.counters() == {"function/responses": 3.0, "function/calls": 1.0, "exact/responses": 3.0}
 
 
-def test_a_single_weight_counts_and_equal_kinds_keep_apart(write):
-    """One reward with a weight is scaled; two functions have counters of their own."""
+def test_a_single_weight_counts_and_equal_kinds_are_summed(write):
+    """One reward with a weight is scaled; two functions are summed."""
     one = RewardSettings(function=write("return [1, 2, 3]"), weight=-1.0)
     assert make_reward([one], base=tiny.model(), **PARTS)(REQUESTS).tolist() == [-1.0, -2.0, -3.0]
     two = make_reward([one, one], base=tiny.model(), **PARTS)
     assert two(REQUESTS).tolist() == [-2.0, -4.0, -6.0]
-    assert set(two.counters()) == {f"function_{i}/{key}" for i in (0, 1) for key in ("responses", "calls")}
 
 
 @pytest.mark.parametrize(

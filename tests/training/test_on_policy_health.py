@@ -12,21 +12,18 @@ from acting import METHODS, metrics, trainer
 
 from distalign.experiments.recipe import load_recipe
 from distalign.methods import PMLE, RKL, RLHF
+from distalign.rewards import Reward
 from distalign.training.health import HealthSettings
 
 # Collapse -------------------------------------------------------------------------------------------------------------
 
 
-class LikesOneToken:
+class LikesOneToken(Reward):
     """Rewards the share of one word, and nothing else."""
 
     def __call__(self, requests):
         """A reward a response."""
         return torch.tensor([own.count(8) / len(own) for request in requests for own in request.responses])
-
-    def counters(self):
-        """Nothing to tell."""
-        return {}
 
 
 @pytest.mark.parametrize("stop", [True, False])

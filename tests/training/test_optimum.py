@@ -14,6 +14,7 @@ from distalign.engine import Group, score
 from distalign.methods import PD, PMLE, REBEL, RKL, RLHF, Pairs, Samples
 from distalign.models.load import Source
 from distalign.models.policy import make_policy
+from distalign.rewards import Reward
 from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
@@ -24,16 +25,12 @@ RESPONSES = [[tiny.END], *([a, tiny.END] for a in FREE), *([a, b] for a, b in pr
 REWARDS = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(0))
 
 
-class Table:
+class Table(Reward):
     """The reward of every response, looked up by its tokens."""
 
     def __call__(self, requests):
         """A reward a response."""
         return REWARDS[[RESPONSES.index(own) for request in requests for own in request.responses]]
-
-    def counters(self):
-        """Nothing to tell."""
-        return {}
 
 
 def logps(model):

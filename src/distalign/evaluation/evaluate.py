@@ -238,7 +238,7 @@ def _judge(setup: EvaluationSetup, measured: Mapping[str, Measured]) -> dict[str
             measured[name].values["win_rate"] = 1 - wins["reference", name]
     judged = win_rates(wins, names, {name: policy.values["length"] for name, policy in measured.items()})
     kind = next(key for key in ("reward", "function", "exact", "endpoint") if getattr(judge_settings, key))
-    judged["win_rates"] |= {"judge": kind, "facts": judge.counters()}
+    judged["win_rates"]["judge"] = kind
     setup.seconds["judge"] = time.monotonic() - started
     return judged
 

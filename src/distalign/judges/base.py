@@ -67,7 +67,3 @@ class Judge(Protocol):
     def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
         """One judgement per comparison, in order. Raises JudgeError, and RewardError where a reward judges."""
         ...
-
-    def counters(self) -> dict[str, float]:
-        """Counts since the start."""
-        ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from distalign.data import Pair, Prompt, encode_pair
 from distalign.judges.base import Comparison, Ids, JudgeError, Judgement, Progress
 from distalign.rewards import Request, Reward
 from distalign.rewards.function import UserFunction
+
+logger = logging.getLogger("distalign.judges.local")
 
 # Prompts that a reward is given at once; it makes batches of its own within them.
 _AT_ONCE = 64
@@ -60,10 +63,6 @@ class RewardJudge:
             for key, ids in zip(keys, encoded, strict=True)
         ]
 
-    def counters(self) -> dict[str, float]:
-        """The reward's."""
-        return self.reward.counters()
-
     def _probability(self, difference: float) -> float:
         if self.verdict == "sign":
             return (difference > 0) + 0.5 * (difference == 0)
@@ -93,7 +92,6 @@ class FunctionJudge:
 
     def __init__(self, name: str, *, timeout: float) -> None:
         self.function = UserFunction(name, timeout=timeout, role="judge", error=JudgeError)
-        self.comparisons = self.contradictory = 0
 
     def __call__(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Judgement]:
         """The mean of both orders, asked in one call: first all as they are, then all with their responses exchanged.
@@ -118,12 +116,9 @@ class FunctionJudge:
                     "return the probability, between 0 and 1, that the first of the two is preferred",
                 )
         both = list(zip(values[:n], values[n:], strict=True))
-        self.comparisons += n
-        self.contradictory += sum((forward - 0.5) * (backward - 0.5) > 0 for forward, backward in both)
+        if contradictory := sum((forward - 0.5) * (backward - 0.5) > 0 for forward, backward in both):
+            logger.warning("judge function %s: for %d of %d comparisons both orders name the same position, and so "
+                           "disagree about the winner", self.function.name, contradictory, n)  # fmt: skip
         if progress is not None:
             progress(n, n)
         return [Judgement((forward + 1 - backward) / 2) for forward, backward in both]
-
-    def counters(self) -> dict[str, float]:
-        """Comparisons judged; contradictory: those whose two orders name the same position, so each a winner."""
-        return {"comparisons": float(self.comparisons), "contradictory": float(self.contradictory)}

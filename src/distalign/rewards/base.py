@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -45,17 +46,12 @@ class Request:
         return Group(self.prompt, self.responses)
 
 
-@runtime_checkable
-class Reward(Protocol):
+class Reward(ABC):
     """R(x, a), in nats where it stands for a preference model; defined up to a constant per prompt."""
 
+    @abstractmethod
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """Rewards of all responses in order: request by request, float32, on the CPU, constants. Raises RewardError."""
-        ...
-
-    def counters(self) -> dict[str, float]:
-        """Counts since the start, such as the texts scored and those that were cut."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -102,25 +98,19 @@ def finite(values: Tensor, name: str) -> Float[Tensor, "responses"]:
     return values
 
 
-class ExactReward:
+class ExactReward(Reward):
     """R(x, a) = γ ln π*(a|x), in nats: the reward of a known target, without error (eq. 8)."""
 
     def __init__(self, target: nn.Module, *, gamma: float, token_budget: int) -> None:
         self.target, self.gamma, self.token_budget = target, gamma, token_budget
-        self.responses = 0
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """γ times the target's sequence log-probabilities."""
         scores = score_in_batches(self.target, [r.group for r in requests], token_budget=self.token_budget)
-        self.responses += len(scores.mask)
         return finite(induced_reward(scores.logps, gamma=self.gamma), "exact")
 
-    def counters(self) -> dict[str, float]:
-        """Responses rewarded."""
-        return {"responses": float(self.responses)}
 
-
-class ColumnReward:
+class ColumnReward(Reward):
     """R = scale · chosen_reward and scale · rejected_reward of the data's own pairs; drawn responses have none.
 
     `scale` is what one unit of the columns is worth, in nats of preference: P(a ≻ b | x) = σ(R(x, a) − R(x, b)). Raises
@@ -130,7 +120,7 @@ class ColumnReward:
     def __init__(self, scale: float) -> None:
         if not (math.isfinite(scale) and scale > 0):
             raise RewardError(f"ColumnReward: scale is {scale}; give the nats that one unit of the columns is worth")
-        self.scale, self.responses = scale, 0
+        self.scale = scale
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """Rewards of the pairs, chosen and rejected in turn. Raises RewardError for a row without them."""
@@ -140,12 +130,7 @@ class ColumnReward:
             if both is None or len(request.responses) != 2:
                 raise RewardError("rewards from columns: only the data's pairs have them; take another reward")
             values += both
-        self.responses += len(values)
         return finite(self.scale * torch.tensor(values), "columns")
-
-    def counters(self) -> dict[str, float]:
-        """Responses rewarded."""
-        return {"responses": float(self.responses)}
 
 
 def column_rewards(row: Prompt | Pair | None) -> tuple[float, float] | None:
@@ -155,16 +140,12 @@ def column_rewards(row: Prompt | Pair | None) -> tuple[float, float] | None:
     return row.chosen_reward, row.rejected_reward
 
 
-class WeightedSum:
-    """Σ_k weight_k R_k(x, a): several rewards as one. Its counters carry the name of the part they belong to."""
+class WeightedSum(Reward):
+    """Σ_k weight_k R_k(x, a): several rewards as one."""
 
-    def __init__(self, parts: Sequence[tuple[str, float, Reward]]) -> None:
+    def __init__(self, parts: Sequence[tuple[float, Reward]]) -> None:
         self.parts = list(parts)
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """The sum over the parts."""
-        return finite(torch.stack([weight * reward(requests) for _, weight, reward in self.parts]).sum(0), "sum")
-
-    def counters(self) -> dict[str, float]:
-        """Of every part, as `name/counter`."""
-        return {f"{name}/{key}": value for name, _, reward in self.parts for key, value in reward.counters().items()}
+        return finite(torch.stack([weight * reward(requests) for weight, reward in self.parts]).sum(0), "sum")

@@ -5,6 +5,7 @@ It reads TEXT, by its own tokenizer and chat template, so it need not know the p
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from distalign.models.load import Source, explained, find_model, positions
 from distalign.models.verify import load_adapter, load_verified
-from distalign.rewards.base import Request, RewardError, TextResponse, as_text, finite
+from distalign.rewards.base import Request, Reward, RewardError, TextResponse, as_text, finite
+
+logger = logging.getLogger("distalign.rewards.classifier")
 
 _CLASSIFIER = "ForSequenceClassification"
 # What the families call the head that gives the score.
@@ -92,12 +95,12 @@ def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSo
     return ClassifierSource(source, tokenizer, max_length or limit)
 
 
-class ClassifierReward:
+class ClassifierReward(Reward):
     """Scores of a sequence-classification model with one label.
 
     A chat is rendered by the model's own template, prompt and answer together, as if the answer had ended; strings are
     joined, with the model's end-of-sequence token after them. A text longer than `max_length` tokens loses its START,
-    and is counted. The model finds the last token of a padded text in its own way, as when it was trained.
+    and a warning says how many did. The model finds the last token of a padded text in its own way, as it was trained.
     """
 
     def __init__(
@@ -116,12 +119,15 @@ class ClassifierReward:
         if config.pad_token_id is None:
             config.pad_token_id = source.tokenizer.pad_token_id
         self.pad: int | None = config.pad_token_id
-        self.texts = self.cut = 0
 
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """The model's scores, in the order of the responses."""
-        rows = [self._ids(response) for response in as_text(requests, self.policy_tokenizer)]
+        read = [self._ids(response) for response in as_text(requests, self.policy_tokenizer)]
+        rows, cut = [ids for ids, _ in read], sum(was_cut for _, was_cut in read)
+        if cut:
+            logger.warning("reward model %s: %d of %d texts are longer than %s tokens and lost their start",
+                           self.source.name, cut, len(rows), self.source.max_length)  # fmt: skip
         values = torch.zeros(len(rows))
         for batch in self._batches(rows):
             texts = [torch.tensor(rows[i]) for i in batch]
@@ -130,10 +136,6 @@ class ClassifierReward:
             logits = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits
             values[torch.tensor(batch)] = logits.squeeze(-1).float().cpu()
         return finite(values, self.source.name)
-
-    def counters(self) -> dict[str, float]:
-        """Texts scored, and how many lost their start."""
-        return {"texts": float(self.texts), "texts_cut": float(self.cut)}
 
     def _batches(self, rows: list[list[int]]) -> list[list[int]]:
         """Indices, the longest first: at most `token_budget` padded tokens, and one text each if nothing can pad."""
@@ -146,18 +148,16 @@ class ClassifierReward:
                 batches.append([index])
         return batches
 
-    def _ids(self, response: TextResponse) -> list[int]:
-        """Prompt and response in the model's tokens, without their start where they are too long."""
+    def _ids(self, response: TextResponse) -> tuple[list[int], bool]:
+        """Prompt and response in the model's tokens; without their start where they are too long, and whether so."""
         tokenizer, limit = self.source.tokenizer, self.source.max_length
         special = isinstance(response.prompt, str)  # a template writes its special tokens itself
         text = self._text(response)
         ids = tokenizer(text, add_special_tokens=special, truncation=False, verbose=False)["input_ids"]
-        self.texts += 1
-        if limit is not None and len(ids) > limit:
-            self.cut += 1
-            tokenizer.truncation_side = "left"
-            ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"]
-        return ids
+        if limit is None or len(ids) <= limit:
+            return ids, False
+        tokenizer.truncation_side = "left"
+        return tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"], True
 
     def _text(self, response: TextResponse) -> str:
         tokenizer, prompt, completion = self.source.tokenizer, response.prompt, response.completion

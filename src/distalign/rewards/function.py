@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from distalign.errors import InputError
-from distalign.rewards.base import LARGEST, Request, RewardError, as_text
+from distalign.rewards.base import LARGEST, Request, Reward, RewardError, as_text
 from distalign.user_code import load_named
 
 SIGNATURE = "(prompts, completions, **columns) -> list of floats"
@@ -109,7 +109,7 @@ def _number(value: object) -> object:
     return item() if item is not None and math.prod(getattr(value, "shape", ())) == 1 else value
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A function `(prompts, completions, **columns) -> list[float]`: flat lists, one entry per response.
 
     Chats are given as message lists, a completion as one assistant message. Columns that only some rows have are None
@@ -122,7 +122,6 @@ class FunctionReward:
     ) -> None:
         self.function = UserFunction(function, timeout=timeout, role="reward", error=RewardError)
         self.tokenizer = tokenizer
-        self.responses = self.calls = 0
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """Its return value, checked. Raises RewardError if it raises, takes too long, or gives anything but numbers."""
@@ -134,14 +133,7 @@ class FunctionReward:
         offered["prompts"] = [response.prompt for response in responses]
         offered["completions"] = [response.completion for response in responses]
         offered["completion_ids"] = [response.ids for response in responses]
-        values = self.function(offered, len(responses))
-        self.responses += len(responses)
-        self.calls += 1
-        return torch.tensor(values, dtype=torch.float32)
-
-    def counters(self) -> dict[str, float]:
-        """Responses rewarded and calls made."""
-        return {"responses": float(self.responses), "calls": float(self.calls)}
+        return torch.tensor(self.function(offered, len(responses)), dtype=torch.float32)
 
 
 def find_function(name: str, *, role: str = "reward", error: type[InputError] = RewardError) -> Callable[..., object]:

@@ -179,7 +179,4 @@ def make_reward(
     rewards = [make(part) for part in settings]
     if len(rewards) == 1 and settings[0].weight == 1:
         return rewards[0]
-    kinds = [part.kinds[0] for part in settings]
-    names = [kind if kinds.count(kind) == 1 else f"{kind}_{i}" for i, kind in enumerate(kinds)]
-    weights = [float(part.weight) for part in settings]
-    return WeightedSum(list(zip(names, weights, rewards, strict=True)))
+    return WeightedSum(list(zip([part.weight for part in settings], rewards, strict=True)))

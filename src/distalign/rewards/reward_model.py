@@ -43,7 +43,7 @@ from distalign.models.policy import Lora, make_policy
 from distalign.models.quantized import quantization_of
 from distalign.models.targets import with_logit_bias
 from distalign.models.verify import check_complete, check_finite
-from distalign.rewards.base import Request, RewardError, finite
+from distalign.rewards.base import Request, Reward, RewardError, finite
 from distalign.rewards.heads import Head, HeadName, Tilt, embeddings, new_head
 from distalign.settings import Count, Positive, Section
 from distalign.stats.intervals import Estimate
@@ -108,7 +108,7 @@ class RewardTraining(Section):
             )
 
 
-class TrainedReward:
+class TrainedReward(Reward):
     """R of the module's docstring. `trunk` is what the head reads: `base` itself when the backbone is frozen.
 
     `gamma` is None for init: scratch, which has no use for ln π₀.
@@ -125,7 +125,6 @@ class TrainedReward:
     ) -> None:
         self.base, self.trunk, self.gamma, self.token_budget = base, trunk, gamma, token_budget
         self.head = head.to(embeddings(base).device)
-        self.responses = 0
         self._model: PreTrainedModel | None = None
         self._start = torch.zeros(0)
 
@@ -136,9 +135,7 @@ class TrainedReward:
 
     def __call__(self, requests: Sequence[Request]) -> Float[Tensor, "responses"]:
         """Rewards in nats."""
-        values = self.values([request.group for request in requests])
-        self.responses += len(values)
-        return finite(values, "trained")
+        return finite(self.values([request.group for request in requests]), "trained")
 
     @torch.no_grad()
     def values(self, groups: Sequence[Group]) -> Float[Tensor, "responses"]:
@@ -180,10 +177,6 @@ class TrainedReward:
         bias = self._start + head.weight / (head.scale * self.gamma)
         self._model.get_output_embeddings().bias.copy_(bias)  # pyright: ignore[reportOptionalMemberAccess]
         return self._model
-
-    def counters(self) -> dict[str, float]:
-        """Responses rewarded; none is ever cut."""
-        return {"responses": float(self.responses)}
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The trunk's parameters that training changes, by name; the head's own are `head.weight`."""

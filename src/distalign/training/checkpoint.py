@@ -1,7 +1,7 @@
 """What a checkpoint holds besides transformers' files, and how one is known to be whole and of this run.
 
 manifest.json                   the step, what run it is of, a SHA-256 of every file: written last
-distalign.json                  health, the reward's counters, numbers for the next log line, the size of a micro-batch
+distalign.json                  health, numbers for the next log line, the size of a micro-batch
 rollout.safetensors             the round of drawn responses that the run is in
 reference_rollout.safetensors   what the reference drew before the first step
 reference.safetensors           the reference's log-probabilities of the pairs seen: scored again, beside other pairs,

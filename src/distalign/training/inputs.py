@@ -453,13 +453,7 @@ def load_rewards(given: Given, base: Any, args: AlignmentConfig, *, token_budget
     weights = args.reward_weights or [1.0] * len(loaded)
     if len(loaded) == 1 and weights[0] == 1:
         return loaded[0]
-    names = [getattr(reward, "__name__", type(part).__name__) for reward, part in zip(rewards, loaded, strict=True)]
-    return WeightedSum(
-        [
-            (f"{name}_{i}", weight, part)
-            for i, (name, weight, part) in enumerate(zip(names, weights, loaded, strict=True))
-        ]
-    )
+    return WeightedSum(list(zip(weights, loaded, strict=True)))
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

@@ -158,9 +158,8 @@ class ResumableTrainer(SavingTrainer):
 
     def _resume(self, checkpoint: Path) -> None:
         step, state, self.resumed_from = step_of(checkpoint), load_state(checkpoint), checkpoint.parent
-        if self.worker is not None:
-            drawn = load_round(checkpoint) if (checkpoint / ROUND).is_file() else None
-            self.worker.resume(drawn, state["reward_counters"], step)
+        if self.worker is not None and (checkpoint / ROUND).is_file():
+            self.worker.resume(load_round(checkpoint), step)
         if self.policy.value_head is not None:
             self.policy.value_head.load_state_dict(load_file(checkpoint / VALUES))
         # After the first step only the file knows what the reference drew.
@@ -216,8 +215,7 @@ class ResumableTrainer(SavingTrainer):
         if best is not None and (best == step or (folder / f"checkpoint-{best}").is_dir()):
             self.state.best_model_checkpoint = str(folder / f"checkpoint-{best}")
         best_place, together = self.state.best_model_checkpoint, self.processes.together
-        counters = {} if self.worker is None else self.worker.reward_counters()
-        state = {**state, **self._merged(state), "reward_counters": counters, "token_budget": self._budget()}
+        state = {**state, **self._merged(state), "token_budget": self._budget()}
         try:
             with ExitStack() as stack:
                 scratch = self.processes.from_first(lambda: stack.enter_context(saving(folder, step, self.identity)))

@@ -377,7 +377,6 @@ class RolloutWorker:
             seed=self.seed,
         )
         self.round: Round | None = None
-        self._counted = {} if rollout.reward is None else rollout.reward.counters()
         # The optimizer step that the round began with, and the last round that was logged.
         self._start, self._logged = 0, -1
         self._seen: list[dict[str, Tensor]] = []
@@ -407,8 +406,6 @@ class RolloutWorker:
             started = time.perf_counter()
             drawn.add("rewards", self.rollout.rewards(rows, drawn.responses))
             seconds["reward_time"] = time.perf_counter() - started
-            if counters := self.reward_counters():
-                self.metrics.add(counters, 0)
         self.metrics.add(seconds)
         self._score(drawn)
         if self._logged != number:
@@ -552,11 +549,6 @@ class RolloutWorker:
             metrics |= self.monitor.update(metrics, step)
         self.metrics.add(metrics)
 
-    def reward_counters(self) -> dict[str, float]:
-        """What the reward counted in this run; it may have served others before."""
-        counters = {} if self.rollout.reward is None else self.rollout.reward.counters()
-        return {f"reward/{name}": value - self._counted.get(name, 0.0) for name, value in counters.items()}
-
     # Going on ---------------------------------------------------------------------------------------------------------
 
     def position_at(self, step: int) -> Round | None:
@@ -565,12 +557,10 @@ class RolloutWorker:
             self.round.position = step - self._start
         return self.round
 
-    def resume(self, drawn: Round | None, counters: dict[str, float], step: int) -> None:
-        """Go on after `step` optimizer steps with the round and the reward's counters that a checkpoint held."""
-        if drawn is not None:
-            self.round, self._start = drawn, step - drawn.position
-            self._logged = drawn.number if drawn.position > 0 else -1
-        self._counted = {name: value - counters.get(f"reward/{name}", 0.0) for name, value in self._counted.items()}
+    def resume(self, drawn: Round, step: int) -> None:
+        """Go on after `step` optimizer steps with the round that a checkpoint held."""
+        self.round, self._start = drawn, step - drawn.position
+        self._logged = drawn.number if drawn.position > 0 else -1
 
 
 def samples_file_of(args: TrainingArguments) -> Path:

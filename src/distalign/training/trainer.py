@@ -557,7 +557,7 @@ class AlignmentTrainer(ResumableTrainer):
 
     def _estimate(self, token_budget: int) -> MemoryEstimate:
         reward = self.rollout.reward
-        parts = [part for _, _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
+        parts = [part for _, part in reward.parts] if isinstance(reward, WeightedSum) else [reward]
         others = [self.policy.reference, *(m for part in parts for m in getattr(part, "__dict__", {}).values())]
         # No backward follows: DDP must not wait for one.
         with self._weights_for_gradients(), self._meeting(last=False):
