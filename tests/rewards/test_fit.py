@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import correlation
 
 import pytest
 import tiny
@@ -18,7 +19,6 @@ from distalign.models.targets import with_logit_bias
 from distalign.rewards import Request, RewardError, RewardTraining, TrainedReward, train_reward
 from distalign.rewards.fit import Fit, measure
 from distalign.rewards.heads import Hidden, LastToken, new_head
-from distalign.stats.intervals import correlation
 
 GROUPS = [Group([2, 4, 9], [[7, 8, 3], [9]]), Group([5], [[1, 2, 3, 4]])]
 SOURCE = Source("tiny", "tiny", "made for the tests")
@@ -265,8 +265,8 @@ def test_it_recovers_the_order_of_a_known_target():
         pairs.append(EncodedPair(group.prompt, responses[a], responses[b], p, f"pair {index}"))
     trained = train({"weight_decay": 0.01}, pairs=pairs[:400], held=pairs[400:], model=model, gamma=gamma)
     found = trained.reward([Request(group.prompt, responses)]).double()
-    assert correlation(found, truth) > 0.98
-    assert correlation(start, truth) < 0.9
+    assert correlation(found.tolist(), truth.tolist()) > 0.98
+    assert correlation(start.tolist(), truth.tolist()) < 0.9
 
 
 def test_the_start_is_kept_if_nothing_is_better():
