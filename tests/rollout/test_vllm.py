@@ -299,7 +299,7 @@ def test_what_shows_at_the_first_weights_is_refused_then(folder, tmp_path):
 
 def test_settings_that_do_not_go_together_are_refused(tmp_path):
     """The correction is for the whole distribution; TRL's other names are explained; vLLM serves plain LoRA."""
-    for settings in ({"top_p": 0.9}, {"min_new_tokens": 2}, {"stale": "resample"}):
+    for settings in ({"top_p": 0.9}, {"min_new_tokens": 2}):
         with pytest.raises(TrainingError, match="the correction of vLLM's responses"):
             AlignmentConfig(str(tmp_path), use_vllm=True, **settings)
         AlignmentConfig(str(tmp_path), use_vllm=True, vllm_importance_sampling_correction=False, **settings)

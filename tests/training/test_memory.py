@@ -69,12 +69,10 @@ def test_weights_gradients_and_optimizer_are_what_there_is(tmp_path, lora):
 
 
 def test_groups_that_will_come():
-    """Pairs as they are; responses at their longest; both sets where pairs and fresh samples are asked for."""
-    made = acting.trainer(
-        Path("unused"), METHODS["pd"](0.5, 0.3), num_generations=3, max_completion_length=7, stale="resample"
-    )
+    """Pairs as they are; responses at their longest."""
+    made = acting.trainer(Path("unused"), METHODS["pd"](0.5, 0.3), num_generations=3, max_completion_length=7)
     prompts, rollout = made.rows, made.rollout.settings
-    assert expected_lengths(prompts[:1], made.method, rollout) == [(len(prompts[0].prompt), (7,) * 6)]
+    assert expected_lengths(prompts[:1], made.method, rollout) == [(len(prompts[0].prompt), (7,) * 3)]
     pairs = tiny.encoded_pairs(2)
     lengths = [(len(p.prompt), (len(p.chosen), len(p.rejected))) for p in pairs]
     assert expected_lengths(pairs, PMLE, rollout) == lengths

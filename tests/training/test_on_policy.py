@@ -9,7 +9,7 @@ from acting import METHODS, Warmth, logs, metrics, parameters, prompts, trainer
 from transformers import TrainerCallback
 
 from distalign.engine import Group, score
-from distalign.methods import PD, PMLE, REBEL, RKL
+from distalign.methods import REBEL, RKL
 from distalign.models.policy import Lora
 from distalign.rewards import FunctionReward, Request, RewardError
 from distalign.training.health import HealthSettings
@@ -136,26 +136,10 @@ def test_a_loss_is_given_what_is_declared_and_no_more(tmp_path):
         assert not {name for name in vars(given) if name.startswith("reference")}
 
 
-def test_fresh_responses_take_the_place_of_stale_ones(tmp_path):
-    """stale: resample draws anew for the KL term once the policy has moved; sampled pairs stay those of the round."""
-    for method in (PMLE(0.5, 0.3), PD(0.5, 0.3)):
-        made = trainer(tmp_path / type(method).__name__, method, num_iterations=2, stale="resample")
-        made.model.eval()
-        first = made.collect(made.rows[:2], [0, 1]).prompts
-        made.state.global_step = 1
-        second = made.collect(made.rows[:2], [0, 1]).prompts
-        pairs, samples = inputs(made, second)
-        assert first[0].fresh == 0
-        assert second[0].fresh == 4
-        assert torch.equal(samples.behavior_token_logps, samples.token_logps.detach())
-        assert second[0].group.responses[-4:] != first[0].group.responses[-4:]
-        if method.needs.pairs == "sampled":
-            assert second[0].group.responses[:4] == first[0].group.responses
-            assert pairs.rewards is not None
+def test_one_response_to_a_prompt_is_refused(tmp_path):
+    """Pairs and leave-one-out baselines are made of several."""
     with pytest.raises(TrainingError, match=r"num_generations is 1, but pairs"):
         trainer(tmp_path, METHODS["rebel"], num_generations=1)
-    with pytest.raises(TrainingError, match=r"stale is resample"):
-        trainer(tmp_path, METHODS["rkl"], stale="resample")
 
 
 def test_rounds_go_through_all_prompts_and_each_inner_epoch_has_its_own_order():
@@ -210,37 +194,27 @@ def test_the_share_of_effective_samples_does_not_depend_on_the_split(tmp_path):
         assert other == pytest.approx(found[0], rel=1e-3)
 
 
-def test_rounds_and_batches_draw_by_different_random_numbers(tmp_path):
-    """Two rounds over one prompt differ, and so do the fresh responses of two batches of one step."""
-    rows = [prompts(1)[0]] * 4
-    made = trainer(
-        tmp_path, METHODS["pd"], rows=rows, per_device_train_batch_size=2, num_iterations=2, stale="resample"
-    )
+def test_rounds_draw_by_different_random_numbers(tmp_path):
+    """Two rounds over one prompt differ."""
+    made = trainer(tmp_path, METHODS["pd"], rows=[prompts(1)[0]] * 4, per_device_train_batch_size=2)
     made.model.eval()
     drawn = []
     for index in (made.worker.batches.rounds[0][0], made.worker.batches.rounds[1][0]):
         made.worker.draw_round([index], 0)
         drawn.append(made.worker.round.responses)
     assert drawn[0] != drawn[1]
-    made.state.global_step = 1
-    first, second = [made.worker.collect([i], 1)[0].group for i in made.worker.round.indices]
-    assert first.responses[-4:] != second.responses[-4:]
 
 
-@pytest.mark.parametrize("stale", ["weights", "resample"])
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["pmle", "pd", "rkl", "rkl-gae", "rebel"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora, stale):
+def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora):
     """Stopped after the third of four steps of a round, it ends bit for bit where the run that never stopped does."""
-    if stale == "resample" and name not in ("pmle", "pd"):
-        pytest.skip("has no KL term of fresh responses")
     settings = {
         "lora": lora,
         "per_device_train_batch_size": 2,
         "minibatches": 2,
         "num_iterations": 2,
-        "stale": stale,
         "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 3,

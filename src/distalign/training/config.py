@@ -91,7 +91,6 @@ class AlignmentConfig(TrainingArguments):
         num_iterations: how often a round of responses is gone through.
         minibatches: optimizer steps that one round is drawn for.
         pairing: how pairs are made of more than two responses: "all", or "best_worst" by reward.
-        stale: the KL term once the policy has moved: importance "weights", or "resample" fresh responses.
         missing_end: reward of a response without an end, such as {"rule": "penalty", "value": -1.0} (None: as it is).
         decode_batch_size: responses decoded at once: memory, not results.
         num_completions_to_print: prompts of each round whose responses go to samples.jsonl.
@@ -142,7 +141,6 @@ class AlignmentConfig(TrainingArguments):
     num_iterations: int = 1
     minibatches: int = 1
     pairing: Literal["all", "best_worst"] = "all"
-    stale: Literal["weights", "resample"] = "weights"
     missing_end: dict[str, Any] | None = None
     decode_batch_size: int = 64
     num_completions_to_print: int = 2

@@ -626,9 +626,7 @@ def expected_lengths(
 ) -> list[tuple[int, tuple[int, ...]]]:
     """(prompt, responses) of the groups of a run: labelled pairs as they are, drawn responses at their longest."""
     needs = method.needs
-    # Pairs are made of what was drawn; the KL term may want fresh responses beside.
-    fresh = needs.samples and "sampled" in needs.pairs and settings.stale == "resample"
-    sets = ("reference" in needs.pairs) + is_on_policy(method) + fresh
+    sets = ("reference" in needs.pairs) + is_on_policy(method)
     drawn = (settings.max_completion_length,) * (settings.num_generations * sets)
     if "labelled" not in needs.pairs:
         return [(len(row.prompt), drawn) for row in rows]

@@ -1,7 +1,7 @@
 """The prompts of a step with all that is scored of them, and how one pass of the policy becomes what a loss reads.
 
 Everything that is scored of a prompt is one group: the labelled pair if there is one, then the reference's responses,
-then those drawn in the round, then fresh ones if the KL term wants them. The prompt is encoded once for all.
+then those drawn in the round. The prompt is encoded once for all.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SATURATED = 100.0
 class PromptGroup:
     """One prompt of a step with all that stays constant while its loss is computed.
 
-    `labelled`, `reference`, `drawn` and `fresh` are numbers of responses of the group, in this order. `probability`,
+    `labelled`, `reference` and `drawn` are numbers of responses of the group, in this order. `probability`,
     `reference_logps` and `rewards` are of the labelled pair. `constants` have a row for each drawn response: rewards,
     behavior_token_logps, reference_token_logps, advantages, returns (nats); so have `reference_constants` for each of
     the reference's.
@@ -45,7 +45,6 @@ class PromptGroup:
     labelled: int = 0
     reference: int = 0
     drawn: int = 0
-    fresh: int = 0
     probability: float = 1.0
     reference_logps: Float[Tensor, "2"] | None = None
     rewards: Float[Tensor, "2"] | None = None
@@ -66,7 +65,6 @@ def merge(first: PromptGroup, second: PromptGroup) -> PromptGroup:
         reference=first.reference + second.reference,
         reference_constants=first.reference_constants | second.reference_constants,
         drawn=second.drawn,
-        fresh=second.fresh,
         constants=second.constants,
     )
 
@@ -103,10 +101,7 @@ class MicroBatch:
             parts.append(_drawn_pairs(scores, rows[:, first.labelled : first.before_drawn], of_reference, pairing))
         if "sampled" in needs.pairs:
             parts.append(_drawn_pairs(scores, drawn, constants, pairing))
-        if needs.samples and first.fresh:
-            samples = _samples(scores, rows[:, -first.fresh :], {})
-        else:
-            samples = _samples(scores, drawn, constants) if needs.samples else Samples()
+        samples = _samples(scores, drawn, constants) if needs.samples else Samples()
         return concatenate(parts), samples
 
     def labelled(self, scores: Scores) -> Pairs:

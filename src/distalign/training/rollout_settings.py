@@ -25,15 +25,8 @@ class MissingEnd(Section):
 class RolloutSettings(Section):
     """How a method that learns from its own responses samples them, and how often each is used.
 
-    A round samples for `minibatches` optimizer steps and goes through them `num_iterations` times. `stale` says what
-    becomes of the KL term once the policy has moved: importance weights, or fresh responses. `pairing` makes pairs of
-    more than two samples. A recipe without `max_completion_length` takes the evaluation's
-    max_new_tokens. `num_completions_to_print` prompts of each round are written to samples.jsonl with their responses,
-    one of them to the terminal. `decode_batch_size` bounds the responses decoded at once.
-
-    With `use_vllm` a running `vllm serve` at `vllm_server_base_url` draws them (rollout/vllm.py); it is waited for
-    `vllm_server_timeout` seconds. `vllm_importance_sampling_correction` weights responses by what the engine's
-    probability is of the server's, up to `vllm_importance_sampling_clip_max` (null: any).
+    docs/rollouts.md says what each setting does. A recipe without `max_completion_length` takes the evaluation's
+    max_new_tokens.
     """
 
     renamed: ClassVar[dict[str, str]] = {
@@ -55,7 +48,6 @@ class RolloutSettings(Section):
     minibatches: Count = 1
     num_iterations: Count = 1
     pairing: Literal["all", "best_worst"] = "all"
-    stale: Literal["weights", "resample"] = "weights"
     num_completions_to_print: Annotated[int, Field(ge=0)] = 2
     use_vllm: bool = False
     vllm_server_base_url: Annotated[str, Field(pattern=r"^https?://[^\s/]+")] = "http://127.0.0.1:8000"
@@ -65,12 +57,11 @@ class RolloutSettings(Section):
 
     @model_validator(mode="after")
     def _corrected(self) -> RolloutSettings:
-        cut = self.top_p < 1 or self.min_new_tokens > 0 or self.stale == "resample"
+        cut = self.top_p < 1 or self.min_new_tokens > 0
         if self.use_vllm and self.vllm_importance_sampling_correction and cut:
             raise ValueError(
-                f"rollout: top_p is {self.top_p:g}, min_new_tokens {self.min_new_tokens} and stale {self.stale}; the "
-                "correction of vLLM's responses is for 1, 0 and weights: take these, or set "
-                "vllm_importance_sampling_correction to false"
+                f"rollout: top_p is {self.top_p:g} and min_new_tokens {self.min_new_tokens}; the correction of vLLM's "
+                "responses is for 1 and 0: take these, or set vllm_importance_sampling_correction to false"
             )
         return self
 
@@ -101,11 +92,6 @@ def check_rollout(label: str, method: Method, settings: RolloutSettings) -> None
         raise TrainingError(
             f"{label}: num_generations is 1, but pairs and leave-one-out baselines are made of several "
             "responses to one prompt; set it to 2 or more"
-        )
-    if settings.stale == "resample" and needs.samples and needs.reward and not needs.pairs:
-        raise TrainingError(
-            f"{label}: stale is resample, which draws fresh responses for a KL term, but this method scores "
-            "the samples that it learns from; leave it at weights"
         )
     if settings.pairing == "best_worst" and needs.pairs not in ("", "labelled") and not needs.reward:
         raise TrainingError(f"{label}: pairing is best_worst, but the method has no reward; take all")

@@ -471,25 +471,15 @@ class RolloutWorker:
 
     # A batch of it ----------------------------------------------------------------------------------------------------
 
-    def collect(self, indices: Sequence[int], step: int) -> list[PromptGroup]:
-        """The drawn responses of these rows with their constants; fresh ones beside them if the policy has moved."""
+    def collect(self, indices: Sequence[int]) -> list[PromptGroup]:
+        """The drawn responses of these rows with their constants."""
         assert self.round is not None
-        needs, drawn = self.needs, self.round
-        places = [drawn.find(index) for index in indices]
-        fresh: list[list[list[int]]] = [[] for _ in places]
-        if needs.samples and step > self._start and self.rollout.settings.stale == "resample":
-            # Batches of one optimizer step draw by different random numbers.
-            number = mix(drawn.number, step - self._start, indices[0])
-            prompts = [drawn.prompts[place] for place in places]
-            draw, model, seed = self.rollout.sample, self.policy.model, self.seed + 1
-            fresh, _ = self.run(lambda: draw(model, prompts, seed=seed, number=number, version=step))
-        groups = []
-        for place, more in zip(places, fresh, strict=True):
-            # Fresh responses take the place of drawn ones, unless pairs are made of these.
-            responses = drawn.responses[place] if "sampled" in needs.pairs or not more else []
-            constants = {name: rows[drawn.rows(place)] for name, rows in drawn.tensors.items()} if responses else {}
-            group = Group(drawn.prompts[place], [*responses, *more])
-            groups.append(PromptGroup(group, drawn=len(responses), fresh=len(more), constants=constants))
+        drawn, groups = self.round, []
+        for place in map(drawn.indices.index, indices):
+            responses = drawn.responses[place]
+            constants = {name: rows[drawn.rows(place)] for name, rows in drawn.tensors.items()}
+            group = Group(drawn.prompts[place], responses)
+            groups.append(PromptGroup(group, drawn=len(responses), constants=constants))
         return groups
 
     def record(self, scores: Scores, prompts: Sequence[PromptGroup], step: int) -> None:

@@ -325,7 +325,7 @@ class AlignmentTrainer(ResumableTrainer):
         if self.worker is not None:
             with self.save_on_failure():
                 self.worker.draw_round(indices, self.state.global_step)
-            sources.append(self.worker.collect(indices, self.state.global_step))
+            sources.append(self.worker.collect(indices))
         prompts = [reduce(merge, groups) for groups in zip(*sources, strict=True)]
         return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
 
@@ -358,8 +358,7 @@ class AlignmentTrainer(ResumableTrainer):
             if self.state.global_step == 0 and not self.start:
                 rewards = implicit_rewards(self.method, pairs).detach()
                 self._step.gaps.append((rewards[:, 0] - rewards[:, 1]).abs())
-        stale = "behavior_token_logps" in micro.prompts[0].constants and not micro.prompts[0].fresh
-        if needs.samples and not needs.values and stale:
+        if needs.samples and not needs.values and "behavior_token_logps" in micro.prompts[0].constants:
             self._step.weights.append(importance_weights(samples)[:, -1])
         if self.worker is not None:
             self.worker.record(scores, micro.prompts, self.state.global_step)
