@@ -137,7 +137,7 @@ def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
     model = tiny.model()
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
         assert way_of(model, 20).cache == "copied"
-    assert "a shared cache changes log-probabilities by" in caplog.text
+    assert "padded and shared: log-probabilities change by" in caplog.text
     settings = {"n": 2, "max_new_tokens": 4, "temperature": 0.0, "end_id": 3, "seed": 0}
     found = sample(model, [[5, 9, 17, 33], [7], [8, 6]], **settings)
     monkeypatch.undo()

@@ -49,7 +49,7 @@ def test_a_model_that_reads_its_padding_is_sampled_one_length_at_a_time(monkeypa
     with caplog.at_level(logging.WARNING, logger="distalign"):
         assert way_of(model, 20).prompts == "equal"
         assert drawn(model) == [greedy(model, prompt, 5) for prompt in PROMPTS]
-    assert "answered one length at a time (padding changes log-probabilities by" in caplog.text
+    assert "answered one length at a time (padded and shared: log-probabilities change by" in caplog.text
 
 
 def test_a_model_whose_cache_is_of_its_own_kind_is_sampled_without(caplog):
@@ -61,6 +61,20 @@ def test_a_model_whose_cache_is_of_its_own_kind_is_sampled_without(caplog):
         assert way_of(model, 20).cache == "none"
     assert "every token reads the whole sequence again" in caplog.text
     assert drawn(model) == [greedy(model, prompt, 5) for prompt in PROMPTS]
+
+
+def test_a_cache_that_does_not_follow_its_rows_is_not_used():
+    """MiniMax's linear layers keep theirs, whatever rows are asked for."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "initializer_range": 0.3,
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("minimax", **sizes)).eval()
+    assert way_of(model, 20) == ("equal", "none")
+    prompts = [PROMPTS[0], PROMPTS[0][::-1]]
+    found = sample(model, prompts, n=2, max_new_tokens=5, temperature=0, end_id=1, min_new_tokens=5, seed=0)
+    assert found == [[greedy(model, prompt, 5)] * 2 for prompt in prompts]
 
 
 def test_padding_is_the_usual_way(caplog):

@@ -32,6 +32,13 @@ class Way(NamedTuple):
     cache: Literal["shared", "copied", "none"]
 
 
+# What is said of parts of a way that are not the fastest.
+_SLOWER = {
+    "equal": "prompts are answered one length at a time",
+    "copied": "a prompt's cache is copied for each of its responses",
+    "none": "every token reads the whole sequence again, which is slow",
+}
+
 # The way of every state of a model, and the length up to which prompts may be padded.
 _WAYS: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Way, int | None]]] = WeakKeyDictionary()
 
@@ -52,44 +59,26 @@ def way_of(model: nn.Module, longest: int) -> Way:
 
 
 def _find(model: nn.Module) -> Way:
-    """The way of a model, with one warning of what it cannot do."""
-    kind = text_config(model).model_type
-    prompts, reason = _prompts(model)
-    if reason:
-        how = "its prompts are not padded: they are answered one length at a time"
-        if prompts is None:
-            how = "its cache is not used: every token reads the whole sequence again, which is slow"
-        logger.warning("%s: %s (%s)", kind, how, reason)
-    if prompts is None:
-        return Way("equal", "none")
-    reason = _why_not_shared(model, of_one_length=prompts == "equal")
-    if reason:
-        logger.warning("%s: a prompt's cache is copied for each of its responses (%s)", kind, reason)
-    return Way(prompts, "copied" if reason else "shared")
+    """The first way that agrees with the model's own logits, with one warning of what it cannot do.
 
-
-def _prompts(model: nn.Module) -> tuple[Literal["padded", "equal"] | None, str]:
-    """How prompts are encoded (None: with no cache), and why not a faster way: two prompts, two responses to each."""
-    groups = sample_groups(text_config(model), len(embedding_weight(model)))
-    prompts, after = [group.prompt for group in groups], [group.responses[0][:2] for group in groups]
-    truth = torch.stack([_own(model, prompt, own) for prompt, own in zip(prompts, after, strict=True)])
-    truth = truth.repeat_interleave(2, 0)
-    tolerance, reason = tolerance_of(model), ""
-    ways: list[tuple[Literal["padded", "equal"], list[list[int]]]] = [("padded", [[0, 1]]), ("equal", [[0], [1]])]
-    for way, batches in ways:
-        try:
-            logits = [_by_cache(model, [prompts[i] for i in batch], [after[i] for i in batch]) for batch in batches]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as problem:
-            # Foreign code met a cache or a mask it was not written for; whatever it raises means the same.
-            reason = reason or f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
-            continue
-        error = distance(torch.cat(logits), truth)
-        if error <= tolerance:
-            return way, reason
-        reason = reason or f"padding changes log-probabilities by {error:.2g} nats"
-    return None, reason
+    Tried on two responses to each of two prompts.
+    """
+    config = text_config(model)
+    first, second = sample_groups(config, len(embedding_weight(model)))
+    as_long = [*second.prompt, *second.responses[0]][: len(first.prompt)]
+    responses = [first.responses[0][:2], first.responses[2][:2], second.responses[0][:2], second.responses[0][2:4]]
+    found, problems = Way("equal", "none"), []
+    for way in (Way("padded", "shared"), Way("padded", "copied"), Way("equal", "shared"), Way("equal", "copied")):
+        prompts = [first.prompt, second.prompt if way.prompts == "padded" else as_long]
+        problem = _why_not(model, way.cache == "shared", prompts, responses)
+        if problem is None:
+            found = way
+            break
+        problems.append(f"{way.prompts} and {way.cache}: {problem}")
+    if problems:
+        slower = "; ".join(_SLOWER[part] for part in found if part in _SLOWER)
+        logger.warning("%s: %s (%s)", config.model_type, slower, "; ".join(problems))
+    return found
 
 
 def _own(model: nn.Module, prompt: list[int], after: list[int]) -> Tensor:
@@ -98,51 +87,29 @@ def _own(model: nn.Module, prompt: list[int], after: list[int]) -> Tensor:
     return numbers(model(input_ids=ids, use_cache=False).logits[0, -len(after) - 1 :], type(model).__name__)
 
 
-def _by_cache(model: nn.Module, prompts: list[list[int]], after: list[list[int]]) -> Tensor:
-    """The same by a cache, for several prompts and twice for each: responses, places, vocabulary."""
-    encoded = encode_prompts(model, prompts, prompts[0][0])
-    parents = torch.arange(len(prompts), device=device_of(model)).repeat_interleave(2)
-    logits = [encoded.logits[parents]]
-    decoder = Forked(encoded, parents, len(after[0]))
-    for tokens in torch.tensor(after, device=device_of(model))[parents].unbind(1):
-        logits.append(decoder.step(tokens))
-    return torch.stack(logits, 1)
-
-
-def _why_not_shared(model: nn.Module, *, of_one_length: bool) -> str | None:
-    """Why a prompt's cache cannot be shared (None: it can): two steps of three responses, one of them dropped."""
-    config = text_config(model)
-    try:
-        windows = expected_windows(config)
-    except CannotShare as refusal:
-        return str(refusal)
-    groups = sample_groups(config, len(embedding_weight(model)))
+def _why_not(model: nn.Module, shared: bool, prompts: list[list[int]], responses: list[list[int]]) -> str | None:
+    """Why the prompts' cache does not serve two responses to each of them, of which one leaves (None: it does)."""
     device = device_of(model)
-    parents, kept = torch.tensor([0, 0, 1], device=device), torch.tensor([0, 2], device=device)
-    tokens = torch.tensor([groups[0].responses[0][0], groups[0].responses[1][0], groups[1].responses[0][0]]).to(device)
-    prompts, pad_id = [group.prompt for group in groups], groups[0].prompt[0]
-    if of_one_length:
-        prompts = [prompt[: min(map(len, prompts))] for prompt in prompts]
+    parents, tokens = torch.tensor([0, 0, 1, 1], device=device), torch.tensor(responses, device=device)
+    kept = torch.tensor([0, 2, 3], device=device)
+    truth = [_own(model, prompts[parent], own) for parent, own in zip(parents.tolist(), responses, strict=True)]
+    after_prompt, after_one, after_two = torch.stack(truth, 1)
     try:
-        encoded = encode_prompts(model, prompts, pad_id)
-        shared = Shared(encoded, parents, 2)
-        with shared.decoding():
-            logits = [shared.step(tokens)]
-            used = list(shared.cache.windows)
-            shared.keep(kept)
-            logits.append(shared.step(tokens[kept]))
+        windows = expected_windows(text_config(model)) if shared else []
+        encoded = encode_prompts(model, prompts, prompts[0][0])
+        errors = [distance(encoded.logits[parents], after_prompt)]
+        decoder = (Shared if shared else Forked)(encoded, parents, 2)
+        with decoder.decoding():
+            errors.append(distance(decoder.step(tokens[:, 0]), after_one))
+            if isinstance(decoder, Shared) and (used := list(decoder.cache.windows)) != windows:
+                return f"its layers ask for windows {used}, its configuration for {windows}"
+            decoder.keep(kept)
+            errors.append(distance(decoder.step(tokens[kept, 1]), after_two[kept]))
     except torch.OutOfMemoryError:
         raise
     except (CannotShare, InputError) as refusal:
         return str(refusal)
     except Exception as problem:
-        # Foreign code met a cache it was not written for; whatever it raises means the same: not this way.
-        return f"it does not run on a shared cache ({type(problem).__name__}: {problem})"
-    if used != windows:
-        return f"its layers ask for windows {used}, its configuration for {windows}"
-    forked = Forked(encoded, parents, 2)
-    expected = [forked.step(tokens)]
-    forked.keep(kept)
-    expected.append(forked.step(tokens[kept]))
-    error = max(distance(a, b) for a, b in zip(logits, expected, strict=True))
-    return None if error <= tolerance_of(model) else f"a shared cache changes log-probabilities by {error:.2g} nats"
+        # Foreign code met a cache or a mask it was not written for; whatever it raises means the same: not this way.
+        return f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+    return None if max(errors) <= tolerance_of(model) else f"log-probabilities change by {max(errors):.2g} nats"
