@@ -91,7 +91,7 @@ def fit(pairs, *, budget=10_000, name="hidden"):
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     offset, features = reward.encode(groups)
     reward.head.standardise(features.view(len(pairs), 2, -1))
-    labels = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in pairs]).double()
+    labels = torch.tensor([pair.label for pair in pairs]).double()
     torch.manual_seed(1)
     reward.head.weight.data.normal_()
     return Fit(reward, groups, offset.view(-1, 2), labels, len(pairs), RewardTraining(), precision=1.0)

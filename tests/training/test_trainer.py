@@ -152,7 +152,7 @@ def test_soft_labels_are_a_cross_entropy(tmp_path):
     with torch.no_grad():
         logps = score(made.model, groups).logps.view(-1, 2)
     logit = 0.5 * (logps[:, 0] - logps[:, 1])
-    p = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in pairs]).double()
+    p = torch.tensor([pair.label for pair in pairs]).double()
     expected = -(p * logit.sigmoid().log() + (1 - p) * (-logit).sigmoid().log()).mean()
     assert made.evaluate()["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
 

@@ -24,6 +24,8 @@ def calibrate(
     """Find the γ at which a policy's log-probabilities predict preferences best, with its interval."""
     shared.check_path(json_path)
     shared.quiet()
+    import torch
+
     from distalign.data import encode_pairs, read_pairs
     from distalign.engine import Group, score_in_batches
     from distalign.models.load import find_model
@@ -31,7 +33,6 @@ def calibrate(
     from distalign.progress import progress
     from distalign.stats.calibration import calibrate as fit
     from distalign.stats.calibration import check_count
-    from distalign.training.auto import labels_of
 
     source = find_model(policy)
     data = read_pairs(pairs, limit=limit)
@@ -47,8 +48,9 @@ def calibrate(
         scores = score_in_batches(
             source.model(), groups, token_budget=token_budget, temperature=temperature, progress=advance
         )
+    labels = torch.tensor([pair.label for pair in encoded]).double()
     try:
-        result = fit(scores.logps.view(-1, 2), labels_of(encoded))
+        result = fit(scores.logps.view(-1, 2), labels)
     except ValueError as error:
         shared.refuse(f"{pairs}: {error}")
     shared.print_rich(calibration_table(result))

@@ -53,6 +53,11 @@ class EncodedPair:
     row: Pair | Prompt | None = field(default=None, compare=False, repr=False)
 
     @property
+    def label(self) -> float:
+        """The probability that `chosen` is preferred."""
+        return 1.0 if self.probability is None else self.probability
+
+    @property
     def key(self) -> tuple[tuple[int, ...], ...]:
         """What any model reads of it: equal for equal pairs, also for a copy from another process."""
         return tuple(map(tuple, (self.prompt, self.chosen, self.rejected)))

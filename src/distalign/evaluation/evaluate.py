@@ -41,7 +41,6 @@ from distalign.settings import dump_yaml, masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
-from distalign.training.auto import labels_of
 from distalign.training.processes import refuse_several_processes
 from distalign.training.run_folder import locked, writable, write_text
 
@@ -181,7 +180,7 @@ def _cross_fitted(answers: Answers, pairs: Sequence[EncodedPair]) -> Tensor:
     Where a half decides it without doubt (γ → ∞) the likelihood of the other is without bound, and 1 stands for it.
     """
     half = torch.tensor([int(hashlib.sha256(str(pair.prompt).encode()).hexdigest(), 16) % 2 for pair in pairs])
-    labels = labels_of(pairs)
+    labels = torch.tensor([pair.label for pair in pairs]).double()
     scale = torch.ones(len(pairs), 1, dtype=torch.float64)
     for side in (0, 1):
         other = half != side

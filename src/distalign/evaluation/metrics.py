@@ -233,7 +233,7 @@ def measure_pairs(
     if target_logit is not None:
         truth = target_logit.double().sigmoid()
     else:
-        truth = logit.new_tensor([1.0 if pair.probability is None else pair.probability for pair in pairs])
+        truth = logit.new_tensor([pair.label for pair in pairs])
     measured.pairs = pairs
     first = logit >= 0
     measured.confidence = torch.where(first, logit, -logit).sigmoid()

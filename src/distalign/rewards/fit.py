@@ -88,7 +88,7 @@ def train_reward(
         return TrainedReward(base, trunk, new_head(name, base), gamma=gamma, token_budget=token_budget)
 
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in (*train, *held)]
-    labels = torch.tensor([1.0 if pair.probability is None else pair.probability for pair in (*train, *held)]).double()
+    labels = torch.tensor([pair.label for pair in (*train, *held)]).double()
     n = len(train)
     offset = make("last" if settings.init == "scratch" else "hidden").values(groups).view(-1, 2)
     start = mean_and_se(bradley_terry_nll(offset[n:], labels[n:]))

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from distalign.engine import Group, score_in_batches
+from distalign.experiments.auto import Evidence, choose_beta, choose_gamma, count_evidence, noise_beta
 from distalign.methods import METHODS, PD, PMLE, RKL
 from distalign.rewards.fit import fit_head
 from distalign.rewards.heads import new_head
@@ -17,10 +18,10 @@ from distalign.rewards.potential import moves
 from distalign.rewards.reward_model import TrainedReward
 from distalign.rollout.sample import sample
 from distalign.stats.laplace import fit_posterior
-from distalign.training.auto import Evidence, choose_beta, choose_gamma, count_evidence, labels_of, noise_beta
 
 # Labels that a fifth of the people would turn round.
 PAIRS = [replace(pair, probability=0.8) for pair in tiny.encoded_pairs(300)]
+LABELS = torch.tensor([pair.label for pair in PAIRS]).double()
 PROMPTS = [pair.prompt for pair in PAIRS[:12]]
 
 
@@ -76,7 +77,7 @@ def test_the_pull_costs_what_the_prior_costs(base):
     gamma, n = 0.3, 500
     evidence = count_evidence(model, PAIRS, PROMPTS, responses, gamma=gamma, n=n, token_budget=512)
     reward = TrainedReward(model, model, new_head("counts", model), gamma=gamma, token_budget=512)
-    posterior = fit_head(reward, [Group(p.prompt, [p.chosen, p.rejected]) for p in PAIRS], labels_of(PAIRS), None)
+    posterior = fit_head(reward, [Group(p.prompt, [p.chosen, p.rejected]) for p in PAIRS], LABELS, None)
     groups = [Group(prompt, own) for prompt, own in zip(PROMPTS, responses, strict=True)]
     start = score_in_batches(model, groups, token_budget=512).logps.double()
     moved = float((reward.values(groups) / gamma - start).view(len(groups), -1).var(1).mean()) / 2
@@ -125,7 +126,7 @@ def test_repeated_rows_have_the_covariance_of_so_many(base):
     _, noise = found.repeated(3).moved(x)
     torch.testing.assert_close(noise, (x @ inverse @ data @ inverse * x).sum(-1), rtol=1e-6, atol=1e-9)
     reward = TrainedReward(base[0], base[0], new_head("counts", base[0]), gamma=0.3, token_budget=512)
-    posterior = fit_head(reward, [Group(q.prompt, [q.chosen, q.rejected]) for q in PAIRS], labels_of(PAIRS), None)
+    posterior = fit_head(reward, [Group(q.prompt, [q.chosen, q.rejected]) for q in PAIRS], LABELS, None)
     moved, less = (moves(reward, one, PROMPTS, base[1], gamma=0.3) for one in (posterior, posterior.repeated(50)))
     assert moved[0] == less[0]
     assert less[1] < moved[1]
