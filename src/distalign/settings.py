@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,10 +29,9 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown settings are refused. `renamed` says what an old name is called now."""
+    """A part of a recipe: unknown settings are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    renamed: ClassVar[dict[str, str]] = {}
 
 
 def switch(value: object) -> object:
@@ -328,9 +327,8 @@ def explain(error: Mapping[str, Any], kind: type[BaseModel]) -> list[str]:
     section = ".".join(map(str, sections)) or "recipe"
     if error["type"] == "extra_forbidden":
         model = _section_at(sections, kind)
-        new = model.renamed.get(str(key)) if issubclass(model, Section) else None
         names = [field.alias or name for name, field in model.model_fields.items()]
-        return [unknown_setting(section, str(key), names, new and f'it is called "{new}" now')]
+        return [unknown_setting(section, str(key), names)]
     if error["type"] == "missing":
         return [f'{section} has no "{key}"; add it']
     if error["type"] == "value_error":

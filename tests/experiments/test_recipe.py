@@ -188,8 +188,6 @@ REFUSALS = {
     "methods: {dpo: }\nqqq: 1": 'x.yaml: recipe has no setting "qqq"; it has name, output_dir, seed, model, dtype, '
     "trust_remote_code, quantization, lora, data, target, methods, compare, rollout, reward, health, training, "
     "token_budget, recompute, early_stopping, evaluation, study",
-    "methods: {rkl: {rollout: {samples: 3}}}": 'x.yaml: methods.rkl.rollout has no setting "samples"; it is called '
-    '"num_generations" now',
     "methods: {rkl: {rollout: {num_generations: 0}}}": "x.yaml: methods.rkl.rollout.num_generations is 0; input "
     "should be greater than 0",
     "methods: {dpo: }\ncompare: [pmle]": 'x.yaml: compare: recipe has no method "pmle"; it has dpo',

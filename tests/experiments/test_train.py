@@ -178,7 +178,7 @@ def test_recompute_changes_no_number(place, tmp_path):
 def test_a_setting_without_effect_is_refused(place, tmp_path):
     """The engine never calls the forward that torch_compile compiles."""
     settings = recipe(place, tmp_path, *own_data(place), "training.torch_compile=true", method="dpo")
-    with pytest.raises(TrainingError, match="torch_compile would compile"):
+    with pytest.raises(TrainingError, match="torch_compile is True; it would compile"):
         train(settings, "dpo")
 
 

@@ -14,7 +14,9 @@ import tiny
 import torch
 from rich.console import Console
 
+from distalign import progress
 from distalign.engine import Group, score
+from distalign.progress import show_logs
 from distalign.report.results import read_samples
 from distalign.rollout.sample import sample
 from distalign.training.health import HealthSettings, Monitor, completion_metrics, write_completions
@@ -253,12 +255,12 @@ def test_a_reward_for_one_token_is_caught():
 
 
 def test_completions_are_written_for_the_report(tmp_path, caplog):
-    """JSON lines, appended, read by the report; one is logged where there is no terminal, on one line, in short."""
-    path, console = tmp_path / "samples.jsonl", Console(file=io.StringIO(), force_terminal=False)
+    """JSON lines, appended, read by the report; the first is logged, on one line, in short."""
+    path = tmp_path / "samples.jsonl"
     with caplog.at_level(logging.INFO, "distalign.training.health"):
-        write_completions(path, 3, [("Hi\nthere", ["a\x1b[31mb", "ü"], [0.51234, math.nan])], console=console)
+        write_completions(path, 3, [("Hi\nthere", ["a\x1b[31mb", "ü"], [0.51234, math.nan])])
     assert [record.getMessage() for record in caplog.records] == ["step 3 (reward 0.512): Hi there → a [31mb"]
-    write_completions(path, 5, [("x" * 500, ["y" * 500], None), ("z", ["w"], None)], console=console)
+    write_completions(path, 5, [("x" * 500, ["y" * 500], None), ("z", ["w"], None)])
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert rows[0] == {"step": 3, "prompt": "Hi\nthere", "responses": ["a\x1b[31mb", "ü"], "rewards": [0.51234, None]}
     assert rows[2] == {"step": 5, "prompt": "z", "responses": ["w"]}
@@ -269,12 +271,16 @@ def test_completions_are_written_for_the_report(tmp_path, caplog):
     assert shown[1][:2] == ("response 2", "ü")
 
 
-def test_a_completion_is_shown_on_a_terminal(tmp_path, caplog):
+def test_a_completion_is_shown_on_a_terminal(tmp_path, monkeypatch):
     """Once, markup and escape sequences of the text left without effect."""
     console = Console(file=io.StringIO(), force_terminal=True, width=200, color_system=None)
+    monkeypatch.setattr(progress, "CONSOLE", console)
+    logger = logging.getLogger("distalign.training.health")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", False)
+    show_logs(logger.name)
     texts = [("tell me", ["[red]tea[/red]\x1b[2J and " + "bread " * 100], [1.0]), ("second", ["not shown"], None)]
-    with caplog.at_level(logging.INFO, "distalign.training.health"):
-        write_completions(tmp_path / "samples.jsonl", 1, texts, console=console)
+    write_completions(tmp_path / "samples.jsonl", 1, texts)
     shown = console.file.getvalue()
     assert "step 1 (reward 1)" in shown
     assert "tell me → [red]tea[/red] [2J and bread" in " ".join(shown.split())
@@ -282,4 +288,3 @@ def test_a_completion_is_shown_on_a_terminal(tmp_path, caplog):
     assert len(shown) < 450
     assert "\x1b[2J" not in shown
     assert "not shown" not in shown
-    assert not caplog.records

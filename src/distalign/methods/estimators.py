@@ -28,19 +28,6 @@ from torch import Tensor
 
 from distalign.methods.base import Pairs, Samples
 
-__all__ = [
-    "entropy_full",
-    "entropy_plain",
-    "expected_reward",
-    "importance_weights",
-    "kl_full",
-    "kl_plain",
-    "leave_one_out",
-    "masked",
-    "penalised_rewards",
-    "sequence_sum",
-]
-
 
 def sequence_sum(
     values: Float[Tensor, "samples steps"], mask: Bool[Tensor, "samples steps"]

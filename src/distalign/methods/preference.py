@@ -15,15 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = [
-    "bernoulli_kl",
-    "bradley_terry_nll",
-    "induced_logps",
-    "induced_reward",
-    "preference_logit",
-    "preference_nll",
-]
-
 
 def preference_logit(logps: Float[Tensor, "*batch 2"], *, gamma: float) -> Float[Tensor, "*batch"]:
     """Preference log-odds of the first response over the second under a policy, in nats.

@@ -25,7 +25,7 @@ Kind = TypeVar("Kind")
 
 # What TRL's users write, and where it is here.
 _ELSEWHERE = {
-    **{old: f'it is called "{new}" here' for old, new in RolloutSettings.renamed.items()},
+    "max_new_tokens": "it is called max_completion_length here",
     "label_smoothing": "no preference loss reads it; give soft labels in the column p_chosen",
     "padding_free": "rows are always packed without padding: leave it out",
     "vllm_mode": "a server draws (vllm serve): leave it out",
@@ -201,11 +201,6 @@ class AlignmentConfig(TrainingArguments):
                 raise TrainingError(
                     f"AlignmentConfig: {name} is {getattr(self, name)!r}; take one of {', '.join(choices)}"
                 )
-        if self.label_smoothing_factor or self.neftune_noise_alpha:
-            raise TrainingError(
-                "AlignmentConfig: label_smoothing_factor and neftune_noise_alpha have no effect here; leave them out "
-                "(soft labels go into the column p_chosen)"
-            )
         for name in ("token_budget", "max_length", "max_response_tokens", "end_token_id"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < (name != "end_token_id")):

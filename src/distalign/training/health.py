@@ -18,11 +18,8 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from rich.console import Console
-from rich.text import Text
 from torch import Tensor
 
-from distalign.progress import CONSOLE
 from distalign.settings import Count, Positive, Section, Share
 from distalign.stats.text import distinct_n, repeated_ngram_rate
 
@@ -288,15 +285,11 @@ COLLAPSE = ("entropy", "repetition", "distinct")
 
 
 def write_completions(
-    path: Path,
-    step: int,
-    texts: Sequence[tuple[str, Sequence[str], Sequence[float] | None]],
-    *,
-    console: Console | None = None,
+    path: Path, step: int, texts: Sequence[tuple[str, Sequence[str], Sequence[float] | None]]
 ) -> None:
-    """Append (prompt, responses, rewards or None) to samples.jsonl, one line per prompt, and show the first response.
+    """Append (prompt, responses, rewards or None) to samples.jsonl, one line per prompt, and log the first response.
 
-    It is shown on a terminal, and logged elsewhere. A reward that is not finite is written as null.
+    A reward that is not finite is written as null.
     """
     if not texts:
         return
@@ -306,18 +299,9 @@ def write_completions(
             if rewards is not None:
                 row["rewards"] = [value if math.isfinite(value) else None for value in map(float, rewards)]
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    shown = next(((p, r[0], None if w is None else float(w[0])) for p, r, w in texts if r), None)
-    if shown is not None:
-        _show(step, *shown, console or CONSOLE)
-
-
-def _show(step: int, prompt: str, response: str, reward: float | None, console: Console) -> None:
-    worth = "" if reward is None else f" (reward {reward:.3g})"
-    if console.is_terminal:
-        start = f"step {step}{worth}  {_short(prompt, 120, last=True)} → "
-        console.print(Text.assemble((start, "dim"), _short(response, 300)))
-    else:
-        logger.info("step %d%s: %s → %s", step, worth, _short(prompt, 120, last=True), _short(response, 300))
+    prompt, responses, rewards = texts[0]
+    worth = "" if rewards is None else f" (reward {rewards[0]:.3g})"
+    logger.info("step %d%s: %s → %s", step, worth, _short(prompt, 120, last=True), _short(responses[0], 300))
 
 
 def _short(text: str, size: int, *, last: bool = False) -> str:

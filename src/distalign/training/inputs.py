@@ -479,6 +479,18 @@ def config_of(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
     return base.config  # pyright: ignore[reportReturnType]
 
 
+# Settings of transformers that cannot be followed here, and why.
+_REFUSED = {
+    "debug": "its hooks are for transformers' own forward",
+    "torch_compile": "it would compile the model's own forward, which the engine does not call",
+    "ignore_data_skip": "a run that goes on would train on the first rows again",
+    "fp16_full_eval": "evaluations compute as training does",
+    "bf16_full_eval": "evaluations compute as training does",
+    "label_smoothing_factor": "no preference loss reads it; soft labels go into the column p_chosen",
+    "neftune_noise_alpha": "the engine adds no noise to embeddings",
+}
+
+
 def check_arguments(label: str, args: TrainingArguments) -> None:
     """Raise TrainingError for arguments of transformers that cannot be followed here."""
     if not isinstance(args, AlignmentConfig):
@@ -491,45 +503,21 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
             f"{args.n_gpu} devices found by one process: start one for each (torchrun --nproc_per_node {args.n_gpu} "
             "-m distalign train …), or show it one device (CUDA_VISIBLE_DEVICES=0)"
         )
-    if args.train_sampling_strategy not in ("random", "sequential") or (
-        args.world_size > 1 and args.train_sampling_strategy != "random"
-    ):
-        raise TrainingError(
-            f"{label}: train_sampling_strategy is {args.train_sampling_strategy}; rows come in random order (one "
-            "process: or sequential), and micro-batches are made of like lengths by themselves: leave it out"
-        )
+    refused = {name: reason for name, reason in _REFUSED.items() if getattr(args, name)}
+    if args.train_sampling_strategy not in (("random", "sequential") if args.world_size == 1 else ("random",)):
+        refused["train_sampling_strategy"] = "rows come in random order (one process: or sequential)"
     if args.fsdp and args.world_size == 1:
-        raise TrainingError(f"{label}: fsdp is {args.fsdp} in one process; start several (docs/scaling.md)")
-    if args.debug:
-        raise TrainingError(
-            f"{label}: debug is {args.debug}; its hooks are for transformers' own forward: leave it out"
-        )
+        refused["fsdp"] = "it is for several processes (docs/scaling.md)"
     if args.save_only_model and args.save_strategy != "no":
-        raise TrainingError(
-            f"{label}: save_only_model leaves the optimizer out of checkpoints, and a run could not go on as it was; "
-            "leave it out, or set save_strategy: no (the model is saved at the end)"
-        )
-    if args.ignore_data_skip:
-        raise TrainingError(
-            f"{label}: ignore_data_skip would train on the first rows again where a run goes on: leave it out"
-        )
+        refused["save_only_model"] = "a run could not go on from checkpoints without the optimizer"
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
-        raise TrainingError(f"{label}: dataloader_persistent_workers needs dataloader_num_workers above 0")
+        refused["dataloader_persistent_workers"] = "there are none, as dataloader_num_workers is 0"
     if args.push_to_hub and args.hub_strategy != "end":
-        raise TrainingError(
-            f"{label}: hub_strategy is {args.hub_strategy}; only the model that is kept is pushed, at the end: leave "
-            "it out"
-        )
+        refused["hub_strategy"] = "only the model that is kept is pushed, at the end"
     if args.fp16 and args.device.type == "cpu":
-        raise TrainingError(f"{label}: fp16 has no effect on a CPU; set bf16, or leave it out")
-    for name in ("fp16_full_eval", "bf16_full_eval"):
-        if getattr(args, name):
-            raise TrainingError(f"{label}: {name} has no effect; evaluations compute as training does: leave it out")
-    if args.torch_compile:
-        raise TrainingError(
-            f"{label}: torch_compile would compile the model's own forward, which the engine does not call; "
-            "leave it out of training"
-        )
+        refused["fp16"] = "it has no effect on a CPU, where bf16 has"
+    for name, reason in refused.items():
+        raise TrainingError(f"{label}: {name} is {getattr(args, name)}; {reason}: leave it out")
 
 
 def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: object) -> None:
@@ -538,14 +526,8 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
         raise TrainingError(f"{label} needs a reward for the responses; give one as reward_funcs")
     if rewards and not method.needs.reward:
         raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
-    sets = list(held_out) if isinstance(held_out, Mapping) else []
-    if args.eval_strategy != "no" and (held_out is None or (isinstance(held_out, Mapping) and not sets)):
+    if args.eval_strategy != "no" and (held_out is None or (isinstance(held_out, Mapping) and not held_out)):
         raise TrainingError(f"{label}: eval_strategy is set and there is no eval_dataset; pass one, or leave it out")
-    best = str(args.metric_for_best_model).removeprefix("eval_")
-    if args.load_best_model_at_end and sets and not any(best.startswith(f"{name}_") for name in sets):
-        raise TrainingError(
-            f"{label}: metric_for_best_model is {best}; of several sets take one's, such as {sets[0]}_loss"
-        )
     if draws_responses(method):
         check_rollout(label, method, args.rollout)
 

@@ -299,22 +299,11 @@ def check_sharpness(label: str, median: float) -> None:
     Raises InputError above `SATURATED`.
     """
     low, high = INFORMATIVE
+    found = f"{label}: the median pair has |logit| {median:.3g} at the start"
+    less = f"divide what scales the implicit reward by about {median:.2g}"
     if median > SATURATED:
-        raise InputError(
-            f"{label}: the median pair has |logit| {median:.3g} at the start, so that most pairs have no gradient; "
-            f"divide gamma by about {median:.2g}, or set gamma: auto"
-        )
+        raise InputError(f"{found}, so that most pairs have no gradient; lower gamma ({less}), or set gamma: auto")
     if median > high:
-        logger.warning(
-            "%s: the median pair has |logit| %.3g at the start: labels look certain and gradients vanish; "
-            "lower gamma (divide what scales the implicit reward by about %.2g)",
-            label,
-            median,
-            median,
-        )
+        logger.warning("%s: labels look certain and gradients vanish; lower gamma (%s)", found, less)
     elif AT_START < median < low:
-        logger.warning(
-            "%s: the median pair has |logit| %.3g at the start: labels look like coins; raise gamma",
-            label,
-            median,
-        )
+        logger.warning("%s: labels look like coins; raise gamma", found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,15 +28,6 @@ class RolloutSettings(Section):
     docs/rollouts.md says what each setting does. A recipe without `max_completion_length` takes the evaluation's
     max_new_tokens.
     """
-
-    renamed: ClassVar[dict[str, str]] = {
-        "samples": "num_generations",
-        "max_new_tokens": "max_completion_length",
-        "inner_epochs": "num_iterations",
-        "rows": "decode_batch_size",
-        "show": "num_completions_to_print",
-        "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
-    }
 
     num_generations: Count = 4
     temperature: Positive = 1.0
