@@ -385,13 +385,13 @@ def test_a_round_whose_reward_failed_keeps_what_the_server_said(folder, tmp_path
         made = trainer(server, folder, tmp_path, RKL(0.5, 0.3))
         made.rollout.reward = lambda requests: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            made.worker.draw_round([0], 0)
+            made.worker.draw_round([0], 0, 4096)
         save_round(made.worker.round, tmp_path)
         drawn = load_round(tmp_path)
         assert "server_token_logps" in drawn.tensors
         server.bodies.clear()
         made.rollout.reward, made.worker.round = Warmth(), drawn
-        made.worker.draw_round([0], 0)
+        made.worker.draw_round([0], 0, 4096)
         assert {"behavior_token_logps", "rewards"} <= set(drawn.tensors)
         assert "server_token_logps" not in drawn.tensors
         assert not server.bodies

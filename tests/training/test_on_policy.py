@@ -92,7 +92,7 @@ def test_what_is_collected_is_what_the_engine_says(tmp_path, temperature):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
-    made.worker.draw_round([0], 0)
+    made.worker.draw_round([0], 0, 4096)
     drawn = made.worker.round
     groups = [Group(p, r) for p, r in zip(drawn.prompts, drawn.responses, strict=True)]
     for name, scored in (("behavior", model), ("reference", made.policy.reference)):
@@ -200,7 +200,7 @@ def test_rounds_draw_by_different_random_numbers(tmp_path):
     made.model.eval()
     drawn = []
     for index in (made.worker.batches.rounds[0][0], made.worker.batches.rounds[1][0]):
-        made.worker.draw_round([index], 0)
+        made.worker.draw_round([index], 0, 4096)
         drawn.append(made.worker.round.responses)
     assert drawn[0] != drawn[1]
 

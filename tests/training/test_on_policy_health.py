@@ -115,7 +115,7 @@ def test_an_offline_method_is_watched_too(tmp_path):
 def test_a_missing_end_costs_what_the_recipe_says(tmp_path):
     """replace: responses that were cut are worth −1 in the round, the others what the reward says."""
     made = trainer(tmp_path, METHODS["rkl"], missing_end={"rule": "replace", "value": -1.0}, max_completion_length=3)
-    made.worker.draw_round([0], 0)
+    made.worker.draw_round([0], 0, 4096)
     responses = [response for group in made.worker.round.responses for response in group]
     cut = torch.tensor([response[-1] != tiny.END for response in responses])
     rewards = made.worker.round.tensors["rewards"]

@@ -2,8 +2,8 @@
 
 manifest.json                   the step, what run it is of, a SHA-256 of every file: written last
 distalign.json                  health, numbers for the next log line, the size of a micro-batch
-rollout.safetensors             the round of drawn responses that the run is in
-reference_rollout.safetensors   what the reference drew before the first step
+rollout.*                       the round of drawn responses that the run is in: ids in .json, numbers in .safetensors
+reference_rollout.*             what the reference drew before the first step, likewise
 reference.safetensors           the reference's log-probabilities of the pairs seen: scored again, beside other pairs,
                                 they would round differently
 value_head.safetensors          of a critic
@@ -19,12 +19,12 @@ import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,8 +39,8 @@ logger = logging.getLogger("distalign.training.checkpoint")
 MANIFEST, STATE, ROUND, DRAWN_ONCE, VALUES, REFERENCE = (
     "manifest.json",
     "distalign.json",
-    "rollout.safetensors",
-    "reference_rollout.safetensors",
+    "rollout",
+    "reference_rollout",
     "value_head.safetensors",
     "reference.safetensors",
 )
@@ -52,9 +52,6 @@ _NOT_THE_ADAPTER = {
     *("base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("inference_mode", "init_lora_weights", "runtime_config"),
 }
-
-# Tensors of the round are stored as "tensor.<name>", beside the ids.
-_PREFIX = "tensor."
 
 
 # Whole, and of this run -----------------------------------------------------------------------------------------------
@@ -225,42 +222,14 @@ def _fingerprint(key: tuple[tuple[int, ...], ...]) -> int:
 
 
 def save_round(drawn: Round, folder: Path, name: str = ROUND) -> None:
-    """Write a round's prompts, responses and their numbers into a checkpoint's folder."""
-    flat = [response for group in drawn.responses for response in group]
-    content = {
-        "indices": torch.tensor(drawn.indices, dtype=torch.int64),
-        "counts": torch.tensor([len(group) for group in drawn.responses], dtype=torch.int64),
-        **_pack("prompts", drawn.prompts),
-        **_pack("responses", flat),
-        **{_PREFIX + k: v.detach().to("cpu", copy=True).contiguous() for k, v in drawn.tensors.items()},
-    }
-    about = {"round": drawn.number, "position": drawn.position}
-    save_file(content, folder / name, metadata={"buffer": json.dumps(about)})
+    """Write a round into a checkpoint's folder: its ids as JSON, its tensors beside."""
+    ids = {field.name: getattr(drawn, field.name) for field in fields(drawn) if field.name != "tensors"}
+    (folder / f"{name}.json").write_text(json.dumps(ids), encoding="utf-8")
+    tensors = {name: rows.detach().to("cpu", copy=True).contiguous() for name, rows in drawn.tensors.items()}
+    save_file(tensors, folder / f"{name}.safetensors")
 
 
 def load_round(folder: Path, name: str = ROUND) -> Round:
     """What `save_round` wrote, exactly as it was, on the CPU."""
-    with safe_open(folder / name, framework="pt") as file:
-        content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads((file.metadata() or {})["buffer"])
-    flat = iter(_unpack("responses", content))
-    return Round(
-        number=about["round"],
-        position=about["position"],
-        indices=content["indices"].tolist(),
-        prompts=_unpack("prompts", content),
-        responses=[[next(flat) for _ in range(count)] for count in content["counts"].tolist()],
-        tensors={k.removeprefix(_PREFIX): v for k, v in content.items() if k.startswith(_PREFIX)},
-    )
-
-
-def _pack(name: str, sequences: Sequence[list[int]]) -> dict[str, Tensor]:
-    """Sequences of ids as one tensor and their lengths."""
-    return {
-        f"{name}.ids": torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64),
-        f"{name}.lengths": torch.tensor([len(sequence) for sequence in sequences], dtype=torch.int64),
-    }
-
-
-def _unpack(name: str, content: dict[str, Tensor]) -> list[list[int]]:
-    return [part.tolist() for part in content[f"{name}.ids"].split(content[f"{name}.lengths"].tolist())]
+    ids = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    return Round(**ids, tensors=load_file(folder / f"{name}.safetensors"))

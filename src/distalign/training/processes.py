@@ -16,7 +16,6 @@ from typing import TypeVar, cast
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import distributed
-from transformers import TrainingArguments
 
 from distalign.errors import InputError
 
@@ -32,16 +31,11 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def of(cls, args: TrainingArguments) -> Processes:
-        """Those that accelerate or torchrun started; they part when the program ends."""
-        if args.world_size > 1:
-            atexit.register(_part)
-        return cls(args.process_index, args.world_size)
-
-    @classmethod
     def here(cls) -> Processes:
-        """The same, once there are arguments of a training."""
+        """Those that accelerate or torchrun started, once there are arguments of a training; they part at the end."""
         state = PartialState()
+        if state.num_processes > 1:
+            atexit.register(_part)
         return cls(state.process_index, state.num_processes)
 
     @property

@@ -1,4 +1,7 @@
-"""A trainer whose run can be stopped at any moment and goes on as if it had not been: signals, checkpoints."""
+"""What a trainer writes, and how it goes on from that: the policy with its card, here and on the hub; checkpoints.
+
+A run can be stopped at any moment and goes on as if it had not been.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,12 +18,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+from httpx import HTTPError
+from huggingface_hub import HfApi
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from distalign.engine import Group, score_in_batches
 from distalign.engine.memory import out_of_memory
 from distalign.errors import InputError
+from distalign.methods import Method
+from distalign.models.card import add_licence, model_card
+from distalign.models.policy import whole_distribution
+from distalign.models.quantized import quantization_of, write_note
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
     ROUND,
@@ -41,12 +53,14 @@ from distalign.training.checkpoint import (
     saving,
     step_of,
 )
+from distalign.training.config import AlignmentConfig
+from distalign.training.guard import Guard
 from distalign.training.health import Monitor
+from distalign.training.passes import WrappedTrainer
 from distalign.training.prompts import MetricAverager, merge_sums
-from distalign.training.rollout_settings import TrainingError, draws_responses
-from distalign.training.rounds import ReferenceResponses, RolloutWorker
+from distalign.training.rollout_settings import RolloutSettings, TrainingError, draws_responses
+from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker
 from distalign.training.run_folder import cut_log, remove
-from distalign.training.saving import SavingTrainer
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -55,10 +69,28 @@ FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_b
 # What the optimizer and its schedule take from the checkpoint: others would be written down and not used.
 FROM_CHECKPOINT = ("learning_rate", "weight_decay", "optim", "lr_scheduler_type")
 
+# Settings of training that a model card names.
+CARD_SETTINGS = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps", "optim", "max_grad_norm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "bf16"),
+)
 
-class ResumableTrainer(SavingTrainer):
-    """What `AlignmentTrainer` does beside training: it writes checkpoints whole, stops on signals, and goes on."""
 
+class ResumableTrainer(WrappedTrainer):
+    """What `AlignmentTrainer` does beside training: it writes checkpoints whole, stops on signals, and goes on.
+
+    Of its policy it writes no bad one, and nothing of the run's folder to the hub.
+    """
+
+    args: AlignmentConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    label: str
+    name: str
+    method: Method
+    rows: list[Any]
+    statistics: dict[str, Any]
+    rollout: Rollout
+    temperature: float
+    guard: Guard
     worker: RolloutWorker | None
     reference_responses: ReferenceResponses | None
     reference_cache: dict[tuple, Tensor]
@@ -74,7 +106,12 @@ class ResumableTrainer(SavingTrainer):
     _at_step_start: Mapping[str, Any] = MappingProxyType({})
     _stop_signal: int | None = None
 
-    def _set_token_budget(self, budget: int | None) -> None:
+    @property
+    def _folder(self) -> Path:
+        return Path(str(self.args.output_dir))
+
+    def _budget(self) -> int:
+        """Tokens of a micro-batch."""
         raise NotImplementedError
 
     # Signals ----------------------------------------------------------------------------------------------------------
@@ -158,19 +195,19 @@ class ResumableTrainer(SavingTrainer):
 
     def _resume(self, checkpoint: Path) -> None:
         step, state, self.resumed_from = step_of(checkpoint), load_state(checkpoint), checkpoint.parent
-        if self.worker is not None and (checkpoint / ROUND).is_file():
+        if self.worker is not None and (checkpoint / f"{ROUND}.json").is_file():
             self.worker.resume(load_round(checkpoint), step)
         if self.policy.value_head is not None:
             self.policy.value_head.load_state_dict(load_file(checkpoint / VALUES))
-        # After the first step only the file knows what the reference drew.
-        if self.reference_responses is not None and (step > 0 or (checkpoint / DRAWN_ONCE).is_file()):
+        # After the first step only the files know what the reference drew.
+        if self.reference_responses is not None and (step > 0 or (checkpoint / f"{DRAWN_ONCE}.json").is_file()):
             self.reference_responses.round = load_round(checkpoint, DRAWN_ONCE)
         if self._remembers_reference:
             self.reference_cache |= load_reference(self.rows, checkpoint, self.args.device)
         if self.monitor is not None and state["health"] is not None:
             self.monitor.load_state_dict(state["health"])
         if self.token_budget is None:
-            self._set_token_budget(state["token_budget"])
+            self.token_budget = state["token_budget"]
         self.metrics.load_state_dict(state["metrics"])
         self.whole_run.load_state_dict(state["whole_run"])
         self._saved_step = step
@@ -278,6 +315,111 @@ class ResumableTrainer(SavingTrainer):
             if not isinstance(error, InputError):
                 raise
             raise type(error)(f"{error}; {saved} and the responses of this round: fix it and --resume") from error
+
+    # The policy -------------------------------------------------------------------------------------------------------
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights the model has after training: the best on the held-out pairs, or the last."""
+        best = self.state.best_global_step if self.args.load_best_model_at_end else None
+        return self.state.global_step if best is None else best
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model as it is (under LoRA the adapter), the tokenizer and the card."""
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            # A pickle, with the hub's token in it.
+            if self.processes.first:
+                folder = Path(output_dir or self._folder)
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                write_note(self.policy.model, folder)
+                whole_distribution(self.temperature, self.rollout.end_ids).save_pretrained(folder)
+        else:
+            self.save_policy(Path(output_dir or self._folder))
+            if self.args.push_to_hub:
+                self.push_to_hub()
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the model, the tokenizer and the card, and nothing to the hub."""
+        self._check_policy()
+        sampling = whole_distribution(self.temperature, self.rollout.end_ids)
+        with self.whole_weights():
+            self.processes.from_first(lambda: self.policy.save(folder, self.card(), sampling=sampling))
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Make the repository, before anything is trained. Raises TrainingError where the hub does not."""
+        try:
+            with self.processes.together():
+                super().init_hf_repo(token)
+        except (OSError, ValueError, HTTPError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise TrainingError(
+                f"{self.label}: push_to_hub is set and the hub makes no repository ({reason}); log in with hf auth "
+                "login, or leave it out and upload the folder of the model later"
+            ) from error
+
+    def push_to_hub(self, commit_message: str | None = "distalign", **kwargs: Any) -> Any:
+        """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder."""
+        with tempfile.TemporaryDirectory() as scratch:
+            self.save_policy(Path(scratch))
+            if not self.processes.first:
+                return None
+            add_licence(Path(scratch) / "README.md", self.policy.source.path)
+            return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
+                repo_id=str(self.hub_model_id),
+                folder_path=scratch,
+                commit_message=commit_message,
+                revision=kwargs.get("revision") or self.args.hub_revision,
+            )
+
+    def _check_policy(self) -> None:
+        """Raise TrainingError for a policy that diverged: no bad one is saved."""
+        groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
+        logps = self.run(lambda: score_in_batches(self.policy.model, groups, token_budget=self._budget()).logps)
+        with self.whole_weights():
+            self.guard.check_policy(self.policy.model, logps, self.state.global_step)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
+    ) -> None:
+        """Write README.md into the run's folder: method, settings, data, results, citation."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        card = self.card(model_name=model_name, dataset_name=dataset_name, tags=tags or [])
+        (self._folder / "README.md").write_text(card, encoding="utf-8")
+
+    def card(self, **more: Any) -> str:
+        """The model card, as Markdown with the hub's metadata."""
+        args = self.args
+        rollout = [name for name in RolloutSettings.model_fields if not name.startswith("vllm_")]
+        names = [*CARD_SETTINGS, *(rollout if draws_responses(self.method) else ())]
+        training = {name: getattr(value, "value", value) for name in names for value in [getattr(args, name)]}
+        return model_card(
+            base_model=self.policy.source.name,
+            name=self.name,
+            method=self.method,
+            data=self.statistics,
+            training={**training, "kept_step": self.kept_step, "seed": args.seed},
+            results=self.last_evaluation(),
+            adapter=self._adapter(),
+            quantization=quantization_of(self.policy.model),
+            temperature=self.temperature,
+            **more,
+        )
+
+    def _adapter(self) -> dict[str, Any] | None:
+        """Settings of the adapter that is trained; None if all weights are, or if it is merged where it is saved."""
+        model = self.policy.model
+        if not isinstance(model, PeftModel) or self.policy.source.adapter is not None:
+            return None
+        config = model.peft_config[str(model.active_adapter)]
+        names = [name for name in ("peft_type", "r", "lora_alpha", "lora_dropout") if hasattr(config, name)]
+        return {name: getattr(value, "value", value) for name in names for value in [getattr(config, name)]}
+
+    def last_evaluation(self) -> dict[str, float]:
+        """The numbers of the evaluation at the step that was kept; empty without one."""
+        rows = [row for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
+        kept = [row for row in rows if row["step"] == self.kept_step] or rows[-1:]
+        return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
 
 
 class GoesOn(TrainerCallback):

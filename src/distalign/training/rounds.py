@@ -106,7 +106,7 @@ class Round:
 
     number: of the round, which with the run's seed decides what is sampled. position: optimizer steps already done in
     it. indices: row of every prompt in its data set. tensors: one row for each response, prompt by prompt: rewards,
-    behavior_token_logps, reference_token_logps, advantages, returns (nats). Raises ValueError if lengths do not agree.
+    behavior_token_logps, reference_token_logps, advantages, returns (nats).
     """
 
     number: int
@@ -115,16 +115,6 @@ class Round:
     prompts: list[list[int]]
     responses: list[list[list[int]]]
     tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        counts = {len(self.indices), len(self.prompts), len(self.responses)}
-        if len(counts) > 1:
-            raise ValueError(
-                f"round: {len(self.indices)} indices, {len(self.prompts)} prompts and responses to "
-                f"{len(self.responses)}; give one of each for every prompt"
-            )
-        for name, tensor in self.tensors.items():
-            self._check_rows(name, tensor)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -138,25 +128,6 @@ class Round:
         """Rows of `tensors` that belong to prompt number `i` of the round."""
         starts = self.starts
         return slice(starts[i], starts[i + 1])
-
-    def find(self, index: int) -> int:
-        """Place in the round of the prompt that is row `index` of its data set.
-
-        Raises KeyError if it is not there.
-        """
-        try:
-            return self.indices.index(index)
-        except ValueError:
-            raise KeyError(f"prompt {index} is not in round {self.number}") from None
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor with one row for each response. Raises ValueError for another number of rows."""
-        self._check_rows(name, tensor)
-        self.tensors[name] = tensor
-
-    def _check_rows(self, name: str, tensor: Tensor) -> None:
-        if tensor.ndim == 0 or len(tensor) != self.starts[-1]:
-            raise ValueError(f"round: {name} is {list(tensor.shape)}; it needs a row for each of {self.starts[-1]}")
 
 
 def apply_missing_end(
@@ -183,13 +154,10 @@ class Rollout:
 
     settings: RolloutSettings
     end_id: int
-    reward: Reward | None = None
-    end_ids: Collection[int] = ()
+    reward: Reward | None
+    end_ids: Collection[int]
     processes: Processes = ALONE
     server: VLLMServer | None = None
-
-    def __post_init__(self) -> None:
-        self.end_ids = self.end_ids or (self.end_id,)
 
     def sample(
         self,
@@ -228,16 +196,20 @@ class Rollout:
 
     def rewards(self, rows: Sequence[Row], responses: Sequence[list[list[int]]]) -> Float[Tensor, "responses"]:
         """Rewards of the responses to these rows, the missing-end rule applied. Raises RewardError."""
+        requests = [Request(row.prompt, group, row.row) for row, group in zip(rows, responses, strict=True)]
+        ended = torch.tensor([response[-1] in self.end_ids for group in responses for response in group])
+        rewards = torch.cat(self.rewards_as_given(requests))
+        return apply_missing_end(rewards, ended, self.settings.missing_end)
+
+    def rewards_as_given(self, requests: Sequence[Request]) -> list[Float[Tensor, "responses"]]:
+        """What the reward says of the responses of each request. Raises RewardError."""
         assert self.reward is not None
         reward = self.reward
 
         def each(requests: list[Request]) -> list[Tensor]:
             return list(reward(requests).split([len(request.responses) for request in requests]))
 
-        requests = [Request(row.prompt, group, row.row) for row, group in zip(rows, responses, strict=True)]
-        ended = torch.tensor([response[-1] in self.end_ids for group in responses for response in group])
-        rewards = torch.cat(self.processes.map(each, requests, [sum(map(len, group)) for group in responses]))
-        return apply_missing_end(rewards, ended, self.settings.missing_end)
+        return self.processes.map(each, requests, [request.group.tokens for request in requests])
 
     def scores(
         self,
@@ -308,13 +280,14 @@ class ReferenceResponses:
             started = time.perf_counter()
             # In parts: a function may take `timeout` seconds for each call.
             parts = [slice(start, start + self.batch_size) for start in range(0, len(drawn), self.batch_size)]
-            drawn.add("rewards", torch.cat([self.rollout.rewards(self.rows[p], drawn.responses[p]) for p in parts]))
+            rewards = [self.rollout.rewards(self.rows[part], drawn.responses[part]) for part in parts]
+            drawn.tensors["rewards"] = torch.cat(rewards)
             self.metrics.add({"reward_time": time.perf_counter() - started})
         if self.needs.reference and "reference_token_logps" not in drawn.tensors:
             groups = [Group(*both) for both in zip(drawn.prompts, drawn.responses, strict=True)]
             score = self.rollout.scores
             scores = self.run(lambda: self._with_reference(lambda model: score(model, groups, token_budget)))
-            drawn.add("reference_token_logps", scores.token_logps)
+            drawn.tensors["reference_token_logps"] = scores.token_logps
         if self.rollout.processes.first:
             texts = completion_texts(drawn, self.rows, self.policy, self.rollout.settings)
             write_completions(self.samples_file, 0, texts)
@@ -359,14 +332,13 @@ class RolloutWorker:
         rows: Sequence[Row],
         *,
         args: TrainingArguments,
-        token_budget: int,
         monitor: Monitor | None,
         metrics: MetricAverager,
         run: RunPass,
     ) -> None:
         self.policy, self.method, self.rollout, self.rows = policy, method, rollout, rows
         self.needs = method.needs
-        self.accumulated, self.token_budget, self.seed = args.gradient_accumulation_steps, token_budget, args.seed
+        self.accumulated, self.seed = args.gradient_accumulation_steps, args.seed
         self.monitor, self.metrics, self.run = monitor, metrics, run
         self.samples_file = samples_file_of(args)
         self.batches = RoundBatches(
@@ -383,7 +355,7 @@ class RolloutWorker:
 
     # A round ----------------------------------------------------------------------------------------------------------
 
-    def draw_round(self, indices: Sequence[int], step: int) -> None:
+    def draw_round(self, indices: Sequence[int], step: int, token_budget: int) -> None:
         """See to it that the round of these rows is drawn, rewarded and scored. Raises RewardError.
 
         `step` is the number of optimizer steps done. What was drawn before a reward failed is in `round`.
@@ -404,10 +376,10 @@ class RolloutWorker:
         rewarded = self.needs.reward and (not self.needs.pairs or "sampled" in self.needs.pairs)
         if rewarded and "rewards" not in drawn.tensors:
             started = time.perf_counter()
-            drawn.add("rewards", self.rollout.rewards(rows, drawn.responses))
+            drawn.tensors["rewards"] = self.rollout.rewards(rows, drawn.responses)
             seconds["reward_time"] = time.perf_counter() - started
         self.metrics.add(seconds)
-        self._score(drawn)
+        self._score(drawn, token_budget)
         if self._logged != number:
             self._logged = number
             self._log_round(drawn, step)
@@ -416,7 +388,7 @@ class RolloutWorker:
         """Whether the policy moves while the round is used: then it has to be known what drew the responses."""
         return self.batches.batches_of(drawn.indices) > self.accumulated or self.needs.values
 
-    def _score(self, drawn: Round) -> None:
+    def _score(self, drawn: Round, token_budget: int) -> None:
         """Log-probabilities of the responses where they are needed: of what drew them, and of the reference."""
         needs, several = self.needs, self._several_steps(drawn) or SERVER in drawn.tensors
         behavior = several and "behavior_token_logps" not in drawn.tensors
@@ -426,16 +398,17 @@ class RolloutWorker:
         if behavior:
             against = self.policy.reference if reference else None
             head = self.policy.value_head if needs.values else None
-            scores = self.run(lambda: self.rollout.scores(self.policy.model, groups, self.token_budget, against, head))
+            scores = self.run(lambda: self.rollout.scores(self.policy.model, groups, token_budget, against, head))
             if scores.reference_token_logps is not None:
-                drawn.add("reference_token_logps", scores.reference_token_logps)
+                drawn.tensors["reference_token_logps"] = scores.reference_token_logps
             server = drawn.tensors.pop(SERVER, None)
             behavior = scores.token_logps if server is None else self._by_server(server, scores)
-            drawn.add("behavior_token_logps", behavior)
+            drawn.tensors["behavior_token_logps"] = behavior
             if needs.values:
                 self._add_credit(drawn, scores)
         elif reference and self.policy.reference is not None:
-            drawn.add("reference_token_logps", self.run(lambda: self._reference_scores(groups)).token_logps)
+            scores = self.run(lambda: self._reference_scores(groups, token_budget))
+            drawn.tensors["reference_token_logps"] = scores.token_logps
 
     def _by_server(self, server: Tensor, scores: Scores) -> Tensor:
         """Behavior log-probabilities of responses that a server drew; its mismatch is logged.
@@ -457,17 +430,15 @@ class RolloutWorker:
         corrected = settings.vllm_importance_sampling_correction and self.needs.samples and not self.needs.values
         return behavior if corrected else engine
 
-    def _reference_scores(self, groups: Sequence[Group]) -> Scores:
+    def _reference_scores(self, groups: Sequence[Group], token_budget: int) -> Scores:
         with self.policy.as_reference() as reference:
-            return self.rollout.scores(reference, groups, self.token_budget)
+            return self.rollout.scores(reference, groups, token_budget)
 
     def _add_credit(self, drawn: Round, scores: Scores) -> None:
         assert scores.values is not None
         constants = {name: rows.to(scores.token_logps) for name, rows in drawn.tensors.items()}
         samples = Samples(scores.token_logps, scores.mask, group=scores.group, values=scores.values, **constants)
-        advantages, returns = self.method.credit(samples)
-        drawn.add("advantages", advantages)
-        drawn.add("returns", returns)
+        drawn.tensors["advantages"], drawn.tensors["returns"] = self.method.credit(samples)
 
     # A batch of it ----------------------------------------------------------------------------------------------------
 

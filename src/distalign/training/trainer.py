@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -173,7 +173,7 @@ class AlignmentTrainer(ResumableTrainer):
         policy, base = load_policy(self.label, self.method, args, given, model, peft_config, optimizers[0])
         self.policy, self.statistics, self._encode = policy, given.rows.statistics, given.encode
         self.rows: list[Any] = given.rows.train
-        self.processes = Processes.of(args)
+        self.processes = Processes.here()
         # The forward that accelerate wraps in its autocast; it is put back after training.
         self._own_forward = vars(policy.model).get("forward")
         super().__init__(
@@ -209,8 +209,12 @@ class AlignmentTrainer(ResumableTrainer):
         # Numbers for the next log line, and for the last one.
         self.metrics, self.whole_run = MetricAverager(self.processes), MetricAverager(self.processes)
         self._pair_rewards: dict[tuple, Tensor] = {}
-        self.worker = self._worker() if self.on_policy else None
-        self.reference_responses: ReferenceResponses | None = None
+        self.worker, self.reference_responses = None, None
+        if self.on_policy:
+            self.worker = RolloutWorker(
+                policy, self.method, self.rollout, self.rows,
+                args=args, monitor=self.monitor, metrics=self.metrics, run=self.run,
+            )  # fmt: skip
         if "reference" in self.needs.pairs:
             self.reference_responses = ReferenceResponses(
                 policy, self.needs, self.rollout, self.rows, args=args, metrics=self.metrics, run=self.run
@@ -218,19 +222,6 @@ class AlignmentTrainer(ResumableTrainer):
         self.start: dict[str, dict[str, float]] = {}
         self._step = StepTotals()
         self.add_callback(GoesOn(self))
-
-    def _worker(self) -> RolloutWorker:
-        return RolloutWorker(
-            self.policy,
-            self.method,
-            self.rollout,
-            self.rows,
-            args=self.args,
-            token_budget=self.token_budget or FORWARD_BUDGET,
-            monitor=self.monitor,
-            metrics=self.metrics,
-            run=self.run,
-        )
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's; by rounds for a method that draws responses.
@@ -298,7 +289,7 @@ class AlignmentTrainer(ResumableTrainer):
                 with self.explain_out_of_memory(micro), self._meeting(last=number == len(micro_batches)):
                     with self.processes.together():
                         scores = self.score([prompt.group for prompt in micro.prompts])
-                        pairs, samples = micro.inputs(scores, self.needs, self.pairing)
+                        pairs, samples = micro.inputs(scores, self.needs, self.rollout.settings.pairing)
                         loss = self.method.loss(pairs, samples) * micro.weight
                         self.guard.check_loss(loss, scores, [rows[index] for index in micro.indices], step)
                     # Its share of the step is in the weight: accelerate divides by nothing more, but by the processes.
@@ -324,7 +315,7 @@ class AlignmentTrainer(ResumableTrainer):
             sources.append(self.reference_responses.collect(rows))
         if self.worker is not None:
             with self.save_on_failure():
-                self.worker.draw_round(indices, self.state.global_step)
+                self.worker.draw_round(indices, self.state.global_step, self._budget())
             sources.append(self.worker.collect(indices))
         prompts = [reduce(merge, groups) for groups in zip(*sources, strict=True)]
         return Batch(prompts, step_prompts or len(rows) * self.args.gradient_accumulation_steps)
@@ -343,11 +334,6 @@ class AlignmentTrainer(ResumableTrainer):
             ),
             gradient=True,
         )
-
-    @property
-    def pairing(self) -> Literal["all", "best_worst"]:
-        """How pairs are made of more than two samples."""
-        return self.rollout.settings.pairing
 
     def record(self, micro: MicroBatch, scores: Scores, samples: Samples) -> None:
         """Take from a pass what the next log line says."""
@@ -430,7 +416,7 @@ class AlignmentTrainer(ResumableTrainer):
             PromptGroup(
                 Group(row.prompt, [row.chosen, row.rejected]),
                 labelled=2,
-                probability=1.0 if row.probability is None else row.probability,
+                probability=row.label,
                 reference_logps=self.reference_cache[row.key] if reference else None,
                 rewards=self._pair_rewards[row.key, row.where] if rewards else None,
             )
@@ -442,13 +428,9 @@ class AlignmentTrainer(ResumableTrainer):
         # Two rows of the same text may have other columns.
         missing = [row for row in rows if (row.key, row.where) not in self._pair_rewards]
         if missing:
-            assert self.rollout.reward is not None
             started = time.perf_counter()
-            reward = self.rollout.reward
             requests = [Request(row.prompt, [row.chosen, row.rejected], row.row) for row in missing]
-            sizes = [request.group.tokens for request in requests]
-            pairs = self.processes.map(lambda some: list(reward(some).view(-1, 2)), requests, sizes)
-            for row, pair in zip(missing, pairs, strict=True):
+            for row, pair in zip(missing, self.rollout.rewards_as_given(requests), strict=True):
                 self._pair_rewards[row.key, row.where] = pair
             self.metrics.add({"reward_time": time.perf_counter() - started})
 
@@ -535,15 +517,9 @@ class AlignmentTrainer(ResumableTrainer):
             most = 4096 if self.args.device.type == "cpu" else 16_384
             fits = self._estimate(1).largest_budget()
             budget = min(self.processes.gather(most if fits is None else max(1, min(most, fits // 2))))
-            self._set_token_budget(1 << (budget.bit_length() - 1))
+            self.token_budget = 1 << (budget.bit_length() - 1)
             logger.info("%s: token_budget is %d, chosen from free memory", self.label, self.token_budget)
-        assert self.token_budget is not None
         return self.token_budget
-
-    def _set_token_budget(self, budget: int | None) -> None:
-        self.token_budget = budget
-        if self.worker is not None and budget is not None:
-            self.worker.token_budget = budget
 
     def estimate_memory(self) -> MemoryEstimate:
         """What the run will need, measured on the model as it is trained; logged, with a warning if it does not fit."""
