@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from distalign import PD, AlignmentConfig, AlignmentTrainer, ColumnReward, compare, train
 from distalign.data import EncodedPair, Pair
-from distalign.evaluation.setup import Evaluation
 from distalign.experiments.results import data_key
 from distalign.models.load import Source
 from distalign.rewards import RewardError, RewardSettings
@@ -125,11 +124,9 @@ def test_a_pair_without_rewards_is_named(tmp_path, recipe, monkeypatch):
         trainer(tmp_path, OFFLINE, data, ColumnReward(0.5))
 
 
-def test_a_known_target_and_an_evaluation_have_no_columns(recipe):
-    """Their responses are drawn."""
+def test_a_known_target_has_no_columns(recipe):
+    """Its responses are drawn."""
     del recipe["data"]
     recipe["target"] = {"words": ["happy"], "prompts": tiny.prompts(10)}
     with pytest.raises(RewardError, match=r"reward.columns: only the data's pairs have them"):
         train(recipe)
-    with pytest.raises(ValidationError, match=r"reward.columns: an evaluation's responses are drawn"):
-        Evaluation(name="a", model="b", policies={}, prompts="c", reward=[{"columns": True, "scale": 1}])
