@@ -321,13 +321,13 @@ COMMANDS = {
     "frontier": "--samples --betas --gammas --kl-budget --set --model --prompts --pairs --output-dir --json",
     "calibrate": "--limit --token-budget --json",
     "report": "--out --files --no-files --wide --json --markdown",
-    "recipes": "--schema --evaluation --json",
+    "recipes": "--json",
     "init": "--evaluation",
     "methods": "--wide --json",
     "lab": "--seeds --max-n --seed --set --out --json",
     "env": "--json",
 }
-SWITCHES = "--drop-ties --resume --overwrite --full --wide --files --no-files --schema --evaluation"
+SWITCHES = "--drop-ties --resume --overwrite --full --wide --files --no-files --evaluation"
 NAMES = "pairs quickstart study fuzz.yaml pairs.jsonl model run evaluation pmle 1,2 0,0 -3 x=y"
 FITS = {"evaluate": "evaluation.yaml", "frontier": "evaluation.yaml", "data check": "pairs.jsonl"}
 FITS |= {"train": "fuzz.yaml", "report": "run", "calibrate": "model"}

@@ -1,4 +1,4 @@
-"""Packaged recipes, one to edit, its schema; a run without a recipe; a method of the user's own."""
+"""Packaged recipes, one to edit; a run without a recipe; a method of the user's own."""
 
 from __future__ import annotations
 
@@ -52,38 +52,6 @@ def test_init_writes_one_to_edit(distalign, place):
     refused(distalign("init", "pears"), 'no recipe "pears" is packaged; give one of chat, pairs')
     assert distalign("init", "quickstart", "--evaluation")[0] == 0
     assert Path("quickstart-evaluation.yaml").is_file()
-
-
-def test_the_schema_knows_every_setting_of_the_packaged_recipes(distalign):
-    """Methods' own settings and TrainingArguments' included; a switch or a list is allowed where YAML may have one."""
-    code, out, _ = distalign("recipes", "--schema")
-    assert code == 0
-    schema = json.loads(out)
-    definitions = schema["$defs"]
-    assert definitions["TrainingArguments"]["properties"]["learning_rate"]["type"] == "number"
-    assert schema["properties"]["methods"]["properties"]["pmle"]["properties"]["gamma"]["default"] == 0.01
-
-    def check(value, place, where):
-        if "$ref" in place:
-            return check(value, definitions[place["$ref"].rpartition("/")[2]], where)
-        if "anyOf" in place:
-            kinds = {"dict": "object", "list": "array", "bool": "boolean"}
-            wanted = kinds.get(type(value).__name__)
-            options = [definitions[o["$ref"].rpartition("/")[2]] if "$ref" in o else o for o in place["anyOf"]]
-            place = next((option for option in options if option.get("type") == wanted), options[0])
-            assert wanted in (None, place.get("type")), where
-        if isinstance(value, dict) and "properties" in place:
-            for key, part in value.items():
-                kind = place["properties"].get(key, place.get("additionalProperties"))
-                assert isinstance(kind, dict), f"{where}.{key}"
-                check(part, kind, f"{where}.{key}")
-        return None
-
-    for path in RECIPES.glob("*.yaml"):
-        check(yaml.safe_load(path.read_text(encoding="utf-8")), schema, path.stem)
-    code, out, _ = distalign("recipes", "--schema", "--evaluation")
-    assert code == 0
-    assert "policies" in json.loads(out)["properties"]
 
 
 SMALL = ("--set", "training.max_steps=2", "--set", "data.held_out=0.2", "--set", "health.prompts=2")

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from distalign import cli
 from distalign.engine import Group, check, score
 from distalign.evaluation.setup import load_evaluation, load_setup
-from distalign.experiments.merge import merge
+from distalign.experiments.merge import _divergence, find_adapter, merge
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.train import train
 from distalign.methods import PMLE, RKL
@@ -306,10 +307,16 @@ def test_another_quantisation_is_refused(folder, tmp_path, value):
         load_recipe(settings(folder, tmp_path, quantisation="4bit"))
 
 
-def test_a_recipe_without_an_adapter_is_refused(folder, tmp_path):
-    """What cannot be trained, of the policy or of its reward."""
-    with pytest.raises(RecipeError, match=r"quantization is 4bit and lora is off.*add lora: true"):
-        load_recipe(settings(folder, tmp_path, lora=False))
+@installed
+def test_a_recipe_without_an_adapter_is_refused(folder, tmp_path, monkeypatch):
+    """Before weights are loaded."""
+    monkeypatch.setattr("distalign.experiments.setup._load", lambda *_: pytest.fail("the weights were loaded"))
+    with pytest.raises(ModelError, match=r"quantised weights cannot be trained.*lora: true"):
+        train(load_recipe(settings(folder, tmp_path, lora=False)), "pmle")
+
+
+def test_a_reward_that_cannot_be_trained_in_4_bits_is_refused(folder, tmp_path):
+    """All its weights, or weights of its own."""
     for reward in ({"backbone": "full"}, {"init": "scratch"}):
         with pytest.raises(RecipeError, match=f"reward.train: {next(iter(reward))}.*in 4 bits"):
             load_recipe(settings(folder, tmp_path, reward={"train": reward}))
@@ -377,6 +384,10 @@ def test_merged_as_trained_it_is_what_was_trained(runs, tmp_path):
     merged = merge(place, tmp_path / "merged")
     assert merged.dtype == "float32"
     assert abs(merged.kl.mean) < 1e-5
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert f"KL(4-bit ‖ merged) is {merged.kl.mean:.3g}" in card
+    assert "library_name: transformers" in card
+    assert "BitsAndBytesConfig" not in card
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not is_quantized(model)
     torch.testing.assert_close(logps(model), trained, atol=1e-3, rtol=0)
@@ -384,20 +395,20 @@ def test_merged_as_trained_it_is_what_was_trained(runs, tmp_path):
 
 
 @installed
-def test_merged_into_its_base_it_says_how_far_it_is(runs, folder, tmp_path):
-    """W + s B A with the base's own weights; the distance is measured, and stands in the card."""
+def test_an_adapter_on_the_base_s_own_weights_is_another_model(runs):
+    """Merged into those it is W + s B A, and its distance from what was trained is seen."""
     place, _ = runs["rkl"]
-    merged = merge(place, tmp_path / "merged", onto_base=True)
-    assert merged.kl.mean > 1e-3
-    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
-    assert f"KL(4-bit ‖ merged) is {merged.kl.mean:.3g}" in card
-    assert "library_name: transformers" in card
-    assert "BitsAndBytesConfig" not in card
-    base, found = (load_file(one / "model.safetensors")[LAYER] for one in (folder, tmp_path / "merged"))
-    tensors = load_file(place / "model" / "adapter_model.safetensors")
-    key = f"base_model.model.{LAYER.removesuffix('.weight')}"
-    change = tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"] * (8 / 4)
-    torch.testing.assert_close(found, base + change, atol=1e-6, rtol=0)
+    source = find_adapter(place)
+    other = replace(source, quantization=None).model()
+    assert _divergence(source, source.tokenizer(), other, "float32").mean > 1e-3
+
+
+@installed
+def test_a_merged_model_samples_as_the_adapter_did(runs, tmp_path):
+    """With the temperature and the end tokens that it was trained with."""
+    place, _ = runs["rkl"]
+    merged = merge(place, tmp_path / "merged", check=False)
+    assert merged.kl is None
     own, kept = (json.loads((one / "generation_config.json").read_text()) for one in (place / "model", merged.folder))
     assert {key: kept[key] for key in ("temperature", "top_k", "eos_token_id")} == {
         key: own[key] for key in ("temperature", "top_k", "eos_token_id")
@@ -466,8 +477,8 @@ def test_one_process_merges_into_a_folder(folder, tmp_path):
     assert not scratch.exists()
 
 
-def test_what_cannot_be_compared_is_said(folder, tmp_path, monkeypatch, caplog):
-    """Without bitsandbytes an adapter of 4-bit weights is merged into its base all the same, with a warning."""
+def test_without_bitsandbytes_an_adapter_of_4bit_weights_is_not_merged(folder, tmp_path, monkeypatch):
+    """The weights that it was trained on cannot be read."""
     result = train(load_recipe(settings(folder, tmp_path, quantization=None)), "pmle")
     (result.model / NOTE).write_text(json.dumps({"load_in_4bit": True}))
     found = importlib.util.find_spec
@@ -476,5 +487,3 @@ def test_what_cannot_be_compared_is_said(folder, tmp_path, monkeypatch, caplog):
     )
     with pytest.raises(ModelError, match="4-bit weights need bitsandbytes"):
         merge(result.folder)
-    assert merge(result.folder, onto_base=True).kl is None
-    assert "is not measured" in caplog.text

@@ -25,13 +25,6 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="Of its weights: float32, bfloat16, float16; auto is that of the base's files.")
     ] = "auto",
-    onto_base: Annotated[
-        bool,
-        typer.Option(
-            "--onto-base",
-            help="Of an adapter trained on 4-bit weights: merge it into the base's own weights, which are others.",
-        ),
-    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that is there.")] = False,
     check: Annotated[
         bool, typer.Option(help="Of an adapter trained on 4-bit weights: compare both models, which loads both.")
@@ -44,10 +37,9 @@ def merge(
     from distalign.experiments.merge import agreement
     from distalign.experiments.merge import merge as run_merge
 
-    merged = run_merge(run, out, dtype=dtype, onto_base=onto_base, overwrite=overwrite, check=check)
+    merged = run_merge(run, out, dtype=dtype, overwrite=overwrite, check=check)
     if merged.kl is not None:
-        other = "" if merged.as_trained else "; without --onto-base what was trained is kept"
-        print(f"trained on 4-bit weights: {agreement(merged)}{other}")
+        print(f"trained on 4-bit weights: {agreement(merged)}")
     print(f"model: {merged.folder} ({merged.dtype})")
     if shutil.which(CONVERTER):
         place = shlex.quote(str(merged.folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -14,25 +13,10 @@ from distalign.cli import shared
 _EVALUATIONS = "evaluate"
 
 
-def recipes(
-    schema: Annotated[
-        bool, typer.Option("--schema", help="Print the JSON schema of a recipe, by which an editor completes it.")
-    ] = False,
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="With --schema: that of an evaluation.")] = False,
-    json_path: shared.JsonOption = None,
-) -> None:
+def recipes(json_path: shared.JsonOption = None) -> None:
     """List the packaged recipes, which every command takes by name."""
     from distalign.settings import packaged_recipes
 
-    if schema:
-        from distalign.evaluation.setup import Evaluation
-        from distalign.experiments.recipe import recipe_schema
-
-        content = Evaluation.model_json_schema() if evaluation else recipe_schema()
-        # The file's name is the run's by default.
-        content["required"].remove("name")
-        print(json.dumps(content, indent=1, ensure_ascii=False))
-        return
     training, evaluations = packaged_recipes(), packaged_recipes(_EVALUATIONS)
     shared.print_words(["train, compare, reward", ""], [[name, about] for name, about in training.items()])
     shared.print_words(["evaluate, frontier", ""], [[name, about] for name, about in evaluations.items()])

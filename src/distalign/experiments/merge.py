@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,14 +18,11 @@ from distalign.errors import DAMAGED, InputError
 from distalign.experiments.train import MERGED
 from distalign.models.load import Source, find_model
 from distalign.models.policy import trained_temperature
-from distalign.models.quantized import check_installed
 from distalign.models.verify import check_mergeable, load_adapter
 from distalign.rollout.sample import sample
 from distalign.settings import dump_yaml
 from distalign.stats.intervals import Estimate, mean_and_se
 from distalign.training.run_folder import check_no_links, locked, whole_folder
-
-logger = logging.getLogger("distalign.experiments.merge")
 
 # Its section of a card.
 _MERGED = "## Merged"
@@ -43,13 +39,12 @@ _USE = """## Use
 class Merged:
     """Where the merged model is, its dtype, and of a base that was in 4 bits KL(4-bit ‖ merged), in nats.
 
-    as_trained: its base's weights are the 4-bit ones, written out. The KL is summed over the first `TOKENS` tokens of a
-    response to each of `PROMPTS` prompts; None if it was not measured.
+    The KL is summed over the first `TOKENS` tokens of a response to each of `PROMPTS` prompts; None if it was not
+    measured.
     """
 
     folder: Path
     dtype: str
-    as_trained: bool
     kl: Estimate | None
 
 
@@ -58,7 +53,6 @@ def merge(
     out: str | Path | None = None,
     *,
     dtype: str = "auto",
-    onto_base: bool = False,
     overwrite: bool = False,
     check: bool = True,
 ) -> Merged:
@@ -66,9 +60,8 @@ def merge(
 
     `run` is a run's folder or an adapter's, `out` by default the folder `merged` in it. `dtype` is the weights', by
     default that of the base's files. An adapter that was trained on 4-bit weights is merged into those, written out,
-    which keeps what was trained, or with `onto_base` into the base's own, which are others; with `check` the result is
-    compared with what was trained. Raises InputError, at once where another process trains in the run's folder, or
-    merges into the same one.
+    which keeps what was trained; with `check` the result is compared with it. Raises InputError, at once where another
+    process trains in the run's folder, or merges into the same one.
     """
     source = find_adapter(run)
     place = Path(os.path.expanduser(run)) / MERGED if out is None else Path(os.path.expanduser(out))
@@ -76,7 +69,7 @@ def merge(
     lock = ".lock" if (place.parent / "recipe.yaml").is_file() else f".{place.name}.lock"
     with locked(place.parent, lock):
         _check_place(place, [Path(run), Path(source.path), Path(str(source.adapter))], overwrite=overwrite)
-        return _merge_into(place, source, dtype=dtype, onto_base=onto_base, check=check)
+        return _merge_into(place, source, dtype=dtype, check=check)
 
 
 def _check_place(place: Path, needed: Sequence[Path], *, overwrite: bool) -> None:
@@ -91,12 +84,11 @@ def _check_place(place: Path, needed: Sequence[Path], *, overwrite: bool) -> Non
     check_no_links(place, place.parent)
 
 
-def _merge_into(place: Path, source: Source, *, dtype: str, onto_base: bool, check: bool) -> Merged:
+def _merge_into(place: Path, source: Source, *, dtype: str, check: bool) -> Merged:
     """Merge the adapter and write the model into `place`."""
     device = TrainingArguments(output_dir="unused").device
-    as_trained = source.quantization is not None and not onto_base
     label = f"model {source.name}"
-    if as_trained:
+    if source.quantization is not None:
         source.compare_base()
         # The 4-bit weights as numbers of the dtype, and the adapter merged into them.
         base: Any = replace(source, adapter=None).model(dtype, device)
@@ -104,17 +96,15 @@ def _merge_into(place: Path, source: Source, *, dtype: str, onto_base: bool, che
         check_mergeable(label, adapted)
         model = adapted.merge_and_unload().eval()
     else:
-        model = replace(source, quantization=None).model(dtype, device)
+        model = source.model(dtype, device)
         # Where it could not be merged, the adapter is still in the layers.
         check_mergeable(label, model)
     name, tokenizer = str(model.dtype).removeprefix("torch."), source.tokenizer()
-    kl = None
-    if source.quantization is not None and check:
-        kl = _divergence(source, tokenizer, model, name)
+    kl = _divergence(source, tokenizer, model, name) if source.quantization is not None and check else None
     assert source.adapter is not None
     if (Path(source.adapter) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.adapter)
-    merged = Merged(place, name, as_trained, kl)
+    merged = Merged(place, name, kl)
     with whole_folder(place) as scratch:
         model.save_pretrained(scratch, safe_serialization=True)
         tokenizer.save_pretrained(scratch)
@@ -147,16 +137,11 @@ def _replaceable(place: Path, needed: Sequence[Path]) -> bool:
     return made and place.resolve() not in inner
 
 
-def _divergence(source: Source, tokenizer: Tokenizer, merged: PreTrainedModel, dtype: str) -> Estimate | None:
-    """KL(4-bit ‖ merged) over the first tokens of responses that the model in 4 bits draws; None without the package.
+def _divergence(source: Source, tokenizer: Tokenizer, merged: PreTrainedModel, dtype: str) -> Estimate:
+    """KL(4-bit ‖ merged) over the first tokens of responses that the model in 4 bits draws.
 
     Both are at the temperature of training.
     """
-    try:
-        check_installed(source.name)
-    except InputError as missing:
-        logger.warning("how near the merged model is to the one that was trained is not measured: %s", missing)
-        return None
     trained = source.model(dtype, merged.device)
     chat = bool(tokenizer.chat_template)
     lines = files("distalign").joinpath("models/everyday_prompts.txt").read_text(encoding="utf-8").splitlines()
@@ -182,8 +167,7 @@ def _card(source: Source, merged: Merged) -> str:
     data["library_name"] = "transformers"
     note = f"{_MERGED}\nThe adapter is merged into {source.path}, in {merged.dtype}."
     if source.quantization is not None:
-        weights = "those, written out" if merged.as_trained else "the base's own: the distribution is another"
-        note += f" It was trained on 4-bit weights, and these are {weights}."
+        note += " It was trained on 4-bit weights, and these are those, written out."
         note += f" {agreement(merged)}." if merged.kl is not None else ""
     usage = text.find("## Use")
     end = text.find("\n## ", usage + 1)

@@ -17,7 +17,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PydanticUserError,
     TypeAdapter,
     ValidationError,
     field_validator,
@@ -118,7 +117,7 @@ class Recipe(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     trust_remote_code: bool = False
     quantization: Quantization = None
-    lora: Annotated[Lora | None, BeforeValidator(switch, json_schema_input_type=Lora | bool | None)] = None
+    lora: Annotated[Lora | None, BeforeValidator(switch)] = None
     data: DataSettings | None = None
     target: TargetSettings | None = None
     methods: dict[str, Any]
@@ -129,9 +128,7 @@ class Recipe(Section):
     training: Annotated[dict[str, Any], Field(default_factory=dict)]
     token_budget: Count | None = None
     recompute: Literal["none", "selective", "full"] = "none"
-    early_stopping: Annotated[
-        EarlyStopping | None, BeforeValidator(switch, json_schema_input_type=EarlyStopping | bool | None)
-    ] = EarlyStopping()
+    early_stopping: Annotated[EarlyStopping | None, BeforeValidator(switch)] = EarlyStopping()
     evaluation: EvaluationSettings = EvaluationSettings()
     study: StudySettings | None = None
 
@@ -157,25 +154,9 @@ class Recipe(Section):
         return _methods(entries)
 
     @model_validator(mode="after")
-    def _one_checkpointing(self) -> Recipe:
-        for key in ("gradient_checkpointing", "activation_checkpointing"):
-            if self.recompute != "none" and self.training.get(key):
-                raise ValueError(
-                    f"recompute is {self.recompute} and training.{key} true: two settings of one thing; keep one"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _trainable_in_4bit(self) -> Recipe:
-        if self.quantization is None:
-            return self
-        if self.lora is None:
-            raise ValueError(
-                "quantization is 4bit and lora is off: 4-bit weights cannot be trained, an adapter on them can; add "
-                "lora: true"
-            )
+    def _reward_trainable_in_4bit(self) -> Recipe:
         for one in self.reward:
-            if one.train is not None:
+            if self.quantization is not None and one.train is not None:
                 one.train.check_4bit()
         return self
 
@@ -304,53 +285,6 @@ RecipeSource = Recipe | str | Path | Mapping[str, Any]
 def as_recipe(source: RecipeSource, method: str | None = None) -> Recipe:
     """A recipe as it is; a name, a file or a mapping as `load_recipe` reads it. Raises RecipeError."""
     return source if isinstance(source, Recipe) else load_recipe(source, method=method)
-
-
-def recipe_schema() -> dict[str, Any]:
-    """The JSON schema of a recipe, with the methods' own settings and those of `transformers.TrainingArguments`."""
-    from transformers import TrainingArguments
-
-    schema = Recipe.model_json_schema()
-    properties = schema["properties"]
-    definitions = schema["$defs"]
-    definitions["TrainingArguments"] = _fields_schema(TrainingArguments, definitions)
-    properties["training"] = {"$ref": "#/$defs/TrainingArguments"}
-    changes = {key: properties[key] for key in ("training", "rollout")}
-    known = {name: _fields_schema(method, definitions, changes) for name, method in METHODS.items()}
-    for name, method in METHODS.items():
-        for key in _may_be_auto(method):
-            number = known[name]["properties"][key]
-            number["anyOf"] = [{"type": number.pop("type")}, {"const": AUTO}]
-    own = {
-        "type": ["object", "null"],
-        "properties": {_CLASS: {"type": "string"}, **changes},
-        "additionalProperties": {},
-    }
-    properties["methods"] = {"type": "object", "properties": known, "additionalProperties": own}
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _fields_schema(
-    kind: type[Any], definitions: dict[str, Any], more: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The schema of a dataclass by its fields; a field whose type has no schema may be anything.
-
-    What the fields' schemas refer to is added to `definitions`.
-    """
-    hints, properties = get_type_hints(kind), dict[str, Any]()
-    for field in dataclasses.fields(kind):
-        if not field.init:
-            continue
-        try:
-            properties[field.name] = TypeAdapter(hints[field.name]).json_schema()
-        except PydanticUserError:
-            properties[field.name] = {}
-        definitions |= properties[field.name].pop("$defs", {})
-        if isinstance(field.default, bool | int | float | str):
-            properties[field.name]["default"] = field.default
-        if "help" in field.metadata:
-            properties[field.name]["description"] = " ".join(field.metadata["help"].split())
-    return {"type": ["object", "null"], "properties": {**properties, **(more or {})}, "additionalProperties": False}
 
 
 # Methods --------------------------------------------------------------------------------------------------------------

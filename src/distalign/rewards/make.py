@@ -32,9 +32,7 @@ class RewardSettings(Section):
     """
 
     model: str | None = None
-    train: Annotated[
-        RewardTraining | None, BeforeValidator(switch, json_schema_input_type=RewardTraining | bool | None)
-    ] = None
+    train: Annotated[RewardTraining | None, BeforeValidator(switch)] = None
     function: str | None = None
     exact: bool = False
     columns: bool = False
@@ -73,10 +71,7 @@ def _settings(value: object) -> object:
 
 
 # As settings have them: one of them, or a list.
-Rewards = Annotated[
-    tuple[RewardSettings, ...],
-    BeforeValidator(_settings, json_schema_input_type=RewardSettings | list[RewardSettings] | None),
-]
+Rewards = Annotated[tuple[RewardSettings, ...], BeforeValidator(_settings)]
 
 
 def check_rewards(
