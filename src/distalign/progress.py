@@ -115,3 +115,11 @@ def in_words(values: Mapping[str, Any]) -> str:
         f"{name.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
         for name, value in values.items()
     )
+
+
+def one_line(text: str, size: int, *, last: bool = False) -> str:
+    """A text in one line of at most `size` characters, its start or its end; nothing that could steer a terminal."""
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    if len(line) <= size:
+        return line
+    return "…" + line[1 - size :] if last else line[: size - 1] + "…"

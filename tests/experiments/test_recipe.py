@@ -305,13 +305,6 @@ def test_a_method_may_change_the_rollouts(tmp_path):
     assert list(recipe.only(["rkl"]).methods) == ["rkl"]
 
 
-def test_recompute_is_said_once(write):
-    """Activation checkpointing has one setting: recompute, or the Trainer's own."""
-    text = "methods: {dpo: }\nrecompute: selective\ntraining: {gradient_checkpointing: true}"
-    message = refusal(write(f"{TARGET}{text}"))
-    assert "recompute is selective and training.gradient_checkpointing true" in message
-
-
 def test_a_folder_is_no_recipe(tmp_path, monkeypatch):
     """Not even one that is named like a packaged recipe: a path is a path."""
     (tmp_path / "pairs").mkdir()

@@ -15,7 +15,6 @@ from distalign.report.drawing import Look, label_ends, log_ticks, looks
 from distalign.report.figures import (
     HEALTH,
     TRAINING,
-    _thinned,
     learning_figures,
     length_figure,
     plane_figure,
@@ -137,15 +136,16 @@ def test_a_distance_over_more_than_a_factor_of_ten_has_a_logarithmic_axis():
     assert drawn(learning_figures(Results.parse(content))[0])[0].get_yscale() == "linear"
 
 
-def test_long_logs_keep_their_extremes():
-    """Thinned to what a screen can show: order, first and last stretch, the spike and the dip stay."""
-    log = [(float(i), float(i % 10)) for i in range(10_000)]
-    log[4321], log[7777] = (4321.0, 99.0), (7777.0, -99.0)
-    thinned = _thinned(log)
-    assert len(thinned) <= 400
-    assert {log[4321], log[7777]} <= set(thinned)
-    assert thinned == sorted(thinned)
-    assert _thinned(log[:400]) == log[:400]
+def test_a_long_log_is_a_short_line_with_its_extremes():
+    """Only what a screen can tell apart is in the file; the spike and the dip are."""
+    log = [{"step": float(i), "grad_norm": float(i % 10)} for i in range(10_000)]
+    log[4321]["grad_norm"], log[7777]["grad_norm"] = 99.0, -99.0
+    (figure,) = topic_figures(TRAINING, None, {"run": [log]})
+    assert len(figure.svg) < 60_000
+    (line,) = [path for path in re.findall(r'<path d="([^"]+)"', figure.svg) if path.count("L") > 100]
+    heights = [float(y) for _, y in re.findall(r"(-?[0-9.]+) (-?[0-9.]+)", line)]
+    assert heights.count(min(heights)) == heights.count(max(heights)) == 1
+    assert max(heights) - min(heights) > 0.85 * 72 * (figure.height - 0.55)
 
 
 def test_looks_tell_curves_apart():

@@ -88,16 +88,9 @@ def describe_pairs(counts: Inspection) -> Group:
 def _first_pair(counts: Inspection) -> dict[str, str]:
     """Prompt and responses of the example, the end of the prompt and the beginnings of the responses."""
     from distalign.data.inspect import BOUNDARY
+    from distalign.progress import one_line
 
-    prompt = counts.example["chosen"].partition(BOUNDARY)[0]
-    responses = {name: text.rpartition(BOUNDARY)[2] for name, text in counts.example.items()}
-    return {"prompt": _short(prompt, last=True) + BOUNDARY, **{name: _short(text) for name, text in responses.items()}}
-
-
-def _short(text: str, size: int = 240, *, last: bool = False) -> str:
-    """At most `size` characters in one line, line breaks as ⏎, and nothing that could steer a terminal."""
-    lines = text.replace("\r\n", "\n").replace("\n", "⏎")
-    line = "".join(letter if letter.isprintable() else " " for letter in lines)
-    if len(line) <= size:
-        return line
-    return "…" + line[1 - size :] if last else line[: size - 1] + "…"
+    texts = {name: text.replace("\r\n", "\n").replace("\n", "⏎") for name, text in counts.example.items()}
+    prompt = one_line(texts["chosen"].partition(BOUNDARY)[0], 240, last=True)
+    responses = {name: one_line(text.rpartition(BOUNDARY)[2], 240) for name, text in texts.items()}
+    return {"prompt": prompt + BOUNDARY, **responses}

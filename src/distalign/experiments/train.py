@@ -100,13 +100,6 @@ def training_arguments(
         raise RecipeError(
             f"{recipe.name}: eval_strategy needs held-out pairs; give data.eval, or data.held_out above 0"
         )
-    for key in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-        if settings.get(key, 1) < 1:
-            raise RecipeError(f"{recipe.name}: training.{key} is {settings[key]}; it must be at least 1")
-    if settings.get("learning_rate", 1) < 0:
-        raise RecipeError(
-            f"{recipe.name}: training.learning_rate is {settings['learning_rate']}; it must not be below 0"
-        )
     if settings.get("push_to_hub"):
         # A repository for each method, and for each seed of a comparison.
         hub_id = settings.get("hub_model_id") or recipe.name

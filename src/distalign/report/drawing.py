@@ -183,7 +183,7 @@ def _draw_curve(axes: Axes, panel: Panel, curve: Curve, look: Look, colors: Mapp
         return
     if curve.low:
         floor = min((v for v in (*curve.low, *y) if _fits(v, panel.y_scale)), default=0.0)
-        band = [i for i in points if _drawn(curve.low[i]) and _fits(curve.high[i], panel.y_scale)]
+        band = [i for i in points if _fits(curve.low[i]) and _fits(curve.high[i], panel.y_scale)]
         low, high = [max(curve.low[i], floor) for i in band], [curve.high[i] for i in band]
         axes.fill_between([curve.x[i] for i in band], low, high, color=color, alpha=0.15, linewidth=0)
     if curve.kind == "bound" and len(x) == 1:
@@ -201,7 +201,7 @@ def _errors(
     if not low:
         return None
     reach = [[values[i] - low[i] for i in points], [high[i] - values[i] for i in points]]
-    return [[max(0.0, distance) if _drawn(distance) else 0.0 for distance in side] for side in reach]
+    return [[max(0.0, distance) if _fits(distance) else 0.0 for distance in side] for side in reach]
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, thin: str) -> None:
@@ -275,13 +275,9 @@ def _drawn_points(panel: Panel, curve: Curve) -> list[int]:
     return [i for i, (x, y) in enumerate(pairs) if _fits(x, panel.x_scale) and _fits(y, panel.y_scale)]
 
 
-def _fits(value: float, scale: Scale) -> bool:
-    return _drawn(value) and (scale == "linear" or value > 1e-150)
-
-
-def _drawn(value: float) -> bool:
-    """Whether an axis holds it: finite, and so are sums and squares."""
-    return abs(value) < 1e150
+def _fits(value: float, scale: Scale = "linear") -> bool:
+    """Whether an axis holds it: finite, and so are sums and squares; above zero where it is logarithmic."""
+    return abs(value) < 1e150 and (scale == "linear" or value > 1e-150)
 
 
 def _wrapped(label: str) -> str:
@@ -315,6 +311,8 @@ def _canvas(colors: Mapping[str, str], width: float, height: float) -> Iterator[
         "xtick.major.size": 0,
         "ytick.major.size": 0,
         "lines.linewidth": 1.8,
+        # A line of many points is drawn by those that a screen can tell apart.
+        "path.simplify_threshold": 1.0,
         "lines.solid_capstyle": "round",
         "figure.facecolor": "none",
     }

@@ -17,7 +17,6 @@ _BEST_OF_N = "best of n"
 _KL, _REWARD = "kl_reference", "reward"  # the columns that the reward-KL plane has as its axes
 _HELD_OUT = "held out"
 _DOT = "a dot: the step that was measured"
-_MOST_POINTS = 400  # of a series on the page: more than a screen can tell apart
 
 
 class Topic(NamedTuple):
@@ -195,7 +194,7 @@ def _against_steps(
     """One line for each (label, rows of metrics, key of a number) against optimizer steps."""
     curves = []
     for label, rows, key in lines:
-        points = _thinned([(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))])
+        points = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
         curves.append(Curve(label, [x for x, _ in points], [y for _, y in points]))
     return panel_figure(Panel(title, about, "optimizer step", "", curves, "linear", "linear"), look)
 
@@ -257,16 +256,3 @@ def _predicted_curves(results: Results) -> list[Curve]:
 
 def _bands(values: Sequence[Difference]) -> tuple[list[float], list[float], list[float]]:
     return [v.mean for v in values], [v.low for v in values], [v.high for v in values]
-
-
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points, or the least and the largest of every stretch where there are too many to be told apart."""
-    if len(points) <= _MOST_POINTS:
-        return points
-    size = -(-len(points) * 2 // _MOST_POINTS)
-    thinned = []
-    for start in range(0, len(points), size):
-        stretch = range(start, min(start + size, len(points)))
-        ends = {min(stretch, key=lambda i: points[i][1]), max(stretch, key=lambda i: points[i][1])}
-        thinned += [points[i] for i in sorted(ends)]
-    return thinned

@@ -206,8 +206,10 @@ class AlignmentConfig(TrainingArguments):
             if value is not None and (not isinstance(value, int) or value < (name != "end_token_id")):
                 raise TrainingError(f"AlignmentConfig: {name} is {value!r}; give a whole number above 0, or None")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) > 2**31:
-                raise TrainingError(f"AlignmentConfig: {name} is {getattr(self, name)}; give a number below 2^31")
+            if not 1 <= getattr(self, name) <= 2**31:
+                raise TrainingError(f"AlignmentConfig: {name} is {getattr(self, name)}; give a number from 1 to 2^31")
+        if self.learning_rate < 0:
+            raise TrainingError(f"AlignmentConfig: learning_rate is {self.learning_rate}; it must not be below 0")
         dtype = str((self.model_init_kwargs or {}).get("dtype", "auto")).removeprefix("torch.")
         if dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise TrainingError(f"AlignmentConfig: dtype is {dtype}; take one of float32, bfloat16, float16, auto")

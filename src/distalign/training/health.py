@@ -20,6 +20,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from distalign.progress import one_line
 from distalign.settings import Count, Positive, Section, Share
 from distalign.stats.text import distinct_n, repeated_ngram_rate
 
@@ -301,13 +302,4 @@ def write_completions(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     prompt, responses, rewards = texts[0]
     worth = "" if rewards is None else f" (reward {rewards[0]:.3g})"
-    logger.info("step %d%s: %s → %s", step, worth, _short(prompt, 120, last=True), _short(responses[0], 300))
-
-
-def _short(text: str, size: int, *, last: bool = False) -> str:
-    """One line of at most `size` characters, its end or its beginning; nothing that could steer a terminal."""
-    plain = "".join(letter if letter.isprintable() else " " for letter in text)
-    line = " ".join(plain.split())
-    if len(line) <= size:
-        return line
-    return "…" + line[1 - size :] if last else line[: size - 1] + "…"
+    logger.info("step %d%s: %s → %s", step, worth, one_line(prompt, 120, last=True), one_line(responses[0], 300))
