@@ -128,17 +128,9 @@ _Dumper.add_representer(str, _text)
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises RecipeError with the line."""
     if os.path.exists(path) and not os.path.isfile(path):
-        found = "a folder" if os.path.isdir(path) else "a device or a pipe"
-        raise RecipeError(f"{path}: {found}; give a recipe's file, or the name of a packaged recipe")
+        raise RecipeError(f"{path}: is no file; give a recipe's file, or the name of a packaged recipe")
     try:
         value = load_yaml(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        near = ", ".join(sorted(file.name for file in path.parent.glob("*.yaml"))) if path.parent.is_dir() else ""
-        raise RecipeError(
-            f"{path}: no such file; {f'{path.parent} has {near}' if near else 'check the path'}"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise RecipeError(f"{path}{line}: not YAML ({error.problem}); check the indentation and quotes") from None
@@ -146,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path}: not YAML ({error}); save it as plain text") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise RecipeError(f"{str(path)[:200]}: cannot be read ({reason}); give a recipe's file") from None
+        raise RecipeError(f"{str(path)[:200]}: cannot be read ({reason}); give a recipe's file, in UTF-8") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: {type(value).__name__}, not settings; write setting: value lines")
     return value

@@ -97,13 +97,13 @@ def test_a_folder_is_no_recipe(name, tmp_path):
     """Nor is the empty name."""
     with pytest.raises(RecipeError, match="there is no recipe"):
         load_recipe(name)
-    with pytest.raises(RecipeError, match="a folder; give a recipe's file"):
+    with pytest.raises(RecipeError, match="is no file; give a recipe's file"):
         load_recipe(f"{tmp_path}/")
 
 
 def test_a_device_is_no_recipe():
     """It would be read without end."""
-    with pytest.raises(RecipeError, match=r"/dev/zero: a device or a pipe; give a recipe's file"):
+    with pytest.raises(RecipeError, match=r"/dev/zero: is no file; give a recipe's file"):
         load_recipe("/dev/zero")
 
 

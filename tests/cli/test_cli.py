@@ -238,7 +238,7 @@ def test_going_on_needs_a_checkpoint(distalign, monkeypatch):
 
 def test_a_recipe_that_is_not_there_is_refused(distalign, place):
     """With those that are: files, or packaged recipes by name, whatever folders are called."""
-    refused(distalign("compare", "tny.yaml"), "tny.yaml: no such file", "tiny.yaml")
+    refused(distalign("compare", "tny.yaml"), "tny.yaml: cannot be read (No such file or directory)")
     (place / "quikstart").mkdir()
     packaged = ('there is no recipe "quikstart"', "give a .yaml file or one of", 'did you mean "quickstart"?')
     for command in ("train", "compare", "reward", "evaluate", "frontier"):

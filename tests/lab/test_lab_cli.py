@@ -49,7 +49,7 @@ def test_settings_that_cannot_be_run_are_refused(settings, message):
     ("words", "message"),
     [
         (("figure2",), 'there is no experiment "figure2"; choose figure1'),
-        (("nowhere.yaml",), "nowhere.yaml: no such file"),
+        (("nowhere.yaml",), "nowhere.yaml: cannot be read (No such file"),
         (("figure1", "--set", "gamma"), "write key=value"),
         (("all", "--set", "gamma=1"), "goes with one experiment"),
         (("figure1", "--json", "nowhere/x.json"), "--json nowhere/x.json: cannot be written"),
