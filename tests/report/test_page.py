@@ -312,8 +312,8 @@ def test_several_runs_are_compared_in_curves_and_samples(together):
 
 
 def test_samples_are_turns_sorted_from_gain_to_loss(tmp_path):
-    """Collapsed; by verdict, with reward and verdict beside each response; a prompt that says who speaks is split."""
-    chat = "system\nBe kind.\nuser\nHello\nassistant\n"
+    """Collapsed; by verdict, with reward and verdict beside each response; messages are turns of their own."""
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
     samples = [
         {
             "prompt": [{"role": "user", "content": f"number {i}"}] if i else chat,
@@ -342,17 +342,13 @@ def test_samples_are_turns_sorted_from_gain_to_loss(tmp_path):
     ("prompt", "turns"),
     [
         ("plain", [("user", "plain")]),
-        (
-            "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:",
-            [("human", "Hi"), ("assistant", "Yes?"), ("human", "Bye")],
-        ),
-        ("Before\nuser\nHi", [("user", "Before\nuser\nHi")]),
-        ("user\n", [("user", "user\n")]),
+        ("user\nHi\n\nAssistant:", [("user", "user\nHi\n\nAssistant:")]),
+        ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], [("system", "s"), ("user", "u")]),
         ([], [("user", "")]),
     ],
 )
-def test_a_prompt_is_split_where_it_says_who_speaks(tmp_path, prompt, turns):
-    """From its first word on; anything else is one turn of the user's."""
+def test_messages_are_turns_and_a_text_is_the_user_s(tmp_path, prompt, turns):
+    """Whatever words are in it."""
     write_lines(tmp_path / "samples.jsonl", [{"prompt": prompt, "response": "x"}])
     (sample,) = read_samples(tmp_path / "samples.jsonl")
     assert sample.prompt == turns

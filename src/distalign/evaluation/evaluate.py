@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, decode_after, plain_text
+from distalign.data import EncodedPair, EncodedPrompt, Text, Tokenizer, decode_after
 from distalign.engine import score_in_batches
 from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.answers import Answers, is_answered, policy_answers
@@ -76,7 +76,6 @@ def evaluate(
         if reward is not None:
             for policy in measured.values():
                 measure_rewards(policy, reward, setup.prompts)
-        texts = [plain_text(text) for text in setup.texts]
         judged: dict[str, Any] = {}
         try:
             judged = _judge(setup, measured)
@@ -85,7 +84,7 @@ def evaluate(
             results = _results(setup, measured, judged)
             forget_results(folder)
             write_text(folder / "recipe.yaml", dump_yaml(settings.model_dump(mode="json")))
-            write_samples(folder, setup.tokenizer, texts, measured)
+            write_samples(folder, setup.tokenizer, setup.texts, measured)
             write_results(folder, results)
         return Results(folder, results)
 

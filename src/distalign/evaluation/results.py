@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distalign.data import Tokenizer, decode_after
+from distalign.data import Text, Tokenizer, decode_after
 from distalign.training.run_folder import remove, write_text
 
 if TYPE_CHECKING:
@@ -46,21 +46,22 @@ class Results:
         return self.content["paired"]
 
 
-def write_samples(folder: Path, tokenizer: Tokenizer, prompts: Sequence[str], measured: Mapping[str, Measured]) -> None:
-    """Write samples.jsonl: for every prompt the first response of each policy, as text.
+def write_samples(
+    folder: Path, tokenizer: Tokenizer, prompts: Sequence[Text], measured: Mapping[str, Measured]
+) -> None:
+    """Write samples.jsonl: for every prompt, as it was read, the first response of each policy, as text.
 
-    Where there is one response to a prompt its reward and the share of judges that prefer it to the reference's are
-    written too.
+    Beside it, where they are known: the mean reward of the policy's responses to the prompt, and the share of
+    judgements that prefer them to the reference's.
     """
     numbers = {"rewards": "reward", "verdicts": "win_rate"}
     with (folder / "samples.jsonl").open("w", encoding="utf-8") as file:
         for index, prompt in enumerate(prompts):
             line: dict[str, Any] = {"prompt": prompt, "responses": {}}
             for name, policy in measured.items():
-                responses = policy.responses[index]
-                line["responses"][name] = decode_after(tokenizer, responses[0])
+                line["responses"][name] = decode_after(tokenizer, policy.responses[index][0])
                 for key, value in numbers.items():
-                    if len(responses) == 1 and value in policy.values:
+                    if value in policy.values:
                         line.setdefault(key, {})[name] = float(policy.values[value][index])
             file.write(json.dumps(finite(line), ensure_ascii=False) + "\n")
 

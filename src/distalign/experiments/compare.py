@@ -107,7 +107,8 @@ def compare(
             begin()
             if number == 1:
                 samples = {name: own[0] for name, own in runs.items()}
-                write_samples(root, setup.tokenizer, setup.prompt_texts, samples)
+                prompts = [one.row.prompt if one.row is not None else "" for one in setup.held_prompts]
+                write_samples(root, setup.tokenizer, prompts, samples)
             # After every seed: a run that is stopped keeps those that it has.
             results = _results(setup, methods, seeds[:number], runs, training)
             write_results(root, results)

@@ -26,7 +26,6 @@ from distalign.data import (
     encode_pairs,
     encode_prompt,
     end_token_id,
-    plain_text,
     prompt_key,
     prompts_of,
     read_pairs,
@@ -51,7 +50,7 @@ logger = logging.getLogger("distalign.experiments.setup")
 class Setup:
     """What all methods of an experiment share: model, pairs, and what they are measured on.
 
-    `statistics` count what was read or drawn. `prompt_texts` are the held-out prompts as samples.jsonl shows them.
+    `statistics` count what was read or drawn.
     """
 
     recipe: Recipe
@@ -65,7 +64,6 @@ class Setup:
     prompts: list[EncodedPrompt]
     held_prompts: list[EncodedPrompt]
     statistics: dict[str, Any]
-    prompt_texts: list[str]
     reference_cache: dict[tuple, Tensor] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     reward: Reward | None = None
@@ -132,7 +130,6 @@ def _setup_of_data(
         prompts=prompts,
         held_prompts=held_prompts,
         statistics=statistics,
-        prompt_texts=[str(tokenizer.decode(one.prompt, skip_special_tokens=True)) for one in held_prompts],
     )
 
 
@@ -212,7 +209,6 @@ def _setup_of_target(
             "ties_redrawn": train.ties + held.ties,
             "ties_dropped": train.dropped + held.dropped,
         },
-        prompt_texts=[plain_text(row.prompt) for row in held_rows],
         reference_cache=cache,
         seconds={"pairs": time.monotonic() - started},
     )

@@ -26,9 +26,6 @@ REMEDY = "run the comparison again"
 TARGET, REFERENCE = "target", "reference"  # the two rows of a comparison that are not methods
 TRAINING = "Training run"
 
-# Where a new turn begins in a prompt that is one text: ChatML without its marks, or Human: and Assistant:.
-_TURN = re.compile(r"(?:^|\n)\s*(?:(system|user|assistant)(?:\n|$)|(Human|Assistant):(?:\s|$))")
-
 # What HTML admits nowhere in a text: controls but white space, halves of surrogate pairs, noncharacters.
 _NONCHARACTERS = "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
 _ILLEGAL = re.compile(f"[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef{_NONCHARACTERS}]")
@@ -381,16 +378,10 @@ def _by_name(numbers: object, names: Sequence[str]) -> dict[str, float]:
 
 
 def _turns(prompt: object) -> Turns:
-    """A prompt as turns: messages by their roles; a text is the user's, unless it says itself who speaks."""
+    """A prompt as turns: messages by their roles; a text is the user's."""
     if isinstance(prompt, list) and prompt and all(isinstance(part, dict) and "content" in part for part in prompt):
-        return [(str(part.get("role", "user")), _plain(part["content"])) for part in prompt]
-    text = _plain(prompt)
-    starts = [*_TURN.finditer(text)]
-    if not starts or text[: starts[0].start()].strip():
-        return [("user", text)]
-    ends = [start.start() for start in starts[1:]] + [len(text)]
-    turns = [((m[1] or m[2]).lower(), text[m.end() : end].strip()) for m, end in zip(starts, ends, strict=True)]
-    return [turn for turn in turns if turn[1]] or [("user", text)]
+        return [(str(part.get("role", "user")), _plain(part["content"] or "")) for part in prompt]
+    return [("user", _plain(prompt))]
 
 
 def _plain(value: object) -> str:
@@ -448,7 +439,7 @@ def read_run(folder: Path, label: str = "") -> Run:
         results = read_json(folder / "results.json", Results, REMEDY)
         logs = _read_logs(folder, results.trained)
         kind = "Comparison" if results.curves else "Evaluation"
-        samples = _with_points(read_samples(folder / "samples.jsonl"), results)
+        samples = read_samples(folder / "samples.jsonl")
         day = _day(folder / "results.json")
         return Run(label, kind, results, logs, samples, results.settings, date=day)
     if (folder / "metrics.jsonl").exists():
@@ -514,19 +505,6 @@ def merged(runs: Sequence[Run]) -> Run:
         samples=list(samples.values()),
         settings={},
     )
-
-
-def _with_points(samples: list[Sample], results: Results) -> list[Sample]:
-    """The samples with the rewards of an evaluation's prompts, for responses without one of their own."""
-    for name, answers in results.points.items():
-        if len(answers) != len(samples):
-            continue
-        for sample, answer in zip(samples, answers, strict=True):
-            sample.responses[:] = [
-                one._replace(reward=answer.reward) if one.name == name and math.isnan(one.reward) else one
-                for one in sample.responses
-            ]
-    return samples
 
 
 def _day(path: Path) -> str:
