@@ -21,7 +21,6 @@ from distalign.data import (
     EncodedPair,
     EncodedPrompt,
     Pair,
-    Prompt,
     Tokenizer,
     encode_pairs,
     encode_prompt,
@@ -80,141 +79,144 @@ def load_setup(recipe: Recipe, seed: int, *, measured: bool, target: Target | No
     source.check_trainable(adapter=recipe.lora is not None)
     tokenizer = source.tokenizer()
     if recipe.data is not None:
-        setup = _setup_of_data(recipe, recipe.data, seed, source, tokenizer, measured)
+        read = _read_data(recipe, recipe.data, source, tokenizer)
     else:
         assert recipe.target is not None
         target = target or make_target(recipe.target, source, tokenizer)
-        setup = _setup_of_target(recipe, recipe.target, target, seed, source, tokenizer, measured)
-    recipe = settle_gamma(recipe, setup.base, setup.train)
-    setup.recipe = settle_beta(recipe, setup.base, setup.train, setup.task.end_id)
-    return setup
-
-
-def _setup_of_data(
-    recipe: Recipe,
-    data: DataSettings,
-    seed: int,
-    source: Source,
-    tokenizer: Tokenizer,
-    measured: bool,
-) -> Setup:
-    """The user's own pairs."""
-    train_rows, held_rows = _read_parts(data, recipe.seed)
-    train, held, statistics = _encode_parts(data, source, tokenizer, train_rows, held_rows)
-    held_prompts = prompts_of(held)[: recipe.evaluation.prompts]
-    check_room = partial(check_positions, source.name, source.config())
-    if measured:
-        ids = [one.prompt for one in held_prompts]
-        _check_held_out(ids, len(held))
-        check_room(ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
-    conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
-    _check_rewards(recipe, conversational, train)
-    prompts: list[EncodedPrompt] = []
-    if _draws_responses(recipe):
-        prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
-        ids = [one.prompt for one in prompts]
-        check_token_ids(source.name, source.config(), ids)
-        check_room(ids, _longest_rollout(recipe), "rollout.max_completion_length")
-        statistics["prompts to answer"] = len(prompts)
+        read = _read_target(recipe, recipe.target, tokenizer)
+    _check(recipe, source, read, measured)
     base = _load(source, recipe)
-    end_id = end_token_id(tokenizer, conversational=conversational)
-    return Setup(
+    settings = recipe.evaluation
+    task = Task(
+        base=base,
+        prompts=[one.prompt for one in read.held_prompts],
+        pairs=read.held,
+        end_id=end_token_id(tokenizer, conversational=read.conversational),
+        seed=seed,
+        samples=settings.samples,
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        token_budget=recipe.forward_budget,
+    )
+    setup = Setup(
         recipe=recipe,
         seed=seed,
         source=source,
         tokenizer=tokenizer,
         base=base,
-        train=train,
-        held=held,
-        task=_task(recipe, seed, base, [one.prompt for one in held_prompts], held, end_id),
-        prompts=prompts,
-        held_prompts=held_prompts,
-        statistics=statistics,
+        train=read.train,
+        held=read.held,
+        task=task,
+        prompts=read.prompts,
+        held_prompts=read.held_prompts,
+        statistics=read.statistics,
     )
+    if recipe.target is not None and target is not None:
+        _draw_pairs(setup, recipe.target, target, measured)
+    recipe = settle_gamma(recipe, setup.base, setup.train)
+    setup.recipe = settle_beta(recipe, setup.base, setup.train, setup.task.end_id)
+    return setup
 
 
-def _setup_of_target(
-    recipe: Recipe,
-    settings: TargetSettings,
-    target: Target,
-    seed: int,
-    source: Source,
-    tokenizer: Tokenizer,
-    measured: bool,
-) -> Setup:
-    """Pairs that a known target labels, and the target to measure the distance to."""
-    _check_rewards(recipe, bool(tokenizer.chat_template))
-    train_rows, held_rows = target_prompts(settings, tokenizer)
-    held_rows = held_rows[: recipe.evaluation.prompts]
-    train_ids, held_ids = ([encode_prompt(tokenizer, row) for row in rows] for rows in (train_rows, held_rows))
-    check_token_ids(source.name, source.config(), [*train_ids, *held_ids])
-    check_room = partial(check_positions, source.name, source.config())
-    check_room([*train_ids, *held_ids], settings.max_new_tokens, "target.max_new_tokens")
+# What is read before weights are loaded -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Read:
+    """Prompts to answer, those to measure on, and the user's pairs; a known target makes its pairs with the model."""
+
+    conversational: bool
+    prompts: list[EncodedPrompt]
+    held_prompts: list[EncodedPrompt]
+    train: list[EncodedPair] = field(default_factory=list)
+    held: list[EncodedPair] = field(default_factory=list)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+
+def _read_data(recipe: Recipe, data: DataSettings, source: Source, tokenizer: Tokenizer) -> _Read:
+    """The user's own pairs."""
+    train_rows, held_rows = _read_parts(data, recipe.seed)
+    train, held, statistics = _encode_parts(data, source, tokenizer, train_rows, held_rows)
+    prompts: list[EncodedPrompt] = []
     if _draws_responses(recipe):
-        check_room(train_ids, _longest_rollout(recipe), "rollout.max_completion_length")
-    if measured:
-        _check_held_out(held_ids, settings.eval_pairs)
-        check_room(held_ids, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
-    base = _load(source, recipe)
+        prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
+        statistics["prompts to answer"] = len(prompts)
+    conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
+    held_prompts = prompts_of(held)[: recipe.evaluation.prompts]
+    return _Read(conversational, prompts, held_prompts, train, held, statistics)
+
+
+def _read_target(recipe: Recipe, settings: TargetSettings, tokenizer: Tokenizer) -> _Read:
+    """The prompts of a known target's pairs."""
+    train_rows, held_rows = target_prompts(settings, tokenizer)
+    train, held = (
+        [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in rows]
+        for rows in (train_rows, held_rows[: recipe.evaluation.prompts])
+    )
+    return _Read(bool(tokenizer.chat_template), train, held)
+
+
+def _draw_pairs(setup: Setup, settings: TargetSettings, target: Target, measured: bool) -> None:
+    """Make the pairs that a known target labels; the target is what the distance is measured to."""
     started = time.monotonic()
 
-    def draw_pairs(label: str, prompts: Sequence[list[int]], n: int, seed: int) -> TargetPairs:
+    def draw(label: str, prompts: Sequence[list[int]], n: int, seed: int) -> TargetPairs:
         with progress(f"draw and label {label} pairs", 3 * n) as advance:
             return make_pairs(
                 target,
-                base,
-                tokenizer,
+                setup.base,
+                setup.tokenizer,
                 prompts,
                 n=n,
                 gamma=settings.gamma,
                 strengths=settings.strengths,
                 temperature=settings.temperature,
                 max_new_tokens=settings.max_new_tokens,
-                token_budget=recipe.forward_budget,
+                token_budget=setup.recipe.forward_budget,
                 seed=seed,
                 progress=advance,
             )
 
-    train = draw_pairs("training", train_ids, settings.pairs, 2 * seed)
-    held = draw_pairs("held-out", held_ids, settings.eval_pairs, 2 * seed + 1)
+    train = draw("training", [one.prompt for one in setup.prompts], settings.pairs, 2 * setup.seed)
+    held = draw("held-out", setup.task.prompts, settings.eval_pairs, 2 * setup.seed + 1)
+    if measured:
+        _check_held_out(len(setup.task.prompts), len(held.pairs))
     information = train.information(settings.gamma)
-    if measured:
-        _check_held_out(held_ids, len(held.pairs))
-    end_id = end_token_id(tokenizer, conversational=bool(tokenizer.chat_template))
-    model = target.model(base, tokenizer)
-    task = _task(recipe, seed, base, held_ids, held.pairs, end_id)
-    task = replace(task, gamma=settings.gamma, target=model, target_logit=held.logit)
-    if measured:
-        task = replace(task, target_groups=target_responses(model, task))
-    cache = {
+    setup.train, setup.held = train.pairs, held.pairs
+    setup.statistics = {
+        "train": len(train.pairs),
+        "held_out": len(held.pairs),
+        "median_logit": float(train.logit.abs().median()),
+        "information_per_pair": information,
+        "strength_se": 1 / math.sqrt(len(train.pairs) * information),
+        "ties_redrawn": train.ties + held.ties,
+        "ties_dropped": train.dropped + held.dropped,
+    }
+    setup.reference_cache = {
         pair.key: logps for part in (train, held) for pair, logps in zip(part.pairs, part.reference_logps, strict=True)
     }
-    return Setup(
-        recipe=recipe,
-        seed=seed,
-        source=source,
-        tokenizer=tokenizer,
-        base=base,
-        train=train.pairs,
-        held=held.pairs,
-        task=task,
-        prompts=_encoded(train_ids, train_rows),
-        held_prompts=_encoded(held_ids, held_rows),
-        statistics={
-            "train": len(train.pairs),
-            "held_out": len(held.pairs),
-            "median_logit": float(train.logit.abs().median()),
-            "information_per_pair": information,
-            "strength_se": 1 / math.sqrt(len(train.pairs) * information),
-            "ties_redrawn": train.ties + held.ties,
-            "ties_dropped": train.dropped + held.dropped,
-        },
-        reference_cache=cache,
-        seconds={"pairs": time.monotonic() - started},
-    )
+    model = target.model(setup.base, setup.tokenizer)
+    task = replace(setup.task, pairs=held.pairs, gamma=settings.gamma, target=model, target_logit=held.logit)
+    setup.task = replace(task, target_groups=target_responses(model, task)) if measured else task
+    setup.seconds["pairs"] = time.monotonic() - started
 
 
 # What is refused before weights are loaded ----------------------------------------------------------------------------
+
+
+def _check(recipe: Recipe, source: Source, read: _Read, measured: bool) -> None:
+    """Raise InputError for rewards and prompts that cannot be used; `measured`: on the held-out prompts, too."""
+    _check_rewards(recipe, read.conversational, read.train)
+    prompts, held = ([one.prompt for one in part] for part in (read.prompts, read.held_prompts))
+    check_token_ids(source.name, source.config(), [*prompts, *held])
+    check_room = partial(check_positions, source.name, source.config())
+    if recipe.target is not None:
+        check_room([*prompts, *held], recipe.target.max_new_tokens, "target.max_new_tokens")
+    if _draws_responses(recipe):
+        check_room(prompts, _longest_rollout(recipe), "rollout.max_completion_length")
+    if measured:
+        _check_held_out(len(held), len(read.held) if recipe.target is None else recipe.target.eval_pairs)
+        check_room(held, recipe.evaluation.max_new_tokens, "evaluation.max_new_tokens")
 
 
 def _check_rewards(recipe: Recipe, conversational: bool, pairs: Sequence[EncodedPair] = ()) -> None:
@@ -227,12 +229,12 @@ def _check_rewards(recipe: Recipe, conversational: bool, pairs: Sequence[Encoded
             check_columns(name, needs, pairs)
 
 
-def _check_held_out(prompts: list[list[int]], pairs: int) -> None:
+def _check_held_out(prompts: int, pairs: int) -> None:
     """Raise InputError if there is too little to measure policies on."""
-    if min(len(prompts), pairs) < 2:
+    if min(prompts, pairs) < 2:
         raise InputError(
-            f"a comparison is measured on {len(prompts)} held-out prompts and {pairs} pairs; standard errors need two "
-            "of each: give more prompts, data.eval or a larger data.held_out, evaluation.prompts or target.eval_pairs"
+            f"a comparison is measured on {prompts} held-out prompts and {pairs} pairs; standard errors need two of "
+            "each: give more prompts, data.eval or a larger data.held_out, evaluation.prompts or target.eval_pairs"
         )
 
 
@@ -244,39 +246,10 @@ def _longest_rollout(recipe: Recipe) -> int:
     return max(recipe.rollout_for(name).max_completion_length for name in recipe.methods)
 
 
-# Parts of both --------------------------------------------------------------------------------------------------------
-
-
 def _load(source: Source, recipe: Recipe) -> PreTrainedModel:
     use_cpu = bool(recipe.training.get("use_cpu", False))
     device = AlignmentConfig(output_dir="unused", use_cpu=use_cpu).device
     return source.model(recipe.dtype, device).requires_grad_(False)
-
-
-def _task(
-    recipe: Recipe,
-    seed: int,
-    base: PreTrainedModel,
-    prompts: Sequence[list[int]],
-    pairs: Sequence[EncodedPair],
-    end_id: int,
-) -> Task:
-    settings = recipe.evaluation
-    return Task(
-        base=base,
-        prompts=prompts,
-        pairs=pairs,
-        end_id=end_id,
-        seed=seed,
-        samples=settings.samples,
-        max_new_tokens=settings.max_new_tokens,
-        temperature=settings.temperature,
-        token_budget=recipe.forward_budget,
-    )
-
-
-def _encoded(ids: Sequence[list[int]], rows: Sequence[Prompt]) -> list[EncodedPrompt]:
-    return [EncodedPrompt(prompt, row.where, row) for prompt, row in zip(ids, rows, strict=True)]
 
 
 # The user's data ------------------------------------------------------------------------------------------------------
