@@ -137,23 +137,26 @@ def _read_data(recipe: Recipe, data: DataSettings, source: Source, tokenizer: To
     """The user's own pairs."""
     train_rows, held_rows = _read_parts(data, recipe.seed)
     train, held, statistics = _encode_parts(data, source, tokenizer, train_rows, held_rows)
+    conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
+    _check_rewards(recipe, conversational, train)
     prompts: list[EncodedPrompt] = []
     if _draws_responses(recipe):
         prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
         statistics["prompts to answer"] = len(prompts)
-    conversational = bool(tokenizer.chat_template) and train_rows.format == "conversational"
     held_prompts = prompts_of(held)[: recipe.evaluation.prompts]
     return _Read(conversational, prompts, held_prompts, train, held, statistics)
 
 
 def _read_target(recipe: Recipe, settings: TargetSettings, tokenizer: Tokenizer) -> _Read:
     """The prompts of a known target's pairs."""
+    conversational = bool(tokenizer.chat_template)
+    _check_rewards(recipe, conversational)
     train_rows, held_rows = target_prompts(settings, tokenizer)
     train, held = (
         [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in rows]
         for rows in (train_rows, held_rows[: recipe.evaluation.prompts])
     )
-    return _Read(bool(tokenizer.chat_template), train, held)
+    return _Read(conversational, train, held)
 
 
 def _draw_pairs(setup: Setup, settings: TargetSettings, target: Target, measured: bool) -> None:
@@ -205,8 +208,7 @@ def _draw_pairs(setup: Setup, settings: TargetSettings, target: Target, measured
 
 
 def _check(recipe: Recipe, source: Source, read: _Read, measured: bool) -> None:
-    """Raise InputError for rewards and prompts that cannot be used; `measured`: on the held-out prompts, too."""
-    _check_rewards(recipe, read.conversational, read.train)
+    """Raise InputError for prompts that cannot be used; `measured`: policies are measured on the held-out ones."""
     prompts, held = ([one.prompt for one in part] for part in (read.prompts, read.held_prompts))
     check_token_ids(source.name, source.config(), [*prompts, *held])
     check_room = partial(check_positions, source.name, source.config())

@@ -234,7 +234,7 @@ def _on_hub(hub_id: str) -> bool:
 
 def check_token_ids(name: str, config: PretrainedConfig, sequences: Iterable[list[int]]) -> None:
     """Raise InputError if the tokenizer gives ids that the model of this configuration does not have."""
-    known, largest = config.get_text_config().vocab_size, max(map(max, sequences))
+    known, largest = config.get_text_config().vocab_size, max(map(max, sequences), default=0)
     if largest >= known:
         raise InputError(
             f"model {name}: its tokenizer gives token {largest}, but the model has {known}; put the "
