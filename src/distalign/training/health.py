@@ -302,4 +302,4 @@ def write_completions(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     prompt, responses, rewards = texts[0]
     worth = "" if rewards is None else f" (reward {rewards[0]:.3g})"
-    logger.info("step %d%s: %s → %s", step, worth, one_line(prompt, 120, last=True), one_line(responses[0], 300))
+    logger.info("step %d%s: %s", step, worth, one_line(f"{prompt[-120:]} → {responses[0]}", 320))

@@ -209,7 +209,8 @@ class Rollout:
         def each(requests: list[Request]) -> list[Tensor]:
             return list(reward(requests).split([len(request.responses) for request in requests]))
 
-        return self.processes.map(each, requests, [request.group.tokens for request in requests])
+        sizes = [len(request.prompt) + sum(map(len, request.responses)) for request in requests]
+        return self.processes.map(each, requests, sizes)
 
     def scores(
         self,
