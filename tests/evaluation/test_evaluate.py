@@ -203,6 +203,12 @@ def test_changed_weights_are_another_policy(place, tmp_path):
     changes += [{"name": "other"}, {"start": source}, {"prompts": ([2],)}, {"pairs": (Group([1], [[2], [3]]),)}]
     assert len({key(), *(key(**change) for change in changes)}) == 1 + len(changes)
     assert key() == key()
+    before = key()
+    whole_distribution(0.25, [3]).save_pretrained(place / "moved")
+    try:
+        assert key() != before
+    finally:
+        (place / "moved" / "generation_config.json").unlink()
 
 
 def test_another_reference_is_another_distance(place, tmp_path):

@@ -16,7 +16,7 @@ import torch
 import yaml
 from engine_models import GROUPS, build
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from distalign.engine import Group, score
 from distalign.experiments.merge import merge as merge_run
@@ -328,6 +328,18 @@ def test_lora_layers_adapts_exactly_the_top_layers(family, targets):
         whole = {name for name, module in everywhere.model.named_modules() if hasattr(module, "lora_A")}
         assert adapted == {name for name in whole if re.search(r"\.(?:layers|h)\.[12]\.", name)}
     torch.testing.assert_close(logps(policy.model, GROUPS), logps(base, GROUPS), rtol=0, atol=1e-5)
+
+
+def test_experts_and_routers_of_lower_layers_are_not_adapted():
+    """PEFT adapts them as parameters, beside the modules."""
+    config = MixtralConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    policy = make_policy(model, tiny.tokenizer(), SOURCE, lora=Lora(r=2, layers=1), reference=False)
+    trained = [name for name, weight in policy.model.named_parameters() if weight.requires_grad]
+    assert {int(re.search(r"layers\.(\d+)\.", name)[1]) for name in trained} == {2}
 
 
 def test_more_layers_than_there_are_is_refused():

@@ -115,3 +115,26 @@ def test_a_model_that_sees_the_future_is_refused():
         score(model, [Group([5, 6, 7], [[8, 9]])])
     with pytest.raises(InputError, match="so it is no causal language model"):
         sample(model, [[5, 6]], max_new_tokens=2, end_id=1, seed=0)
+
+
+LONG = {"rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [3.0, 4.0, 5.0, 6.0], "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("rope", "prompts", "message"),
+    [
+        ({"rope_type": "longrope", **LONG}, [[5] * 14, [5] * 20], "prompts of up to 14 tokens.*pass that"),
+        ({"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, [[5] * 4, [5] * 20], "prompts of up to 20 tokens"),
+    ],
+    ids=["longrope", "dynamic"],
+)
+def test_responses_that_pass_a_switch_of_positions_are_refused(rope, prompts, message):
+    """What is drawn before it is of another model than the one that scores the whole; beside it all is well."""
+    original = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    kind, sizes = ("phi3", original) if rope["rope_type"] == "longrope" else ("llama", {"max_position_embeddings": 16})
+    model = build(kind, rope_parameters=rope, **sizes)
+    with pytest.raises(InputError, match=message):
+        sample(model, prompts, max_new_tokens=4, temperature=1.0, end_id=1, seed=0)
+    fine = [[5] * 4, [5] * 12, *([[5] * 20] if rope["rope_type"] == "longrope" else [])]
+    responses = sample(model, fine, max_new_tokens=4, temperature=0, end_id=1, min_new_tokens=4, seed=0)
+    assert [own[0] for own in responses] == [greedy(model, prompt, 4) for prompt in fine]

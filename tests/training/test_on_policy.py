@@ -6,12 +6,13 @@ import pytest
 import tiny
 import torch
 from acting import METHODS, Warmth, logs, metrics, parameters, prompts, trainer
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from distalign.engine import Group, score
 from distalign.methods import REBEL, RKL
 from distalign.models.policy import Lora
-from distalign.rewards import FunctionReward, Request, RewardError
+from distalign.rewards import FunctionReward, Request, Reward, RewardError
 from distalign.training.health import HealthSettings
 from distalign.training.prompts import MicroBatch
 from distalign.training.rollout_settings import TrainingError
@@ -269,3 +270,37 @@ def test_a_reward_that_fails_loses_nothing(tmp_path, kind):
     )
     whole.train()
     assert torch.equal(parameters(again), parameters(whole))
+
+
+class Given(Reward):
+    """A user's own reward, which gives what it was given."""
+
+    def __init__(self, give):
+        self.give = give
+
+    def __call__(self, requests):
+        """Whatever it is."""
+        return self.give(sum(len(request.responses) for request in requests))
+
+
+@pytest.mark.parametrize(
+    ("give", "message"),
+    [
+        (lambda n: torch.ones(n, 1), r"reward Given: gave a tensor of shape \[32, 1\]; give .* each of 32 responses"),
+        (lambda n: torch.ones(n - 1), r"shape \[31\]"),
+        (lambda n: [1.0] * n, r"reward Given: gave list"),
+        (lambda n: torch.full((n,), torch.nan), r"reward Given: 32 of 32 rewards are not finite"),
+    ],
+    ids=["column", "short", "list", "nan"],
+)
+def test_a_reward_of_ones_own_gives_a_number_for_each_response(tmp_path, give, message):
+    """Anything else is refused before a round takes it."""
+    with pytest.raises(RewardError, match=message):
+        trainer(tmp_path, METHODS["rkl"], reward=Given(give)).train()
+
+
+def test_a_policy_saved_early_has_no_value_head(tmp_path):
+    """It is the method's, and goes after training."""
+    made = trainer(tmp_path, METHODS["rkl-gae"])
+    made.save_model(str(tmp_path / "early"))
+    assert not [name for name in load_file(tmp_path / "early" / "model.safetensors") if "value_head" in name]

@@ -299,14 +299,18 @@ def _length_limit(config: PretrainedConfig) -> int | None:
     sparse = [value for name in SPARSE if isinstance(value := getattr(config, name, None), int)]
     if sparse:
         return min(sparse)
+    return None if (switch := rope_switch(config)) is None else switch[1]
+
+
+def rope_switch(config: PretrainedConfig) -> tuple[str, int] | None:
+    """The kind of RoPE whose rotations depend on the length of the whole sequence, and the length where that begins."""
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     for rope in nested or [parameters]:
-        if rope.get("rope_type") in ("dynamic", "longrope"):
+        if (kind := rope.get("rope_type")) in ("dynamic", "longrope"):
             original = rope.get("original_max_position_embeddings")
-            return (
-                original or getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-            )
+            original = original or getattr(config, "original_max_position_embeddings", None)
+            return kind, original or config.max_position_embeddings
     return None
 
 

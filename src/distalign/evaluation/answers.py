@@ -93,8 +93,15 @@ def content_key(setup: EvaluationSetup, name: str, pairs: Sequence[Group]) -> st
     settings = setup.settings
     decisive = [settings.seed, settings.samples, settings.max_new_tokens, settings.temperature, settings.dtype]
     decisive += [settings.rows, setup.ids, [[g.prompt, g.responses] for g in pairs], setup.end_id]
+    decisive.append(_temperature_of_pairs(setup, name))
     digests = [weights_digest(setup.sources[policy]) for policy in (name, "reference")]
     return hashlib.sha256(json.dumps([_FORMAT, name, decisive, digests]).encode()).hexdigest()
+
+
+def _temperature_of_pairs(setup: EvaluationSetup, name: str) -> float:
+    """Whatever it is sampled at: what a policy says of pairs is of the distribution that it learned."""
+    source = setup.sources[name]
+    return trained_temperature(str(source.adapter or source.path)) or 1.0
 
 
 def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Group]) -> Answers:
@@ -133,9 +140,7 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
     pair_logps = torch.zeros(0, 2, dtype=torch.float64)
     if pairs:
         with progress(f"pairs of {name}", len(pairs)) as advance:
-            # Whatever it is sampled at: what it says of pairs is of the distribution that it learned.
-            source = setup.sources[name]
-            own = trained_temperature(str(source.adapter or source.path)) or 1.0
+            own = _temperature_of_pairs(setup, name)
             pair_scores = score_in_batches(model, pairs, token_budget=budget, temperature=own, progress=advance)
         pair_logps = pair_scores.logps.cpu().double().view(-1, 2)
     return Answers(name, key, responses, pair_logps, {key: values.cpu().double() for key, values in sums.items()})

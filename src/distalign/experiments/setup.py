@@ -312,8 +312,8 @@ def _encode_parts(
 def _prompts_to_answer(
     settings: DataSettings, tokenizer: Tokenizer, train: Sequence[EncodedPair], form: str
 ) -> list[EncodedPrompt]:
-    """The prompts of the training pairs, each once, and those of `data.prompts`."""
-    prompts = {tuple(one.prompt): one for one in prompts_of(train)}
+    """The prompts of the training pairs, each once, and those of `data.prompts`: rows with other columns apart."""
+    prompts: dict[object, EncodedPrompt] = {tuple(one.prompt): one for one in prompts_of(train)}
     if settings.prompts is not None:
         data = read_prompts(settings.prompts)
         if data.format != form:
@@ -322,6 +322,6 @@ def _prompts_to_answer(
                 "write both as strings or both as messages"
             )
         for row in data:
-            ids = encode_prompt(tokenizer, row)
-            prompts.setdefault(tuple(ids), EncodedPrompt(ids, row.where, row))
+            one = EncodedPrompt(encode_prompt(tokenizer, row), row.where, row)
+            prompts.setdefault(one.question if row.extra else tuple(one.prompt), one)
     return list(prompts.values())

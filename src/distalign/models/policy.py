@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,24 +45,27 @@ class Lora(Section):
 
     def config(self, model: PreTrainedModel, name: str) -> LoraConfig:
         """As PEFT takes it, for a model of that name. Raises ModelError if `layers` exceeds the model's."""
-        excluded = None
+        targets, linear = self.target_modules, (nn.Linear, Conv1D)
         if self.layers is not None:
-            count = model.config.get_text_config().num_hidden_layers
-            if self.layers > count:
-                raise ModelError(
-                    f"model {name}: lora.layers is {self.layers} but the model has {count} layers; lower it"
-                )
-            # Of a module's path the first number is that of its layer; what is in no layer has none.
-            top = "|".join(map(str, range(count - self.layers, count)))
-            excluded = rf"(?!\D*\.({top})\.).*"
+            layers, prefix = _top_layers(model, self.layers, name)
+            modules = {f"{prefix}.{index}.{inner}": m for index, layer in layers for inner, m in layer.named_modules()}
+            if isinstance(targets, str) and targets != "all-linear":
+                chosen = [path for path in modules if re.fullmatch(targets, path)]
+            else:
+                wanted = None if isinstance(targets, str) else set(targets)
+                chosen = [
+                    path
+                    for path, module in modules.items()
+                    if isinstance(module, linear) and (wanted is None or path.split(".")[-1] in wanted)
+                ]
+            targets = chosen or targets
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.r,
             lora_alpha=self.alpha,  # pyright: ignore[reportArgumentType]
             lora_dropout=self.dropout,
             bias="none",
-            target_modules=self.target_modules,
-            exclude_modules=excluded,
+            target_modules=targets,
             # GPT-2's linear maps keep their weight transposed.
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )
@@ -173,7 +177,9 @@ class Policy:
             model = copy.deepcopy(model).merge_and_unload()
         own = model.generation_config
         model.generation_config = sampling or own
-        model.save_pretrained(folder, state_dict=whole_state(model), safe_serialization=True)
+        # The policy that is saved has no value head.
+        state = {name: value for name, value in whole_state(model).items() if not name.startswith("value_head.")}
+        model.save_pretrained(folder, state_dict=state, safe_serialization=True)
         model.generation_config = own
         if adapter:
             write_note(model, folder)
@@ -274,3 +280,14 @@ def share(model: AnyModel) -> AnyModel:
     # The scales of 4-bit weights are neither parameters nor buffers.
     states = [state for module in model.modules() if (state := getattr(module, "quant_state", None)) is not None]
     return copy.deepcopy(model, {id(part): part for part in (*model.parameters(), *model.buffers(), *states)})
+
+
+def _top_layers(model: PreTrainedModel, top: int, name: str) -> tuple[list[tuple[int, nn.Module]], str]:
+    """The last `top` layers of the decoder with their numbers, and the name of the list that they are in."""
+    count = model.config.get_text_config().num_hidden_layers
+    if top > count:
+        raise ModelError(f"model {name}: lora.layers is {top} but the model has {count} layers; lower it")
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(enumerate(module))[-top:], prefix
+    raise ModelError(f"model {name}: its layers are in no list that could be found; leave lora.layers out")

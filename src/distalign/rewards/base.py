@@ -98,6 +98,14 @@ def finite(values: Tensor, name: str) -> Float[Tensor, "responses"]:
     return values
 
 
+def checked(values: object, responses: int, name: str) -> Float[Tensor, "responses"]:
+    """What a reward gave, if it is what the protocol promises. Raises RewardError."""
+    if not isinstance(values, Tensor) or values.shape != (responses,) or values.is_complex():
+        found = f"a tensor of shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise RewardError(f"reward {name}: gave {found}; give a tensor of one number for each of {responses} responses")
+    return finite(values, name)
+
+
 class ExactReward(Reward):
     """R(x, a) = γ ln π*(a|x), in nats: the reward of a known target, without error (eq. 8)."""
 

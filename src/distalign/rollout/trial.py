@@ -6,6 +6,7 @@ A model that misreads padding or a cache does so silently.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from distalign.engine.attention import CannotShare, expected_windows
 from distalign.engine.forward import device_of, embedding_weight, evaluating, text_config
-from distalign.engine.selfcheck import check, distance, sample_groups, state_of, tolerance_of
+from distalign.engine.selfcheck import check, distance, rope_switch, sample_groups, state_of, tolerance_of
 from distalign.errors import InputError
 from distalign.rollout.decode import Forked, Shared, encode_prompts, numbers
 
@@ -56,6 +57,25 @@ def way_of(model: nn.Module, longest: int) -> Way:
             ways[state] = _find(model), limit
     way, limit = ways[state]
     return way if limit is None or longest <= limit else way._replace(prompts="equal")
+
+
+def check_positions_hold(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    """Raise InputError for prompts whose responses may pass a length from which all positions are rotated otherwise.
+
+    Tokens drawn before it are of another model than the one that scores the whole sequence (dynamic and long RoPE).
+    """
+    switch = rope_switch(text_config(model))
+    if switch is None:
+        return
+    kind, limit = switch
+    # Long RoPE has two sets of rotations, and longer prompts are read by the second from the start.
+    crossing = [n for n in map(len, prompts) if n + max_new_tokens > limit and (n <= limit or kind == "dynamic")]
+    if crossing:
+        raise InputError(
+            f"{text_config(model).model_type}: positions are rotated otherwise from {limit + 1} tokens on (rope_type "
+            f"{kind}), and prompts of up to {max(crossing)} tokens with responses of up to {max_new_tokens} pass that; "
+            "draw shorter responses, or leave out such prompts"
+        )
 
 
 def _find(model: nn.Module) -> Way:

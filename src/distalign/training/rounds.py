@@ -31,6 +31,7 @@ from distalign.methods import Method, Needs, Samples
 from distalign.models.load import positions
 from distalign.models.policy import Policy
 from distalign.rewards import Request, Reward
+from distalign.rewards.base import checked
 from distalign.rollout.sample import sample
 from distalign.rollout.vllm import ServerError, VLLMServer, check_mismatch, rescored
 from distalign.training.health import Monitor, completion_metrics, write_completions
@@ -207,7 +208,8 @@ class Rollout:
         reward = self.reward
 
         def each(requests: list[Request]) -> list[Tensor]:
-            return list(reward(requests).split([len(request.responses) for request in requests]))
+            lengths = [len(request.responses) for request in requests]
+            return list(checked(reward(requests), sum(lengths), type(reward).__name__).split(lengths))
 
         sizes = [len(request.prompt) + sum(map(len, request.responses)) for request in requests]
         return self.processes.map(each, requests, sizes)
