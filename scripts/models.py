@@ -132,7 +132,7 @@ def row(kind: str) -> tuple[str, str, str]:
             found = score(model, GROUPS).logps
         error = float((found - truth).abs().max())
         sampled = agrees(model)
-        way = way_of(model, 16)
+        way = way_of(model, [], 16)
         how = f"{check(model).path}, {'uncached' if way.cache == 'none' else way.prompts}"
     except InputError as refusal:
         return "refused", "", str(refusal)[:110]

@@ -30,8 +30,8 @@ def test_families_are_served_as_expected(family, caplog):
     """Families that keep plain keys and values share them; any other says why not, once."""
     model = build(family, torch.float32)
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
-        assert way_of(model, 20) == way_of(model, 20)
-    assert (way_of(model, 20).cache == "shared") == (family not in COPIED)
+        assert way_of(model, [], 20) == way_of(model, [], 20)
+    assert (way_of(model, [], 20).cache == "shared") == (family not in COPIED)
     assert caplog.text.count("a prompt's cache is copied") == (family in COPIED)
 
 
@@ -59,7 +59,7 @@ def test_logits_equal_those_of_encoding_alone(family):
 
 def both_ways(monkeypatch, model, prompts, **settings):
     """Responses from shared prompts and from copies."""
-    way = way_of(model, 20)
+    way = way_of(model, [], 20)
     assert way.cache == "shared"
     shared = sample(model, prompts, **settings)
     monkeypatch.setattr("distalign.rollout.sample.way_of", lambda *_: way._replace(cache="copied"))
@@ -136,7 +136,7 @@ def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
     monkeypatch.setattr(decode, "_restrict", lambda scores, *_: scores)
     model = tiny.model()
     with caplog.at_level(logging.WARNING, "distalign.rollout"):
-        assert way_of(model, 20).cache == "copied"
+        assert way_of(model, [], 20).cache == "copied"
     assert "padded and shared: log-probabilities change by" in caplog.text
     settings = {"n": 2, "max_new_tokens": 4, "temperature": 0.0, "end_id": 3, "seed": 0}
     found = sample(model, [[5, 9, 17, 33], [7], [8, 6]], **settings)
@@ -147,11 +147,11 @@ def test_a_cache_that_is_misread_is_not_shared(monkeypatch, caplog):
 def test_the_trial_is_remembered():
     """A model is not tried again; in another dtype it is."""
     model, calls = tiny.model(), []
-    way = way_of(model, 20)
+    way = way_of(model, [], 20)
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    assert way_of(model, 20) == way
+    assert way_of(model, [], 20) == way
     assert not calls
-    assert way_of(model.double(), 20) == way
+    assert way_of(model.double(), [], 20) == way
     assert calls
 
 

@@ -168,7 +168,7 @@ def test_rows_bound_what_is_decoded_at_once(family):
     model, prompts = build(family, torch.float32), [*PROMPTS[:3], [61, 62]]
     with torch.no_grad():
         expected = [one_at_a_time(model, prompt, 6) for prompt in prompts]
-    way_of(model, 15)
+    way_of(model, [], 15)
     calls = Calls(model)
     for rows, prefills in ((3, [1, 1, 1, 1]), (10, [2, 2]), (64, [4])):
         calls.shapes.clear()

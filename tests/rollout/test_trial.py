@@ -47,7 +47,7 @@ def test_a_model_that_reads_its_padding_is_sampled_one_length_at_a_time(monkeypa
 
     monkeypatch.setattr(type(model), "forward", forward)
     with caplog.at_level(logging.WARNING, logger="distalign"):
-        assert way_of(model, 20).prompts == "equal"
+        assert way_of(model, [], 20).prompts == "equal"
         assert drawn(model) == [greedy(model, prompt, 5) for prompt in PROMPTS]
     assert "answered one length at a time (padded and shared: log-probabilities change by" in caplog.text
 
@@ -58,7 +58,7 @@ def test_a_model_whose_cache_is_of_its_own_kind_is_sampled_without(caplog):
     config = AutoConfig.for_model("rwkv", vocab_size=96, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
     model = AutoModelForCausalLM.from_config(config).eval()
     with caplog.at_level(logging.WARNING, logger="distalign"):
-        assert way_of(model, 20).cache == "none"
+        assert way_of(model, [], 20).cache == "none"
     assert "every token reads the whole sequence again" in caplog.text
     assert drawn(model) == [greedy(model, prompt, 5) for prompt in PROMPTS]
 
@@ -71,7 +71,7 @@ def test_a_cache_that_does_not_follow_its_rows_is_not_used():
         "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "initializer_range": 0.3,
     }  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("minimax", **sizes)).eval()
-    assert way_of(model, 20) == ("equal", "none")
+    assert way_of(model, [], 20) == ("equal", "none")
     prompts = [PROMPTS[0], PROMPTS[0][::-1]]
     found = sample(model, prompts, n=2, max_new_tokens=5, temperature=0, end_id=1, min_new_tokens=5, seed=0)
     assert found == [[greedy(model, prompt, 5)] * 2 for prompt in prompts]
@@ -80,7 +80,7 @@ def test_a_cache_that_does_not_follow_its_rows_is_not_used():
 def test_padding_is_the_usual_way(caplog):
     """Nothing is said of it."""
     with caplog.at_level(logging.WARNING, logger="distalign"):
-        assert way_of(tiny.model(), 20) == ("padded", "shared")
+        assert way_of(tiny.model(), [], 20) == ("padded", "shared")
     assert not caplog.text
 
 
@@ -102,8 +102,8 @@ def test_sparse_attention_is_served_alone_beyond_its_keys():
         own = model(input_ids=torch.tensor([prompt])).logits[0, -1].log_softmax(-1)[short[0]]
         for responses in ([short], [short, long]):
             torch.testing.assert_close(score(model, [Group(prompt, responses)]).token_logps[0, 0], own)
-    assert way_of(model, 20).prompts == "padded"
-    assert way_of(model, 60).prompts == "equal"
+    assert way_of(model, [], 20).prompts == "padded"
+    assert way_of(model, [], 60).prompts == "equal"
 
 
 def test_a_model_that_sees_the_future_is_refused():

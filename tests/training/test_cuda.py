@@ -249,14 +249,14 @@ def test_greedy_tokens_are_those_of_a_cpu(family):
     settings = {"n": 2, "max_new_tokens": 8, "min_new_tokens": 3, "temperature": 0.0, "end_id": 12, "seed": 0}
     found = sample(model, PROMPTS, rows=5, **settings)
     assert found == sample(truth, PROMPTS, **settings)
-    assert way_of(model, 20).cache == way_of(truth, 20).cache == ("copied" if family == "falcon" else "shared")
+    assert way_of(model, [], 20).cache == way_of(truth, [], 20).cache == ("copied" if family == "falcon" else "shared")
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral_window", "gemma3", "gpt_oss"])
 def test_one_cache_for_all_responses_changes_no_token(family, monkeypatch):
     """A prompt's cache shared, and copied for every response: the same draws."""
     model, _ = two(family)
-    way = way_of(model, 20)
+    way = way_of(model, [], 20)
     assert way.cache == "shared"
     responses = sample(model, PROMPTS, **SETTINGS)
     monkeypatch.setattr("distalign.rollout.sample.way_of", lambda *_: way._replace(cache="copied"))

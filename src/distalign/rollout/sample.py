@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distalign.engine.forward import device_of, evaluating
 from distalign.rollout.decode import Sampling, respond
-from distalign.rollout.trial import check_positions_hold, way_of
+from distalign.rollout.trial import way_of
 
 
 def end_ids(model: nn.Module, end_id: int) -> tuple[int, ...]:
@@ -58,8 +58,7 @@ def sample(
     settings = Sampling(max_new_tokens, min_new_tokens, temperature, top_p, end_ids(model, end_id))
     _check(prompts, n, rows)
     numbers, device = range(len(prompts)) if numbers is None else numbers, device_of(model)
-    check_positions_hold(model, prompts, max_new_tokens)
-    way = way_of(model, max(map(len, prompts), default=0) + max_new_tokens)
+    way = way_of(model, prompts, max_new_tokens)
     results: list[list[list[int]]] = [[] for _ in prompts]
     done = 0
     with evaluating(model):

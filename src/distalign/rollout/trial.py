@@ -44,11 +44,13 @@ _SLOWER = {
 _WAYS: WeakKeyDictionary[nn.Module, dict[tuple, tuple[Way, int | None]]] = WeakKeyDictionary()
 
 
-def way_of(model: nn.Module, longest: int) -> Way:
-    """The fastest way that draws from the model's own distribution, for sequences of up to `longest` tokens.
+def way_of(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> Way:
+    """The fastest way that draws from the model's own distribution, for responses of up to `max_new_tokens`.
 
     A change of dtype, device, attention implementation, autocast or head tries anew. Modes and the random state are
-    left as they were. Raises InputError for a model that is not causal.
+    left as they were. Raises InputError for a model that is not causal, and for prompts whose responses may pass a
+    length from which all positions are rotated otherwise (dynamic and long RoPE): tokens drawn before it are of another
+    model than the one that scores the whole sequence.
     """
     ways, state = _WAYS.setdefault(model, {}), state_of(model)
     if state not in ways:
@@ -56,14 +58,13 @@ def way_of(model: nn.Module, longest: int) -> Way:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
             ways[state] = _find(model), limit
     way, limit = ways[state]
-    return way if limit is None or longest <= limit else way._replace(prompts="equal")
+    if limit is None or max(map(len, prompts), default=0) + max_new_tokens <= limit:
+        return way
+    _check_positions(model, prompts, max_new_tokens)
+    return way._replace(prompts="equal")
 
 
-def check_positions_hold(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    """Raise InputError for prompts whose responses may pass a length from which all positions are rotated otherwise.
-
-    Tokens drawn before it are of another model than the one that scores the whole sequence (dynamic and long RoPE).
-    """
+def _check_positions(model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
     switch = rope_switch(text_config(model))
     if switch is None:
         return
