@@ -158,7 +158,7 @@ def test_a_table_fills_in_no_fields(tmp_path):
     assert [pair.prompt for pair in encode_pairs(tokenizer, read_pairs(texts), max_length=None)[0]] == [
         pair.prompt for pair in plain
     ]
-    with pytest.raises(DataError, match="tools is text that is not JSON"):
+    with pytest.raises(DataError, match="tools: text that is not JSON"):
         read_pairs([{**rows[0], "tools": "weather"}])
 
 
@@ -172,6 +172,38 @@ def test_a_tool_call_is_an_answer(content):
     rows = read_pairs([{**chat("q", "a", "No."), "chosen": [call]}])
     encoded, _ = encode_pairs(byte_tokenizer(TOOLS), rows, max_length=None)
     assert len(encoded) == 1
+
+
+CALLED = "{% for m in messages %}<s>{{ m.content }}{% for c in m.tool_calls or () %}{{ c.function.name }} ARGUMENTS"
+CALLED += "{% endfor %}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments }}",
+        "{{ '' + c.function.arguments }}",
+        "{% for k, v in c.function.arguments.items() %}{{ k }} {{ v }}{% endfor %}",
+    ],
+)
+def test_arguments_are_an_object_or_its_json_text(template):
+    """OpenAI writes text: the template is given the form that it reads, and the ids are the same."""
+
+    def row(form):
+        calls = ({"function": {"name": "f", "arguments": form({"town": town})}} for town in ("Tromsø", "Rome"))
+        chosen, rejected = ([{"role": "assistant", "content": "", "tool_calls": [call]}] for call in calls)
+        return {**chat("q", "", ""), "chosen": chosen, "rejected": rejected}
+
+    tokenizer = byte_tokenizer(CALLED.replace("ARGUMENTS", template))
+    data = read_pairs([row(dict), row(json.dumps)])
+    (of_object, of_text), _ = encode_pairs(tokenizer, data, max_length=None)
+    assert of_object.key == of_text.key
+    written = "town Tromsø" if "items" in template else '{"town": "Tromsø"}'
+    assert tokenizer.decode(of_object.chosen).endswith(f"f {written}<|im_end|>")
+    left_out = r"differ only in what the chat template leaves out \(of tool_calls\) and are the same tokens"
+    with pytest.raises(DataError, match=left_out):
+        encode_pairs(byte_tokenizer(CALLED.replace("ARGUMENTS", "")), data, max_length=None)
 
 
 def test_a_template_that_writes_the_date_gives_the_same_ids_on_another_day():

@@ -95,6 +95,14 @@ def test_a_column_that_stands_twice_is_refused(write, tmp_path):
     column = key.replace("key", "column")
     assert refusal(write("prompt, chosen,rejected,chosen\na,b,c,d\n", "x.csv")) == f"x.csv:1: {column}"
     assert len(read_pairs(write("prompt,chosen,rejected,,\na,b,c,,\n", "x.csv"))) == 1
+    cells = turn.replace('"', '""')
+    assert (
+        refusal(write(f'prompt,chosen,rejected\n"[{cells}]",b,c\n', "x.csv"))
+        == f"x.csv:2: {key.replace('chosen', 'role')}"
+    )
+    assert len(read_pairs(write(f'prompt,chosen,rejected\n"[{cells}] is?",b,c\n', "x.csv"))) == 1
+    tools = write([{**ROW, "tools": f"[{turn}]"}])
+    assert refusal(tools) == f"x.jsonl:1: tools: {key.replace('chosen', 'role')}"
     table = pyarrow.Table.from_arrays([["a"], ["b"], ["c"], ["d"]], ["prompt", "chosen", "rejected", "chosen"])
     parquet.write_table(table, tmp_path / "x.parquet")
     assert refusal(tmp_path / "x.parquet") == f"x.parquet: {column}"
@@ -188,6 +196,16 @@ def test_ties_and_limit(write):
 FOUND = '(found "prompt", "chosen", "rejectd")'
 GUESS = 'write the prompt in a column "prompt" of its own, or remove the line'
 MARKS = "(Assistant:, TL;DR:, ### Response:), so where the responses begin is a guess"
+CALLS = 'write it as "tool_calls": [{"function": {"name": "…", "arguments": {…}}}]'
+ARGUMENTS, OBJECT = "the arguments of chosen's tool call", "write an object, or json.dumps of it"
+CHAT_ROW = {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}
+
+
+def called(arguments):
+    """A row whose chosen response is a tool call."""
+    return {**CHAT_ROW, "chosen": [{**BLUE, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]}
+
+
 REFUSED_ROWS = {
     f'no column "rejected" {FOUND}; rename "rejectd"': {"prompt": "a", "chosen": "b", "rejectd": "c"},
     'no column "chosen" (found "text"); add it or rename the column that holds the chosen': {"text": "a"},
@@ -219,6 +237,17 @@ REFUSED_ROWS = {
         "chosen": [USER, BLUE],
         "rejected": [USER, GREEN],
     },
+    f"chosen has a function_call, which chat templates do not read; {CALLS}": {
+        **CHAT_ROW,
+        "chosen": [{**BLUE, "function_call": {"name": "f", "arguments": "{}"}}],
+    },
+    f"chosen has tool_calls that are dict; {CALLS}": {**CHAT_ROW, "chosen": [{**BLUE, "tool_calls": {}}]},
+    f"chosen has tool_calls that name no function; {CALLS}": {**CHAT_ROW, "chosen": [{**BLUE, "tool_calls": ["f"]}]},
+    f"{ARGUMENTS}: text that is not JSON (Expecting value: line 1 column 1 (char 0)); {OBJECT}": called("sky"),
+    f"{ARGUMENTS} are JSON text of list; {OBJECT}": called("[1]"),
+    f'{ARGUMENTS}: the key "a" stands more than once, and only the last would be read; keep one': called(
+        '{"a": 1, "a": 2}'
+    ),
     f"no prompt, and no common start {MARKS}; {GUESS}": {"chosen": "Blue.", "rejected": "Green."},
     f"no prompt, and the common start ends at no turn {MARKS}; {GUESS}": {
         "chosen": "The sky is blue.",

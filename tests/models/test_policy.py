@@ -102,6 +102,21 @@ def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):
             find_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"base_model_name_or_path": None}, "names no base; put the hub id or folder of the model it was trained on"),
+        ({"base_model_name_or_path": "b", "layer_replication": [[0, 2], [1, 2]]}, "its adapter has layer_replication"),
+    ],
+)
+def test_an_adapter_that_cannot_be_put_on_its_base_is_refused(tmp_path, config, why):
+    """One that names no base, and one of layers that share a weight, into which all adapters would be merged."""
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=why):
+        find_model(str(tmp_path))
+
+
 @pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_an_adapter_on_tied_embeddings_is_not_merged(tmp_path, target):

@@ -156,13 +156,18 @@ def test_an_own_adapter_is_trained_and_its_reference_is_the_model_without(tmp_pa
 
 
 def test_adapters_that_could_not_be_kept_as_they_are_trained_are_refused(tmp_path, tiny_folder):
-    """Biases of the base, adapters under other names or several, biases where the base has none."""
+    """Biases of the base, layers that share weights, adapters of other names or several, biases the base has not."""
     for bias in ("all", "lora_only"):
         config = LoraConfig(r=4, target_modules="all-linear", bias=bias)
         adapted = {"model": get_peft_model(tiny.model(), config)}
         for given in ({"model": str(tiny_folder), "peft_config": config}, adapted):
             with pytest.raises(TrainingError, match=f'bias="{bias}", .*would move with them; give bias="none"'):
                 trainer(tmp_path, METHODS["offline"], **given)
+    copies = LoraConfig(r=4, target_modules="all-linear", layer_replication=[[0, 2], [1, 2]])
+    adapted = {"model": get_peft_model(tiny.model(), copies)}
+    for given in ({"model": str(tiny_folder), "peft_config": copies}, adapted):
+        with pytest.raises(ModelError, match=r"model: its adapter has layer_replication.*train one without it"):
+            trainer(tmp_path, METHODS["offline"], **given)
     named = get_peft_model(tiny.model(), copy.deepcopy(LORA), adapter_name="policy")
     several = get_peft_model(tiny.model(), copy.deepcopy(LORA))
     several.add_adapter("other", copy.deepcopy(LORA))

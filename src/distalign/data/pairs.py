@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +11,7 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
-from distalign.data.readers import DataError, Problem, Record, Source, describe, read_records
+from distalign.data.readers import DataError, Problem, Record, Source, decode_json, describe, read_records
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -21,6 +20,7 @@ Format = Literal["standard", "conversational"]
 # What a prompt of a transcript ends with: hh-rlhf, TL;DR, Alpaca. The response starts right after it.
 RESPONSE_MARKS = ("\n\nAssistant:", "\nTL;DR:", "\n### Response:")
 TURN_MARKS = (*RESPONSE_MARKS, "\n\nHuman:", "\n### Instruction:")
+_CALLS = 'write it as "tool_calls": [{"function": {"name": "…", "arguments": {…}}}]'
 _PAIR_COLUMNS = ("prompt", "chosen", "rejected", "p_chosen", "chosen_reward", "rejected_reward")
 
 
@@ -282,12 +282,47 @@ def _text(row: Record, name: str, where: str) -> Text:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             _refuse(where, f'{name} is a list without messages; write {{"role": "user", "content": "…"}}')
         message = {key: part for key, part in message.items() if part is not None}
+        if "function_call" in message:
+            _refuse(where, f"{name} has a function_call, which chat templates do not read; {_CALLS}")
+        if "tool_calls" in message:
+            message["tool_calls"] = _calls(message["tool_calls"], name, where)
         if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
             kind = type(message.get("content")).__name__.replace("NoneType", "missing")
             _refuse(where, f"{name} has a message whose content is {kind}; a string is needed")
         _check_unicode(message.get("content", ""), name, where)
         messages.append(message)
     return messages
+
+
+def _calls(calls: object, name: str, where: str) -> list[Message]:
+    """The tool calls of a message, with arguments that are JSON text, as OpenAI writes them, read into the object."""
+    if not isinstance(calls, list):
+        _refuse(where, f"{name} has tool_calls that are {type(calls).__name__}; {_CALLS}")
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            _refuse(where, f"{name} has tool_calls that name no function; {_CALLS}")
+        if isinstance(arguments := function.get("arguments"), str):
+            what = f"the arguments of {name}'s tool call"
+            arguments = _json(arguments, what, "write an object, or json.dumps of it", where)
+            if not isinstance(arguments, dict):
+                _refuse(
+                    where, f"{what} are JSON text of {type(arguments).__name__}; write an object, or json.dumps of it"
+                )
+            function = {**function, "arguments": arguments}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
+
+
+def _json(text: str, what: str, advice: str, where: str) -> Any:
+    """What a column's JSON text holds."""
+    try:
+        return decode_json(text)
+    except LookupError as error:
+        _refuse(where, f"{what}: {error}")
+    except (ValueError, RecursionError) as error:
+        _refuse(where, f"{what}: text that is not JSON ({error}); {advice}")
 
 
 def _check_unicode(text: str, name: str, where: str) -> None:
@@ -312,10 +347,7 @@ def _extra(row: Record, used: Collection[str], where: str) -> dict[str, Any]:
     """The other columns. `tools` may be JSON text, as TRL prefers it: a table would fill in fields of other tools."""
     extra = {name: value for name, value in row.items() if name not in used}
     if isinstance(extra.get("tools"), str):
-        try:
-            extra["tools"] = json.loads(extra["tools"])
-        except (ValueError, RecursionError) as error:
-            _refuse(where, f"tools is text that is not JSON ({error}); write a list of schemas, or json.dumps of it")
+        extra["tools"] = _json(extra["tools"], "tools", "write a list of schemas, or json.dumps of it", where)
     if not isinstance(extra.get("tools"), list | None):
         _refuse(where, f"tools is {type(extra['tools']).__name__}; a list of schemas is needed")
     settings = extra.get("chat_template_kwargs") or {}

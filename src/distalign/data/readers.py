@@ -140,14 +140,13 @@ def _read_json(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Recor
     """One object per line, or one array of objects."""
     may_be_array = path.name.lower().removesuffix(".gz").endswith(".json")
     lines = _read_lines(path, problems)
-    decode = json.JSONDecoder(object_pairs_hook=_object).decode
     for number, text in lines:
         if not text.strip():
             continue
         if may_be_array and text.lstrip().startswith("["):
             text += "".join(more for _, more in lines)
         try:
-            value = decode(text.rstrip())
+            value = decode_json(text.rstrip())
         except json.JSONDecodeError as error:
             where = f"{path}:{number + error.lineno - 1}"
             problems.append(
@@ -176,6 +175,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         raise LookupError(_stands_twice("key", _repeated(name for name, _ in pairs)))
     return value
+
+
+# Raises LookupError for a key that stands more than once; ValueError and RecursionError for what is no JSON.
+decode_json = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
@@ -212,11 +215,19 @@ def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record
             what = f"{len(cells)} fields where the header names {len(header)}"
             problems.append(Problem(where, f"{what}; quote the fields that hold commas or line breaks"))
             continue
-        yield where, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+        try:
+            row = {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+        except LookupError as error:
+            problems.append(Problem(where, str(error)))
+            continue
+        yield where, row
 
 
 def _cell(name: str, cell: str) -> object:
-    """A CSV cell: numbers in the columns that hold numbers, message lists where the text is one in JSON."""
+    """A CSV cell: numbers in the columns that hold numbers, message lists where the text is one in JSON.
+
+    Raises LookupError for such a list in which a key stands more than once.
+    """
     if name in NUMBERS:
         try:
             return float(cell) if cell.strip() else None
@@ -227,7 +238,7 @@ def _cell(name: str, cell: str) -> object:
             value = json.loads(cell)
         except (ValueError, RecursionError):
             return cell
-        return value if isinstance(value, list) and value and isinstance(value[0], dict) else cell
+        return decode_json(cell) if isinstance(value, list) and value and isinstance(value[0], dict) else cell
     return cell
 
 

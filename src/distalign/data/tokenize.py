@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
@@ -21,8 +22,8 @@ _DAY, _TODAY = datetime(2025, 1, 1), re.compile(r"""strftime_now\(\s*(["'])(.*?)
 # Where a message has words.
 _WORDS_IN = ("content", "reasoning_content", "reasoning", "thinking")
 
-# By chat template, what `_takes_parts` found.
-_PARTS: dict[str, bool] = {}
+# By chat template, what `_forms` found.
+_FORMS: dict[str, list[Callable[[Message], Message]]] = {}
 
 
 @runtime_checkable
@@ -223,9 +224,7 @@ def encode_pairs(
         elif pair.chosen == pair.rejected:
             counts.same_after_cut += 1
             if not cut_chosen:
-                spaces = plain_text(row.chosen).split() == plain_text(row.rejected).split()
-                how = "in white space only" if spaces else "only in what the tokenizer leaves out"
-                what = f"chosen and rejected differ {how} and are the same tokens; remove the line"
+                what = f"chosen and rejected differ {_difference(row)} and are the same tokens; remove the line"
                 problems.append(Problem(row.where, what))
         else:
             encoded.append(pair)
@@ -239,6 +238,17 @@ def encode_pairs(
         raise DataError(problems)
     counts.kept = len(encoded)
     return encoded, counts
+
+
+def _difference(row: Pair) -> str:
+    """In what two responses differ that are the same tokens."""
+    if not isinstance(row.chosen, str) and not isinstance(row.rejected, str):
+        chosen, rejected = row.chosen[-1], row.rejected[-1]
+        parts = [key for key in {**chosen, **rejected} if key != "content" and chosen.get(key) != rejected.get(key)]
+        if parts:
+            return f"only in what the chat template leaves out (of {', '.join(parts)})"
+    spaces = plain_text(row.chosen).split() == plain_text(row.rejected).split()
+    return "in white space only" if spaces else "only in what the tokenizer leaves out"
 
 
 def _too_long(prompt: int, response: int, limit: int) -> str:
@@ -325,24 +335,49 @@ def _render(tokenizer: Tokenizer, messages: Sequence[Message], extra: dict[str, 
     template = tokenizer.chat_template
     if isinstance(template, str) and _TODAY.search(template):
         settings["chat_template"] = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
-    turns = [_in_parts(turn) for turn in messages] if _takes_parts(tokenizer) else list(messages)
+    turns = list(messages)
+    for form in _forms(tokenizer):
+        turns = [form(turn) for turn in turns]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **settings)
 
 
-def _takes_parts(tokenizer: Tokenizer) -> bool:
-    """Whether the template writes a message's words only from a list of parts, as those of models that see images."""
-    template = str(tokenizer.chat_template)
+def _forms(tokenizer: Tokenizer) -> list[Callable[[Message], Message]]:
+    """What messages are turned into, as the template reads them in no other form.
 
-    def writes(message: Message) -> bool:
+    Those of models that see images write a message's words only from a list of parts, some a call's arguments only
+    from JSON text: of an object they would write what Python's str makes of it, or nothing.
+    """
+    template, arguments = str(tokenizer.chat_template), {_WORDS: 1}
+
+    def writes(*messages: Message) -> bool:
         try:
-            return _WORDS in tokenizer.apply_chat_template([message], tokenize=False)
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False)
         except Exception:  # a template may raise anything
             return False
+        return _WORDS in text and str(arguments) not in text
 
-    if template not in _PARTS:
-        message = {"role": "user", "content": _WORDS}
-        _PARTS[template] = not writes(message) and writes(_in_parts(message))
-    return _PARTS[template]
+    if template not in _FORMS:
+        asked = {"role": "user", "content": _WORDS}
+        calls = [{"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+        called = {"role": "assistant", "content": "", "tool_calls": calls}
+        before = {"role": "user", "content": "x"}
+        parts = not writes(asked) and writes(_in_parts(asked))
+        text = not writes(before, called) and writes(before, _with_text(called))
+        _FORMS[template] = [_in_parts] * parts + [_with_text] * text
+    return _FORMS[template]
+
+
+def _with_text(message: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text."""
+
+    def with_text(call: Message) -> Message:
+        inner: Message = {key: with_text(part) for key, part in call.items() if key == "function"}
+        if isinstance(arguments := call.get("arguments"), dict):
+            inner["arguments"] = json.dumps(arguments, ensure_ascii=False)
+        return {**call, **inner}
+
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": [with_text(call) for call in calls]} if calls else message
 
 
 def _in_parts(message: Message) -> Message:

@@ -30,7 +30,7 @@ from transformers import (
 from distalign.errors import InputError
 from distalign.models import everyday
 from distalign.models.quantized import NF4, check_installed, is_quantized, keep_exact, read_note
-from distalign.models.verify import ModelError, adapts_tied, load_adapter, load_verified
+from distalign.models.verify import ModelError, adapts_tied, check_layers, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -295,7 +295,13 @@ def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
     with explained(name):
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        check_layers(f"model {name}", config.get("layer_replication"))
+        if not (base := config.get("base_model_name_or_path")):
+            raise ModelError(
+                f"model {name}: its adapter_config.json names no base; put the hub id or folder of the model it was "
+                "trained on into base_model_name_or_path"
+            )
         if (Path(os.path.expanduser(base)) / "adapter_config.json").is_file():
             raise ModelError(
                 f"model {name}: the base of this adapter, {base}, is an adapter too; name as base_model_name_or_path "

@@ -74,6 +74,15 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
     return adapted
 
 
+def check_layers(label: str, replication: object) -> None:
+    """Raise ModelError for an adapter whose layers are copies (PEFT's layer_replication, as its settings have it)."""
+    if replication:
+        raise ModelError(
+            f"{label}: its adapter has layer_replication, by which layers share one weight and each has an adapter of "
+            "its own: merged, all would go into that weight, which gives another model; train one without it"
+        )
+
+
 def adapts_tied(model: nn.Module) -> bool:
     """Whether an adapter is on the input or output embeddings of a model in which both are one weight.
 

@@ -48,6 +48,7 @@ from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
 from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
+from distalign.models.verify import check_layers
 from distalign.rewards import (
     ClassifierReward,
     ColumnReward,
@@ -566,7 +567,7 @@ def server_of(
 
 
 def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftConfig | None:
-    """Settings of the adapter that is trained; None if all weights are. Raises TrainingError for what is refused."""
+    """Settings of the adapter that is trained; None if all weights are. Raises InputError for what is refused."""
     network = model.model if isinstance(model, Policy) else model
     if isinstance(network, PeftModel):
         if list(network.peft_config) != ["default"]:
@@ -580,6 +581,7 @@ def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftCon
             f'the adapter has bias="{bias}", which trains biases of the model itself, and its reference (the adapter '
             'off) would move with them; give bias="none"'
         )
+    check_layers("model", getattr(peft_config, "layer_replication", None))
     return peft_config
 
 
