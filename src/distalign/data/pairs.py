@@ -315,7 +315,7 @@ def _calls(calls: object, name: str, where: str) -> list[Message]:
     return read
 
 
-def _json(text: str, what: str, advice: str, where: str) -> Any:
+def _json(text: str, what: str, advice: str, where: str) -> object:
     """What a column's JSON text holds."""
     try:
         return decode_json(text)

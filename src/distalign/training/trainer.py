@@ -229,8 +229,7 @@ class AlignmentTrainer(ResumableTrainer):
         Each of several processes gets the batches of all: `training_step` deals their prompts.
         """
         dataset: Any = self.train_dataset
-        count = self.processes.count
-        batch = self.args.per_device_train_batch_size * count
+        batch = self.args.per_device_train_batch_size * self.processes.count
         if self.worker is not None:
             loader = DataLoader(dataset, batch_sampler=self.worker.batches, collate_fn=self.data_collator)
         elif self.args.dataloader_drop_last and len(self.rows) < batch:
@@ -238,7 +237,7 @@ class AlignmentTrainer(ResumableTrainer):
                 f"{self.label}: dataloader_drop_last leaves out a batch that is not full, and {len(self.rows)} rows "
                 f"are less than one of {batch}; leave it out, or lower per_device_train_batch_size"
             )
-        elif count == 1:
+        elif self.processes.count == 1:
             return super().get_train_dataloader()
         else:
             loader = DataLoader(
