@@ -201,8 +201,7 @@ def test_arguments_are_an_object_or_its_json_text(template):
     assert of_object.key == of_text.key
     written = "town Tromsø" if "items" in template else '{"town": "Tromsø"}'
     assert tokenizer.decode(of_object.chosen).endswith(f"f {written}<|im_end|>")
-    left_out = r"differ only in what the chat template leaves out \(of tool_calls\) and are the same tokens"
-    with pytest.raises(DataError, match=left_out):
+    with pytest.raises(DataError, match="the chat template leaves out 'town' of chosen"):
         encode_pairs(byte_tokenizer(CALLED.replace("ARGUMENTS", "")), data, max_length=None)
 
 
@@ -226,6 +225,7 @@ CALLING = {"role": "assistant", "content": "yes", "tool_calls": [LOOK_UP]}
         ("{{ m.content }}", {"chosen": [{**THOUGHT, "content": "yes", "reasoning_content": "hm"}]}, "'hm' of chosen"),
         ("{{ m.content }}", {"tools": [LOOK_UP]}, "'look_up' of the prompt"),
         ("{{ m.content if m.role != 'system' }}", {"system": "be kind"}, "'be kind' of the prompt"),
+        ("{{ m.content if m.role != 'tool' }}", {"answered": '{"town": "Tromsø"}'}, ".*Troms.* of the prompt"),
     ],
 )  # fmt: skip
 def test_what_the_template_leaves_out_is_refused(template, row, left_out):
@@ -233,12 +233,19 @@ def test_what_the_template_leaves_out_is_refused(template, row, left_out):
     row = {**chat("q", "no", "cannot"), **row}
     if system := row.pop("system", None):
         row["prompt"] = [{"role": "system", "content": system}, *row["prompt"]]
+    if answered := row.pop("answered", None):
+        row["prompt"] = [*row["prompt"], {"role": "tool", "content": answered}]
     rendered = "{% for m in messages %}<s>{{ m.role }} " + template + "<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match=f"the chat template leaves out {left_out}"):
         encode_pairs(byte_tokenizer(rendered), read_pairs([row]), max_length=None)
     spaced = "{% for m in messages %}<s>{{ m.content | replace('\n', ' ') }} <|im_end|>{% endfor %}"
     pairs = read_pairs([chat("q", "<think>hm</think>\n\nyes", "no")])
     assert len(encode_pairs(byte_tokenizer(spaced), pairs, max_length=None)[0]) == 1
+    # What a tool answered is written as JSON by some templates.
+    quoted = "{% for m in messages %}{{ m.content | tojson }}<|im_end|>{% endfor %}"
+    row = chat("q", "yes", "no")
+    row["prompt"].append({"role": "tool", "content": 'a "town"\nin Tromsø'})
+    assert len(encode_pairs(byte_tokenizer(quoted), read_pairs([row]), max_length=None)[0]) == 1
 
 
 def test_labels_that_no_target_fits_are_told():
@@ -250,12 +257,25 @@ def test_labels_that_no_target_fits_are_told():
     assert warning.startswith("30 % of the pairs are ties")
     dropped = read_pairs(ties, drop_ties=True)
     assert (len(dropped), dropped.ties) == (7, 3)
+    asked = [{**row, "prompt": f"What is the capital of Italy, {i}?"} for i, row in enumerate(clean)]
+    assert label_warnings(read_pairs(asked).rows) == []
+    whole = [{**row, "chosen": f"{row['prompt']} Rome", "rejected": f"{row['prompt']} Pisa"} for row in asked]
+    (warning,) = label_warnings(read_pairs(whole).rows)
+    assert warning.startswith("in 10 of 10 rows both responses begin with the whole prompt")
     several = [{**row, "completions": [{"response": text} for text in "abc"]} for row in clean]
     (warning,) = label_warnings(read_pairs(several).rows)
     assert "pair the best with a random other" in warning
 
 
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+def test_messages_as_json_text_are_not_a_prompt():
+    """They would be read as words."""
+    turns = json.dumps(chat("q", "", "")["prompt"])
+    with pytest.raises(DataError, match="prompt is a message list as JSON text; write the list itself"):
+        read_pairs([{**ROW, "prompt": turns}])
+    assert len(read_pairs([{**ROW, "prompt": "[1] says so", "chosen": turns}])) == 1
 
 
 def test_numbers_as_tables_and_hands_write_them(tmp_path):

@@ -82,6 +82,17 @@ def test_csv(tmp_path):
     assert texts(read_pairs(tmp_path / "y.csv")) == [([USER], [BLUE], [GREEN])]
 
 
+def test_a_space_before_a_quote_is_refused(write):
+    """CSV takes such a quote for text, and a comma behind it for the end of the field."""
+    spaced = "a space between a comma and a quote, which makes the quote a part of the text; take it out"
+    head = "prompt,chosen,rejected\n"
+    assert refusal(write(f'{head}p, "yes",no\n"p","yes, it is", "no, it is not"\n', "x.csv")) == (
+        f"x.csv:2: {spaced} (the same in 1 more rows)"
+    )
+    (pair,) = read_pairs(write(f'{head}p," ""yes""", no\n', "x.csv"))
+    assert texts([pair]) == [("p", ' "yes"', " no")]
+
+
 def test_a_column_that_stands_twice_is_refused(write, tmp_path):
     """In JSON, also inside a message, CSV and Parquet: it would be read as the last of its values."""
     row = '{"prompt": "a", "chosen": "b", "chosen": "c", "rejected": "d"}'

@@ -100,6 +100,14 @@ def test_methods_of_a_learned_reward_take_its_share_of_noise(base):
     assert noise_beta(Evidence(1.0, 0.5, 0.6, 0.6, gamma=0.3, n=10)).value == 0.3
 
 
+def test_a_beta_that_holds_nothing_is_told(caplog):
+    """Where γ is so small that the labels say more than any policy can move."""
+    assert choose_beta(PMLE().needs, Evidence(1.0, 5.0, 1.0, 1.0, gamma=0.3, n=10)).value == 0.02
+    assert not caplog.text
+    choose_beta(PMLE().needs, Evidence(39.0, 28_800.0, 1.0, 1.0, gamma=0.0005, n=1000))
+    assert "γ is too small for these pairs" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["pmle", "rkl"])
 def test_beta_lets_go_as_pairs_grow(base, name):
     """Ten thousand times the pairs: a pull at least a thousand times weaker."""

@@ -15,14 +15,15 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import TrainerCallback, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback, TrainingArguments
 
 from distalign import DPO, PMLE, RKL, AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
 from distalign.data import DataError, read_pairs, split_by_prompt
 from distalign.experiments.recipe import Recipe
 from distalign.models.load import ModelError
 from distalign.training.health import HealthSettings
-from distalign.training.inputs import check_arguments
+from distalign.training.inputs import check_arguments, warn_of_reloading
 from distalign.training.rollout_settings import RolloutSettings, TrainingError
 
 METHODS = {"offline": PMLE(gamma=0.5, beta=0.0), "on-policy": RKL(gamma=0.5, beta=0.1)}
@@ -202,6 +203,9 @@ def test_an_own_callback_and_an_own_optimizer(tmp_path, kind):
     made.train()
     assert seen == [1, 2]
     assert torch.equal(weights(model), before)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InputError, match=r"another optimizer: it had SGD .*'lr': 0.0.*, this run has SGD .*'lr': 0.1"):
+        trainer(tmp_path, METHODS[kind], model=model, optimizers=(optimizer, None)).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -359,6 +363,45 @@ def test_a_trainer_may_train_twice(tmp_path):
     once = weights(made.model)
     made.train()
     assert not torch.equal(weights(made.model), once)
+
+
+def test_a_critic_trains_once(tmp_path):
+    """It is gone after a run."""
+    run = trainer(tmp_path, RKL(gamma=0.5, beta=0.1, estimator="ppo"))
+    run.train()
+    with pytest.raises(TrainingError, match="has trained, and its critic is gone; make a new trainer"):
+        run.train()
+
+
+def test_held_out_rows_that_are_learned_from_are_told(tmp_path, caplog):
+    """By their prompts, in a set of any name."""
+    method = METHODS["offline"]
+    trainer(
+        tmp_path / "a",
+        method,
+        eval_dataset=[{**row, "prompt": [{**row["prompt"][0], "content": "new"}]} for row in rows(1)],
+    )
+    assert "held out they are not" not in caplog.text
+    trainer(tmp_path / "b", method, eval_dataset={"own": rows(3)})
+    assert "3 prompts of own are in train_dataset too: held out they are not" in caplog.text
+
+
+def test_a_tokenizer_that_would_be_read_as_another_is_told(caplog):
+    """transformers takes that of a Qwen2 model for a Qwen2Tokenizer, which splits text otherwise."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.train_from_iterator(["How do I say this"], trainers.BpeTrainer(special_tokens=["<unk>"]))
+    own = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+    warn_of_reloading(own, LlamaConfig())
+    assert not caplog.text
+    warn_of_reloading(own, Qwen2Config())
+    assert "the saved model's tokenizer will give other tokens than processing_class" in caplog.text
+
+
+def test_predict_says_what_to_call(tmp_path):
+    """It is the Trainer's, for classifiers."""
+    with pytest.raises(TrainingError, match=r"evaluate\(pairs\) measures"):
+        trainer(tmp_path, METHODS["offline"]).predict(rows(2))
 
 
 def test_a_reward_function_may_read_the_datas_responses(tmp_path):

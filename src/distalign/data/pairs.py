@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -273,6 +274,8 @@ def _text(row: Record, name: str, where: str) -> Text:
     if isinstance(value, str):
         if value.lstrip().startswith("[{'"):
             _refuse(where, f"{name} is a message list written by Python's str; write it with json.dumps")
+        if name == "prompt" and value.lstrip().startswith("[") and _is_messages(value):
+            _refuse(where, f"{name} is a message list as JSON text; write the list itself (json.loads makes it)")
         _check_unicode(value, name, where)
         return value
     if not isinstance(value, list):
@@ -292,6 +295,15 @@ def _text(row: Record, name: str, where: str) -> Text:
         _check_unicode(message.get("content", ""), name, where)
         messages.append(message)
     return messages
+
+
+def _is_messages(text: str) -> bool:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    turns = [part for part in found if isinstance(part, dict)] if isinstance(found, list) else []
+    return any({"role", "content"} <= turn.keys() for turn in turns)
 
 
 def _calls(calls: object, name: str, where: str) -> list[Message]:
@@ -363,18 +375,24 @@ def _refuse(where: str, what: str) -> NoReturn:
 
 # Labels that no target fits -------------------------------------------------------------------------------------------
 
-# Below this share of the pairs nothing is said.
-_FEW = 0.01
+# Below this share of the pairs nothing is said; a prompt of more characters does not stand in a response by chance.
+_FEW, _LONG = 0.01, 20
 
 
 def label_warnings(rows: Sequence[Pair]) -> list[str]:
-    """One sentence for each kind of label by which the methods miss the target however many pairs there are.
+    """One sentence for each kind of rows by which the methods miss the target however many pairs there are.
 
     The floors (nats) were computed on a target of few responses known exactly: docs/data.md.
     """
     ties = sum(row.probability == 0.5 for row in rows) / len(rows) if rows else 0.0
     of_several = sum(any(_several(value) for value in row.extra.values()) for row in rows)
+    repeated = sum(_repeats_prompt(row) for row in rows)
     found = []
+    if repeated > len(rows) / 2:
+        found.append(
+            f"in {repeated} of {len(rows)} rows both responses begin with the whole prompt, which a response follows "
+            "already: the prompt would stand twice; take it off the responses, or leave the column prompt out"
+        )
     if ties > _FEW:
         found.append(
             f"{100 * ties:.0f} % of the pairs are ties written as p_chosen 0.5: learned as such they keep a distance "
@@ -386,6 +404,12 @@ def label_warnings(rows: Sequence[Pair]) -> list[str]:
             "the worst, the distance from the target has a floor (0.3 nats); pair the best with a random other"
         )
     return found
+
+
+def _repeats_prompt(row: Pair) -> bool:
+    prompt = row.prompt.strip() if isinstance(row.prompt, str) else ""
+    responses = (text for text in (row.chosen, row.rejected) if isinstance(text, str))
+    return len(prompt) > _LONG and all(text.lstrip().startswith(prompt) for text in responses)
 
 
 def _several(value: object) -> bool:

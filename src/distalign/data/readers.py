@@ -192,10 +192,12 @@ def _stands_twice(what: str, names: Sequence[str]) -> str:
 
 def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record]]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader((text for _, text in _read_lines(path, problems)), strict=True)
+    lines: list[str] = []  # of one row
+    reader = csv.reader((lines.append(text) or text for _, text in _read_lines(path, problems)), strict=True)
     header: list[str] = []
     while True:
         where = f"{path}:{reader.line_num + 1}"
+        lines.clear()
         try:
             cells = next(reader)
         except StopIteration:
@@ -205,6 +207,12 @@ def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Record
             continue
         if not cells:
             continue
+        if any(cell.lstrip().startswith('"') != cell.startswith('"') for cell in cells):
+            meant = next(csv.reader(lines, skipinitialspace=True))
+            if [cell.lstrip() for cell in meant] != [cell.lstrip() for cell in cells]:
+                what = "a space between a comma and a quote, which makes the quote a part of the text; take it out"
+                problems.append(Problem(where, what))
+                continue
         if not header:
             header = [name.strip() for name in cells]
             # Spreadsheets write columns without a name, which nothing reads.

@@ -19,7 +19,8 @@ _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set t
 
 # Templates that write today's date are given this one: a run goes on, and is measured, on other days than it began.
 _DAY, _TODAY = datetime(2025, 1, 1), re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-# Where a message has words.
+# Where a message has words, and what JSON writes as it is.
+_PLAIN = re.compile("[A-Za-z0-9]+")
 _WORDS_IN = ("content", "reasoning_content", "reasoning", "thinking")
 
 # By chat template, what `_forms` found.
@@ -291,12 +292,19 @@ def _response(tokenizer: Tokenizer, row: Pair, text: Text, prompt: list[int], na
 
 
 def _check_written(row: Prompt | Pair, name: str, messages: Iterable[Message], text: str) -> None:
-    """Raise DataError for words, or a tool's name, that the chat template leaves out; white space does not count."""
+    """Raise DataError for words, or a call's name or arguments, that the chat template leaves out.
+
+    White space does not count. What a tool answered may be written as JSON: its plain words are looked for.
+    """
     written = "".join(text.split())
     for message in messages:
         calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
-        for part in (*map(message.get, _WORDS_IN), *(call.get("name") for call in calls)):
-            if isinstance(part, str) and message.get("role") != "tool" and "".join(part.split()) not in written:
+        named = [part for call in calls for part in (call.get("name"), *(call.get("arguments") or ()))]
+        for part in (*map(message.get, _WORDS_IN), *named):
+            if not isinstance(part, str):
+                continue
+            words = _PLAIN.findall(part) if message.get("role") == "tool" else ["".join(part.split())]
+            if any(word not in written for word in words):
                 what = f"the chat template leaves out {part[:60]!r} of {name}"
                 raise DataError([Problem(row.where, f"{what}; take it out, or use a template that writes it")])
 

@@ -41,6 +41,7 @@ from distalign.training.prompts import INFORMATIVE
 logger = logging.getLogger("distalign.experiments.auto")
 
 SUBSET = 1024  # training pairs that are looked at
+FAR = 100.0  # nats of moving from π₀ that no run reaches
 
 
 def settle_gamma(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedPair]) -> Recipe:
@@ -183,6 +184,12 @@ def choose_beta(needs: Needs, evidence: Evidence) -> Choice:
 
 def prior_beta(evidence: Evidence) -> Choice:
     """β with n β KL(π‖π₀) = λ|w|²/2 at the most probable weights."""
+    if evidence.moved > FAR:
+        logger.warning(
+            "beta auto: at γ = %.3g what the labels say is %.3g nats of moving from π₀, more than any policy does; γ "
+            "is too small for these pairs, and the β that follows from it holds nothing: give a number",
+            evidence.gamma, evidence.moved,
+        )  # fmt: skip
     return Choice(
         _rounded(evidence.prior / (evidence.n * max(evidence.moved, 1e-12))),
         f"on {evidence.n} pairs, β KL(π‖π₀) at {evidence.moved:.3g} nats from π₀ costs what the prior of the largest "

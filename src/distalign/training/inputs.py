@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeGuard
 
 import torch
@@ -78,6 +79,9 @@ from distalign.training.rollout_settings import (
 from distalign.training.rounds import Row
 
 logger = logging.getLogger("distalign.training.trainer")
+
+# Text on which tokenizers of different kinds differ.
+_PROBE = "How do I say “12,345 x”?\n  Like this: é"
 
 Model = str | PreTrainedModel | PeftModel
 # A path, a hub id, or rows: dicts, what `read_pairs` gives, or encoded ones.
@@ -157,6 +161,8 @@ def read_given(
     config = source.config() if isinstance(model, str) else config_of(model)
     check_end_token(config, args)
     tokenizer = find_tokenizer(model, processing_class, source)
+    if processing_class is not None:
+        warn_of_reloading(tokenizer, config)
     encode = partial(read_pairs_of, tokenizer=tokenizer, args=args, limit=positions(config))
     rows = read_rows(train, held_out, tokenizer, method, encode)
     check_rows(rows, source, config, method, args)
@@ -202,6 +208,11 @@ def read_rows(
     if labelled:
         for warning in label_warnings([row.row for row in pairs if isinstance(row.row, Pair)]):
             logger.warning("train_dataset: %s", warning)
+    if not _encoded(train):
+        learned = {row.question for row in rows}
+        for name, part in (held if isinstance(held, Mapping) else {"eval_dataset": held or []}).items():
+            if shared := learned & {pair.question for pair in part}:
+                logger.warning("%d prompts of %s are in train_dataset too: held out they are not", len(shared), name)
     if isinstance(held, Mapping):
         statistics |= {f"eval_dataset {name}": f"{len(part)} pairs" for name, part in held.items()}
     elif held:
@@ -289,6 +300,25 @@ def find_tokenizer(model: Model | Policy, processing_class: object, source: Sour
         raise ModelError(
             f"model {source.name}: it came as an object; pass its tokenizer as processing_class"
         ) from error
+
+
+def warn_of_reloading(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
+    """Warn where a saved model's tokenizer would not be this one: transformers picks its class by the model's type."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        try:
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            ids = again(_PROBE)["input_ids"]
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            logger.warning("the saved model's tokenizer will not load: %s", error)
+            return
+    if ids != tokenizer(_PROBE)["input_ids"]:
+        logger.warning(
+            "the saved model's tokenizer will give other tokens than processing_class: beside a model of type %s "
+            "transformers reads it as %s; take the model's own tokenizer, or load the saved one by its class, %s",
+            config.model_type, type(again).__name__, type(tokenizer).__name__,
+        )  # fmt: skip
 
 
 def load_policy(

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import torch
 from httpx import HTTPError
 from huggingface_hub import HfApi
 from peft import PeftModel
@@ -164,6 +165,10 @@ class ResumableTrainer(WrappedTrainer):
         rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
         args, prompts = self.args, self.args.per_device_train_batch_size * self.processes.count
         taken = {name: getattr(args, name) for name in FROM_CHECKPOINT}
+        if isinstance(self.optimizer, torch.optim.Optimizer):
+            # One that was given; its own rates hold.
+            groups = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+            taken["optimizer"] = f"{type(self.optimizer).__name__} {groups}"
         return {
             # A function is not where it lies in memory.
             "method": re.sub(" at 0x[0-9a-f]+", "", f"{type(self.method).__name__} {settings}"),

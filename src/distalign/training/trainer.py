@@ -467,6 +467,8 @@ class AlignmentTrainer(ResumableTrainer):
         the step end, save, and raise KeyboardInterrupt and SystemExit(143). Raises InputError where another process
         trains in the folder, and for a checkpoint that is not whole or is of another run.
         """
+        if self.needs.values and self.policy.value_head is None:
+            raise TrainingError(f"{self.label}: has trained, and its critic is gone; make a new trainer")
         # Of the weights before the first step.
         with gathered(self.policy.model):
             _ = self.identity
@@ -657,6 +659,13 @@ class AlignmentTrainer(ResumableTrainer):
         self.state.best_global_step = 0
         self.state.best_model_checkpoint = str(self._folder / "checkpoint-0")
         self._save_checkpoint(self._wrapper, trial=None)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not of a policy. Raises TrainingError that says what to call."""
+        raise TrainingError(
+            f"{self.label}: predict is for classifiers; evaluate(pairs) measures held-out pairs, and "
+            "`distalign evaluate` drawn responses"
+        )
 
     # Logging ----------------------------------------------------------------------------------------------------------
 
