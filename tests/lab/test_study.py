@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from distalign import InputError, load_recipe
-from distalign.lab.study import PAIRS, fit_slope, slopes, study
+from distalign.lab.study import KEYS, PAIRS, fit_slope, show, slopes, study
 from distalign.report import write_report
 
 TARGET = {
@@ -58,6 +58,28 @@ def test_the_exponent_of_a_power_law():
     assert exact.high - exact.low < 1e-6
     noisy = fit_slope([(n, 30 / n * factor) for n in (10, 100, 1000) for factor in (0.8, 1.0, 1.25)])
     assert noisy.low < -1 < noisy.high
+
+
+def test_differences_are_paired_by_seed():
+    """Two methods on the same pairs, one of them with two rewards; the one without is trained for the first alone."""
+
+    def row(method, head, seed, kl):
+        curve = [[0, 2.0], [4, kl - 0.5], [8, kl]] if method != "reference" else []
+        cell = {PAIRS: 8, "reward.train.head": head}
+        numbers = {key: {"mean": kl, "se": 0.1} for key in KEYS}
+        return {"cell": cell, "method": method, "seed": seed, **numbers, "curve": curve}
+
+    rows = [row("reference", head, seed, 2.0) for head in ("tilt", "hidden") for seed in (0, 1)]
+    rows += [row("pmle", "tilt", seed, kl) for seed, kl in enumerate((1.0, 1.2))]
+    rows += [row("rkl", head, seed, kl) for head in ("tilt", "hidden") for seed, kl in enumerate((0.4, 0.8))]
+    _, differences, during, _ = show(rows).tables
+    # The interval by hand: t of one degree of freedom is 12.706, the standard errors are 0.1, 0.2 and 0.1.
+    assert differences.rows == [
+        ["pmle (head tilt)", 8, "-0.90 [-2.17, +0.37]", "–"],
+        ["rkl (head tilt)", 8, "-1.40 [-3.94, +1.14]", "-0.50 [-1.77, +0.77]"],
+        ["rkl (head hidden)", 8, "-1.40 [-3.94, +1.14]", "-0.50 [-1.77, +0.77]"],
+    ]
+    assert during.rows[0] == ["pmle (head tilt)", 8, "2.00 ± 0.00", "0.60 ± 0.10", 4, 8, "1.10 ± 0.10"]
 
 
 def test_a_recipe_without_a_study_is_refused(tmp_path, tiny_folder):

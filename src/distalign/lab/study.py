@@ -21,7 +21,7 @@ from distalign.experiments.recipe import Recipe, load_recipe
 from distalign.lab.experiment import Row, curve, level, select
 from distalign.report.shown import Curve, Panel, Shown, Table
 from distalign.settings import masked
-from distalign.stats.intervals import Estimate, Interval, mean_and_se, student_quantile
+from distalign.stats.intervals import Estimate, Interval, mean_and_se, paired_difference, student_quantile
 from distalign.training.run_folder import write_text
 
 logger = logging.getLogger("distalign.experiments.study")
@@ -30,6 +30,9 @@ logger = logging.getLogger("distalign.experiments.study")
 KEYS = ("forward_kl", "reverse_kl", "entropy", "win_rate", "length", "kl_reference", "nll")
 PAIRS = "target.pairs"
 OPTIMUM = "the reward's optimum"
+
+# The settings of a cell that a method without a reward sees.
+Plain = tuple[tuple[str, str], ...]
 
 
 def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
@@ -45,11 +48,11 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
     folder = recipe.run_dir
     rows: list[Row] = []
     result: Row = {}
-    trained: set[tuple[tuple[str, str], ...]] = set()
+    trained: set[Plain] = set()
     started = time.monotonic()
     for values in itertools.product(*recipe.study.grid.values()):
         cell = dict(zip(recipe.study.grid, values, strict=True))
-        plain = tuple(sorted((key, repr(value)) for key, value in cell.items() if not key.startswith("reward")))
+        plain = _without_reward(cell)
         methods = [name for name in names if recipe.method(name).needs.reward or plain not in trained]
         trained.add(plain)
         run = cell_recipe(recipe, cell)
@@ -68,6 +71,10 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
         }
         write_text(folder / "lab.json", json.dumps(finite(result), indent=1, ensure_ascii=False))
     return result
+
+
+def _without_reward(cell: Row) -> Plain:
+    return tuple(sorted((key, repr(value)) for key, value in cell.items() if not key.startswith("reward")))
 
 
 def cell_recipe(recipe: Recipe, cell: Row) -> Recipe:
@@ -116,7 +123,8 @@ def show(rows: Sequence[Row]) -> Shown:
     """The figures and tables of a study."""
     sizes = sorted({row["cell"].get(PAIRS, 0) for row in rows})
     known = {name: select(rows, method=name) for name in ("target", "reference")}
-    falls, entropies, steps, planes, table = [], [], [], [], []
+    falls, entropies, steps, planes, table, nearest = [], [], [], [], [], []
+    first = next((row["method"] for row in rows if row["method"] not in (*known, OPTIMUM)), "")
     for label, own in _by_label(rows).items():
         by_size = [(n, [row for row in own if row["cell"].get(PAIRS, 0) == n]) for n in sizes]
         by_size = [(n, same) for n, same in by_size if same]
@@ -130,6 +138,7 @@ def show(rows: Sequence[Row]) -> Shown:
             means = [sum(row["curve"][i][1] for row in largest) / len(largest) for i in range(len(x))]
             steps.append(Curve(label, x, means))
         table += [[label, n, *_texts(same), len(same)] for n, same in by_size]
+        nearest += [[label, n, *_nearest(same)] for n, same in by_size if all(row["curve"] for row in same)]
     table += [[name, None, *_texts(own), len(own)] for name, own in known.items()]
     planes += [_plane(name, [own], "points") for name, own in known.items()]
     start = _over_seeds(known["reference"], "forward_kl").mean
@@ -166,7 +175,12 @@ def show(rows: Sequence[Row]) -> Shown:
         ],
         tables=[
             Table("At the last step", "Mean ± standard error over seeds (prompts where there is one seed).",
-                  ["method", "pairs", "KL(π*‖π)", "KL(π‖π*)", "entropy", "win rate", "seeds"], table),
+                  ["method", "pairs", "KL(π*‖π)", "KL(π‖π*)", "entropy", "win rate", "label NLL", "seeds"], table),
+            Table("Differences in KL(π*‖π)", "Nats, paired by seed, with 95 % intervals by Student's t.",
+                  ["method", "pairs", "from π₀", f"from {first}"], _differences(rows, first)),
+            Table("During training", "KL(π*‖π) on the curve's prompts, which are fewer; mean ± standard error over "
+                  "seeds. The nearest step is known to an oracle alone.",
+                  ["method", "pairs", "start", "nearest", "at step", "of", "last"], nearest),
             Table("Exponents", "ln KL against ln n, least squares over all runs; 95 % by Student's t. The theory: −1.",
                   ["method", "exponent", "interval", "runs"], exponents),
         ],
@@ -202,8 +216,44 @@ def _over_seeds(rows: Sequence[Row], key: str) -> Estimate:
 
 def _texts(rows: Sequence[Row]) -> list[str]:
     """What the table has of these runs, each with its error."""
-    estimates = [_over_seeds(rows, key) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate")]
+    estimates = [_over_seeds(rows, key) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate", "nll")]
     return ["–" if math.isnan(mean) else f"{mean:.2f} ± {se:.2f}" for mean, se, _ in estimates]
+
+
+def _nearest(rows: Sequence[Row]) -> list[str | int]:
+    """Of the curves of these runs: the start, the nearest point, its step and the number of steps, the end."""
+    curves = [row["curve"] for row in rows]
+    best = [min(points, key=lambda point: point[1]) for points in curves]
+    start, nearest, last = (
+        _text([kl for _, kl in some])
+        for some in ([points[0] for points in curves], best, [points[-1] for points in curves])
+    )
+    return [start, nearest, round(sum(step for step, _ in best) / len(best)), curves[0][-1][0], last]
+
+
+def _text(values: Sequence[float]) -> str:
+    mean, se, n = mean_and_se(torch.tensor(values))
+    return f"{mean:.2f} ± {se:.2f}" if n > 1 else f"{mean:.2f}"
+
+
+def _differences(rows: Sequence[Row], first: str) -> list[list[str | int]]:
+    """Each method's KL(π*‖π) less that of the reference, and of the first method, of the same seed and pairs."""
+    of = {(row["method"], _without_reward(row["cell"]), row["seed"]): row["forward_kl"]["mean"] for row in rows[::-1]}
+    table: list[list[str | int]] = []
+    for label, own in _by_label(rows).items():
+        for n in sorted({row["cell"].get(PAIRS, 0) for row in own if row["method"] != OPTIMUM}):
+            same = [row for row in own if row["cell"].get(PAIRS, 0) == n]
+            own_kl = torch.tensor([row["forward_kl"]["mean"] for row in same])
+            texts = []
+            for other in ("reference", first):
+                if len(same) < 2 or own[0]["method"] == other:
+                    texts.append("–")
+                    continue
+                kl = torch.tensor([of[other, _without_reward(row["cell"]), row["seed"]] for row in same])
+                mean, low, high = paired_difference(own_kl, kl)
+                texts.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+            table.append([label, n, *texts])
+    return table
 
 
 def slopes(rows: Sequence[Row]) -> dict[str, Row]:
