@@ -85,6 +85,11 @@ def test_own_pairs_are_not_read_by_the_split_of_the_recipes():
     assert load_recipe("chat").data.split == "train_prefs"
     assert read_recipe("chat", None, **flags).data.split == "train"
     assert read_recipe("chat", ["data.split=mine"], **flags).data.split == "mine"
+    # Nor are others' pairs held out, or others' prompts answered.
+    for name in ("chat", "tldr"):
+        data = read_recipe(name, None, **flags).data
+        assert (data.eval, data.eval_split, data.prompts) == (None, None, None)
+    assert read_recipe("chat", ["data.eval=mine.jsonl"], **flags).data.eval == "mine.jsonl"
 
 
 def test_a_method_of_ones_own(distalign, place, ipo):

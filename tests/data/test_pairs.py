@@ -427,3 +427,11 @@ def test_the_documentation_is_true():
     result = doctest.testfile(str(page), module_relative=False)
     assert result.attempted > 8
     assert result.failed == 0
+
+
+def test_a_pair_is_no_other_column_of_its_prompt():
+    """Rows of pairs read as prompts; a row without a pair keeps what a reward may read."""
+    pair, answer = read_prompts(
+        [{"prompt": "a", "chosen": "b", "rejected": "c", "id": 1}, {"prompt": "a", "chosen": "b"}]
+    )
+    assert (pair.extra, answer.extra) == ({"id": 1}, {"chosen": "b"})

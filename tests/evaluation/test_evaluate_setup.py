@@ -68,6 +68,17 @@ def test_the_limit_counts_what_differs(settings):
     assert setup.statistics["held-out prompts"] == 3
 
 
+def test_a_policy_of_another_chat_template_is_told(settings, tmp_path, tiny_folder, caplog):
+    """All are asked by the reference's."""
+    shutil.copytree(tiny_folder, tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    asked = settings(ROWS)
+    load_setup(asked.model_copy(update={"policies": {"same": str(tiny_folder)}}))
+    assert "chat template" not in caplog.text
+    load_setup(asked.model_copy(update={"policies": {"other": str(tmp_path / "other")}}))
+    assert "policy other: has another chat template than the reference" in caplog.text
+
+
 def test_results_are_written_before_a_judge_that_fails(settings, tmp_path, monkeypatch, tiny_folder):
     """They are the whole but for what the judge says, which is added without computing the rest again."""
     (tmp_path / "judges.py").write_text(

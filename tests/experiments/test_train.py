@@ -20,6 +20,7 @@ from distalign.evaluation.results import finite
 from distalign.experiments import train as experiment
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import load_recipe
+from distalign.experiments.setup import load_setup
 from distalign.experiments.train import one_run, train, training_arguments
 from distalign.report import write_report
 from distalign.report.results import Results
@@ -148,6 +149,18 @@ def test_own_pairs_are_compared_without_a_target(place, tmp_path):
         assert row["accuracy"]["n"] == results["pairs"]["held_out"]
     assert results["methods"]["dpo"]["accuracy"]["mean"] > 0.8
     write_report(settings.run_dir)
+
+
+def test_prompts_that_are_held_out_too_are_told(place, tmp_path, caplog):
+    """`data.prompts` may be the file of the pairs: its prompts stand once, and those held out are named."""
+    settings = recipe(place, tmp_path, *own_data(place), f"data.prompts={place / 'pairs.jsonl'}", "compare=[pd]",
+                      methods={"pd": {"gamma": 0.5}}, reward={"train": {"gamma": 0.5}})  # fmt: skip
+    setup = load_setup(settings, 0, measured=False)
+    prompts = {tuple(one.prompt) for one in setup.task.prompts}
+    assert len(prompts) == len(setup.task.prompts)
+    shared = len(prompts & {tuple(pair.prompt) for pair in setup.held})
+    assert shared
+    assert f"{shared} held-out prompts are answered in training too" in caplog.text
 
 
 def test_training_writes_the_documented_folder(place, tmp_path):

@@ -386,6 +386,26 @@ def test_held_out_rows_that_are_learned_from_are_told(tmp_path, caplog):
     assert "3 prompts of own are in train_dataset too: held out they are not" in caplog.text
 
 
+def test_held_out_rows_of_another_form_are_refused(tmp_path):
+    """Strings where chats are trained: another format would be measured."""
+    with pytest.raises(TrainingError, match="own: rows of another form than train_dataset's"):
+        trainer(
+            tmp_path,
+            METHODS["offline"],
+            eval_dataset={"own": [{"prompt": "tell me", "chosen": "warm", "rejected": "cold"}]},
+        )
+
+
+def test_columns_that_a_reward_function_would_not_see_are_told(tmp_path, caplog):
+    """A method that draws answers each prompt of pairs once."""
+    same = [{**rows(1)[0], "answer": "happy"}, *({**row, "answer": "warm"} for row in rows(2))]
+    trainer(tmp_path / "a", METHODS["on-policy"], data=same)
+    assert "1 pairs have the prompt of another and other columns" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "b", METHODS["on-policy"], data=same[1:])
+    assert "other columns" not in caplog.text
+
+
 def test_a_tokenizer_that_would_be_read_as_another_is_told(caplog):
     """transformers takes that of a Qwen2 model for a Qwen2Tokenizer, which splits text otherwise."""
     made = Tokenizer(models.BPE(unk_token="<unk>"))

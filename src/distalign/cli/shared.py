@@ -63,8 +63,9 @@ def read_recipe(
     """The recipe with the flags' changes. Raises RecipeError naming every problem."""
     from distalign.experiments.recipe import load_recipe
 
-    # The recipe's split is that of its own data.
-    own_data = ["target=null", f"data.train={json.dumps(data)}", "data.split=train"] if data else []
+    # The recipe's split, held-out pairs and prompts are those of its own data.
+    nothing = ["target=null", "data.eval=null", "data.eval_split=null", "data.prompts=null"]
+    own_data = [*nothing, f"data.train={json.dumps(data)}", "data.split=train"] if data else []
     flags = [*overrides(model=model, output_dir=output_dir), *own_data]
     return load_recipe(source, [*flags, *(set_ or [])], method)
 

@@ -210,7 +210,9 @@ def _pair(row: Record, where: str, *, drop_ties: bool) -> tuple[Pair | None, boo
 def _prompt(row: Record, where: str) -> tuple[Prompt, bool]:
     prompt = _text(row, "prompt", where)
     _check_prompt(prompt, where)
-    return Prompt(prompt, where, _extra(row, ("prompt",), where)), False
+    # The pair of a row that has one is no other column of its prompt.
+    used = _PAIR_COLUMNS if {"chosen", "rejected"} <= row.keys() else ("prompt",)
+    return Prompt(prompt, where, _extra(row, used, where)), False
 
 
 def _check_prompt(prompt: Text, where: str) -> None:

@@ -228,7 +228,7 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     sources = {"reference": reference if settings.quantization is None else reference.in_4bit()}
     sources |= {name: find_model(place, trust_remote_code=trust) for name, place in settings.policies.items()}
     tokenizer = sources["reference"].tokenizer()
-    _check_tokenizers(settings, sources, tokenizer.get_vocab())
+    _check_tokenizers(settings, sources, tokenizer)
     _check_quantization(settings, sources)
     pairs, rows, statistics = _read(settings, tokenizer)
     prompts = _distinct(rows, tokenizer, settings.limit)
@@ -312,11 +312,15 @@ def _read(settings: Evaluation, tokenizer: Tokenizer) -> tuple[list[EncodedPair]
     return pairs, rows, statistics
 
 
-def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], vocabulary: Mapping[str, int]) -> None:
-    """Refuse policies of other tokens than the reference's."""
+def _check_tokenizers(settings: Evaluation, sources: Mapping[str, Source], tokenizer: Any) -> None:
+    """Refuse policies of other tokens than the reference's; warn of other chat templates."""
     for name, source in sources.items():
-        same = source.tokenizer_path == sources["reference"].tokenizer_path
-        if not same and source.tokenizer().get_vocab() != vocabulary:
+        if source.tokenizer_path == sources["reference"].tokenizer_path:
+            continue
+        own = source.tokenizer()
+        if own.chat_template != tokenizer.chat_template:
+            logger.warning("policy %s: has another chat template than the reference, by whose all are asked", name)
+        if own.get_vocab() != tokenizer.get_vocab():
             raise InputError(
                 f"policy {name}: its tokenizer is not that of the reference {settings.model}; policies with other "
                 "tokens have no KL to it: evaluate them by themselves, each beside its own reference"

@@ -142,6 +142,8 @@ def _read_data(recipe: Recipe, data: DataSettings, source: Source, tokenizer: To
     prompts: list[EncodedPrompt] = []
     if _draws_responses(recipe):
         prompts = _prompts_to_answer(data, tokenizer, train, train_rows.format)
+        if shared := {tuple(pair.prompt) for pair in held} & {tuple(one.prompt) for one in prompts}:
+            logger.warning("%d held-out prompts are answered in training too: held out they are not", len(shared))
         statistics["prompts to answer"] = len(prompts)
     held_prompts = prompts_of(held)[: recipe.evaluation.prompts]
     return _Read(conversational, prompts, held_prompts, train, held, statistics)

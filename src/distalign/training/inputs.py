@@ -120,8 +120,7 @@ class Rows:
     @property
     def conversational(self) -> bool:
         """Whether the rows are chats."""
-        row = self.train[0].row
-        return row is not None and not isinstance(row.prompt, str)
+        return _is_chat(self.train[0])
 
     @property
     def first_held_out(self) -> list[EncodedPair]:
@@ -209,9 +208,13 @@ def read_rows(
         for warning in label_warnings([row.row for row in pairs if isinstance(row.row, Pair)]):
             logger.warning("train_dataset: %s", warning)
     if not _encoded(train):
-        learned = {row.question for row in rows}
+        learned = {tuple(row.prompt) for row in rows}
         for name, part in (held if isinstance(held, Mapping) else {"eval_dataset": held or []}).items():
-            if shared := learned & {pair.question for pair in part}:
+            if any(_is_chat(pair) != made.conversational for pair in part):
+                raise TrainingError(
+                    f"{name}: rows of another form than train_dataset's (strings, or messages); write both the same way"
+                )
+            if shared := learned & {tuple(pair.prompt) for pair in part}:
                 logger.warning("%d prompts of %s are in train_dataset too: held out they are not", len(shared), name)
     if isinstance(held, Mapping):
         statistics |= {f"eval_dataset {name}": f"{len(part)} pairs" for name, part in held.items()}
@@ -240,6 +243,10 @@ def read_pairs_of(
     left_out = counts.kept < counts.pairs or counts.cut_chosen or counts.cut_rejected
     logger.log(logging.WARNING if left_out else logging.INFO, "%s: %s", name, counts)
     return pairs
+
+
+def _is_chat(row: Row) -> bool:
+    return row.row is not None and not isinstance(row.row.prompt, str)
 
 
 def _encoded(rows: object) -> TypeGuard[Sequence[Row]]:
@@ -424,6 +431,13 @@ def check_reward_funcs(
     settings = [named for reward in rewards if (named := _named(reward)) is not None]
     if settings:
         check_rewards(settings, conversational=rows.conversational)
+    if any(callable(reward) and not isinstance(reward, Reward | PreTrainedModel) for reward in rewards):
+        kept = {tuple(row.prompt): row.row.extra for row in rows.train if row.row is not None}
+        if lost := sum(pair.row is not None and pair.row.extra != kept[tuple(pair.prompt)] for pair in rows.pairs):
+            logger.warning(
+                "%s: %d pairs have the prompt of another and other columns, of which a reward function sees the last "
+                "row's alone; give rows of prompt and columns without chosen and rejected to keep each", label, lost,
+            )  # fmt: skip
     if any(isinstance(reward, ColumnReward) for reward in rewards):
         check_columns(label, method.needs, rows.pairs)
     trained = [reward for reward in rewards if isinstance(reward, RewardTraining)]
