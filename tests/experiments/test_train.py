@@ -156,8 +156,8 @@ def test_prompts_that_are_held_out_too_are_told(place, tmp_path, caplog):
     settings = recipe(place, tmp_path, *own_data(place), f"data.prompts={place / 'pairs.jsonl'}", "compare=[pd]",
                       methods={"pd": {"gamma": 0.5}}, reward={"train": {"gamma": 0.5}})  # fmt: skip
     setup = load_setup(settings, 0, measured=False)
-    prompts = set(map(tuple, setup.task.prompts))
-    assert len(prompts) == len(setup.task.prompts)
+    prompts = {tuple(one.prompt) for one in setup.prompts}
+    assert len(prompts) == len(setup.prompts)
     shared = len(prompts & {tuple(pair.prompt) for pair in setup.held})
     assert shared
     assert f"{shared} held-out prompts are answered in training too" in caplog.text
