@@ -108,13 +108,16 @@ def _rows(cell: Row, content: Row) -> list[Row]:
 
 
 def _by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of every method, by its name and the settings of the grid other than the number of pairs."""
+    """The rows of every method, by its name and what has several values in the grid, the number of pairs aside."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for key, value in row["cell"].items():
+            values.setdefault(key, set()).add(repr(value))
+    told = [key for key, several in values.items() if key != PAIRS and len(several) > 1]
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] not in ("target", "reference"):
-            others = ", ".join(
-                f"{key.rpartition('.')[2]} {value}" for key, value in row["cell"].items() if key != PAIRS
-            )
+            others = ", ".join(f"{key.rpartition('.')[2]} {row['cell'][key]}" for key in told)
             groups.setdefault(f"{row['method']} ({others})" if others else row["method"], []).append(row)
     return groups
 
