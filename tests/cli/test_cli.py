@@ -150,7 +150,7 @@ def test_a_line_that_is_not_json_is_named(distalign, place):
         (["--set", "training.optim=adm"], ["adm"]),
         (
             ["--set", "training.per_device_train_batch_size=0"],
-            ["batch_size is 0; give a number from 1 to 2^31"],
+            ["batch_size is 0; input should be greater than 0"],
         ),
         (["--methods", "pmle,ppo"], ['no method "ppo"', "it has pmle, dpo"]),
         (["--seeds", "many"], ["--seeds many: not a number"]),

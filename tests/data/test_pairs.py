@@ -82,6 +82,12 @@ def test_csv(tmp_path):
     assert texts(read_pairs(tmp_path / "y.csv")) == [([USER], [BLUE], [GREEN])]
 
 
+def test_underscores_are_no_part_of_a_number(write):
+    """Python alone reads 0_1 as 1."""
+    found = refusal(write("prompt,chosen,rejected,p_chosen\na,b,c,0_1\n", "x.csv"))
+    assert found == "x.csv:2: p_chosen is '0_1'; a finite number is needed"
+
+
 def test_a_space_before_a_quote_is_refused(write):
     """CSV takes such a quote for text, and a comma behind it for the end of the field."""
     spaced = "a space between a comma and a quote, which makes the quote a part of the text; take it out"

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from engine_models import GROUPS, VOCABULARY, build, direct_token_logps
+from peft import PromptTuningConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from distalign.engine import Group, attention, check, score
@@ -154,6 +155,15 @@ def test_check_is_remembered_until_the_model_changes(caplog):
     del model
     gc.collect()
     assert len(_REPORTS) < before
+
+
+def test_a_learned_prompt_is_checked_apart_from_the_model_without_it():
+    """What holds with the prompt off, as of a reference, does not hold with it."""
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = get_peft_model(build(), config).double().eval()
+    with model.disable_adapter():
+        assert check(model).path == "shared"
+    assert check(model).path == "plain"
 
 
 def test_check_disturbs_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -184,6 +185,23 @@ def test_the_budget_stops_cleanly(judge, setting, limit, most):
         assert f"{answered // 2} of 40 comparisons" in str(caught.value)
         assert [one.probability for one in judge(server)(comparisons(40))] == expected(40)
         assert sum(server.answered.values()) == 80
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "[" * 200_000,
+        json.dumps(
+            {"choices": [{"message": {"content": "A"}}], "usage": {"prompt_tokens": -9, "completion_tokens": 1}}
+        ),
+    ],
+    ids=["nested", "negative"],
+)
+def test_an_answer_that_is_none_is_malformed(judge, body):
+    """Brackets without an end, and counts that would give tokens back."""
+    failed = pytest.raises(EndpointError, match="failed 2 times, at last with malformed")
+    with Server(lambda question, seen: (200, {}, body)) as server, failed:
+        judge(server, attempts=2)(comparisons(1))
 
 
 def test_a_token_budget_needs_a_server_that_counts(judge):

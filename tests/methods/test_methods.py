@@ -278,14 +278,14 @@ def test_every_method_is_a_frozen_dataclass_that_names_its_source():
         assert inspect.getdoc(factory)
 
 
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, None, "much"])
 def test_settings_outside_their_range_are_refused(value):
     """Every setting of every method: the error says which, what was found, and what to do."""
     for name, factory in METHODS.items():
         for setting in dataclasses.fields(factory):
             if type(setting.default) is not float or not setting.init:
                 continue
-            with pytest.raises(ValueError, match=f"{factory.__name__}: {setting.name} is {value}; set it to"):
+            with pytest.raises(ValueError, match=f"{factory.__name__}: {setting.name} is {value!r}; set it to"):
                 METHODS[name](**{setting.name: value})
 
 

@@ -106,7 +106,10 @@ def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):
     ("config", "why"),
     [
         ({"base_model_name_or_path": None}, "names no base; put the hub id or folder of the model it was trained on"),
-        ({"base_model_name_or_path": "b", "layer_replication": [[0, 2], [1, 2]]}, "its adapter has layer_replication"),
+        (
+            {"peft_type": "LORA", "base_model_name_or_path": "b", "layer_replication": [[0, 2], [1, 2]]},
+            "its adapter has layer_replication",
+        ),
     ],
 )
 def test_an_adapter_that_cannot_be_put_on_its_base_is_refused(tmp_path, config, why):
@@ -429,7 +432,7 @@ def test_a_base_that_changed_under_its_adapter_is_warned_of(tmp_path, caplog):
 def test_the_card_tells_what_was_done_and_has_metadata_that_the_hub_reads(tmp_path, monkeypatch):
     """A YAML block at the start; a folder is no hub id, even when its path looks like one."""
 
-    def card(base):
+    def card(base, **more):
         return model_card(
             base_model=base,
             name="pmle",
@@ -437,6 +440,7 @@ def test_the_card_tells_what_was_done_and_has_metadata_that_the_hub_reads(tmp_pa
             data={"train": 7},
             training={"learning_rate": 3e-4},
             results={"eval_loss": 0.5},
+            **more,
         )
 
     monkeypatch.chdir(tmp_path)
@@ -452,6 +456,9 @@ def test_the_card_tells_what_was_done_and_has_metadata_that_the_hub_reads(tmp_pa
     assert "eval_loss: 0.5" in body
     assert "2506.01523" in body
     assert "base_model" not in card("runs/model")
+    metadata = card("m", tags="warm", dataset_name=["a/b", "c"]).removeprefix("---\n").split("\n---\n")[0]
+    assert yaml.safe_load(metadata)["datasets"] == ["a/b", "c"]
+    assert yaml.safe_load(metadata)["tags"][-1] == "warm"
 
 
 def test_a_peft_model_given_by_hand_is_a_policy():

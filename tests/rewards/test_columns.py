@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from distalign import PD, AlignmentConfig, AlignmentTrainer, ColumnReward, compare, train
-from distalign.data import EncodedPair, Pair
+from distalign.data import Data, EncodedPair, Pair
 from distalign.experiments.results import data_key
 from distalign.models.load import Source
 from distalign.rewards import RewardError, RewardSettings
@@ -67,6 +67,13 @@ def test_soft_labels_are_those_of_the_scaled_columns(tmp_path):
     assert torch.stack(pairs).tolist() == wanted
     made.train()
     assert not (tmp_path / "samples.jsonl").exists()
+
+
+def test_pairs_of_one_text_and_place_have_their_own_rewards(tmp_path):
+    """As those that are made in Python, all of them `row`."""
+    pairs = [Pair("tea", "warm", "cold", chosen_reward=points, rejected_reward=0.0) for points in (1.0, 5.0)]
+    made = trainer(tmp_path, OFFLINE, Data(pairs, "pairs", "standard"), ColumnReward(scale=1.0))
+    assert [float(group.rewards[0]) for group in made.collect(made.rows, range(2)).prompts] == [1.0, 5.0]
 
 
 def test_a_recipe_trains_with_the_columns(recipe):

@@ -279,11 +279,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, caplog, damage):
 
 
 def test_a_renamed_checkpoint_is_not_of_that_step(tmp_path, caplog):
-    """A name says a step, the manifest another."""
+    """A name says a step, the manifest another; or it says none."""
     a_run(tmp_path)
     (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-9")
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-5"
     assert "checkpoint-9 is passed over: it is of step 4" in caplog.text
+    best = (tmp_path / "checkpoint-9").rename(tmp_path / "best")
+    assert checkpoints.defect(best) == "it is of step 4, and its folder is not named checkpoint-4"
 
 
 def test_a_checkpoint_that_only_wanted_its_name_gets_it(tmp_path):

@@ -14,9 +14,24 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PolyConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ShiraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, TrainerCallback, TrainingArguments
+from transformers import (
+    HfArgumentParser,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from distalign import DPO, PMLE, RKL, AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
 from distalign.data import DataError, read_pairs, split_by_prompt
@@ -186,6 +201,39 @@ def test_adapters_that_could_not_be_kept_as_they_are_trained_are_refused(tmp_pat
     trainer(tmp_path, METHODS["offline"], model=tiny.model("qwen2"), peft_config=with_bias)
 
 
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "its adapter has alora_invocation_tokens"),
+        (PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), "its adapter is of the type Poly"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "its adapter is a learned prompt"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "its adapter is a learned prompt"),
+    ],
+)
+def test_adapters_that_are_more_than_their_layers_are_refused(tmp_path, config, why):
+    """New, given and saved ones: the engine calls the layers, and would score the model without the adapter."""
+    adapted = get_peft_model(tiny.model(), copy.deepcopy(config))
+    adapted.save_pretrained(tmp_path)
+    for options in ({"model": adapted}, {"peft_config": config}, {"model": str(tmp_path), "processing_class": None}):
+        with pytest.raises(ModelError, match=why):
+            trainer(tmp_path / "run", METHODS["offline"], **options)
+
+
+def test_layers_of_an_adapter_without_its_model_are_refused(tmp_path):
+    """They would be saved as weights of another model."""
+    with pytest.raises(TrainingError, match="layers of an adapter and is no PeftModel"):
+        trainer(tmp_path, METHODS["offline"], model=inject_adapter_in_model(LORA, tiny.model()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_an_adapter_of_sparse_weights_trains(tmp_path):
+    """Memory is measured although they have no storage."""
+    config = ShiraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    made = trainer(tmp_path, METHODS["offline"], peft_config=config)
+    made.train()
+    assert any(weight.abs().max() > 0 for name, weight in made.model.named_parameters() if "shira" in name)
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_an_own_callback_and_an_own_optimizer(tmp_path, kind):
     """Both are used: the callback sees every step, and a rate of zero leaves the weights alone."""
@@ -306,18 +354,33 @@ def test_settings_that_there_are_not_name_the_one_that_was_meant(tmp_path):
 
 WRONG = """
 import tiny
+from transformers import AutoModelForSeq2SeqLM, LlamaForSequenceClassification, T5Config
+
 from distalign import AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
 
-given = {"model": tiny.model(), "method": "pmle", "train_dataset": [], "processing_class": tiny.tokenizer()}
+tea = [{"prompt": "tea", "chosen": "warm", "rejected": "cold"}]
+given = {"model": tiny.model(), "method": "pmle", "train_dataset": tea, "processing_class": tiny.tokenizer()}
+classifier = LlamaForSequenceClassification(tiny.model().config)
 for wrong in (
     {"model": 5},
     {"method": 5},
     {"train_dataset": ["tea"]},
     {"method": "rkl", "reward_funcs": RewardTraining},
     {"tokenizer": 1},
+    {"model": classifier},
+    {"model": tiny.model().model},
+    {"model": AutoModelForSeq2SeqLM.from_config(T5Config(vocab_size=60, d_model=8, d_kv=4, d_ff=8, num_layers=1))},
+    {"processing_class": "gpt2"},
+    {"peft_config": {"r": 4}},
+    {"optimizers": print},
+    {"callbacks": print},
+    {"train_dataset": 5},
+    {"eval_dataset": {"a": None}},
+    {"method": "rkl", "reward_funcs": classifier},
+    {"args": AlignmentConfig("tiny.py/run", use_cpu=True)},
 ):
     try:
-        AlignmentTrainer(**given | wrong, args=AlignmentConfig("unused", use_cpu=True))
+        AlignmentTrainer(**{"args": AlignmentConfig("unused", use_cpu=True)} | given | wrong)
     except InputError as error:
         print(error)
 """
@@ -333,6 +396,17 @@ def test_what_is_of_the_wrong_kind_is_refused(tmp_path):
         "rows:1: str, not a row",
         "reward_funcs has <class 'distalign.rewards.reward_model.RewardTraining'>",
         'AlignmentTrainer has no setting "tokenizer"',
+        "model LlamaForSequenceClassification: a LlamaForSequenceClassification is no causal language model",
+        "model LlamaModel: a LlamaModel is no causal language model",
+        "model T5ForConditionalGeneration: a T5ForConditionalGeneration is no causal language model",
+        "processing_class is a str",
+        "peft_config is a dict",
+        "optimizers is a builtin_function_or_method",
+        "callbacks is a builtin_function_or_method",
+        "train_dataset is a int",
+        "eval_dataset a is a NoneType",
+        "reward_funcs has a LlamaForSequenceClassification of no folder, whose tokenizer is not known",
+        "train pmle: output_dir is tiny.py/run, which is a file or in one",
     ]
     with pytest.raises(TrainingError, match="there is no eval_dataset; pass one"):
         trainer(tmp_path, METHODS["offline"], args=config(tmp_path, eval_strategy="epoch"), eval_dataset={})
@@ -350,10 +424,36 @@ def test_nothing_to_train_is_refused(tmp_path):
         trainer(tmp_path, METHODS["offline"], model=model, peft_config=LORA, optimizers=(other, None))
 
 
-def test_a_value_that_there_is_not_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("recompute", "ful", "recompute is 'ful'; input should be 'none', 'selective' or 'full'"),
+        ("reward_weights", 2.0, "reward_weights is 2.0; input should be a valid list"),
+        ("reward_weights", ["a"], "reward_weights.0 is 'a'; input should be a valid number"),
+        ("reward_timeout", "a", "reward_timeout is 'a'; input should be a valid number"),
+        ("learning_rate", "fast", "learning_rate is 'fast'; input should be a valid number"),
+        ("seed", -1, "seed is -1; input should be greater than or equal to 0"),
+        ("health", "off", "health is 'off'; input should be a valid dictionary"),
+        ("model_init_kwargs", "bf16", "model_init_kwargs is 'bf16'; input should be a valid dictionary"),
+    ],
+)
+def test_a_value_that_there_is_not_is_refused(tmp_path, setting, value, message):
     """In Python as in a recipe: annotations are not checked there."""
-    with pytest.raises(TrainingError, match="recompute is 'ful'; take one of none, selective, full"):
-        config(tmp_path, recompute="ful")
+    with pytest.raises(TrainingError, match=f"AlignmentConfig: {message}"):
+        config(tmp_path, **{setting: value})
+
+
+def test_settings_come_from_a_command_line(tmp_path):
+    """By transformers' parser, mappings as JSON; a number that is text becomes one."""
+    words = f"--output_dir {tmp_path} --use_cpu --reward_weights 1 2.5 --max_length 12 --learning_rate 1e-4".split()
+    words += ["--health", '{"stop_on_collapse": true}', "--model_init_kwargs", '{"dtype": "bfloat16"}']
+    words += ["--missing_end", '{"rule": "penalty", "value": -2}']
+    (found,) = HfArgumentParser(AlignmentConfig).parse_args_into_dataclasses(words)
+    assert (found.reward_weights, found.max_length, found.learning_rate) == ([1.0, 2.5], 12, 1e-4)
+    assert found.health_settings == HealthSettings(stop_on_collapse=True)
+    assert found.model_settings == {"dtype": "bfloat16"}
+    assert found.rollout.missing_end.value == -2
+    assert config(tmp_path, learning_rate="1e-4", temperature="0.5").learning_rate == 1e-4
 
 
 def test_a_trainer_may_train_twice(tmp_path):

@@ -238,7 +238,8 @@ def _cell(name: str, cell: str) -> object:
     """
     if name in NUMBERS:
         try:
-            return float(cell) if cell.strip() else None
+            # Python's underscores between digits are no number elsewhere.
+            return cell if "_" in cell else float(cell) if cell.strip() else None
         except ValueError:
             return cell
     if cell.startswith("["):

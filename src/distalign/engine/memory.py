@@ -158,7 +158,9 @@ def _saved_bytes(model: nn.Module, forward: Callable[[list[Group]], Any], length
     saved: list[weakref.ref[Any]] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        saved.append(weakref.ref(tensor.untyped_storage()))
+        # A sparse one has no storage.
+        if tensor.layout == torch.strided:
+            saved.append(weakref.ref(tensor.untyped_storage()))
         return tensor
 
     group = Group([0] * lengths[0], [[0] * length for length in lengths[1]])

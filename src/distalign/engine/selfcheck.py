@@ -116,7 +116,9 @@ def state_of(model: Any) -> tuple:
     head, weight = model.get_output_embeddings(), model.get_input_embeddings().weight
     autocast = torch.is_autocast_enabled(weight.device.type)
     bias = getattr(head, "bias", None) is None
-    return type(head), bias, weight.dtype, weight.device, autocast, attention_of(model.config.get_text_config())
+    # PEFT turns a learned prompt off by calling the forward of the model below.
+    own = getattr(model.forward, "__self__", model) is model
+    return type(head), bias, own, weight.dtype, weight.device, autocast, attention_of(model.config.get_text_config())
 
 
 def _find_path(model: nn.Module) -> tuple[EngineReport, list[flex.Call]]:

@@ -22,6 +22,7 @@ from urllib.parse import parse_qsl, urlsplit
 import httpx
 from pydantic import ConfigDict, Field, SecretStr, field_validator
 
+from distalign.errors import DAMAGED
 from distalign.judges.base import Comparison, JudgeError, Judgement, Progress
 from distalign.judges.cache import Answer, Cache, content_key
 from distalign.judges.prompts import load_template, orders, stricter, verdict
@@ -269,9 +270,11 @@ class Client:
             text = body["choices"][0]["message"].get("content")
             usage = body.get("usage") or {}
             counted = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except DAMAGED:
             return None
-        if not isinstance(text, str | None) or any(type(count) not in (int, type(None)) for count in counted):
+        if not isinstance(text, str | None):
+            return None
+        if any(count is not None and (type(count) is not int or count < 0) for count in counted):
             return None
         return Answer(self._secret(text or ""), *counted)
 

@@ -199,8 +199,8 @@ def check_choice(method: object, name: str, choices: tuple[str, ...] = ()) -> No
 def check_setting(method: object, name: str, *, zero: bool = False) -> None:
     """Raise ValueError unless the setting is a finite number above zero (or exactly zero, if `zero` allows it)."""
     value, default = getattr(method, name), getattr(type(method), name)
-    if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
+    if not (hasattr(value, "__float__") and math.isfinite(value) and (value > 0 or (zero and value == 0))):
         wanted = "zero or more" if zero else "more than zero"
         raise ValueError(
-            f"{type(method).__name__}: {name} is {value}; set it to a finite number, {wanted} (default {default})"
+            f"{type(method).__name__}: {name} is {value!r}; set it to a finite number, {wanted} (default {default})"
         )

@@ -53,8 +53,8 @@ def model_card(
     training: Mapping[str, Any],
     results: Mapping[str, Any],
     model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: Sequence[str] = (),
+    dataset_name: str | Sequence[str] | None = None,
+    tags: str | Sequence[str] = (),
     adapter: Mapping[str, Any] | None = None,
     quantization: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
@@ -66,8 +66,9 @@ def model_card(
     """
     on_hub = base_model.count("/") == 1 and base_model[0] not in "./~" and not Path(base_model).exists()
     hub_id = f"base_model: {base_model}\n" if on_hub else ""
-    datasets = f"datasets:\n- {dataset_name}\n" if dataset_name else ""
-    listed = "\n".join(f"- {tag}" for tag in ("distalign", "preference-learning", name, *tags))
+    names, more = ([value] if isinstance(value, str) else value for value in (dataset_name or (), tags))
+    datasets = "\n".join(["datasets:", *(f"- {name}" for name in names), ""]) if names else ""
+    listed = "\n".join(f"- {tag}" for tag in ("distalign", "preference-learning", name, *more))
     library = "peft" if adapter else "transformers"
     place = model_name or "path/to/this/folder"
     weights = {} if quantization is None else {"base_weights": f"4 bits ({quantization['bnb_4bit_quant_type']})"}

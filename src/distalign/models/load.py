@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
+from peft import PeftConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +31,7 @@ from transformers import (
 from distalign.errors import InputError
 from distalign.models import everyday
 from distalign.models.quantized import NF4, check_installed, is_quantized, keep_exact, read_note
-from distalign.models.verify import ModelError, adapts_tied, check_layers, load_adapter, load_verified
+from distalign.models.verify import ModelError, adapts_tied, check_adapter, load_adapter, load_verified
 
 logger = logging.getLogger("distalign.models.load")
 
@@ -295,9 +296,9 @@ def _with_adapter(name: str, folder: Path, trust_remote_code: bool) -> Source:
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(f"model {name}: the folder holds no adapter_model.safetensors; save the adapter again")
     with explained(name):
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        check_layers(f"model {name}", config.get("layer_replication"))
-        if not (base := config.get("base_model_name_or_path")):
+        config = PeftConfig.from_pretrained(str(folder))
+        check_adapter(f"model {name}", config)
+        if not (base := config.base_model_name_or_path):
             raise ModelError(
                 f"model {name}: its adapter_config.json names no base; put the hub id or folder of the model it was "
                 "trained on into base_model_name_or_path"

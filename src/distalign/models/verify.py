@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
@@ -51,10 +51,7 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
 
     A model whose embeddings the adapter was trained with after resizing them is resized too.
     """
-    if PeftConfig.from_pretrained(folder).is_prompt_learning:
-        raise ModelError(
-            f"{label}: the adapter in {folder} is a learned prompt, which cannot be merged; train a LoRA adapter"
-        )
+    check_adapter(label, PeftConfig.from_pretrained(folder))
     saved = load_peft_weights(folder, device="cpu")
     rows = [value.shape[0] for key, value in saved.items() if key.endswith(_EMBEDDINGS)]
     if rows and rows[0] != (own_rows := model.get_input_embeddings().num_embeddings):
@@ -74,9 +71,17 @@ def load_adapter(label: str, model: PreTrainedModel, folder: str) -> PeftModel:
     return adapted
 
 
-def check_layers(label: str, replication: object) -> None:
-    """Raise ModelError for an adapter whose layers are copies (PEFT's layer_replication, as its settings have it)."""
-    if replication:
+def check_adapter(label: str, config: PeftConfig) -> None:
+    """Raise ModelError for an adapter that is more than its layers, which cannot be merged or scored by them."""
+    if config.is_prompt_learning:
+        raise ModelError(f"{label}: its adapter is a learned prompt, which cannot be merged; train a LoRA adapter")
+    if getattr(config, "alora_invocation_tokens", None) or config.peft_type == PeftType.POLY:
+        what = "has alora_invocation_tokens" if config.peft_type == PeftType.LORA else "is of the type Poly"
+        raise ModelError(
+            f"{label}: its adapter {what}: PEFT tells its layers what to work on only in the whole model's forward, "
+            "which is not what trains and scores it; train a plain LoRA adapter"
+        )
+    if getattr(config, "layer_replication", None):
         raise ModelError(
             f"{label}: its adapter has layer_replication, by which layers share one weight and each has an adapter of "
             "its own: merged, all would go into that weight, which gives another model; train one without it"

@@ -108,8 +108,8 @@ def defect(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint; None if it is whole."""
     try:
         manifest = _manifest(checkpoint)
-        if manifest["step"] != step_of(checkpoint):
-            return f"it is of step {manifest['step']}"
+        if checkpoint.name != (name := f"checkpoint-{manifest['step']}"):
+            return f"it is of step {manifest['step']}, and its folder is not named {name}"
         if not isinstance(manifest["run"], dict):
             return f"{MANIFEST} cannot be read (its run is no object)"
         for name, digest in manifest["files"].items():

@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from inspect import signature
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import HubStrategy
 
 from distalign.engine.memory import Recompute
-from distalign.settings import lower_first, unknown_setting
+from distalign.settings import Count, NotNegative, Positive, Section, Seed, lower_first, unknown_setting
 from distalign.training.health import HealthSettings
 from distalign.training.rollout_settings import MissingEnd, RolloutSettings, TrainingError
 
@@ -41,6 +41,27 @@ _ELSEWHERE = {
     "truncation_mode": "nothing is cut silently: max_length, too_long and max_response_tokens say what happens",
     "precompute_ref_log_probs": "the reference's log-probabilities are computed once and kept: leave it out",
 }
+
+
+class _Checked(Section):
+    """Fields that no other section has, with what they can be."""
+
+    too_long: Literal["error", "drop"]
+    recompute: Recompute
+    token_budget: Count | None
+    max_length: Count | None
+    max_response_tokens: Count | None
+    end_token_id: Annotated[int, Field(ge=0)] | None
+    per_device_train_batch_size: Count
+    per_device_eval_batch_size: Count
+    gradient_accumulation_steps: Count
+    learning_rate: NotNegative
+    seed: Seed
+    reward_weights: list[Annotated[float, Field(allow_inf_nan=False)]] | None
+    reward_timeout: Positive
+    missing_end: dict[str, Any] | None
+    model_init_kwargs: dict[str, Any] | None
+    health: dict[str, Any] | None
 
 
 # Metrics of which the smallest is the best; transformers takes the largest of any whose name does not end in "loss".
@@ -112,6 +133,9 @@ class AlignmentConfig(TrainingArguments):
     Raises TrainingError for a value that cannot be used.
     """
 
+    # Fields that may be JSON text, as a command line gives them.
+    _VALID_DICT_FIELDS: ClassVar = [*TrainingArguments._VALID_DICT_FIELDS, "missing_end", "model_init_kwargs", "health"]
+
     # Defaults that suit preference learning, the same as a recipe's.
     per_device_train_batch_size: int = 16
     num_train_epochs: float = 1.0
@@ -121,7 +145,6 @@ class AlignmentConfig(TrainingArguments):
     save_strategy: str = "steps"
     save_steps: float = 0.1
     save_total_limit: int | None = 1
-    report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     restore_callback_states_from_checkpoint: bool = True
     ddp_find_unused_parameters: bool | None = False  # every pass reads all weights that are trained
@@ -141,7 +164,7 @@ class AlignmentConfig(TrainingArguments):
     num_iterations: int = 1
     minibatches: int = 1
     pairing: Literal["all", "best_worst"] = "all"
-    missing_end: dict[str, Any] | None = None
+    missing_end: dict[str, Any] | str | None = None
     decode_batch_size: int = 64
     num_completions_to_print: int = 2
     use_vllm: bool = False
@@ -152,11 +175,11 @@ class AlignmentConfig(TrainingArguments):
     reward_weights: list[float] | None = None
     reward_timeout: float = 60.0
 
-    model_init_kwargs: dict[str, Any] | None = None
+    model_init_kwargs: dict[str, Any] | str | None = None
     token_budget: int | None = None
     recompute: Recompute = "none"
 
-    health: dict[str, Any] | None = field(default_factory=dict)
+    health: dict[str, Any] | str | None = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.load_best_model_at_end or self.metric_for_best_model) and self.save_total_limit == 1:
@@ -185,9 +208,11 @@ class AlignmentConfig(TrainingArguments):
         self._check()
 
     def _check(self) -> None:
-        """Raise TrainingError for values that cannot be used."""
+        """Raise TrainingError for values that cannot be used; a number that is text becomes one."""
         try:
-            _ = self.rollout, self.health_settings
+            vars(self).update(dict(_Checked(**{name: getattr(self, name) for name in _Checked.model_fields})))
+            vars(self).update({name: value for name, value in self.rollout if name != "missing_end"})
+            _ = self.health_settings
         except ValidationError as error:
             lines = [
                 f"{'.'.join(map(str, problem['loc']))} is {problem['input']!r}; {lower_first(problem['msg'])}"
@@ -196,36 +221,27 @@ class AlignmentConfig(TrainingArguments):
                 for problem in error.errors()
             ]
             raise TrainingError("\n".join(f"AlignmentConfig: {line}" for line in lines)) from None
-        for name, choices in {"too_long": ("error", "drop"), "recompute": ("none", "selective", "full")}.items():
-            if getattr(self, name) not in choices:
-                raise TrainingError(
-                    f"AlignmentConfig: {name} is {getattr(self, name)!r}; take one of {', '.join(choices)}"
-                )
-        for name in ("token_budget", "max_length", "max_response_tokens", "end_token_id"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < (name != "end_token_id")):
-                raise TrainingError(f"AlignmentConfig: {name} is {value!r}; give a whole number above 0, or None")
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if not 1 <= getattr(self, name) <= 2**31:
-                raise TrainingError(f"AlignmentConfig: {name} is {getattr(self, name)}; give a number from 1 to 2^31")
-        if self.learning_rate < 0:
-            raise TrainingError(f"AlignmentConfig: learning_rate is {self.learning_rate}; it must not be below 0")
-        dtype = str((self.model_init_kwargs or {}).get("dtype", "auto")).removeprefix("torch.")
+        dtype = str(self.model_settings.get("dtype", "auto")).removeprefix("torch.")
         if dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise TrainingError(f"AlignmentConfig: dtype is {dtype}; take one of float32, bfloat16, float16, auto")
-        unknown = set(self.model_init_kwargs or {}) - {"dtype", "trust_remote_code", "quantization_config"}
+        unknown = set(self.model_settings) - {"dtype", "trust_remote_code", "quantization_config"}
         if unknown:
             raise TrainingError(
                 f"AlignmentConfig: model_init_kwargs has {', '.join(sorted(unknown))}; by name a model takes dtype, "
                 "trust_remote_code and quantization_config: for anything else load it yourself and pass the model"
             )
-        config = (self.model_init_kwargs or {}).get("quantization_config")
+        config = self.model_settings.get("quantization_config")
         four_bit = config.get("load_in_4bit") if isinstance(config, Mapping) else getattr(config, "load_in_4bit", False)
         if config is not None and not four_bit:
             raise TrainingError(
                 "AlignmentConfig: quantization_config is not of 4 bits; give BitsAndBytesConfig(load_in_4bit=True, "
                 'bnb_4bit_quant_type="nf4"), or load the model yourself and pass it'
             )
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """How a model that is given by name is loaded."""
+        return self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
 
     @property
     def rollout(self) -> RolloutSettings:

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -49,7 +50,7 @@ from distalign.methods import METHODS, Method
 from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
 from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
-from distalign.models.verify import check_layers
+from distalign.models.verify import check_adapter
 from distalign.rewards import (
     ClassifierReward,
     ColumnReward,
@@ -103,6 +104,12 @@ def as_method(method: str | Method) -> tuple[str, Method]:
     hint = f'; did you mean "{near[0]}"?' if near else ""
     found = repr(method) if isinstance(method, str) else f"a {type(method).__name__}"
     raise TrainingError(f"method is {found}; give a Method or one of {', '.join(METHODS)}{hint}")
+
+
+def check_kind(name: str, value: object, kind: Any, wanted: str) -> None:
+    """Raise TrainingError for an argument of another kind, where Python's own error would come late and not name it."""
+    if not isinstance(value, kind):
+        raise TrainingError(f"{name} is a {type(value).__name__}; give {wanted}")
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -183,6 +190,7 @@ def read_rows(
     """
     if train is None:
         raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
+    check_kind("train_dataset", train, Path | Iterable, "rows, or their file")
     if not (isinstance(train, str | Path | Sequence | Data) or hasattr(train, "column_names")):
         train = list(train)
     labelled = "labelled" in method.needs.pairs
@@ -230,6 +238,7 @@ def read_pairs_of(
 
     `limit` is the number of positions of the model; `name` says in the log which rows these are.
     """
+    check_kind(name, rows, Path | Iterable, "rows, or their file")
     if _encoded(rows):
         return [row for row in rows if isinstance(row, EncodedPair)]
     pairs, counts = encode_pairs(
@@ -284,12 +293,16 @@ def find_source(model: Model, args: AlignmentConfig) -> Source:
     if not isinstance(model, str | PreTrainedModel | PeftModel):
         raise ModelError(f"model is a {type(model).__name__}; give a name, a folder, a PreTrainedModel or a PeftModel")
     if isinstance(model, str):
-        settings = args.model_init_kwargs or {}
+        settings = args.model_settings
         source = find_model(model, trust_remote_code=bool(settings.get("trust_remote_code", False)))
         config = settings.get("quantization_config")
         return source if config is None else source.in_4bit(settings_of(config))
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     name = str(getattr(base, "name_or_path", "") or type(base).__name__)
+    if base.get_output_embeddings() is None or base.config.is_encoder_decoder:
+        raise ModelError(
+            f"model {name}: a {type(base).__name__} is no causal language model; load one by AutoModelForCausalLM"
+        )
     return Source(name, name, "given as an object")
 
 
@@ -298,6 +311,8 @@ def find_tokenizer(model: Model | Policy, processing_class: object, source: Sour
     if isinstance(model, Policy):
         return model.tokenizer
     if processing_class is not None:
+        wanted = "a tokenizer, such as AutoTokenizer.from_pretrained(…), or a processor's"
+        check_kind("processing_class", processing_class, PreTrainedTokenizerBase, wanted)
         return processing_class
     if isinstance(model, str):
         return source.tokenizer()
@@ -391,7 +406,7 @@ def _make_policy(
         model.to(args.device)  # pyright: ignore[reportArgumentType]
     else:
         source.check_trainable(adapter=peft_config is not None)
-        dtype = str((args.model_init_kwargs or {}).get("dtype", "float32")).removeprefix("torch.")
+        dtype = str(args.model_settings.get("dtype", "float32")).removeprefix("torch.")
         # An adapter that was merged leaves the weights frozen.
         model = source.model(dtype, args.device).requires_grad_(peft_config is None)
         check_startable(model, source)
@@ -414,6 +429,11 @@ def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[
             raise RewardError(
                 f"reward_funcs has {reward!r}; give functions, names or models of classifiers, folders of trained "
                 "rewards, RewardTraining(…) or ColumnReward(…)"
+            )
+        if isinstance(reward, PreTrainedModel) and not reward.name_or_path:
+            raise RewardError(
+                f"reward_funcs has a {type(reward).__name__} of no folder, whose tokenizer is not known; save both by "
+                "save_pretrained, and give the folder"
             )
     return [str(reward) if isinstance(reward, Path) else reward for reward in given]
 
@@ -441,7 +461,7 @@ def check_reward_funcs(
     if any(isinstance(reward, ColumnReward) for reward in rewards):
         check_columns(label, method.needs, rows.pairs)
     trained = [reward for reward in rewards if isinstance(reward, RewardTraining)]
-    if (args.model_init_kwargs or {}).get("quantization_config") is not None:
+    if args.model_settings.get("quantization_config") is not None:
         for reward in trained:
             reward.check_4bit()
     if trained:
@@ -563,6 +583,9 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         refused["fp16"] = "it has no effect on a CPU, where bf16 has"
     for name, reason in refused.items():
         raise TrainingError(f"{label}: {name} is {getattr(args, name)}; {reason}: leave it out")
+    folder = Path(str(args.output_dir))
+    if any(os.path.isfile(place) for place in (folder, *folder.parents)):
+        raise TrainingError(f"{label}: output_dir is {folder}, which is a file or in one; give a folder")
 
 
 def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: bool, held_out: object) -> None:
@@ -603,7 +626,7 @@ def server_of(
         source.path,
         Path(str(args.output_dir)) / "vllm",
         rank,
-        dtype="bfloat16" if args.bf16 or "bfloat16" in str(args.model_init_kwargs) else "float32",
+        dtype="bfloat16" if args.bf16 or "bfloat16" in str(args.model_settings) else "float32",
         names=(source.name,),
     )
     server.check()
@@ -613,6 +636,7 @@ def server_of(
 def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftConfig | None:
     """Settings of the adapter that is trained; None if all weights are. Raises InputError for what is refused."""
     network = model.model if isinstance(model, Policy) else model
+    check_kind("peft_config", peft_config, PeftConfig | None, "a PeftConfig, such as LoraConfig(…)")
     if isinstance(network, PeftModel):
         if list(network.peft_config) != ["default"]:
             raise TrainingError(
@@ -620,12 +644,19 @@ def adapter_of(model: Model | Policy, peft_config: PeftConfig | None) -> PeftCon
                 'that is called "default" is saved and restored: load the one to train alone, as adapter_name="default"'
             )
         peft_config = network.peft_config["default"]
+    elif isinstance(network, nn.Module) and any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+        raise TrainingError(
+            "model has layers of an adapter and is no PeftModel (inject_adapter_in_model, add_adapter), and would be "
+            "saved as another model; give it without them with peft_config, or make a PeftModel by get_peft_model"
+        )
+    if peft_config is None:
+        return None
     if (bias := getattr(peft_config, "bias", "none")) != "none":
         raise TrainingError(
             f'the adapter has bias="{bias}", which trains biases of the model itself, and its reference (the adapter '
             'off) would move with them; give bias="none"'
         )
-    check_layers("model", getattr(peft_config, "layer_replication", None))
+    check_adapter("model", peft_config)
     return peft_config
 
 

@@ -385,7 +385,10 @@ class ResumableTrainer(WrappedTrainer):
             self.guard.check_policy(self.policy.model, logps, self.state.global_step)
 
     def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> None:
         """Write README.md into the run's folder: method, settings, data, results, citation."""
         self._folder.mkdir(parents=True, exist_ok=True)

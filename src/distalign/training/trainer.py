@@ -55,6 +55,7 @@ from distalign.training.inputs import (
     RowSource,
     adapter_of,
     as_method,
+    check_kind,
     expected_lengths,
     load_policy,
     load_rewards,
@@ -159,6 +160,8 @@ class AlignmentTrainer(ResumableTrainer):
         self.needs, self.on_policy = self.method.needs, is_on_policy(self.method)
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
+        check_kind("callbacks", callbacks, list | None, "a list")
+        check_kind("optimizers", optimizers, tuple | list, "(optimizer, schedule), with None for the default")
         given = read_given(
             self.label,
             self.method,
@@ -417,20 +420,19 @@ class AlignmentTrainer(ResumableTrainer):
                 labelled=2,
                 probability=row.label,
                 reference_logps=self.reference_cache[row.key] if reference else None,
-                rewards=self._pair_rewards[row.key, row.where] if rewards else None,
+                rewards=self._pair_rewards[_reward_key(row)] if rewards else None,
             )
             for row in rows
         ]
 
     def _reward_pairs(self, rows: Sequence[EncodedPair]) -> None:
         """Each pair is rewarded once in a run."""
-        # Two rows of the same text may have other columns.
-        missing = [row for row in rows if (row.key, row.where) not in self._pair_rewards]
+        missing = [row for row in rows if _reward_key(row) not in self._pair_rewards]
         if missing:
             started = time.perf_counter()
             requests = [Request(row.prompt, [row.chosen, row.rejected], row.row) for row in missing]
             for row, pair in zip(missing, self.rollout.rewards_as_given(requests), strict=True):
-                self._pair_rewards[row.key, row.where] = pair
+                self._pair_rewards[_reward_key(row)] = pair
             self.metrics.add({"reward_time": time.perf_counter() - started})
 
     def _score_reference(self, rows: Sequence[EncodedPair]) -> None:
@@ -682,3 +684,8 @@ class AlignmentTrainer(ResumableTrainer):
             line = {"step": self.state.global_step, **logs}
             with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _reward_key(row: EncodedPair) -> tuple:
+    """What the reward of a pair depends on: rows of the same text, and of one place, may have other columns."""
+    return row.key, row.where, hash(repr(row.row))
