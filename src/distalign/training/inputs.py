@@ -602,8 +602,8 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
     for name, default in ordered.items() if is_on_policy(method) else ():
         if getattr(args, name) != default:
             raise TrainingError(
-                f"{label}: {name} is {getattr(args, name)}; rounds of drawn responses go through all prompts in the "
-                "order of seed: leave it out"
+                f"{label}: {name} is {getattr(args, name)}; rounds of drawn responses go through all prompts, in "
+                "an order that seed decides: leave it out"
             )
     if isinstance(held_out, Mapping) and args.metric_for_best_model in ("loss", "eval_loss"):
         raise TrainingError(
