@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from distalign.engine import Group, score
 from distalign.experiments.merge import merge as merge_run
 from distalign.methods import PMLE
-from distalign.models.card import model_card
+from distalign.models.card import WRITTEN, model_card
 from distalign.models.load import ModelError, Source, find_model, weights_digest
 from distalign.models.policy import Lora, Policy, make_policy, share
 
@@ -403,7 +403,7 @@ def test_a_folder_holds_one_kind_of_model(tiny_folder, tmp_path):
         move(policy.model)
         if (tmp_path / "adapter_config.json").is_file():
             (tmp_path / "quantization.json").write_text('{"load_in_4bit": true}')
-        policy.save(tmp_path, "")
+        policy.save(tmp_path, WRITTEN)
         assert not (tmp_path / "quantization.json").exists()
         expected = logps(policy.model)
         torch.testing.assert_close(logps(find_model(str(tmp_path)).model()), expected, rtol=0, atol=1e-4)
@@ -411,6 +411,19 @@ def test_a_folder_holds_one_kind_of_model(tiny_folder, tmp_path):
     policy.source = Source("base", str(tmp_path), "")
     with pytest.raises(ModelError, match="holds the base of the adapter that is to be saved; give another folder"):
         policy.save(tmp_path, "")
+
+
+def test_files_that_no_run_wrote_stay(tiny_folder, tmp_path):
+    """The weights of a folder without distalign's card are the user's; other files are no weights of a model's."""
+    policy = make(find_model(str(tiny_folder)).model())
+    (tmp_path / "model_other.safetensors").write_text("mine")
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(ModelError, match=r"holds config\.json, which would be removed, .* give another folder"):
+        policy.save(tmp_path, "")
+    (tmp_path / "README.md").write_text(WRITTEN)
+    policy.save(tmp_path, WRITTEN)
+    assert (tmp_path / "model_other.safetensors").read_text() == "mine"
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_base_that_changed_under_its_adapter_is_warned_of(tmp_path, caplog):

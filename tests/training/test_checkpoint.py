@@ -14,6 +14,7 @@ import tiny
 import torch
 from acting import METHODS, exit_code_elsewhere, logs, parameters, trainer
 from peft import LoraConfig
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from distalign.data import Pair
 from distalign.errors import InputError
@@ -173,9 +174,25 @@ def test_settings_of_transformers_that_cannot_be_followed(tmp_path, found):
         offline(tmp_path, **REFUSED[found]).train()
 
 
-def test_a_run_that_stopped_early_has_ended(tmp_path, monkeypatch):
-    """Its patience is over; the best step is what it gives again, and the last one is still there to say so."""
-    from transformers import EarlyStoppingCallback
+def test_a_run_that_a_callback_stopped_goes_on(tmp_path):
+    """Such as one for a cluster's time limit: only patience that is used up ends a run."""
+
+    class Limit(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            """Stop after a step, and save."""
+            control.should_save = control.should_training_stop = True
+
+    made = offline(tmp_path)
+    made.add_callback(Limit())
+    made.train()
+    assert made.state.global_step == 1
+    again = offline(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 5
+
+
+def test_a_run_that_stopped_early_has_ended(tmp_path, monkeypatch, caplog):
+    """Its patience is over, and it says so; the best step is what it gives again, and the last one is still there."""
 
     def stopping():
         made = offline(
@@ -195,6 +212,7 @@ def test_a_run_that_stopped_early_has_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(AlignmentTrainer, "training_step", lambda *_: pytest.fail("a step was trained"))
     again = stopping()
     again.train(resume_from_checkpoint=True)
+    assert f"early stopping ended the run at step {whole.state.global_step}" in caplog.text
     assert again.kept_step == whole.kept_step
     assert torch.equal(parameters(again), parameters(whole))
 
@@ -310,9 +328,15 @@ REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.
         ("seed", {"seed": 1}),
         ("batches", {"per_device_train_batch_size": 8}),
         ("learning_rate", {"learning_rate": 0.5}),
+        ("adam_beta1", {"adam_beta1": 0.5}),
+        ("data_seed", {"data_seed": 5}),
+        ("train_sampling_strategy", {"train_sampling_strategy": "sequential"}),
         ("data", {"rows": [replace(pair, row=REWARDED) for pair in tiny.encoded_pairs(8)]}),
     ],
-    ids=["method", "gamma", "rows", "order", "model", "seed", "batches", "learning_rate", "column rewards"],
+    ids=[
+        *("method", "gamma", "rows", "order", "model", "seed", "batches"),
+        *("learning_rate", "adam_beta1", "data_seed", "strategy", "column rewards"),
+    ],
 )
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, changes, lora):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fcntl
 import json
 import logging
 import subprocess
@@ -33,7 +34,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from distalign import DPO, PMLE, RKL, AlignmentConfig, AlignmentTrainer, InputError, RewardTraining
+from distalign import DPO, PD, PMLE, RKL, AlignmentConfig, AlignmentTrainer, ColumnReward, InputError, RewardTraining
 from distalign.data import DataError, read_pairs, split_by_prompt
 from distalign.experiments.recipe import Recipe
 from distalign.models.load import ModelError
@@ -282,6 +283,24 @@ def test_several_held_out_sets(tmp_path, kind):
         trainer(tmp_path / "b", METHODS[kind]).evaluate()
 
 
+def test_several_held_out_sets_have_each_its_loss(tmp_path):
+    """There is no eval_loss that could say which step is the best."""
+    args = config(tmp_path, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, save_steps=1)
+    with pytest.raises(TrainingError, match=r"metric_for_best_model is loss.* metric_for_best_model=eval_first_loss"):
+        trainer(tmp_path, METHODS["offline"], args=args, eval_dataset={"first": rows(4)})
+
+
+def test_health_is_watched_on_the_first_set(tmp_path):
+    """Its change is against its own start; rows that only evaluate was given have none."""
+    long = [{**row, "chosen": [{"role": "assistant", "content": "tea " * 30}]} for row in rows(4)]
+    made = trainer(tmp_path, METHODS["offline"], eval_dataset={"short": rows(4), "long": long})
+    metrics = made.evaluate()
+    assert metrics["eval_short_health/chosen_logps_change"] == metrics["eval_long_health/chosen_logps_change"] == 0
+    assert "eval_short_objective/entropy" in metrics
+    assert "eval_long_objective/entropy" not in metrics
+    assert not [name for name in made.evaluate(long) if "health" in name]
+
+
 def test_prompts_alone_are_enough_for_a_method_without_labels(tmp_path):
     """Each prompt once, whether it comes with pairs or without."""
     prompts = [{"prompt": row["prompt"]} for row in [*rows(5), *rows(5)]]
@@ -317,6 +336,42 @@ def test_a_reward_trained_on_the_pairs_first(tmp_path):
     trainer(tmp_path / "b", METHODS["on-policy"], reward_funcs=str(tmp_path / "reward"), **options).train()
     with pytest.raises(InputError, match="stops by held-out pairs; pass them as eval_dataset"):
         trainer(tmp_path / "c", METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5))
+
+
+def test_a_reward_is_not_trained_where_another_process_trains(tmp_path):
+    """It would replace the other's."""
+    with (tmp_path / ".lock").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="works in this folder; wait for its end"):
+            trainer(tmp_path, METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5), eval_dataset=rows(4))
+    assert not (tmp_path / "reward").exists()
+
+
+def coldness(prompts, completions, **columns):
+    """Another reward."""
+    return [-value for value in warmth(prompts, completions, **columns)]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second", "weights"),
+    [
+        ("reward: it had .*<function warmth>.*, this run has .*<function coldness>", warmth, coldness, None),
+        ("reward_weights", warmth, warmth, [0.5]),
+        ("reward: it had .*gamma=0.5.*gamma=0.1", RewardTraining(gamma=0.5), RewardTraining(gamma=0.1), None),
+        ("reward: it had .*'scale': 1.*'scale': 2", ColumnReward(scale=1.0), ColumnReward(scale=2.0), None),
+    ],
+    ids=["function", "weights", "training", "columns"],
+)
+def test_a_run_does_not_go_on_with_another_reward(tmp_path, name, first, second, weights):
+    """Another function, weight, training or scale; with the same it goes on."""
+    method = PD(gamma=0.5, beta=0.0, pairs="data") if isinstance(first, ColumnReward) else METHODS["on-policy"]
+    data = [{**row, "chosen_reward": 1.0, "rejected_reward": 0.0} for row in rows()]
+    options = {"data": data, "eval_dataset": rows(4)}
+    for resume in (False, True):
+        trainer(tmp_path, method, reward_funcs=first, **options).train(resume_from_checkpoint=resume)
+    args = config(tmp_path, reward_weights=weights)
+    with pytest.raises(InputError, match=f"another {name}"):
+        trainer(tmp_path, method, args=args, reward_funcs=second, **options).train(resume_from_checkpoint=True)
 
 
 def test_what_is_refused_says_what_to_do(tmp_path):
@@ -424,6 +479,29 @@ def test_nothing_to_train_is_refused(tmp_path):
         trainer(tmp_path, METHODS["offline"], model=model, peft_config=LORA, optimizers=(other, None))
 
 
+def test_an_optimizer_without_the_critic_is_refused(tmp_path):
+    """The value head is made later, and would never be trained."""
+    model, method = tiny.model(), RKL(gamma=0.5, beta=0.1, estimator="ppo")
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TrainingError, match=r"before the critic's value head .*; leave it to the settings \(optim"):
+        trainer(tmp_path, method, model=model, optimizers=(own, None))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"data_seed": 0}, {"dataloader_drop_last": True}, {"train_sampling_strategy": "sequential"}], ids=str
+)
+def test_an_order_that_rounds_do_not_follow_is_refused(tmp_path, settings):
+    """By the setting's name."""
+    with pytest.raises(TrainingError, match=f"{next(iter(settings))} is .*; rounds .* leave it out"):
+        trainer(tmp_path, METHODS["on-policy"], args=config(tmp_path, **settings))
+
+
+def test_what_a_push_would_not_read_is_refused(tmp_path):
+    """A repository that was to be private is not made public in silence."""
+    with pytest.raises(TrainingError, match="push_to_hub has no create_pr, private; it takes commit_message"):
+        trainer(tmp_path, METHODS["offline"]).push_to_hub(create_pr=True, private=True)
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
@@ -463,6 +541,15 @@ def test_a_trainer_may_train_twice(tmp_path):
     once = weights(made.model)
     made.train()
     assert not torch.equal(weights(made.model), once)
+
+
+def test_a_second_run_draws_its_own_responses(tmp_path):
+    """Not those of the run before, whose weights were others."""
+    made = trainer(tmp_path, METHODS["on-policy"], args=config(tmp_path, per_device_train_batch_size=12, max_steps=1))
+    made.train()
+    once = made.worker.round
+    made.train()
+    assert made.worker.round is not once
 
 
 def test_a_critic_trains_once(tmp_path):

@@ -160,7 +160,7 @@ def test_the_references_responses_are_those_of_the_start(tmp_path):
 def test_a_run_goes_on_with_what_the_reference_drew(tmp_path, name):
     """Resumed in the middle it ends bit for bit where the other does, and what the reference drew keeps its rewards."""
     settings = {"per_device_train_batch_size": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
-    whole = trainer(tmp_path / "run", METHODS[name], **settings)
+    whole = trainer(tmp_path / "run", METHODS[name], reward=Counting(), **settings)
     whole.train()
     reward = Counting()
     again = trainer(tmp_path / "run", METHODS[name], reward=reward, **settings)

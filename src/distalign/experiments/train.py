@@ -404,6 +404,8 @@ def _make_trainer(setup: Setup, name: str, policy: Policy, args: AlignmentConfig
         reference_cache=setup.reference_cache,
     )
     trainer.statistics = setup.statistics
+    # A recipe's reward may be fixed: `_check_same_run` compares them.
+    trainer.reward_names = []
     return trainer
 
 

@@ -36,6 +36,9 @@ SAMPLING = """\
 Its distribution is softmax(logits / {temperature:g}), all of it: temperature {temperature:g}, top_p 1, top_k 0, as
 `generation_config.json` says. Other sampling settings draw from another distribution."""
 
+# By this line of its card a folder is known to be distalign's.
+WRITTEN = "Trained on pairwise preferences with distalign."
+
 CITATION = """@article{yun2025alignment,
   title   = {Alignment as Distribution Learning: Your Preference Model is Explicitly a Language Model},
   author  = {Yun and Kim and Park and Kim and Ryu and Cho and Jun},
@@ -77,7 +80,7 @@ def model_card(
     lines = [
         f"---\nlibrary_name: {library}\n{hub_id}{datasets}tags:\n{listed}\n---",
         f"# {model_name or f'{base_model}, trained with {name.upper()}'}",
-        f"Trained on pairwise preferences with distalign. Method: {name} ({method.source}).",
+        f"{WRITTEN} Method: {name} ({method.source}).",
         f"## Use\n{use}\n\n{SAMPLING.format(temperature=temperature)}",
         "## Method settings\n" + _bullets(masked(asdict(method))),
         "## Training settings\n" + _bullets(masked({**training, **(adapter or {}), **weights})),

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from distalign.engine import Group, Reference, score
 from distalign.engine.forward import embedding_weight, whole_state
 from distalign.errors import DAMAGED
+from distalign.models.card import WRITTEN
 from distalign.models.load import BASE, ModelError, Source
 from distalign.models.quantized import NOTE, is_quantized, keep_exact, write_note
 from distalign.models.verify import adapts_tied, check_mergeable
@@ -32,6 +33,9 @@ from distalign.settings import Count, Positive, Section, Share
 
 logger = logging.getLogger("distalign.models.policy")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+# Names of the files of a whole model.
+_WHOLE = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 
 
 class Lora(Section):
@@ -156,9 +160,9 @@ class Policy:
         """Write `model` in transformers' format (the adapter alone under LoRA), tokenizer and card.
 
         `sampling` says how to draw from it, in place of what its base said (`whole_distribution`).
-        Files of the other kind (an adapter, a whole model) that an earlier run left in the folder are removed. An
-        adapter on a model that another adapter was merged into is merged too, for its base is in no folder; into tied
-        embeddings it is not: raises ModelError.
+        Files of the other kind (an adapter, a whole model) that an earlier run left in the folder are removed; raises
+        ModelError where its card does not say that a run wrote them. An adapter on a model that another adapter was
+        merged into is merged too, for its base is in no folder; into tied embeddings it is not: raises ModelError.
         """
         model: Any = self.model
         merge = self.source.adapter is not None and isinstance(self.model, PeftModel)
@@ -169,10 +173,16 @@ class Policy:
             raise ModelError(f"{folder}: holds the base of the adapter that is to be saved; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         # An earlier run's, of the other kind: loading would take them.
-        other = ("config.json", "model*.safetensors*") if adapter else ("adapter_config.json", "adapter_model.*")
-        for pattern in (*other, NOTE, BASE):
-            for old in folder.glob(pattern):
-                old.unlink()
+        other = _WHOLE if adapter else r"adapter_config\.json|adapter_model\.(safetensors|bin)"
+        names = rf"{other}|{re.escape(NOTE)}|{re.escape(BASE)}"
+        replaced, readme = [old for old in folder.iterdir() if re.fullmatch(names, old.name)], folder / "README.md"
+        if replaced and not (readme.is_file() and WRITTEN in readme.read_text(encoding="utf-8", errors="replace")):
+            raise ModelError(
+                f"{folder}: holds {', '.join(sorted(old.name for old in replaced))}, which would be removed, and no "
+                "README.md of distalign's says that a run wrote them; give another folder, or move them"
+            )
+        for old in replaced:
+            old.unlink()
         if merge:
             model = copy.deepcopy(model).merge_and_unload()
         own = model.generation_config

@@ -6,9 +6,12 @@ Everything that can be read without weights is read, and refused, before they ar
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -66,10 +69,12 @@ from distalign.rewards import (
     train_reward,
 )
 from distalign.rewards.classifier import find_classifier
-from distalign.rewards.reward_model import is_reward_model
+from distalign.rewards.reward_model import MARK, is_reward_model
 from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
+from distalign.training.checkpoint import model_digest
 from distalign.training.config import AlignmentConfig
+from distalign.training.processes import Processes
 from distalign.training.rollout_settings import (
     RolloutSettings,
     TrainingError,
@@ -78,6 +83,7 @@ from distalign.training.rollout_settings import (
     is_on_policy,
 )
 from distalign.training.rounds import Row
+from distalign.training.run_folder import locked
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -356,6 +362,11 @@ def load_policy(
 
     Raises ModelError and TrainingError for what cannot be trained.
     """
+    if method.needs.values and optimizer is not None:
+        raise TrainingError(
+            f"{label}: the optimizer was made before the critic's value head and would not train it; leave it to the "
+            "settings (optim, learning_rate)"
+        )
     if isinstance(model, Policy):
         policy, base = model, None
     else:
@@ -471,6 +482,17 @@ def check_reward_funcs(
             raise RewardError("reward_funcs: training a reward stops by held-out pairs; pass them as eval_dataset")
 
 
+def reward_name(reward: RewardFunc) -> str:
+    """What another process knows a reward by: a function's name, settings, or a digest of a model or trained reward."""
+    if isinstance(reward, PreTrainedModel):
+        return model_digest(reward)
+    if isinstance(reward, str) and is_reward_model(reward):
+        return hashlib.sha256((Path(os.path.expanduser(reward)) / MARK).read_bytes()).hexdigest()
+    settings = vars(reward) if isinstance(reward, ColumnReward) else ""
+    # An object is not where it lies in memory.
+    return re.sub(" at 0x[0-9a-f]+", "", f"{getattr(reward, '__module__', '')} {reward!r} {settings}").strip()
+
+
 def needs_base(rewards: Iterable[RewardFunc]) -> bool:
     """Whether a reward reads the model that the policy starts from."""
     return any(
@@ -506,10 +528,13 @@ def load_rewards(given: Given, base: Any, args: AlignmentConfig, *, token_budget
         trained = None
         if settings.train is not None:
             folder = Path(str(args.output_dir)) / "reward"
-            trained = train_reward(
-                settings.train, base, tokenizer, source, rows.pairs, rows.first_held_out,
-                gamma=None, token_budget=token_budget, seed=args.seed, folder=folder,
-            ).reward  # fmt: skip
+            with ExitStack() as stack:
+                # Another process may train in this folder.
+                Processes.here().from_first(lambda: stack.enter_context(locked(folder.parent)))
+                trained = train_reward(
+                    settings.train, base, tokenizer, source, rows.pairs, rows.first_held_out,
+                    gamma=None, token_budget=token_budget, seed=args.seed, folder=folder,
+                ).reward  # fmt: skip
         return make_reward([settings], base=base, tokenizer=tokenizer, token_budget=token_budget, trained=trained)
 
     if not rewards:
@@ -596,6 +621,18 @@ def check_given(label: str, method: Method, args: AlignmentConfig, *, rewards: b
         raise TrainingError(f"{label} reads no reward; leave reward_funcs out")
     if args.eval_strategy != "no" and (held_out is None or (isinstance(held_out, Mapping) and not held_out)):
         raise TrainingError(f"{label}: eval_strategy is set and there is no eval_dataset; pass one, or leave it out")
+    ordered = {"train_sampling_strategy": "random", "dataloader_drop_last": False, "data_seed": None}
+    for name, default in ordered.items() if is_on_policy(method) else ():
+        if getattr(args, name) != default:
+            raise TrainingError(
+                f"{label}: {name} is {getattr(args, name)}; rounds of drawn responses go through all prompts, in "
+                "an order that seed decides: leave it out"
+            )
+    if isinstance(held_out, Mapping) and args.metric_for_best_model in ("loss", "eval_loss"):
+        raise TrainingError(
+            f"{label}: metric_for_best_model is {args.metric_for_best_model}, and each set of eval_dataset has its "
+            f"own: set it, such as metric_for_best_model=eval_{next(iter(held_out), 'NAME')}_loss"
+        )
     if draws_responses(method):
         check_rollout(label, method, args.rollout)
 

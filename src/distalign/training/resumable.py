@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from distalign.engine import Group, score_in_batches
 from distalign.engine.memory import out_of_memory
@@ -68,7 +68,12 @@ logger = logging.getLogger("distalign.training.trainer")
 # Settings of rollouts that may be others where a run goes on: memory, what is shown and where a server is, not results.
 FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_base_url", "vllm_server_timeout"}
 # What the optimizer and its schedule take from the checkpoint: others would be written down and not used.
-FROM_CHECKPOINT = ("learning_rate", "weight_decay", "optim", "lr_scheduler_type")
+FROM_CHECKPOINT = (
+    *("learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    "lr_scheduler_type",
+    # Which rows are still to come.
+    *("data_seed", "train_sampling_strategy", "dataloader_drop_last"),
+)
 
 # Settings of training that a model card names.
 CARD_SETTINGS = (
@@ -90,6 +95,7 @@ class ResumableTrainer(WrappedTrainer):
     rows: list[Any]
     statistics: dict[str, Any]
     rollout: Rollout
+    reward_names: list[str]
     temperature: float
     guard: Guard
     worker: RolloutWorker | None
@@ -176,6 +182,8 @@ class ResumableTrainer(WrappedTrainer):
             **adapter_settings(self.policy.model),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
+            "reward": ", ".join(self.reward_names) or "none",
+            "reward_weights": str(args.reward_weights),
             "batches": f"{prompts} prompts, {args.gradient_accumulation_steps} a step",
             "seed": str(args.seed),
             **{name: str(getattr(value, "value", value)) for name, value in taken.items()},
@@ -217,6 +225,11 @@ class ResumableTrainer(WrappedTrainer):
         self.whole_run.load_state_dict(state["whole_run"])
         self._saved_step = step
         self.ended_before = state["ended_early"]
+        if self.ended_before:
+            logger.warning(
+                "%s: early stopping ended the run at step %d, and nothing more is trained: for more steps train anew "
+                "with more patience, or without", self.label, step,
+            )  # fmt: skip
         if checkpoint.resolve().parent == self._folder.resolve():
             self.processes.from_first(lambda: self._forget_after(step))
 
@@ -229,15 +242,15 @@ class ResumableTrainer(WrappedTrainer):
                 remove(later)
 
     def _state(self) -> dict[str, Any]:
-        collapsed = self.monitor is not None and self.monitor.collapsed is not None
+        stopping = [own for own in self.callback_handler.callbacks if isinstance(own, EarlyStoppingCallback)]
         return {
             "metrics": self.metrics.state_dict(),
             "whole_run": self.whole_run.state_dict(),
             "health": None if self.monitor is None else self.monitor.state_dict(),
-            # Early stopping ends a run; after a collapse one goes on, with other settings.
+            # Early stopping ends a run; one that a collapse or a callback of the user's stopped goes on.
             "ended_early": self.control.should_training_stop
             and self.state.global_step < self.state.max_steps
-            and not collapsed,
+            and any(own.early_stopping_patience_counter >= own.early_stopping_patience for own in stopping),
         }
 
     def _get_output_dir(self, trial: object) -> str:
@@ -364,7 +377,15 @@ class ResumableTrainer(WrappedTrainer):
             ) from error
 
     def push_to_hub(self, commit_message: str | None = "distalign", **kwargs: Any) -> Any:
-        """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder."""
+        """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder.
+
+        Takes `token` and `revision` beside the message. Raises TrainingError for anything else.
+        """
+        if unknown := kwargs.keys() - {"token", "revision"}:
+            raise TrainingError(
+                f"{self.label}: push_to_hub has no {', '.join(sorted(unknown))}; it takes commit_message, token and "
+                "revision: for anything else upload the folder that save_model writes (hf upload)"
+            )
         with tempfile.TemporaryDirectory() as scratch:
             self.save_policy(Path(scratch))
             if not self.processes.first:

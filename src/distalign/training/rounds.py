@@ -521,6 +521,10 @@ class RolloutWorker:
             self.round.position = step - self._start
         return self.round
 
+    def begin(self) -> None:
+        """Forget the round of an earlier run: it was drawn by other weights."""
+        self.round, self._logged = None, -1
+
     def resume(self, drawn: Round, step: int) -> None:
         """Go on after `step` optimizer steps with the round that a checkpoint held."""
         self.round, self._start = drawn, step - drawn.position

@@ -60,6 +60,7 @@ from distalign.training.inputs import (
     load_policy,
     load_rewards,
     read_given,
+    reward_name,
     server_of,
 )
 from distalign.training.passes import gathered, keep_outer_weights, shard
@@ -199,6 +200,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.token_budget = args.token_budget
         reward = load_rewards(given, base or policy.model, args, token_budget=self.token_budget or FORWARD_BUDGET)
         ends = end_ids(policy.model, given.end_id)
+        self.reward_names = [reward_name(reward) for reward in given.rewards]
         self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes, server)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
@@ -483,6 +485,8 @@ class AlignmentTrainer(ResumableTrainer):
             checkpoint = self._checkpoint(resume_from_checkpoint)
             self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
             self.ended_before = False
+            if self.worker is not None:
+                self.worker.begin()
             if checkpoint is not None:
                 self._resume(checkpoint)
             elif self.state.global_step == 0:
@@ -588,7 +592,8 @@ class AlignmentTrainer(ResumableTrainer):
         """Held-out pairs: `loss` is the logistic NLL of the labels under the implicit reward, in nats.
 
         So methods compare, and early stopping has one meaning. With it come the pair metrics. Of several sets each has
-        its name in its metrics. Raises TrainingError if there are no held-out pairs.
+        its name in its metrics. Against its start a run is measured on its own sets, and its health is watched on the
+        first of them. Raises TrainingError if there are no held-out pairs.
         """
         sets: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if sets is None:
@@ -599,8 +604,12 @@ class AlignmentTrainer(ResumableTrainer):
             else {metric_key_prefix: sets}
         )
         metrics: dict[str, float] = {}
-        for prefix, rows in prefixes.items():
-            values = self._measure(self._encode(rows, prefix), prefix)
+        for number, (prefix, rows) in enumerate(prefixes.items()):
+            encoded = self._encode(rows, prefix)
+            values = self._measure(encoded)
+            if eval_dataset is None:
+                values |= self._since_start(values, prefix)
+                values |= self._watch(values["logps/chosen"], encoded) if number == 0 else {}
             metrics |= {f"{prefix}_{name}": value for name, value in values.items()}
         if self.extra_evaluation is not None:
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.run(self._extra).items()}
@@ -610,7 +619,7 @@ class AlignmentTrainer(ResumableTrainer):
             self._keep_start(metrics)
         return metrics
 
-    def _measure(self, rows: list[EncodedPair], prefix: str) -> dict[str, float]:
+    def _measure(self, rows: list[EncodedPair]) -> dict[str, float]:
         pairs = self.held_out(rows)
         rewards = implicit_rewards(self.method, pairs)
         logit = rewards[:, 0] - rewards[:, 1]
@@ -621,14 +630,16 @@ class AlignmentTrainer(ResumableTrainer):
         }
         if not math.isfinite(values["loss"]):
             raise TrainingError(f"{self.label}: the held-out loss is {values['loss']}; {ADVICE}")
+        return values
+
+    def _since_start(self, values: dict[str, float], prefix: str) -> dict[str, float]:
         if prefix not in self.start:
             # A run that goes on remembers where it started.
-            logged = [row for row in self.state.log_history if f"{prefix}_logps/chosen" in row]
+            logged = [row for row in self.state.log_history if f"{prefix}_health/chosen_logps_change" in row]
             self.start[prefix] = {name: logged[0][f"{prefix}_{name}"] for name in values} if logged else values
             if self.state.global_step == 0:
                 check_sharpness(self.label, self.start[prefix]["preference/median_logit"])
-        values["health/chosen_logps_change"] = values["logps/chosen"] - self.start[prefix]["logps/chosen"]
-        return values | self._watch(values["logps/chosen"], rows)
+        return {"health/chosen_logps_change": values["logps/chosen"] - self.start[prefix]["logps/chosen"]}
 
     def _extra(self) -> dict[str, float]:
         assert self.extra_evaluation is not None
