@@ -230,6 +230,16 @@ def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora):
     assert logs(tmp_path / "whole") == logged
 
 
+def test_a_round_that_goes_on_is_saved_where_it_stands(tmp_path):
+    """Else a run that goes on twice would log it twice."""
+    made = trainer(tmp_path, METHODS["pd"], rows=prompts(2), per_device_train_batch_size=2)
+    made.worker.draw_round([made.worker.batches.rounds[0][0]], 0, 4096)
+    drawn = made.worker.position_at(3)
+    made.worker.begin()
+    made.worker.resume(drawn, 13)
+    assert made.worker.position_at(14).position == 4
+
+
 FUNCTIONS = {
     "raises": ("raise KeyError('lost')", "raised KeyError"),
     "not a number": ("return [float('nan')] * len(completions)", "nan"),
