@@ -270,6 +270,14 @@ def test_labels_that_no_target_fits_are_told():
 ROW = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 
+def test_half_a_character_is_no_text_wherever_it_stands():
+    """In a role that the template writes: a tokenizer would end in a traceback."""
+    row = chat("q", "yes", "no")
+    row["prompt"][0]["role"] = "us\ud800er"
+    with pytest.raises(DataError, match="the chat holds half of a surrogate pair"):
+        encode_pairs(byte_tokenizer(), read_pairs([row]), max_length=None)
+
+
 def test_messages_as_json_text_are_not_a_prompt():
     """They would be read as words."""
     turns = json.dumps(chat("q", "", "")["prompt"])

@@ -278,7 +278,7 @@ def _text(row: Record, name: str, where: str) -> Text:
             _refuse(where, f"{name} is a message list written by Python's str; write it with json.dumps")
         if name == "prompt" and value.lstrip().startswith("[") and _is_messages(value):
             _refuse(where, f"{name} is a message list as JSON text; write the list itself (json.loads makes it)")
-        _check_unicode(value, name, where)
+        check_unicode(value, name, where)
         return value
     if not isinstance(value, list):
         _refuse(where, f"{name} is {type(value).__name__}; a string or a list of messages is needed")
@@ -294,7 +294,7 @@ def _text(row: Record, name: str, where: str) -> Text:
         if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
             kind = type(message.get("content")).__name__.replace("NoneType", "missing")
             _refuse(where, f"{name} has a message whose content is {kind}; a string is needed")
-        _check_unicode(message.get("content", ""), name, where)
+        check_unicode(message.get("content", ""), name, where)
         messages.append(message)
     return messages
 
@@ -339,7 +339,8 @@ def _json(text: str, what: str, advice: str, where: str) -> object:
         _refuse(where, f"{what}: text that is not JSON ({error}); {advice}")
 
 
-def _check_unicode(text: str, name: str, where: str) -> None:
+def check_unicode(text: str, name: str, where: str) -> None:
+    """Raise DataError for text that no tokenizer takes."""
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         _refuse(where, f"{name} holds half of a surrogate pair, which is no text; write the character whole")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from distalign.data.pairs import Data, Message, Pair, Prompt, Text, plain_text
+from distalign.data.pairs import Data, Message, Pair, Prompt, Text, check_unicode, plain_text
 from distalign.data.readers import DataError, Problem
 from distalign.errors import InputError
 
@@ -331,11 +331,14 @@ def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, 
     if not tokenizer.chat_template:
         raise DataError([Problem(row.where, _NO_TEMPLATE)])
     try:
-        return _render(tokenizer, messages, row.extra, prompt)
+        text = _render(tokenizer, messages, row.extra, prompt)
     except Exception as error:  # a template may raise anything
         raise DataError(
             [Problem(row.where, f"the chat template refuses the row ({error}); change its turns")]
         ) from None
+    # Also of roles, tools and what else a template writes.
+    check_unicode(text, "the chat", row.where)
+    return text
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], extra: dict[str, Any], prompt: bool) -> str:
