@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -78,3 +79,16 @@ def _module(place: str) -> ModuleType:
     spec.loader.exec_module(module)
     _LOADED[path] = changed, module
     return module
+
+
+def files_digests(code: Iterable[str | None], places: Iterable[str | None]) -> list[str]:
+    """Hashes of the user's own files that decide a run: of code that is named so, and of models in folders."""
+    # A known method under another name has no file.
+    named = [*(source_file(name) for name in code if name and ":" in name), *places]
+    files: list[Path] = []
+    for path in (Path(os.path.expanduser(place)) for place in named if place):
+        if os.path.isfile(path):
+            files.append(path)
+        elif os.path.isdir(path):
+            files += sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]

@@ -68,6 +68,18 @@ def test_the_limit_counts_what_differs(settings):
     assert setup.statistics["held-out prompts"] == 3
 
 
+def test_a_frontier_is_of_its_prompts_its_sampling_and_its_rewards_files(settings, tmp_path):
+    """With others it is another prediction."""
+    (tmp_path / "mine.py").write_text("def reward(prompts, completions, **columns):\n    return [0.0] * len(prompts)\n")
+    reward = f"reward={{function: '{tmp_path}/mine.py:reward'}}"
+    first = load_setup(settings(ROWS, reward)).identity()
+    assert load_setup(settings(ROWS, reward)).identity() == first
+    assert load_setup(settings(ROWS, reward, "max_new_tokens=5")).identity() != first
+    assert load_setup(settings(ROWS[:4], reward)).identity() != first
+    (tmp_path / "mine.py").write_text("def reward(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
+    assert load_setup(settings(ROWS, reward)).identity() != first
+
+
 def test_a_policy_of_another_chat_template_is_told(settings, tmp_path, tiny_folder, caplog):
     """All are asked by the reference's."""
     shutil.copytree(tiny_folder, tmp_path / "other")

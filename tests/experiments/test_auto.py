@@ -106,6 +106,8 @@ def test_a_beta_that_holds_nothing_is_told(caplog):
     assert not caplog.text
     choose_beta(PMLE().needs, Evidence(39.0, 28_800.0, 1.0, 1.0, gamma=0.0005, n=1000))
     assert "γ is too small for these pairs" in caplog.text
+    # Nor more than γ, where the pairs say next to nothing.
+    assert choose_beta(PMLE().needs, Evidence(1.0, 0.0001, 0.0, 0.0, gamma=0.3, n=10)).value == 0.3
 
 
 @pytest.mark.parametrize("name", ["pmle", "rkl"])

@@ -154,6 +154,30 @@ def test_the_marks_are_of_all_methods_together(finished):
             assert (mark["stars"] != "") == (mark["holm"] < 0.05)
 
 
+def test_seeds_and_methods_that_would_be_lost_are_told(begun, recipe, trained, caplog):
+    """One seed lies elsewhere than several: nothing would be found. A method that is not named leaves the results."""
+    begun("whole")
+    with pytest.raises(InputError, match="of a comparison of several seeds; go on with the seeds it had"):
+        compare(recipe(), ["pmle"], [0], resume=True)
+    compare(recipe(), ["pmle"], [0, 1], resume=True)
+    assert "its results hold dpo too, and are replaced" in caplog.text
+    shutil.rmtree(recipe().run_dir)
+    begun("whole/seed-0")
+    with pytest.raises(InputError, match="of a comparison of one seed"):
+        compare(recipe(), ["pmle"], [0, 1], resume=True)
+    assert trained == []
+
+
+def test_a_model_that_is_gone_is_trained_again(begun, recipe, trained):
+    """Its record alone is not what was asked for."""
+    folder = begun("whole/seed-0")
+    for file in (folder / "pmle" / "model").glob("*.safetensors"):
+        file.unlink()
+    compare(recipe(), ["pmle"], [0], resume=True)
+    assert [name for _, name, _ in trained] == ["pmle"]
+    assert list((folder / "pmle" / "model").glob("*.safetensors"))
+
+
 def test_the_command_goes_on(begun, trained, tmp_path, monkeypatch):
     """distalign compare … --resume."""
     begun("whole/seed-0")

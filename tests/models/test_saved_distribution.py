@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from distalign import PMLE, RKL, AlignmentConfig, AlignmentTrainer
 from distalign.engine import Group, score_in_batches
-from distalign.evaluation.answers import draw_answers
+from distalign.evaluation.answers import content_key, draw_answers, load_answers
 from distalign.evaluation.setup import load_evaluation, load_setup
 from distalign.models.card import add_licence
 from distalign.models.policy import trained_temperature
@@ -55,6 +55,17 @@ def test_the_temperature_is_saved_said_and_evaluated_with(tmp_path, caplog):
     answers = draw_answers(setup, "mine", "key", pairs)
     measured = score_in_batches(setup.policy("mine"), pairs, token_budget=512, temperature=0.5).logps
     assert answers.pair_logps.flatten().tolist() == pytest.approx(measured.tolist())
+    # And what it is compared with.
+    base = score_in_batches(setup.base, pairs, token_budget=512, temperature=0.5).logps
+    answers.save(tmp_path / "kept")
+    kept = load_answers(tmp_path / "kept", "mine", "key")
+    for one in (answers, kept):
+        assert one.reference_pair_logps.flatten().tolist() == pytest.approx(base.tolist())
+    # Where a response ends is a part of what is kept.
+    before = content_key(setup, "mine", pairs)
+    ends = tmp_path / "model" / "generation_config.json"
+    ends.write_text(ends.read_text().replace(f"{tiny.END}", "9"))
+    assert content_key(setup, "mine", pairs) != before
     other = load_evaluation({**settings, "policies": {"mine": str(tmp_path / "model")}, "temperature": 1.0})
     assert load_setup(other).settings.temperature == 1.0
     assert "mine at 0.5" in caplog.text

@@ -68,3 +68,8 @@ def test_a_duration_has_two_units():
 def test_numbers_have_three_digits(value, text):
     """Whole numbers keep theirs, powers are written as powers."""
     assert format_number(value) == text
+
+
+def test_a_whole_number_that_no_float_holds_keeps_its_digits():
+    """As files of others may have it."""
+    assert format_number(10**399) == "1" + ",000" * 133

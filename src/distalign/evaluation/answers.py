@@ -31,14 +31,15 @@ from distalign.rollout.sample import sample
 
 logger = logging.getLogger("distalign.evaluation")
 
-_FORMAT = 5  # of the saved files; with another number everything is drawn again
+_FORMAT = 6  # of the saved files; with another number everything is drawn again
 
 
 @dataclass
 class Answers:
     """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, one per response.
 
-    `pair_logps` are ln π of the held-out pairs, preferred response first.
+    `pair_logps` are ln π of the held-out pairs, preferred response first, at the temperature of the policy's training;
+    `reference_pair_logps` are π₀'s where that is another than 1, the reference's own.
     """
 
     name: str
@@ -46,12 +47,15 @@ class Answers:
     responses: list[list[list[int]]]
     pair_logps: Float[Tensor, "pairs 2"]
     scores: dict[str, Float[Tensor, "responses"]]
+    reference_pair_logps: Float[Tensor, "pairs 2"] | None = None
 
     def save(self, folder: Path) -> None:
         """Write it; the key last, so that no torn folder is believed."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "key.json").unlink(missing_ok=True)
-        save_file({"pair_logps": self.pair_logps, **self.scores}, folder / "scores.safetensors")
+        pairs = {"pair_logps": self.pair_logps, "reference_pair_logps": self.reference_pair_logps}
+        given = {name: logps for name, logps in pairs.items() if logps is not None}
+        save_file({**given, **self.scores}, folder / "scores.safetensors")
         (folder / "responses.json").write_text(json.dumps(self.responses), encoding="utf-8")
         (folder / "key.json").write_text(json.dumps({"key": self.key}), encoding="utf-8")
 
@@ -82,10 +86,10 @@ def load_answers(folder: Path, name: str, key: str) -> Answers | None:
             return None
         scores = load_file(folder / "scores.safetensors")
         responses = json.loads((folder / "responses.json").read_text(encoding="utf-8"))
-        pair_logps = scores.pop("pair_logps")
+        pair_logps, of_reference = scores.pop("pair_logps"), scores.pop("reference_pair_logps", None)
     except (*DAMAGED, SafetensorError):
         return None
-    return Answers(name, key, responses, pair_logps, scores)
+    return Answers(name, key, responses, pair_logps, scores, of_reference)
 
 
 def content_key(setup: EvaluationSetup, name: str, pairs: Sequence[Group]) -> str:
@@ -137,10 +141,13 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
     assert scores.step_entropy is not None
     sums = {"logps": scores.logps, "entropy": total(scores.step_entropy)}
     sums["kl"] = torch.zeros_like(scores.logps) if scores.step_kl is None else total(scores.step_kl)
-    pair_logps = torch.zeros(0, 2, dtype=torch.float64)
+    pair_logps, of_reference, own = torch.zeros(0, 2, dtype=torch.float64), None, _temperature_of_pairs(setup, name)
     if pairs:
         with progress(f"pairs of {name}", len(pairs)) as advance:
-            own = _temperature_of_pairs(setup, name)
             pair_scores = score_in_batches(model, pairs, token_budget=budget, temperature=own, progress=advance)
         pair_logps = pair_scores.logps.cpu().double().view(-1, 2)
-    return Answers(name, key, responses, pair_logps, {key: values.cpu().double() for key, values in sums.items()})
+        if own != 1:
+            at_own = score_in_batches(setup.base, pairs, token_budget=budget, temperature=own)
+            of_reference = at_own.logps.cpu().double().view(-1, 2)
+    scores_of = {key: values.cpu().double() for key, values in sums.items()}
+    return Answers(name, key, responses, pair_logps, scores_of, of_reference)

@@ -140,7 +140,7 @@ def _forecast(setup: EvaluationSetup) -> dict[str, Any]:
     except DAMAGED:
         same = False
     if not same:
-        logger.warning("%s: is not of this reference and reward, and is left out", path)
+        logger.warning("%s: is not of this reference, reward, prompts and sampling, and is left out", path)
     return {"frontier": frontier} if same else {}
 
 
@@ -168,7 +168,8 @@ def _measure_answers(setup: EvaluationSetup, answers: Answers, reference: Answer
         gamma = setup.settings.gamma
         scale = _cross_fitted(answers, setup.pairs) if gamma is None else torch.full((len(setup.pairs), 1), gamma)
         measure_pairs(measured, answers.pair_logps, setup.pairs, lambda logps: scale * logps, _target_logit(setup))
-        change = answers.pair_logps - reference.pair_logps
+        base = reference.pair_logps if answers.reference_pair_logps is None else answers.reference_pair_logps
+        change = answers.pair_logps - base
         measured.values["chosen_change"], measured.values["rejected_change"] = change.unbind(1)
     return measured
 

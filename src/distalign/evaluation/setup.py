@@ -45,6 +45,7 @@ from distalign.settings import (
     find_recipe,
     read_settings,
 )
+from distalign.user_code import files_digests
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -213,9 +214,15 @@ class EvaluationSetup:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What a frontier is of: the reference's weights, and the reward."""
-        reward = [one.model_dump(mode="json") for one in self.settings.reward]
-        return {"reference": weights_digest(self.sources["reference"]), "reward": reward}
+        """What a frontier is of: the reference's weights, the reward and its files, prompts and sampling."""
+        settings, rewards = self.settings, self.settings.reward
+        return {
+            "reference": weights_digest(self.sources["reference"]),
+            "reward": [one.model_dump(mode="json") for one in rewards],
+            "files": files_digests((one.function for one in rewards), (one.model for one in rewards)),
+            "prompts": self.ids,
+            "sampling": [settings.temperature, settings.max_new_tokens],
+        }
 
 
 def load_setup(settings: Evaluation, target: Target | None = None) -> EvaluationSetup:

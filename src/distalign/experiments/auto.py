@@ -32,7 +32,7 @@ from distalign.experiments.recipe import Recipe
 from distalign.methods import Needs
 from distalign.rewards.fit import fit_head
 from distalign.rewards.heads import new_head
-from distalign.rewards.potential import PROMPTS, SAMPLES, Potential, moves
+from distalign.rewards.potential import FAR, PROMPTS, SAMPLES, Potential, moves
 from distalign.rewards.reward_model import TrainedReward
 from distalign.rollout.sample import sample
 from distalign.stats.calibration import calibrate
@@ -41,7 +41,6 @@ from distalign.training.prompts import INFORMATIVE
 logger = logging.getLogger("distalign.experiments.auto")
 
 SUBSET = 1024  # training pairs that are looked at
-FAR = 100.0  # nats of moving from π₀ that no run reaches
 
 
 def settle_gamma(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedPair]) -> Recipe:
@@ -183,17 +182,19 @@ def choose_beta(needs: Needs, evidence: Evidence) -> Choice:
 
 
 def prior_beta(evidence: Evidence) -> Choice:
-    """β with n β KL(π‖π₀) = λ|w|²/2 at the most probable weights."""
+    """β with n β KL(π‖π₀) = λ|w|²/2 at the most probable weights; γ where that is more, as for a reward's noise."""
     if evidence.moved > FAR:
         logger.warning(
             "beta auto: at γ = %.3g what the labels say is %.3g nats of moving from π₀, more than any policy does; γ "
             "is too small for these pairs, and the β that follows from it holds nothing: give a number",
             evidence.gamma, evidence.moved,
         )  # fmt: skip
+    beta = evidence.prior / (evidence.n * max(evidence.moved, 1e-12))
+    capped = f"; γ is the most that is taken ({beta:.3g})" if beta > evidence.gamma else ""
     return Choice(
-        _rounded(evidence.prior / (evidence.n * max(evidence.moved, 1e-12))),
+        _rounded(min(beta, evidence.gamma)),
         f"on {evidence.n} pairs, β KL(π‖π₀) at {evidence.moved:.3g} nats from π₀ costs what the prior of the largest "
-        f"evidence does, {evidence.prior:.3g} nats",
+        f"evidence does, {evidence.prior:.3g} nats{capped}",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from distalign.engine import score_in_batches
-from distalign.errors import InputError
+from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import (
     COLUMNS,
     Measured,
@@ -95,6 +95,8 @@ def compare(
                 f"{root}: holds {old.relative_to(root)} of an earlier comparison; go on with --resume, start over with "
                 "--overwrite, or give another name with --set name=…"
             )
+        if resume:
+            _check_resumed(root, methods, seeds)
         for number, (seed, folder) in enumerate(folders.items(), 1):
             setup = load_setup(recipe, seed, measured=True, target=target)
             if number == 1:
@@ -119,6 +121,24 @@ def _earlier(root: Path) -> Path | None:
     """Something that a comparison left in its folder: results, or a method's checkpoint, model or record."""
     left = [f"{place}/{name}" for place in ("*", "seed-*/*") for name in ("checkpoint-*", "model", FINISHED)]
     return next((path for pattern in ("results.json", *left) for path in sorted(root.glob(pattern))), None)
+
+
+def _check_resumed(root: Path, methods: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse one seed where several lie, or the reverse: runs would be trained again. Warn of results that are lost."""
+    place, kind = ("seed-*/*", "several seeds") if len(seeds) == 1 else ("*", "one seed")
+    if other := sorted(root.glob(f"{place}/{FINISHED}")):
+        raise InputError(
+            f"{root}: holds {other[0].relative_to(root)} of a comparison of {kind}; go on with the seeds it had, or "
+            "give another name with --set name=…"
+        )
+    try:
+        old = json.loads((root / "results.json").read_text(encoding="utf-8"))
+        lost = [*(set(old["by_seed"]) - {*methods, "target", "reference"}), *(set(old["seeds"]) - set(seeds))]
+    except DAMAGED:
+        return
+    if lost:
+        names = ", ".join(sorted(map(str, lost)))
+        logger.warning("%s: its results hold %s too, and are replaced; name all to have them in one", root, names)
 
 
 def _begin(recipe: Recipe, folder: Path, *, first: bool) -> None:

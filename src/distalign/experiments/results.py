@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from distalign.evaluation.metrics import Measured
 from distalign.experiments.recipe import Recipe
 from distalign.rewards.base import column_rewards
 from distalign.training.run_folder import write_text
-from distalign.user_code import source_file
+from distalign.user_code import files_digests
 
 _TENSORS, FINISHED, _KEY = "finished.safetensors", "finished.json", "run.json"
 
@@ -51,7 +50,7 @@ def load_resume_record(folder: Path, key: str, pairs: list[EncodedPair]) -> Resu
     """The record in a method's folder, if it is of that key and whole."""
     try:
         rest = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-        if rest["key"] != key or not (folder / "model").is_dir():
+        if rest["key"] != key or not any((folder / "model").glob("*.safetensors")):
             return None
         tensors: dict[str, Tensor] = load_file(folder / _TENSORS)
         confidence, correct = tensors["confidence"], tensors["correct"]
@@ -74,8 +73,14 @@ def run_key(recipe: Recipe, name: str, seed: int, weights: str, data: str) -> st
     left_out: dict[str, Any] = dict.fromkeys(("name", "output_dir", "compare", "study"), True)
     left_out |= {"data": {"train", "eval", "prompts"}, "target": {"prompts"}} | ({} if rewarded else {"reward": True})
     settings = recipe.only([name]).model_dump(mode="json", exclude=left_out)
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(recipe, name, rewarded=rewarded)]
-    return _hash([settings, digests, seed, weights, data])
+    rewards = recipe.reward if rewarded else ()
+    code, models = [recipe.methods[name].get("class")], list[str | None]()
+    if recipe.target is not None:
+        code.append(recipe.target.class_)
+        models.append(recipe.target.model)
+    code += [reward.function for reward in rewards]
+    models += [reward.model for reward in rewards]
+    return _hash([settings, files_digests(code, models), seed, weights, data])
 
 
 def reward_key(recipe: Recipe, seed: int, weights: str, data: str) -> str:
@@ -103,26 +108,6 @@ def claim(folder: Path, key: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FINISHED).unlink(missing_ok=True)
     write_text(folder / _KEY, json.dumps({"key": key}))
-
-
-def _files(recipe: Recipe, name: str, *, rewarded: bool) -> list[Path]:
-    """The files of the user's own that decide a run: of code, and of models in folders."""
-    code, models = [recipe.methods[name].get("class")], list[str | None]()
-    if recipe.target is not None:
-        code.append(recipe.target.class_)
-        models.append(recipe.target.model)
-    for reward in recipe.reward if rewarded else ():
-        code.append(reward.function)
-        models.append(reward.model)
-    # A known method under another name has no file.
-    places = [*(source_file(place) for place in code if place and ":" in place), *models]
-    files = []
-    for path in (Path(os.path.expanduser(place)) for place in places if place):
-        if os.path.isfile(path):
-            files.append(path)
-        elif os.path.isdir(path):
-            files += sorted(file for file in path.rglob("*") if file.suffix in (".safetensors", ".json"))
-    return files
 
 
 def _hash(value: object) -> str:

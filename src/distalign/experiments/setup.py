@@ -297,6 +297,8 @@ def _encode_parts(
     shared = {prompt_key(row.prompt) for row in train} & {prompt_key(row.prompt) for row in held}
     if shared:
         logger.warning("%d prompts of %s are in %s too: held out they are not", len(shared), held.source, train.source)
+    if ties := train.ties + held.ties:
+        logger.info("data: %d ties are left out (drop_ties)", ties)
     statistics = {
         "source": settings.train,
         "prompts in both parts": len(shared),

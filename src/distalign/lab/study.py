@@ -140,9 +140,9 @@ def show(rows: Sequence[Row]) -> Shown:
             x = [step for step, _ in largest[0]["curve"]]
             means = [sum(row["curve"][i][1] for row in largest) / len(largest) for i in range(len(x))]
             steps.append(Curve(label, x, means))
-        table += [[label, n, *_texts(same), len(same)] for n, same in by_size]
+        table += [[label, n, *_texts(same), _seeds(same)] for n, same in by_size]
         nearest += [[label, n, *_nearest(same)] for n, same in by_size if all(row["curve"] for row in same)]
-    table += [[name, None, *_texts(own), len(own)] for name, own in known.items()]
+    table += [[name, None, *_texts(own), _seeds(own)] for name, own in known.items()]
     planes += [_plane(name, [own], "points") for name, own in known.items()]
     start = _over_seeds(known["reference"], "forward_kl").mean
     entropy_levels = [level(f"{name}'s", sizes, _over_seeds(own, "entropy").mean) for name, own in known.items()]
@@ -177,7 +177,7 @@ def show(rows: Sequence[Row]) -> Shown:
                   direct=True),
         ],
         tables=[
-            Table("At the last step", "Mean ± standard error over seeds (prompts where there is one seed).",
+            Table("At the last step", "Mean ± standard error over seeds, which share prompts; of one seed over these.",
                   ["method", "pairs", "KL(π*‖π)", "KL(π‖π*)", "entropy", "win rate", "label NLL", "seeds"], table),
             Table("Differences in KL(π*‖π)", "Nats, paired by seed, with 95 % intervals by Student's t.",
                   ["method", "pairs", "from π₀", f"from {first}"], _differences(rows, first)),
@@ -221,6 +221,10 @@ def _texts(rows: Sequence[Row]) -> list[str]:
     """What the table has of these runs, each with its error."""
     estimates = [_over_seeds(rows, key) for key in ("forward_kl", "reverse_kl", "entropy", "win_rate", "nll")]
     return ["–" if math.isnan(mean) else f"{mean:.2f} ± {se:.2f}" for mean, se, _ in estimates]
+
+
+def _seeds(rows: Sequence[Row]) -> int:
+    return len({row["seed"] for row in rows})
 
 
 def _nearest(rows: Sequence[Row]) -> list[str | int]:

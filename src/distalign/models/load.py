@@ -262,6 +262,10 @@ def positions(config: PretrainedConfig) -> int | None:
     return limit if limit is not None and limit > 0 else None
 
 
+# Beside the weights; generation_config.json has the ends of a response.
+_DECIDE = ("config.json", "adapter_config.json", "generation_config.json")
+
+
 def weights_digest(source: Source) -> str:
     """Hash of a folder's weights and configuration; of a hub model its commit, and its name where that is unknown.
 
@@ -273,7 +277,7 @@ def weights_digest(source: Source) -> str:
             parts.append(f"{place}@{getattr(source.config(), '_commit_hash', None)}")
         elif place is not None:
             for file in sorted(Path(place).iterdir()):
-                if file.suffix == ".safetensors" or file.name in ("config.json", "adapter_config.json"):
+                if file.suffix == ".safetensors" or file.name in _DECIDE:
                     stamp = file.stat()
                     digest = _file_digest(file.resolve(), stamp.st_size, stamp.st_mtime_ns, stamp.st_ctime_ns)
                     parts.append([file.name, digest])

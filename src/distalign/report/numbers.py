@@ -29,10 +29,12 @@ def format_estimate(mean: float, se: float) -> str:
 
 def format_number(value: int | float) -> str:
     """Three significant digits: 0.0123, 65,500, 1.2·10⁻⁷; a whole number keeps all of its digits."""
+    if isinstance(value, int):
+        return minus(f"{value:,}")
     if not math.isfinite(value):
         return _not_finite(value)
-    if isinstance(value, int) or value == 0:
-        return minus(f"{value:,.0f}")
+    if value == 0:
+        return "0"
     rounded = float(f"{value:.3g}")
     if 1e-3 <= abs(rounded) < 1e5:
         return minus(f"{rounded:,.0f}" if abs(rounded) >= 1000 else f"{rounded:g}")

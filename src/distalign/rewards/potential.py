@@ -26,9 +26,10 @@ from distalign.stats.laplace import Posterior
 # The file of it in a trained reward's folder.
 POTENTIAL = "potential.json"
 
-# Prompts, and responses to each, of π₀ and of a known target.
-PROMPTS = 32
+# Prompts, and responses to each, of π₀ and of a known target; what no policy moves from π₀, in nats.
+PROMPTS = 64
 SAMPLES = 8
+FAR = 100.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Potential:
             return (
                 f"reward: its optimum is farther from the target than π₀ is ({self.distance.mean:.2f} and "
                 f"{self.start.mean:.2f} nats); take another head (auto chooses one), or more pairs"
+            )
+        if self.moved > FAR:
+            return (
+                f"reward: its optimum is {self.moved:.3g} nats from π₀, farther than a policy goes: γ "
+                f"({self.gamma:.3g}) is too small for these pairs"
             )
         if self.noise <= self.signal:
             return None

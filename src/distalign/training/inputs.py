@@ -247,9 +247,12 @@ def read_pairs_of(
     check_kind(name, rows, Path | Iterable, "rows, or their file")
     if _encoded(rows):
         return [row for row in rows if isinstance(row, EncodedPair)]
+    data = rows if isinstance(rows, Data) else read_pairs(rows, drop_ties=args.drop_ties)
+    if data.ties:
+        logger.warning("%s: %d ties are left out (drop_ties)", name, data.ties)
     pairs, counts = encode_pairs(
         tokenizer,
-        rows if isinstance(rows, Data) else read_pairs(rows, drop_ties=args.drop_ties),
+        data,
         max_length=min((length for length in (args.max_length, limit) if length is not None), default=None),
         max_response_tokens=args.max_response_tokens,
         too_long=args.too_long,

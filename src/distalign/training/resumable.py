@@ -182,6 +182,7 @@ class ResumableTrainer(WrappedTrainer):
             **adapter_settings(self.policy.model),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
+            "ends of a response": str(sorted(self.rollout.end_ids)) if rollout else "none",
             "reward": ", ".join(self.reward_names) or "none",
             "reward_weights": str(args.reward_weights),
             "batches": f"{prompts} prompts, {args.gradient_accumulation_steps} a step",
