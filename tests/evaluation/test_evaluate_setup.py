@@ -68,6 +68,13 @@ def test_the_limit_counts_what_differs(settings):
     assert setup.statistics["held-out prompts"] == 3
 
 
+def test_a_pair_without_room_is_refused_before_the_weights_are_loaded(settings, monkeypatch):
+    """By file and line, as the model has 64 positions and max_length is not set."""
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: the prompt has .* max_length is 64; .* shorten or remove"):
+        load_setup(settings([ROWS[0], ("tea " * 80, 1)], kind="pairs"))
+
+
 def test_a_policy_of_another_chat_template_is_told(settings, tmp_path, tiny_folder, caplog):
     """All are asked by the reference's."""
     shutil.copytree(tiny_folder, tmp_path / "other")

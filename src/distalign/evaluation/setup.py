@@ -230,7 +230,7 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     tokenizer = sources["reference"].tokenizer()
     _check_tokenizers(settings, sources, tokenizer)
     _check_quantization(settings, sources)
-    pairs, rows, statistics = _read(settings, tokenizer)
+    pairs, rows, statistics = _read(settings, sources, tokenizer)
     prompts = _distinct(rows, tokenizer, settings.limit)
     statistics["held-out prompts"] = len(prompts)
     if len(prompts) < 2:
@@ -291,14 +291,18 @@ def _load(settings: Evaluation, source: Source) -> PreTrainedModel:
     return source.model(settings.dtype, TrainingArguments(output_dir="unused").device).requires_grad_(False)
 
 
-def _read(settings: Evaluation, tokenizer: Tokenizer) -> tuple[list[EncodedPair], Sequence[Prompt], dict[str, Any]]:
+def _read(
+    settings: Evaluation, sources: Mapping[str, Source], tokenizer: Tokenizer
+) -> tuple[list[EncodedPair], Sequence[Prompt], dict[str, Any]]:
     """The held-out pairs, the rows whose prompts may be answered, and what they are."""
     pairs: list[EncodedPair] = []
     rows: Sequence[Prompt] = []
     statistics: dict[str, Any] = {}
     if settings.pairs is not None:
         data = read_pairs(settings.pairs)
-        pairs, counts = encode_pairs(tokenizer, data, max_length=settings.max_length)
+        limits = (settings.max_length, *(source.max_length() for source in sources.values()))
+        shortest = min((limit for limit in limits if limit is not None), default=None)
+        pairs, counts = encode_pairs(tokenizer, data, max_length=shortest)
         statistics = {"pairs": settings.pairs, "format": data.format}
         statistics |= {"held-out pairs": len(pairs), "encoding": str(counts)}
         rows = [Prompt(row.prompt, row.where, row.extra) for row in data]
