@@ -21,7 +21,7 @@ from distalign.experiments import train as experiment
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.setup import load_setup
-from distalign.experiments.train import one_run, train, training_arguments
+from distalign.experiments.train import check, one_run, train, training_arguments
 from distalign.report import write_report
 from distalign.report.results import Results
 from distalign.settings import RecipeError
@@ -293,6 +293,14 @@ def test_the_best_step_is_kept_unless_the_recipe_says_otherwise(place, tmp_path)
         arguments("training.eval_strategy=steps", held_out=False)
     with pytest.raises(RecipeError, match="tiny: training of pmle"):
         arguments("training.save_steps=3", "training.eval_steps=2")
+
+
+def test_a_comparison_saves_and_evaluates_at_steps_of_their_own(place, tmp_path):
+    """It keeps the last step of every method; a training that is to keep its best is refused."""
+    settings = recipe(place, tmp_path, "training.save_steps=1", "training.eval_steps=3", training={"use_cpu": True})
+    check(settings, ["pmle"], compared=True)
+    with pytest.raises(RecipeError, match="round multiple"):
+        check(settings, ["pmle"])
 
 
 @pytest.mark.parametrize(

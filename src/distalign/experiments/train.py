@@ -130,14 +130,14 @@ def labels_choose_step(recipe: Recipe, name: str) -> bool:
     return not method.needs.reward or all(one.train is not None or one.exact for one in recipe.reward)
 
 
-def check(recipe: Recipe, methods: Sequence[str]) -> None:
+def check(recipe: Recipe, methods: Sequence[str], *, compared: bool = False) -> None:
     """All that can be known to be wrong before a model is loaded. Raises InputError saying where and what to do."""
     held_out = recipe.data is None or recipe.data.eval is not None or recipe.data.held_out > 0
     if recipe.quantization is not None:
         check_installed(recipe.name)
     for name in methods:
         method = recipe.method(name)
-        args = training_arguments(recipe, name, Path("unused"), held_out=held_out)
+        args = training_arguments(recipe, name, Path("unused"), held_out=held_out, compared=compared)
         if draws_responses(method):
             check_rollout(name, method, args.rollout)
             if args.use_vllm:
