@@ -30,7 +30,7 @@ from distalign.data import (
 from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
-from distalign.models.load import Source, check_positions, find_model, weights_digest
+from distalign.models.load import Source, check_positions, check_token_ids, find_model, weights_digest
 from distalign.models.policy import trained_temperature
 from distalign.models.quantized import check_installed
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
@@ -242,8 +242,12 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
         check_rewards(settings.reward, conversational=conversational, target=settings.target is not None)
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
+    ids = [one.prompt for one in prompts]
+    read = [*ids, *(part for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected))]
     for name, source in sources.items():
-        ids = [one.prompt for one in prompts]
+        # An adapter may bring embeddings of its own.
+        if source.adapter is None:
+            check_token_ids(f"of policy {name}", source.config(), read)
         check_positions(f"of policy {name}", source.config(), ids, settings.max_new_tokens, "max_new_tokens")
     end_id = end_token_id(tokenizer, conversational=conversational)
     settings = settings.model_copy(update={"temperature": _temperature(settings, sources)})
