@@ -13,6 +13,7 @@ import tiny
 import torch
 import yaml
 from acting import exit_code_elsewhere
+from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distalign.errors import InputError
@@ -176,6 +177,20 @@ def test_training_writes_the_documented_folder(place, tmp_path):
     assert "eval_loss" in card
     assert "kept_step" in card
     write_report(folder)
+
+
+def test_a_run_whose_push_fails_is_whole(place, tmp_path, monkeypatch, caplog):
+    """The model is saved, and how to push it again is said."""
+
+    def fail(*_, **__):
+        raise HTTPError("Server disconnected")
+
+    made = type("Repository", (), {"repo_id": "me/mine"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: made)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+    result = train(recipe(place, tmp_path, "training.push_to_hub=true", "training.max_steps=1", method="pmle"), "pmle")
+    assert (result.model / "README.md").is_file()
+    assert "not pushed to the hub (Server disconnected); push it again with hf upload me/mine FOLDER" in caplog.text
 
 
 def test_recompute_changes_no_number(place, tmp_path):

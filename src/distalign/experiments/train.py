@@ -49,7 +49,7 @@ from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
 from distalign.training.resumable import FREE_SETTINGS, FROM_CHECKPOINT
-from distalign.training.rollout_settings import check_rollout, draws_responses
+from distalign.training.rollout_settings import TrainingError, check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 
@@ -338,7 +338,10 @@ def train_method(
         trainer.save_policy(processes.from_first(lambda: stack.enter_context(whole_folder(folder / "model"))))
         processes.from_first(stack.close)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except TrainingError as error:
+            logger.warning("%s; the model is saved in %s", error, folder / "model")
     return policy, trainer
 
 
