@@ -257,6 +257,13 @@ def test_a_training_setting_that_its_library_refuses_is_one_message():
         check(recipe, ["dpo"])
 
 
+def test_bf16_without_a_device_names_the_setting(monkeypatch):
+    """And says how a CPU is meant."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    with pytest.raises(RecipeError, match=r"x: training of dpo: bf16 .* only a CPU; .* set use_cpu: true"):
+        check(load_recipe({**RECIPE, "training": {"bf16": True}}), ["dpo"])
+
+
 @pytest.mark.parametrize("text", ["a: !!int x", "[" * 3000, "a: &a [*a]", "\x00"])
 def test_a_damaged_recipe_of_a_run_is_named_by_its_report(tmp_path, text):
     """It is read as recipes are."""

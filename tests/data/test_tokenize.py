@@ -169,12 +169,12 @@ def test_nothing_is_cut_unless_asked(tokenizer):
     with pytest.raises(DataError) as refused:
         encode_pairs(tokenizer, data, max_length=30)
     first, second = str(refused.value).splitlines()[1:]
+    advice = "raise it if the model has more positions, shorten or remove the row, or in training"
     assert first == (
-        "  rows:2: the prompt has 40 tokens and max_length is 30; prompts are never cut: raise max_length, "
-        "or leave such pairs out with too_long: drop"
+        f"  rows:2: the prompt has 40 tokens (prompts are never cut) and max_length is 30; {advice} set too_long: drop"
     )
     assert second == (
-        "  rows:3: prompt and response have 1 + 61 tokens and max_length is 30; raise max_length, "
+        f"  rows:3: prompt and response have 1 + 61 tokens and max_length is 30; {advice} "
         "cut responses with max_response_tokens (here at most 29), or set too_long: drop"
     )
     kept, counts = encode_pairs(tokenizer, data, max_length=30, too_long="drop")

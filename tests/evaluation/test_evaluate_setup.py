@@ -6,8 +6,10 @@ import json
 import shutil
 
 import pytest
+import tiny
 from acting import exit_code_elsewhere
 
+from distalign.cli.calibrate import calibrate
 from distalign.errors import InputError
 from distalign.evaluation import metrics
 from distalign.evaluation.evaluate import evaluate
@@ -78,6 +80,28 @@ def test_a_frontier_is_of_its_prompts_its_sampling_and_its_rewards_files(setting
     assert load_setup(settings(ROWS[:4], reward)).identity() != first
     (tmp_path / "mine.py").write_text("def reward(prompts, completions, **columns):\n    return [1.0] * len(prompts)\n")
     assert load_setup(settings(ROWS, reward)).identity() != first
+
+
+def test_a_pair_without_room_is_refused_before_the_weights_are_loaded(settings, monkeypatch):
+    """By file and line, as the model has 64 positions and max_length is not set."""
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: the prompt has .* max_length is 64; .* shorten or remove"):
+        load_setup(settings([ROWS[0], ("tea " * 80, 1)], kind="pairs"))
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_a_token_that_the_model_lacks_is_refused_before_the_weights_are_loaded(
+    settings, tmp_path, tiny_folder, monkeypatch, command
+):
+    """Of a tokenizer with an added token, beside embeddings that were not resized."""
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("distalign.models.load.Source.model", lambda *_: pytest.fail("weights were loaded"))
+    read = settings([("tea", 1), ("zebra", 1)] * 5, f"model={tmp_path}/model", kind="pairs")
+    with pytest.raises(InputError, match=r"its tokenizer gives token .*, but the model has"):
+        load_setup(read) if command == "evaluate" else calibrate(f"{tmp_path}/model", f"{tmp_path}/rows.jsonl")
 
 
 def test_a_policy_of_another_chat_template_is_told(settings, tmp_path, tiny_folder, caplog):

@@ -13,6 +13,7 @@ import tiny
 import torch
 import yaml
 from acting import exit_code_elsewhere
+from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from distalign.errors import InputError
@@ -21,7 +22,7 @@ from distalign.experiments import train as experiment
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.setup import load_setup
-from distalign.experiments.train import one_run, train, training_arguments
+from distalign.experiments.train import check, one_run, train, training_arguments
 from distalign.report import write_report
 from distalign.report.results import Results
 from distalign.settings import RecipeError
@@ -178,6 +179,20 @@ def test_training_writes_the_documented_folder(place, tmp_path):
     write_report(folder)
 
 
+def test_a_run_whose_push_fails_is_whole(place, tmp_path, monkeypatch, caplog):
+    """The model is saved, and how to push it again is said."""
+
+    def fail(*_, **__):
+        raise HTTPError("Server disconnected")
+
+    made = type("Repository", (), {"repo_id": "me/mine"})
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: made)
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+    result = train(recipe(place, tmp_path, "training.push_to_hub=true", "training.max_steps=1", method="pmle"), "pmle")
+    assert (result.model / "README.md").is_file()
+    assert "not pushed to the hub (Server disconnected); push it again with hf upload me/mine FOLDER" in caplog.text
+
+
 def test_recompute_changes_no_number(place, tmp_path):
     """Whatever the backward pass computes again, a run learns the same."""
     losses = []
@@ -293,6 +308,14 @@ def test_the_best_step_is_kept_unless_the_recipe_says_otherwise(place, tmp_path)
         arguments("training.eval_strategy=steps", held_out=False)
     with pytest.raises(RecipeError, match="tiny: training of pmle"):
         arguments("training.save_steps=3", "training.eval_steps=2")
+
+
+def test_a_comparison_saves_and_evaluates_at_steps_of_their_own(place, tmp_path):
+    """It keeps the last step of every method; a training that is to keep its best is refused."""
+    settings = recipe(place, tmp_path, "training.save_steps=1", "training.eval_steps=3", training={"use_cpu": True})
+    check(settings, ["pmle"], compared=True)
+    with pytest.raises(RecipeError, match="round multiple"):
+        check(settings, ["pmle"])
 
 
 @pytest.mark.parametrize(

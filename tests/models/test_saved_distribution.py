@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub.errors import HTTPError
 from transformers import AutoModelForCausalLM
 
 from distalign import PMLE, RKL, AlignmentConfig, AlignmentTrainer
@@ -105,13 +106,19 @@ def test_the_kept_model_goes_to_the_hub_once(tmp_path, monkeypatch):
         trainer(tmp_path / "other", PMLE(gamma=0.5, beta=0.0), push_to_hub=True, hub_strategy="every_save")
 
 
-def test_a_hub_that_does_not_answer_is_named_before_training(tmp_path, monkeypatch):
-    """Not after hours."""
+def failing(error):
+    """A call that fails so."""
 
     def fail(*_, **__):
-        raise OSError("no route")
+        raise error
 
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", fail)
+    return fail
+
+
+@pytest.mark.parametrize("error", [OSError("no route"), HTTPError("refused")], ids=str)
+def test_a_hub_that_does_not_answer_is_named_before_training(tmp_path, monkeypatch, error):
+    """Not after hours."""
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", failing(error))
     with pytest.raises(TrainingError, match="the hub makes no repository"):
         trainer(tmp_path / "run", PMLE(gamma=0.5, beta=0.0), push_to_hub=True)
 

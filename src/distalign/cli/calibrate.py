@@ -28,7 +28,7 @@ def calibrate(
 
     from distalign.data import encode_pairs, read_pairs
     from distalign.engine import Group, score_in_batches
-    from distalign.models.load import find_model
+    from distalign.models.load import check_token_ids, find_model
     from distalign.models.policy import trained_temperature
     from distalign.progress import progress
     from distalign.stats.calibration import calibrate as fit
@@ -38,6 +38,9 @@ def calibrate(
     data = read_pairs(pairs, limit=limit)
     encoded, _ = encode_pairs(source.tokenizer(), data, max_length=source.max_length())
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in encoded]
+    # An adapter may bring embeddings of its own.
+    if source.adapter is None:
+        check_token_ids(source.name, source.config(), (ids for one in groups for ids in (one.prompt, *one.responses)))
     try:
         check_count(len(groups))
     except ValueError as error:

@@ -253,13 +253,13 @@ def _difference(row: Pair) -> str:
 
 
 def _too_long(prompt: int, response: int, limit: int) -> str:
+    found = (
+        f"max_length is {limit}; raise it if the model has more positions, shorten or remove the row, or in training"
+    )
     if prompt >= limit:
-        return (
-            f"the prompt has {prompt} tokens and max_length is {limit}; prompts are never cut: raise max_length, "
-            "or leave such pairs out with too_long: drop"
-        )
+        return f"the prompt has {prompt} tokens (prompts are never cut) and {found} set too_long: drop"
     return (
-        f"prompt and response have {prompt} + {response} tokens and max_length is {limit}; raise max_length, "
+        f"prompt and response have {prompt} + {response} tokens and {found} "
         f"cut responses with max_response_tokens (here at most {limit - prompt}), or set too_long: drop"
     )
 

@@ -30,7 +30,7 @@ from distalign.data import (
 from distalign.engine import Group
 from distalign.errors import InputError
 from distalign.judges import JudgeSettings, check_judge
-from distalign.models.load import Source, check_positions, find_model, weights_digest
+from distalign.models.load import Source, check_positions, check_token_ids, find_model, weights_digest
 from distalign.models.policy import trained_temperature
 from distalign.models.quantized import check_installed
 from distalign.models.targets import Target, TargetSettings, make_target, target_prompts
@@ -237,7 +237,7 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
     tokenizer = sources["reference"].tokenizer()
     _check_tokenizers(settings, sources, tokenizer)
     _check_quantization(settings, sources)
-    pairs, rows, statistics = _read(settings, tokenizer)
+    pairs, rows, statistics = _read(settings, sources, tokenizer)
     prompts = _distinct(rows, tokenizer, settings.limit)
     statistics["held-out prompts"] = len(prompts)
     if len(prompts) < 2:
@@ -249,8 +249,12 @@ def load_setup(settings: Evaluation, target: Target | None = None) -> Evaluation
         check_rewards(settings.reward, conversational=conversational, target=settings.target is not None)
     if settings.judge is not None:
         check_judge(settings.judge, conversational=conversational, target=known, gamma=gamma)
+    ids = [one.prompt for one in prompts]
+    read = [*ids, *(part for pair in pairs for part in (pair.prompt, pair.chosen, pair.rejected))]
     for name, source in sources.items():
-        ids = [one.prompt for one in prompts]
+        # An adapter may bring embeddings of its own.
+        if source.adapter is None:
+            check_token_ids(f"of policy {name}", source.config(), read)
         check_positions(f"of policy {name}", source.config(), ids, settings.max_new_tokens, "max_new_tokens")
     end_id = end_token_id(tokenizer, conversational=conversational)
     settings = settings.model_copy(update={"temperature": _temperature(settings, sources)})
@@ -298,14 +302,18 @@ def _load(settings: Evaluation, source: Source) -> PreTrainedModel:
     return source.model(settings.dtype, TrainingArguments(output_dir="unused").device).requires_grad_(False)
 
 
-def _read(settings: Evaluation, tokenizer: Tokenizer) -> tuple[list[EncodedPair], Sequence[Prompt], dict[str, Any]]:
+def _read(
+    settings: Evaluation, sources: Mapping[str, Source], tokenizer: Tokenizer
+) -> tuple[list[EncodedPair], Sequence[Prompt], dict[str, Any]]:
     """The held-out pairs, the rows whose prompts may be answered, and what they are."""
     pairs: list[EncodedPair] = []
     rows: Sequence[Prompt] = []
     statistics: dict[str, Any] = {}
     if settings.pairs is not None:
         data = read_pairs(settings.pairs)
-        pairs, counts = encode_pairs(tokenizer, data, max_length=settings.max_length)
+        limits = (settings.max_length, *(source.max_length() for source in sources.values()))
+        shortest = min((limit for limit in limits if limit is not None), default=None)
+        pairs, counts = encode_pairs(tokenizer, data, max_length=shortest)
         statistics = {"pairs": settings.pairs, "format": data.format}
         statistics |= {"held-out pairs": len(pairs), "encoding": str(counts)}
         rows = [Prompt(row.prompt, row.where, row.extra) for row in data]

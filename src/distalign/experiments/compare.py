@@ -80,7 +80,7 @@ def compare(
     seeds = [recipe.seed] if seeds is None else list(seeds)
     refuse_several_processes("a comparison")
     recipe = recipe.only(methods)
-    check(recipe, methods)
+    check(recipe, methods, compared=True)
     _warn_of_temperatures(recipe, methods)
     root = recipe.run_dir
     folders = {seed: root if len(seeds) == 1 else root / f"seed-{seed}" for seed in seeds}

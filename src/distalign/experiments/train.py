@@ -49,7 +49,7 @@ from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
 from distalign.training.resumable import FREE_SETTINGS, FROM_CHECKPOINT
-from distalign.training.rollout_settings import check_rollout, draws_responses
+from distalign.training.rollout_settings import TrainingError, check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 
@@ -130,14 +130,14 @@ def labels_choose_step(recipe: Recipe, name: str) -> bool:
     return not method.needs.reward or all(one.train is not None or one.exact for one in recipe.reward)
 
 
-def check(recipe: Recipe, methods: Sequence[str]) -> None:
+def check(recipe: Recipe, methods: Sequence[str], *, compared: bool = False) -> None:
     """All that can be known to be wrong before a model is loaded. Raises InputError saying where and what to do."""
     held_out = recipe.data is None or recipe.data.eval is not None or recipe.data.held_out > 0
     if recipe.quantization is not None:
         check_installed(recipe.name)
     for name in methods:
         method = recipe.method(name)
-        args = training_arguments(recipe, name, Path("unused"), held_out=held_out)
+        args = training_arguments(recipe, name, Path("unused"), held_out=held_out, compared=compared)
         if draws_responses(method):
             check_rollout(name, method, args.rollout)
             if args.use_vllm:
@@ -338,7 +338,10 @@ def train_method(
         trainer.save_policy(processes.from_first(lambda: stack.enter_context(whole_folder(folder / "model"))))
         processes.from_first(stack.close)
     if args.push_to_hub:
-        trainer.push_to_hub()
+        try:
+            trainer.push_to_hub()
+        except TrainingError as error:
+            logger.warning("%s; the model is saved in %s", error, folder / "model")
     return policy, trainer
 
 

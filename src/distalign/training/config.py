@@ -196,6 +196,10 @@ class AlignmentConfig(TrainingArguments):
             )
         # accelerate counts processes without an accelerator only where it is told so.
         self.use_cpu = self.use_cpu or (started != "1" and not torch.accelerator.is_available())
+        if self.bf16 and not self.use_cpu and not torch.accelerator.is_available():
+            raise TrainingError(
+                "bf16 (or dtype: bfloat16) is set and there is only a CPU; leave it out, or set use_cpu: true too"
+            )
         super().__post_init__()
         if int(started) != self.world_size:
             raise TrainingError(

@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
-from httpx import HTTPError
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] of whichever httpx it uses
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -380,7 +380,7 @@ class ResumableTrainer(WrappedTrainer):
     def push_to_hub(self, commit_message: str | None = "distalign", **kwargs: Any) -> Any:
         """Upload the model as it is, its tokenizer, card and sampling settings: nothing else of the run's folder.
 
-        Takes `token` and `revision` beside the message. Raises TrainingError for anything else.
+        Takes `token` and `revision` beside the message. Raises TrainingError for anything else, and if the hub fails.
         """
         if unknown := kwargs.keys() - {"token", "revision"}:
             raise TrainingError(
@@ -391,13 +391,20 @@ class ResumableTrainer(WrappedTrainer):
             self.save_policy(Path(scratch))
             if not self.processes.first:
                 return None
-            add_licence(Path(scratch) / "README.md", self.policy.source.path)
-            return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
-                repo_id=str(self.hub_model_id),
-                folder_path=scratch,
-                commit_message=commit_message,
-                revision=kwargs.get("revision") or self.args.hub_revision,
-            )
+            try:
+                add_licence(Path(scratch) / "README.md", self.policy.source.path)
+                return HfApi(token=kwargs.get("token") or self.args.hub_token).upload_folder(
+                    repo_id=str(self.hub_model_id),
+                    folder_path=scratch,
+                    commit_message=commit_message,
+                    revision=kwargs.get("revision") or self.args.hub_revision,
+                )
+            except (OSError, ValueError, RuntimeError, HTTPError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise TrainingError(
+                    f"{self.label}: the model was not pushed to the hub ({reason}); push it again with "
+                    f"hf upload {self.hub_model_id} FOLDER"
+                ) from error
 
     def _check_policy(self) -> None:
         """Raise TrainingError for a policy that diverged: no bad one is saved."""
