@@ -167,7 +167,7 @@ def test_weights_are_hashed_once_and_again_when_they_change(tiny_folder, tmp_pat
         digests.append(weights_digest(source))
         return sorted(opened)
 
-    assert read(plain) == ["config.json", "model.safetensors"]
+    assert read(plain) == ["config.json", "generation_config.json", "model.safetensors"]
     assert read(adapted) == ["adapter_config.json", "adapter_model.safetensors"]
     assert read(plain) == read(adapted) == []
     assert digests[:2] == digests[2:]

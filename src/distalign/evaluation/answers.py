@@ -141,8 +141,9 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
     assert scores.step_entropy is not None
     sums = {"logps": scores.logps, "entropy": total(scores.step_entropy)}
     sums["kl"] = torch.zeros_like(scores.logps) if scores.step_kl is None else total(scores.step_kl)
-    pair_logps, of_reference, own = torch.zeros(0, 2, dtype=torch.float64), None, _temperature_of_pairs(setup, name)
+    pair_logps, of_reference = torch.zeros(0, 2, dtype=torch.float64), None
     if pairs:
+        own = _temperature_of_pairs(setup, name)
         with progress(f"pairs of {name}", len(pairs)) as advance:
             pair_scores = score_in_batches(model, pairs, token_budget=budget, temperature=own, progress=advance)
         pair_logps = pair_scores.logps.cpu().double().view(-1, 2)
