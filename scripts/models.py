@@ -32,7 +32,8 @@ GROUPS = [
 ]
 # Sizes by the names that configurations give them; each is set where a configuration has it.
 SIZES: dict[str, Any] = {
-    "vocab_size": 101, "hidden_size": 32, "d_model": 32, "n_embd": 32, "embedding_size": 32, "emb_dim": 32,
+    "vocab_size": 101, "unpadded_vocab_size": 101, "hidden_size": 32, "d_model": 32, "n_embd": 32, "emb_dim": 32,
+    "embedding_size": 32,
     "intermediate_size": 48, "ffn_dim": 48, "n_inner": 48, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "d_ff": 48,
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "decoder_layers": 2, "encoder_layers": 2, "num_layers": 2,
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "decoder_attention_heads": 4, "encoder_attention_heads": 4,
