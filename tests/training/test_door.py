@@ -590,6 +590,8 @@ def test_columns_that_a_reward_function_would_not_see_are_told(tmp_path, caplog)
     assert "1 pairs have the prompt of another and other columns" in caplog.text
     caplog.clear()
     trainer(tmp_path / "b", METHODS["on-policy"], data=same[1:])
+    # Of pairs that are rewarded themselves each has its own row.
+    trainer(tmp_path / "c", PD(gamma=0.5, beta=0.0, pairs="data"), data=same)
     assert "other columns" not in caplog.text
 
 

@@ -465,7 +465,8 @@ def check_reward_funcs(
     settings = [named for reward in rewards if (named := _named(reward)) is not None]
     if settings:
         check_rewards(settings, conversational=rows.conversational)
-    if any(callable(reward) and not isinstance(reward, Reward | PreTrainedModel) for reward in rewards):
+    functions = any(callable(reward) and not isinstance(reward, Reward | PreTrainedModel) for reward in rewards)
+    if functions and "labelled" not in method.needs.pairs:
         kept = {tuple(row.prompt): row.row.extra for row in rows.train if row.row is not None}
         if lost := sum(pair.row is not None and pair.row.extra != kept[tuple(pair.prompt)] for pair in rows.pairs):
             logger.warning(
