@@ -82,9 +82,34 @@ def test_differences_are_paired_by_seed():
     assert during.rows[0][2:] == ["2.00 ± 0.00", "0.60 ± 0.10", 4, "1.00 ± 0.10", 6, "1.10 ± 0.10", 8]
 
 
-def test_a_recipe_without_a_study_is_refused(tmp_path, tiny_folder):
-    """With what to add."""
+def test_a_grid_need_not_have_numbers_of_pairs(tmp_path, tiny_folder):
+    """Nor numbers: values are lists, too."""
+    path = tmp_path / "words.yaml"
+    path.write_text(tiny.recipe_text(tmp_path, model=str(tiny_folder), target=TARGET, methods={"pmle": {}}))
+    grid = {"target.words": [["happy"], ["happy", "kind"]]}
+    recipe = load_recipe(path, [f"study={json.dumps({'grid': grid, 'seeds': [1]})}"])
+    rows = study(recipe)["rows"]
+    assert [row["cell"] for row in rows if row["method"] == "pmle"] == [
+        {PAIRS: 8, "target.words": ["happy"]},
+        {PAIRS: 8, "target.words": ["happy", "kind"]},
+    ]
+    assert (recipe.run_dir / "words-happy-kind" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({}, "has no study; add study"),
+        ({"data": {"train": "x.jsonl"}, "study": {"grid": {"training.max_steps": [1]}}}, "measures the distance to a known target; add target"),
+        ({"study": {"grid": {PAIRS: [8, 8]}}}, "two cells are the same"),
+        ({"study": {"grid": {PAIRS: [8, 0]}}}, "target.pairs"),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused_before_it_trains(tmp_path, tiny_folder, more, message):
+    """With what to do."""
     path = tmp_path / "tiny.yaml"
-    path.write_text(tiny.recipe_text(tmp_path, model=str(tiny_folder)))
-    with pytest.raises(InputError, match="has no study; add study"):
+    target = None if "data" in more else TARGET
+    path.write_text(tiny.recipe_text(tmp_path, model=str(tiny_folder), **{"target": target, **more}))
+    with pytest.raises(InputError, match=message):
         study(load_recipe(path))
+    assert not (tmp_path / "runs").exists()

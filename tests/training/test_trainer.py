@@ -250,6 +250,16 @@ def stopping(folder, held=None, **settings):
     )
 
 
+def test_the_best_step_is_kept_though_no_save_was_due(tmp_path):
+    """`save_steps` may be a multiple of `eval_steps`; the best step that lies between is saved all the same."""
+    swapped = [replace(p, chosen=p.rejected, rejected=p.chosen) for p in tiny.encoded_pairs(16, seed=1)]
+    made = stopping(tmp_path, held=swapped, save_steps=8, eval_on_start=False, patience=8, optim="adamw_torch")
+    made.train()
+    losses = {row["step"]: row["eval_loss"] for row in metrics(tmp_path) if "eval_loss" in row}
+    assert made.kept_step == min(losses, key=lambda step: losses[step]) < 8
+    assert made.evaluate()["eval_loss"] == pytest.approx(losses[made.kept_step], abs=1e-6)
+
+
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 def test_training_that_only_hurts_keeps_the_start(tmp_path, lora):
     """Held-out labels say the opposite: it stops by its patience, and the weights are those of step 0."""

@@ -112,7 +112,9 @@ def training_arguments(
         for logger_callback in get_reporting_integration_callbacks(arguments.report_to):
             logger_callback()
     except (*DAMAGED, ImportError, RuntimeError) as error:
-        raise RecipeError(f"{recipe.name}: training of {name}: {error}") from None
+        keeps = settings.get("load_best_model_at_end") and "load_best_model_at_end" in str(error)
+        advice = "; set eval_steps to what save_steps is, or early_stopping: false, which keeps the last step"
+        raise RecipeError(f"{recipe.name}: training of {name}: {error}{advice if keeps else ''}") from None
     return arguments
 
 

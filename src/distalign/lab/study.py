@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,26 +40,31 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
     """Run the recipe's `study` and write lab.json into the run's folder, after every cell what there is so far.
 
     Cells are comparisons in subfolders; what is done is not done again, so a study that was stopped goes on. Methods
-    that take no reward are trained once, not for every reward. Raises InputError for a recipe without `study`.
+    that take no reward are trained once, not for every reward. Raises InputError for a recipe without `study` or
+    without a known target, and for a cell that is no recipe, before anything is trained.
     """
     if recipe.study is None:
         raise InputError(f"{recipe.name}: has no study; add study: {{grid: {{target.pairs: [256, 1024]}}}}")
+    if recipe.target is None:
+        raise InputError(f"{recipe.name}: a study measures the distance to a known target; add target")
     seeds = list(recipe.study.seeds if seeds is None else seeds)
     names = recipe.compare or list(recipe.methods)
     folder = recipe.run_dir
+    cells = [dict(zip(recipe.study.grid, each, strict=True)) for each in itertools.product(*recipe.study.grid.values())]
+    runs = [cell_recipe(recipe, cell) for cell in cells]
+    if len({run.name for run in runs}) < len(runs):
+        raise InputError(f"{recipe.name}: study.grid: two cells are the same, or have one name; give each value once")
     rows: list[Row] = []
     result: Row = {}
     trained: set[Plain] = set()
     started = time.monotonic()
-    for values in itertools.product(*recipe.study.grid.values()):
-        cell = dict(zip(recipe.study.grid, values, strict=True))
+    for cell, run in zip(cells, runs, strict=True):
         plain = _without_reward(cell)
         methods = [name for name in names if recipe.method(name).needs.reward or plain not in trained]
         trained.add(plain)
-        run = cell_recipe(recipe, cell)
         logger.info("study: %s: %s", run.name, ", ".join(methods))
         content = compare(run, methods, seeds, resume=True).content
-        rows += _rows(cell, content)
+        rows += _rows({PAIRS: run.target.pairs if run.target else 0, **cell}, content)
         result = {
             "experiment": "study",
             "settings": masked(recipe.model_dump(mode="json")),
@@ -82,7 +88,8 @@ def cell_recipe(recipe: Recipe, cell: Row) -> Recipe:
     settings = recipe.model_dump(mode="json", exclude={"study"})
     if len(settings["reward"]) == 1:
         (settings["reward"],) = settings["reward"]  # so that the grid can name its settings
-    name = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in cell.items()) or recipe.name
+    words = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in cell.items())
+    name = re.sub(r"[^\w.]+", "-", words).strip("-.") or recipe.name
     changes = [f"{key}={json.dumps(value)}" for key, value in cell.items()]
     return load_recipe({**settings, "name": name, "output_dir": str(Path(recipe.output_dir) / recipe.name)}, changes)
 
@@ -149,7 +156,7 @@ def show(rows: Sequence[Row]) -> Shown:
     nats = "KL(π*‖π), nats per response"
     over = "Last step; mean over seeds, a band of ± 1 standard error."
     exponents = [
-        [label, slope["slope"], f"[{slope['low']:.2f}, {slope['high']:.2f}]", slope["runs"]]
+        [label, f"{slope['slope']:.2f}", f"[{slope['low']:.2f}, {slope['high']:.2f}]", slope["runs"]]
         for label, slope in slopes(rows).items()
     ]
     return Shown(

@@ -615,8 +615,11 @@ class AlignmentTrainer(ResumableTrainer):
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.run(self._extra).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train and self.state.global_step == 0 and self.args.load_best_model_at_end:
-            self._keep_start(metrics)
+        if self.is_in_train and self.args.load_best_model_at_end:
+            # Only a step that is saved can be kept.
+            self.control.should_save = True
+            if self.state.global_step == 0:
+                self._keep_start(metrics)
         return metrics
 
     def _measure(self, rows: list[EncodedPair]) -> dict[str, float]:
