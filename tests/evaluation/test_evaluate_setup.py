@@ -187,3 +187,10 @@ def test_a_second_process_is_kept_out(settings, work):
     with locked(folder):
         assert exit_code_elsewhere(refused) == 0
         assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
+def test_prompts_and_pairs_of_two_forms_are_refused(settings, tmp_path):
+    """Strings and messages end in other tokens."""
+    chats = tiny.write_pairs(tmp_path / "chats.jsonl")
+    with pytest.raises(InputError, match="prompts holds standard rows and pairs conversational ones"):
+        load_setup(settings(ROWS, f"pairs={chats}"))

@@ -62,14 +62,16 @@ def test_a_known_targets_gamma_is_its_own(made, caplog):
     assert "- gamma: 0.5" in (recipe.run_dir / "dpo" / "model" / "README.md").read_text(encoding="utf-8")
 
 
-def test_on_the_users_pairs_gamma_is_the_calibration_of_the_start(made, tmp_path, tiny_folder):
-    """All pairs are trained on: the number is what `calibrate` says of them, or the bound; a reward follows it."""
-    recipe = made({"pmle": {"gamma": "auto", "beta": 0.0}}, "data.held_out=0.0", data=True)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_on_the_users_pairs_gamma_is_the_calibration_of_the_start(made, tmp_path, tiny_folder, temperature):
+    """All pairs are trained on: the number is what `calibrate` says of them, or the bound, at the temperature of π."""
+    changes = "data.held_out=0.0", f"rollout.temperature={temperature}"
+    recipe = made({"pmle": {"gamma": "auto", "beta": 0.0}}, *changes, data=True)
     method = written(train(recipe).folder)["methods"]["pmle"]
     pairs, _ = encode_pairs(tiny.tokenizer(), read_pairs(str(tmp_path / "pairs.jsonl")), max_length=None)
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     model = tiny.AutoModelForCausalLM.from_pretrained(tiny_folder)
-    logps = score_in_batches(model, groups, token_budget=512).logps.view(-1, 2)
+    logps = score_in_batches(model, groups, token_budget=512, temperature=temperature).logps.view(-1, 2)
     low, high = (bound / float((logps[:, 0] - logps[:, 1]).abs().median()) for bound in (0.1, 5.0))
     assert method["gamma"] == pytest.approx(min(max(calibrate(logps).gamma.mean, low), high), rel=0.01)
 

@@ -83,7 +83,7 @@ def test_the_rows_of_target_and_reference_are_where_they_must_be(compared):
     assert methods["reference"]["kl_reference"]["mean"] == 0
     assert methods["reference"]["forward_kl"]["mean"] > 0.1
     assert methods["reference"]["forward_kl"]["n"] == 6
-    assert methods["reference"]["accuracy"]["n"] == 12
+    assert methods["reference"]["accuracy"]["n"] == 6
     for name in ("pmle", "dpo"):
         change = compared[0]["paired"][name]["forward_kl"]
         gap = methods[name]["forward_kl"]["mean"] - methods["reference"]["forward_kl"]["mean"]
@@ -128,7 +128,7 @@ def test_several_seeds_have_a_folder_each_and_are_told_apart(place, tmp_path):
     assert both[0] != both[1]
     assert results["methods"]["pmle"]["forward_kl"]["mean"] == pytest.approx(sum(both) / 2)
     assert results["methods"]["pmle"]["forward_kl"]["n"] == 6
-    assert results["methods"]["pmle"]["accuracy"]["n"] == 24
+    assert results["methods"]["pmle"]["accuracy"]["n"] == 6
 
 
 OWN = ("target=null", "early_stopping.patience=1")
@@ -162,6 +162,18 @@ def test_prompts_that_are_held_out_too_are_told(place, tmp_path, caplog):
     shared = len(prompts & {tuple(pair.prompt) for pair in setup.held})
     assert shared
     assert f"{shared} held-out prompts are answered in training too" in caplog.text
+
+
+def test_columns_that_a_reward_function_will_not_see_are_told(place, tmp_path, caplog):
+    """A prompt is answered once, as the last of the rows that have it."""
+    rows = [json.loads(line) for line in (place / "pairs.jsonl").read_text().splitlines()]
+    same = [{**row, "answer": answer} for row in rows for answer in (1, 2)]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in same))
+    (tmp_path / "mine.py").write_text("def mine(completions, answer):\n    return answer\n")
+    settings = recipe(place, tmp_path, "target=null", f"data.train={tmp_path / 'same.jsonl'}",
+                      methods={"rkl": {"gamma": 0.5}}, reward={"function": f"{tmp_path / 'mine.py'}:mine"})  # fmt: skip
+    setup = load_setup(settings, 0, measured=False)
+    assert f"rkl: {len(setup.train) // 2} pairs have the prompt of another and other columns" in caplog.text
 
 
 def test_training_writes_the_documented_folder(place, tmp_path):
@@ -551,6 +563,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(place, tm
     monkeypatch.setattr("distalign.experiments.train.train_reward", lambda *_, **__: pytest.fail("trained again"))
     train(settings, "rkl", resume=True)
     assert "holds no complete checkpoint: the run begins anew" in caplog.text
+    assert "is of an earlier run" not in caplog.text
     assert (whole.model / "adapter_model.safetensors").read_bytes() == weights
     assert (whole.folder / "samples.jsonl").read_text() == lines
 

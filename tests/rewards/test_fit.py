@@ -292,8 +292,9 @@ def test_soft_labels_count_in_the_results():
     """A pair labelled with probability 0 is a pair turned round; one half says nothing in the accuracy."""
     rewards = torch.tensor([[2.0, 0.5], [0.0, 1.0], [3.0, 3.0], [1.0, 0.0]]).double()
     probability = torch.tensor([1.0, 0.2, 0.9, 0.5]).double()
-    found = measure(rewards, probability)
-    turned = measure(rewards.flip(1), 1 - probability)
+    alone = [[i] for i in range(4)]
+    found = measure(rewards, probability, alone)
+    turned = measure(rewards.flip(1), 1 - probability, alone)
     for key in found:
         assert found[key] == pytest.approx(turned[key])
     assert found["accuracy"].mean == pytest.approx((1 + 0.8 + 0.5 + 0.5) / 4)
@@ -311,10 +312,20 @@ def test_calibration_is_zero_for_the_truth():
     """Sure to degree p and right with frequency p: no error. Always sure and right half the time: one half."""
     logit = torch.linspace(-3, 3, 200).double()
     rewards = torch.stack([logit, torch.zeros(200).double()], -1)
-    assert measure(rewards, logit.sigmoid())["ece"].mean < 1e-9
-    wrong = measure(rewards * 1000, torch.full((200,), 0.5).double())["ece"]
+    alone = [[i] for i in range(200)]
+    assert measure(rewards, logit.sigmoid(), alone)["ece"].mean < 1e-9
+    wrong = measure(rewards * 1000, torch.full((200,), 0.5).double(), alone)["ece"]
     assert wrong.mean == pytest.approx(0.5, abs=0.01)
     assert wrong.n == 200
+
+
+def test_pairs_of_one_prompt_say_no_more_than_one():
+    """Each pair four times: the same numbers, and the same errors."""
+    rewards, probability = torch.randn(50, 2).double(), torch.rand(50).double()
+    once = measure(rewards, probability, [[i] for i in range(50)])
+    often = measure(rewards.repeat(4, 1), probability.repeat(4), [[i, 50 + i, 100 + i, 150 + i] for i in range(50)])
+    for key in once:
+        assert often[key] == pytest.approx(once[key])
 
 
 def test_a_correction_levels_off_beyond_what_it_was_trained_on():

@@ -9,6 +9,8 @@ import torch
 from statsmodels.stats.multitest import multipletests
 
 from distalign.stats.intervals import (
+    by_cluster,
+    clusters_of,
     holm,
     jackknife,
     mean_and_se,
@@ -58,6 +60,22 @@ def test_intervals_cover_95_percent():
     assert 380 - 18 <= hits <= 380 + 18
     with pytest.raises(ValueError, match="1 pairs; an interval needs at least two"):
         paired_difference(torch.zeros(1), torch.zeros(1))
+
+
+def test_values_that_hang_together_count_as_one():
+    """The mean is that of all values; its error is the cluster-robust one of a regression on a constant."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randint(40, (300,), generator=generator).tolist()
+    values = torch.randn(40, generator=generator, dtype=torch.float64)[keys] + 0.1 * torch.randn(300)
+    clusters = clusters_of(keys)
+    mean, se, n = mean_and_se(by_cluster(values, clusters))
+    assert mean == pytest.approx(float(values.mean()))
+    assert n == len(set(keys))
+    sums = [float((values[torch.tensor(places)] - values.mean()).sum()) for places in clusters]
+    assert se == pytest.approx(math.sqrt(sum(s * s for s in sums) * n / (n - 1)) / 300)
+    assert se > 2 * mean_and_se(values).se
+    alone = by_cluster(values, clusters_of(range(300)))
+    assert torch.allclose(alone, values, atol=1e-14)
 
 
 def test_wilson_interval():

@@ -573,6 +573,15 @@ def test_held_out_rows_that_are_learned_from_are_told(tmp_path, caplog):
     assert "3 prompts of own are in train_dataset too: held out they are not" in caplog.text
 
 
+def test_what_an_earlier_run_left_in_the_folder_is_told(tmp_path, caplog):
+    """Its log, where it kept no checkpoint: this run's lines would follow."""
+    for _ in range(2):
+        made = trainer(tmp_path, METHODS["offline"], args=config(tmp_path, save_strategy="no"))
+        assert "is of an earlier run" not in caplog.text
+        made.train()
+    assert f"{tmp_path / 'metrics.jsonl'} is of an earlier run" in caplog.text
+
+
 def test_held_out_rows_of_another_form_are_refused(tmp_path):
     """Strings where chats are trained: another format would be measured."""
     with pytest.raises(TrainingError, match="own: rows of another form than train_dataset's"):
@@ -587,6 +596,9 @@ def test_columns_that_a_reward_function_would_not_see_are_told(tmp_path, caplog)
     """A method that draws answers each prompt of pairs once."""
     same = [{**rows(1)[0], "answer": "happy"}, *({**row, "answer": "warm"} for row in rows(2))]
     trainer(tmp_path / "a", METHODS["on-policy"], data=same)
+    assert "1 pairs have the prompt of another and other columns" in caplog.text
+    caplog.clear()
+    trainer(tmp_path / "d", PD(gamma=0.5, beta=0.0, pairs="data+reference"), data=same)
     assert "1 pairs have the prompt of another and other columns" in caplog.text
     caplog.clear()
     trainer(tmp_path / "b", METHODS["on-policy"], data=same[1:])

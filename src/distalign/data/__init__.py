@@ -26,6 +26,7 @@ from distalign.data.tokenize import (
     encode_pairs,
     encode_prompt,
     end_token_id,
+    independent,
     prompts_of,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "encode_prompt",
     "end_token_id",
     "has_pairs",
+    "independent",
     "inspect_pairs",
     "label_warnings",
     "plain_text",

@@ -89,6 +89,16 @@ def prompts_of(pairs: Iterable[EncodedPair]) -> list[EncodedPrompt]:
     return list({pair.question: EncodedPrompt(pair.prompt, pair.where, pair.row) for pair in pairs}.values())
 
 
+def independent(pairs: Iterable[EncodedPair]) -> list[tuple[object, ...]]:
+    """A key for each pair, the same for pairs that an error must not count apart: its prompt.
+
+    Where all are of one prompt, which is then all that is spoken of, a pair is its own.
+    """
+    pairs = list(pairs)
+    prompts = [pair.question for pair in pairs]
+    return prompts if len(set(prompts)) > 1 else [(pair.where, *pair.key) for pair in pairs]
+
+
 @dataclass
 class Counts:
     """What became of the pairs while encoding.

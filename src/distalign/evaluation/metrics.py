@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from distalign.data import EncodedPair, EncodedPrompt, Tokenizer, end_token_id
+from distalign.data import EncodedPair, EncodedPrompt, Tokenizer, end_token_id, independent
 from distalign.engine import Group, Reference, Scores, score_in_batches
 from distalign.engine.forward import evaluating
 from distalign.engine.packing import FORWARD_BUDGET
@@ -29,6 +29,8 @@ from distalign.stats.calibration import Bin, expected_calibration_error, reliabi
 from distalign.stats.intervals import (
     Estimate,
     Interval,
+    by_cluster,
+    clusters_of,
     holm,
     jackknife,
     mean_and_se,
@@ -293,10 +295,10 @@ def per_prompt(values: Float[Tensor, "responses"], each: int) -> Float[Tensor, "
 
 
 def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
-    """Mean and standard error of every metric over prompts (over pairs for `PAIR_KEYS`), for the seeds of one method.
+    """Mean and standard error of every metric over prompts, for the seeds of one method.
 
     Seeds share their prompts, so each prompt's values are averaged over the seeds first. So are those of the pairs, if
-    the seeds share them; a known target draws new ones for every seed.
+    the seeds share them; a known target draws new ones for every seed. The pairs of one prompt hang together.
     """
     keys = [key for key in runs[0].values if all(key in run.values for run in runs)]
     summary = {key: mean_and_se(_over_seeds(runs, key)) for key in keys}
@@ -305,9 +307,10 @@ def summarise(runs: Sequence[Measured]) -> dict[str, Estimate]:
     summary["repetition"] = repeated_ngram_rate([r for own in by_prompt for r in own], n=3)
     summary["self_bleu"] = _self_bleu(by_prompt)
     if len(runs[0].confidence):
-        rows = torch.stack([torch.stack([run.confidence, run.correct], -1) for run in runs])
-        by_pair = rows.transpose(0, 1) if _share_pairs(runs) else rows.flatten(0, 1)[:, None]
-        summary["ece"] = jackknife(lambda pairs: expected_calibration_error(*torch.cat(pairs).unbind(1)), list(by_pair))
+        rows = torch.cat([torch.stack([run.confidence, run.correct], -1) for run in runs])
+        clusters = clusters_of(independent(pair for run in runs for pair in run.pairs))
+        items = [rows[places] for places in clusters]
+        summary["ece"] = jackknife(lambda parts: expected_calibration_error(*torch.cat(parts).unbind(1)), items)
     return summary
 
 
@@ -325,7 +328,7 @@ def _self_bleu(by_prompt: Sequence[Sequence[list[int]]]) -> Estimate:
 
 
 def differences(runs: Sequence[Measured], baseline: Sequence[Measured]) -> dict[str, Interval]:
-    """Paired differences from the baseline with their 95 % intervals, prompt by prompt (pair by pair)."""
+    """Paired differences from the baseline with their 95 % intervals, prompt by prompt."""
     keys = [key for key in runs[0].values if all(key in run.values for run in (*runs, *baseline))]
     return {key: paired_difference(_over_seeds(runs, key), _over_seeds(baseline, key)) for key in keys}
 
@@ -396,10 +399,9 @@ def calibration(runs: Sequence[Measured]) -> list[Bin]:
     return reliability_table(torch.cat([r.confidence for r in runs]), torch.cat([r.correct for r in runs]))
 
 
-def _over_seeds(runs: Sequence[Measured], key: str) -> Float[Tensor, "values"]:
+def _over_seeds(runs: Sequence[Measured], key: str) -> Float[Tensor, "prompts"]:
+    """A number for each prompt, which the seeds share; pairs of one prompt count as one."""
     values = [run.values[key] for run in runs]
-    return torch.cat(values) if key in PAIR_KEYS and not _share_pairs(runs) else torch.stack(values).mean(0)
-
-
-def _share_pairs(runs: Sequence[Measured]) -> bool:
-    return all(run.pairs == runs[0].pairs for run in runs)
+    if key not in PAIR_KEYS:
+        return torch.stack(values).mean(0)
+    return by_cluster(torch.cat(values), clusters_of(independent(pair for run in runs for pair in run.pairs)))

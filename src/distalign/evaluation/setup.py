@@ -319,6 +319,11 @@ def _read(
         rows = [Prompt(row.prompt, row.where, row.extra) for row in data]
     if settings.prompts is not None:
         prompts = read_prompts(settings.prompts)
+        if prompts.format != statistics.get("format", prompts.format):
+            raise InputError(
+                f"{settings.name}: prompts holds {prompts.format} rows and pairs {statistics['format']} ones, whose "
+                "responses end otherwise; write both as strings or both as messages"
+            )
         rows, statistics = prompts.rows, {"prompts": settings.prompts, "format": prompts.format, **statistics}
     elif settings.pairs is None and settings.target is not None:
         rows = target_prompts(settings.target, tokenizer)[1]

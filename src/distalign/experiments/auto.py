@@ -51,18 +51,25 @@ def settle_gamma(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedP
     names = recipe.automatic("gamma")
     if not names:
         return recipe
+    numbers: dict[str, float] = {}
+    for temperature in {recipe.rollout_for(name).temperature for name in names}:
+        same = [name for name in names if recipe.rollout_for(name).temperature == temperature]
+        choice = _found_gamma(recipe, base, train, temperature)
+        logger.info("gamma auto (%s) is %s", ", ".join(same), choice)
+        numbers |= dict.fromkeys(same, choice.value)
+    return recipe.with_numbers("gamma", numbers)
+
+
+def _found_gamma(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedPair], temperature: float) -> Choice:
     if recipe.target is not None:
-        choice = Choice(recipe.target.gamma, "the known target's own")
-    else:
-        pairs = _some(train, recipe.seed)
-        groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-        logps = score_in_batches(base, groups, token_budget=recipe.forward_budget).logps
-        try:
-            choice = choose_gamma(logps.view(-1, 2).cpu(), _labels(pairs))
-        except ValueError as error:
-            raise InputError(f"{recipe.name}: gamma is auto, which these pairs do not say ({error})") from None
-    logger.info("gamma auto (%s) is %s", ", ".join(names), choice)
-    return recipe.with_numbers("gamma", dict.fromkeys(names, choice.value))
+        return Choice(recipe.target.gamma, "the known target's own")
+    pairs = _some(train, recipe.seed)
+    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+    scores = score_in_batches(base, groups, token_budget=recipe.forward_budget, temperature=temperature)
+    try:
+        return choose_gamma(scores.logps.view(-1, 2).cpu(), _labels(pairs))
+    except ValueError as error:
+        raise InputError(f"{recipe.name}: gamma is auto, which these pairs do not say ({error})") from None
 
 
 def settle_beta(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedPair], end_id: int) -> Recipe:

@@ -38,7 +38,7 @@ from distalign.experiments.recipe import DataSettings, Recipe
 from distalign.models.load import Source, check_positions, check_token_ids, find_model
 from distalign.models.targets import Target, TargetPairs, TargetSettings, make_pairs, make_target, target_prompts
 from distalign.progress import progress
-from distalign.rewards import Reward, check_columns, check_rewards
+from distalign.rewards import Reward, check_columns, check_rewards, warn_of_columns
 from distalign.training.config import AlignmentConfig
 from distalign.training.rollout_settings import draws_responses
 
@@ -231,6 +231,9 @@ def _check_rewards(recipe: Recipe, conversational: bool, pairs: Sequence[Encoded
     if any(part.columns for part in recipe.reward):
         for name, needs in rewarded.items():
             check_columns(name, needs, pairs)
+    if any(part.function for part in recipe.reward):
+        for name, needs in rewarded.items():
+            warn_of_columns(name, needs, pairs)
 
 
 def _check_held_out(prompts: int, pairs: int) -> None:

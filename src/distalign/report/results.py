@@ -242,8 +242,8 @@ class Results(BaseModel):
 
 
 def display_name(name: str) -> str:
-    """A method's name as the papers write it: short lower-case names are acronyms (pmle is PMLE), others stay."""
-    return name.upper() if name.isalpha() and name.islower() and len(name) <= 5 else name
+    """A method's name as the papers write it (pmle is PMLE); other names stay as they were given."""
+    return name.upper() if name in ("pmle", "pd", "rkl", "dpo", "rebel", "rlhf") else name
 
 
 Turns = list[tuple[str, str]]  # (role, text)

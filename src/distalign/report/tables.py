@@ -119,7 +119,7 @@ def _origin(results: Results, command: str) -> str:
     lines = [
         f"Made by {_plain(command)}." if command else "",
         f"{_plain('; '.join(str(fact) for fact in facts if fact))}.",
-        "Mean ± standard error, over held-out prompts (over pairs for accuracy, NLL and ECE), given these runs.",
+        "Mean ± standard error, over held-out prompts, given these runs.",
     ]
     return "\n".join(line for line in lines if line)
 

@@ -6,7 +6,15 @@ from distalign.rewards.base import ColumnReward, ExactReward, Request, Reward, R
 from distalign.rewards.classifier import ClassifierReward
 from distalign.rewards.fit import train_reward
 from distalign.rewards.function import FunctionReward
-from distalign.rewards.make import Rewards, RewardSettings, check_columns, check_rewards, follow_gamma, make_reward
+from distalign.rewards.make import (
+    Rewards,
+    RewardSettings,
+    check_columns,
+    check_rewards,
+    follow_gamma,
+    make_reward,
+    warn_of_columns,
+)
 from distalign.rewards.reward_model import RewardTraining, Trained, TrainedReward, UnreadableReward, load_reward
 
 __all__ = [
@@ -30,4 +38,5 @@ __all__ = [
     "load_reward",
     "make_reward",
     "train_reward",
+    "warn_of_columns",
 ]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distalign.data import EncodedPair
+from distalign.data import EncodedPair, independent
 from distalign.engine import Group, micro_batches
 from distalign.errors import InputError
 from distalign.methods.preference import bradley_terry_nll
@@ -32,10 +33,10 @@ from distalign.rewards.base import RewardError
 from distalign.rewards.heads import HeadName, Tilt, embeddings, new_head
 from distalign.rewards.reward_model import RewardTraining, Trained, TrainedReward, as_classifier
 from distalign.stats.calibration import expected_calibration_error
-from distalign.stats.intervals import Estimate, jackknife, mean_and_se
+from distalign.stats.intervals import Estimate, by_cluster, clusters_of, jackknife, mean_and_se
 from distalign.stats.laplace import Posterior, fit_posterior
 
-_BLOCKS = 100  # the jackknife of the calibration error leaves out one of so many blocks of pairs
+_BLOCKS = 100  # the jackknife of the calibration error leaves out one of so many blocks of prompts
 
 
 # What null settings stand for.
@@ -91,7 +92,8 @@ def train_reward(
     labels = torch.tensor([pair.label for pair in (*train, *held)]).double()
     n = len(train)
     offset = make("last" if settings.init == "scratch" else "hidden").values(groups).view(-1, 2)
-    start = mean_and_se(bradley_terry_nll(offset[n:], labels[n:]))
+    clusters = clusters_of(independent(held))
+    start = mean_and_se(by_cluster(bradley_terry_nll(offset[n:], labels[n:]), clusters))
     if not bool(offset.isfinite().all()):
         raise RewardError("reward.train: the model itself gives no finite log-probabilities; take another")
     name, reward, posterior, history = choose_head(settings, make, groups[:n], labels[:n])
@@ -100,7 +102,7 @@ def train_reward(
         with _seeded(base, seed):
             fit.run(seed)
     reward.head.finish(reward.encode(groups[:n])[1].view(n, 2, -1))
-    results = {**measure(reward.values(groups[n:]).view(-1, 2), labels[n:]), "start_nll": start}
+    results = {**measure(reward.values(groups[n:]).view(-1, 2), labels[n:], clusters), "start_nll": start}
     made_of = settings, source, tokenizer, list(train), list(held)
     trained = Trained(reward, name, results, history, posterior, *made_of)
     if folder is not None:
@@ -284,23 +286,27 @@ def _copy(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
 
-def measure(rewards: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs"]) -> dict[str, Estimate]:
+def measure(
+    rewards: Float[Tensor, "pairs 2"], probability: Float[Tensor, "pairs"], clusters: Sequence[list[int]]
+) -> dict[str, Estimate]:
     """Accuracy, NLL (nats) and expected calibration error of rewards on labelled pairs, soft labels honoured.
 
-    Calibration compares how sure the reward is of the response it prefers with how often that is preferred; its error
-    is a jackknife over pairs (over blocks of them, where there are many).
+    Calibration compares how sure the reward is of the response it prefers with how often that is preferred. Errors are
+    over prompts, of which each has a cluster of pairs; that of calibration is a jackknife (over blocks of many).
     """
     logit = rewards[:, 0] - rewards[:, 1]
     right = torch.where(logit > 0, probability, torch.where(logit < 0, 1 - probability, 0.5))
     sure = logit.abs().sigmoid()
-    blocks = torch.stack([sure, right], -1).split(math.ceil(len(logit) / _BLOCKS))
+    size = math.ceil(len(clusters) / _BLOCKS)
+    rows = torch.stack([sure, right], -1)
+    blocks = [rows[list(chain(*clusters[i : i + size]))] for i in range(0, len(clusters), size)]
 
     def ece(parts: list[Tensor]) -> float:
         return expected_calibration_error(*torch.cat(parts).unbind(1))
 
-    error = jackknife(ece, list(blocks))
+    error = jackknife(ece, blocks)
     return {
-        "accuracy": mean_and_se(right),
-        "nll": mean_and_se(bradley_terry_nll(rewards, probability)),
-        "ece": Estimate(error.mean, error.se, len(logit)),
+        "accuracy": mean_and_se(by_cluster(right, clusters)),
+        "nll": mean_and_se(by_cluster(bradley_terry_nll(rewards, probability), clusters)),
+        "ece": Estimate(error.mean, error.se, len(clusters)),
     }

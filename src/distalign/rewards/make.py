@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -16,6 +17,8 @@ from distalign.rewards.classifier import ClassifierReward, find_classifier
 from distalign.rewards.function import FunctionReward, find_function
 from distalign.rewards.reward_model import RewardTraining, is_reward_model, load_reward
 from distalign.settings import Count, Positive, Section, several, switch
+
+logger = logging.getLogger("distalign.rewards.make")
 
 _NO_TARGET = "reward.exact: only a known target has an exact reward; add target, or take another reward"
 
@@ -131,6 +134,19 @@ def check_columns(label: str, needs: Needs, pairs: Sequence[EncodedPair]) -> Non
             f"reward: {missing[0]} has no chosen_reward and rejected_reward, as {len(missing)} of {len(pairs)} pairs; "
             "add the columns, or take another reward"
         )
+
+
+def warn_of_columns(label: str, needs: Needs, pairs: Sequence[EncodedPair]) -> None:
+    """Say how many pairs have columns that a reward function will not see: a prompt is answered once, as one row."""
+    if needs.pairs in ("labelled", "labelled+sampled"):
+        return
+    kept = {tuple(pair.prompt): pair.row.extra for pair in pairs if pair.row is not None}
+    lost = sum(pair.row is not None and pair.row.extra != kept[tuple(pair.prompt)] for pair in pairs)
+    if lost:
+        logger.warning(
+            "%s: %d pairs have the prompt of another and other columns, of which a reward function sees the last row's "
+            "alone; give rows of prompt and columns without chosen and rejected to keep each", label, lost,
+        )  # fmt: skip
 
 
 def make_reward(

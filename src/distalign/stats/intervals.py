@@ -7,7 +7,7 @@ its numbers came from. Fractions lie between 0 and 1, not in per cent.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from statistics import NormalDist
 from typing import NamedTuple, TypeVar
@@ -49,6 +49,26 @@ def mean_and_se(values: Float[Tensor, "n"]) -> Estimate:
     n = len(values)
     se = float(values.std()) / math.sqrt(n) if n > 1 else math.nan
     return Estimate(float(values.mean()), se, n)
+
+
+def clusters_of(keys: Iterable[Hashable]) -> list[list[int]]:
+    """The places of equal keys together, in the order in which the keys come first."""
+    places: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, []).append(place)
+    return list(places.values())
+
+
+def by_cluster(values: Float[Tensor, "n"], clusters: Sequence[Sequence[int]]) -> Float[Tensor, "clusters"]:
+    """One number for each cluster of values that hang together: their mean is the values', and so is its error.
+
+        m + G/n Σ_{i in the cluster} (x_i − m),  m the mean of all n values, G the number of clusters
+
+    In the unit of the values; where every cluster has one value, the values.
+    """
+    values = float64(values)
+    mean, share = values.mean(), len(clusters) / len(values)
+    return torch.stack([mean + share * (values[list(places)] - mean).sum() for places in clusters])
 
 
 def paired_difference(values: Float[Tensor, "n"], baseline: Float[Tensor, "n"]) -> Interval:

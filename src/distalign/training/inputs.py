@@ -67,6 +67,7 @@ from distalign.rewards import (
     check_rewards,
     make_reward,
     train_reward,
+    warn_of_columns,
 )
 from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import MARK, is_reward_model
@@ -466,13 +467,8 @@ def check_reward_funcs(
     if settings:
         check_rewards(settings, conversational=rows.conversational)
     functions = any(callable(reward) and not isinstance(reward, Reward | PreTrainedModel) for reward in rewards)
-    if functions and "labelled" not in method.needs.pairs:
-        kept = {tuple(row.prompt): row.row.extra for row in rows.train if row.row is not None}
-        if lost := sum(pair.row is not None and pair.row.extra != kept[tuple(pair.prompt)] for pair in rows.pairs):
-            logger.warning(
-                "%s: %d pairs have the prompt of another and other columns, of which a reward function sees the last "
-                "row's alone; give rows of prompt and columns without chosen and rejected to keep each", label, lost,
-            )  # fmt: skip
+    if functions or any(one.function for one in settings):
+        warn_of_columns(label, method.needs, rows.pairs)
     if any(isinstance(reward, ColumnReward) for reward in rewards):
         check_columns(label, method.needs, rows.pairs)
     trained = [reward for reward in rewards if isinstance(reward, RewardTraining)]

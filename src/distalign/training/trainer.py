@@ -490,7 +490,7 @@ class AlignmentTrainer(ResumableTrainer):
             if checkpoint is not None:
                 self._resume(checkpoint)
             elif self.state.global_step == 0:
-                for old in checkpoints(self._folder):
+                for old in [*checkpoints(self._folder), *self._folder.glob("metrics.jsonl")]:
                     logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
                 groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
                 self.run(lambda: self.policy.assert_starts_at_reference(groups))
