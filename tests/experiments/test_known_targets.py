@@ -77,11 +77,14 @@ def test_a_fine_tuned_model_is_the_target(recipe, tmp_path):
     assert 0 < measured["tuned"]["win_rate"]["mean"] < 1
 
 
-def test_a_target_that_cannot_be_made_is_refused_before_a_model_is_loaded(recipe, monkeypatch):
+def test_a_target_that_cannot_be_made_is_refused_before_a_model_is_loaded(recipe, monkeypatch, tmp_path):
     """The class is made, and the model's tokens are compared, without weights."""
     monkeypatch.setattr(Source, "model", None)
     with pytest.raises(InputError, match=r"unexpected keyword argument 'speed'; change target.settings"):
         compare(recipe(**{"class": "my_target.py:WarmTarget", "settings": {"speed": 1}}))
+    (tmp_path / "strings.jsonl").write_text('{"prompt": "hello"}\n{"prompt": "good"}\n')
+    with pytest.raises(InputError, match="holds strings and the model is a chat model; write messages"):
+        compare(recipe(**{"class": "my_target.py:WarmTarget", "prompts": "strings.jsonl"}))
     with pytest.raises(InputError, match="there is no such folder"):
         compare(recipe(model="./nowhere"))
     message = "target names 2 of words, class and model; give one of them"

@@ -308,15 +308,19 @@ def make_pairs(
 
 
 def target_prompts(settings: TargetSettings, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts of a target experiment: (for training pairs, held out). The split is the same for every seed."""
-    given = settings.prompts
+    """Prompts of a target experiment: (for training pairs, held out). The split is the same for every seed.
+
+    Raises InputError for strings in a file where the model has a chat template, whose end token the target's is.
+    """
+    given, chat = settings.prompts, bool(tokenizer.chat_template)
     if given is None:
         text = files("distalign").joinpath("models/everyday_prompts.txt").read_text(encoding="utf-8")
         given = text.split("\n")
     if isinstance(given, str):
         data = read_prompts(given)
+        if chat and data.format == "standard":
+            raise InputError(f"target.prompts: {given} holds strings and the model is a chat model; write messages")
     else:
-        chat = bool(tokenizer.chat_template)
         rows = [Prompt([{"role": "user", "content": line}] if chat else line) for line in given if line.strip()]
         data = Data(rows, "prompts", "conversational" if chat else "standard")
     train, held = split_by_prompt(data, HELD_OUT_PROMPTS)
