@@ -346,6 +346,7 @@ def test_check_refuses_what_training_refuses(distalign, place, tiny_folder):
     assert distalign("data", "check", "ties.jsonl", "--drop-ties")[0] == 0
     Path("long.jsonl").write_text(json.dumps({**good, "prompt": "tell me about tea " * 40}))
     refused(distalign("data", "check", "long.jsonl", "--model", str(tiny_folder)), "1 pairs are longer than 64 tokens")
+    refused(distalign("data", "check", "long.jsonl", "--max-length", "5"), "--max-length", "needs --model")
 
 
 def test_several_runs_have_one_page(distalign, place):

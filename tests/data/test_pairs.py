@@ -265,6 +265,14 @@ REFUSED_ROWS = {
     f'{ARGUMENTS}: the key "a" stands more than once, and only the last would be read; keep one': called(
         '{"a": 1, "a": 2}'
     ),
+    'a column "images", and only text is read here; leave it out, or rename it if it is text': {
+        **CHAT_ROW,
+        "images": ["sky.png"],
+    },
+    'a column "image", and only text is read here; leave it out, or rename it if it is text': {
+        **ROW,
+        "image": "sky.png",
+    },
     f"no prompt, and no common start {MARKS}; {GUESS}": {"chosen": "Blue.", "rejected": "Green."},
     f"no prompt, and the common start ends at no turn {MARKS}; {GUESS}": {
         "chosen": "The sky is blue.",

@@ -90,3 +90,14 @@ def test_a_target_that_cannot_be_made_is_refused_before_a_model_is_loaded(recipe
     message = "target names 2 of words, class and model; give one of them"
     with pytest.raises(InputError, match=message):
         recipe(model="a", words=["happy"])
+
+
+@pytest.mark.parametrize("target", [{"words": ["happy"], "bonus": 0.0}, {"model": "base"}, {"class": "same.py:Same"}])
+def test_a_target_that_is_the_model_itself_is_refused(recipe, tmp_path, tiny_folder, target):
+    """Its labels hold no information, of which nothing can be divided."""
+    code = "class Same:\n    def model(self, base, tokenizer, strength=1.0):\n        return base\n"
+    (tmp_path / "same.py").write_text(code)
+    if "model" in target:
+        target = {"model": str(tiny_folder)}
+    with pytest.raises(InputError, match=r"target: the labels hold no information about it.* a bonus other than 0"):
+        compare(recipe(**target))

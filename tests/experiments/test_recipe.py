@@ -181,6 +181,10 @@ REFUSALS = {
     "got a number with a fractional part",
     "methods: {dpo: }\ntraining: {output_dir: a}": 'x.yaml: training has no setting "output_dir"; '
     "the run's folder is output_dir and name at the top of the recipe",
+    "methods: {dpo: }\ntraining: {resume_from_checkpoint: a}": "x.yaml: training has no setting "
+    '"resume_from_checkpoint"; a run goes on with --resume',
+    "methods: {dpo: }\nreward: {train: {init: scratch, gamma: 0.1}}": "x.yaml: reward.train: init is scratch, which "
+    "reads no gamma; leave out gamma: 0.1",
     "methods: {dpo: }\ntraining: fast": "x.yaml: training is 'fast'; "
     "write setting: value with transformers.TrainingArguments' settings",
     "methods: {dpo: }\nevaluation: {sample: 2}": 'x.yaml: evaluation has no setting "sample"; did you mean "samples"?',

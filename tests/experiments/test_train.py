@@ -360,6 +360,27 @@ def test_a_run_without_evaluation_trains(place, tmp_path):
     assert (settings.train_dir / "pmle" / "model" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("off", ["training.eval_strategy=no", "data.held_out=0"])
+def test_early_stopping_without_evaluation_is_told(place, tmp_path, caplog, off):
+    """Where it is set; a comparison keeps the last step whatever it says, and the default means nothing."""
+    settings = recipe(place, tmp_path, *own_data(place), "early_stopping.patience=2", off)
+    check(settings, ["pmle"], compared=True)
+    check(recipe(place, tmp_path, *own_data(place), "early_stopping=true", off), ["pmle"])
+    assert "early_stopping" not in caplog.text
+    check(settings, ["pmle"])
+    assert "tiny: early_stopping is set and nothing is evaluated: it has no effect on pmle" in caplog.text
+
+
+def test_prompts_that_nothing_reads_are_told(place, tmp_path, caplog):
+    """Methods that draw no responses learn from the pairs alone."""
+    settings = recipe(place, tmp_path, *own_data(place), "data.prompts=no-such-file.jsonl",
+                      methods={"pmle": {"beta": 0.0}, "dpo": {}, "rkl": {}}, reward={"exact": True})  # fmt: skip
+    check(settings, ["pmle", "rkl"])
+    assert "is not read" not in caplog.text
+    check(settings, ["pmle", "dpo"])
+    assert "data.prompts no-such-file.jsonl is not read: no method draws responses (pmle, dpo)" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

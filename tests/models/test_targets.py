@@ -231,3 +231,25 @@ def test_a_class_of_the_users_is_a_target(tmp_path, tiny_folder):
     ):
         with pytest.raises(InputError, match=message):
             made(tiny_folder, **{"class": f"{place}:{name}", "settings": settings})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "body", "message"),
+    [
+        ("base, tokenizer, strength", "1 / 0", "raised ZeroDivisionError: division by zero; fix it"),
+        ("base, tokenizer", "", r"raised TypeError: Mine.model\(\) takes 3 positional arguments but 4 were given; fix"),
+        ("base, tokenizer, strength", "return None", "returned a NoneType; return a PreTrainedModel"),
+        ("base, tokenizer, strength", "return base.config", "returned a LlamaConfig; return a PreTrainedModel"),
+        ("base, tokenizer, strength", "return tiny.model(vocab_size=48)", "of 48 tokens, and the base has 40"),
+        ("base, tokenizer, strength", "raise InputError('by word')", "^by word$"),
+    ],
+)
+def test_what_a_class_of_the_users_gives_is_checked(tmp_path, tiny_folder, parameters, body, message):
+    """Its model raises, is no model or has other tokens: one message that names the class."""
+    start = "import tiny\nfrom distalign import InputError\n"
+    code = f"{start}class Mine:\n    def model(self, {parameters}):\n        {body or 'return base'}\n"
+    (tmp_path / "my_target.py").write_text(code)
+    target = made(tiny_folder, **{"class": f"{tmp_path}/my_target.py:Mine"})
+    with pytest.raises(InputError, match=message) as refused:
+        target.model(tiny.model(), tiny.tokenizer(), 0.5)
+    assert "by word" in message or "my_target.py:Mine: " in str(refused.value)

@@ -14,6 +14,7 @@ from distalign.data import Prompt
 from distalign.errors import InputError
 from distalign.models.load import ModelError
 from distalign.rewards import Request, RewardError, RewardSettings, check_rewards, make_reward
+from distalign.rewards.classifier import find_classifier
 
 
 def chat(text: str) -> Prompt:
@@ -108,6 +109,28 @@ def test_the_models_own_limit_holds_without_a_setting(tmp_path, caplog):
     assert "texts are longer than 12 tokens and lost their start" in caplog.text
     with pytest.raises(RewardError, match="max_length is 13, but it has 12 positions"):
         check_rewards([RewardSettings(model=name, max_length=13)], conversational=True)
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+def test_positions_that_begin_after_the_paddings_are_fewer(tmp_path, caplog, pad):
+    """RoBERTa and its kin have max_position_embeddings − pad − 1 of them; a longer text is cut to these."""
+    encoder = {"bos_token_id": 2, "num_key_value_heads": None, "max_position_embeddings": 14}
+    name = save_classifier(tmp_path, kind="roberta", pad=pad, tokenizer=tiny.tokenizer(chat=False), **encoder)
+    reward, limit = classifier(name), 13 - pad
+    assert reward([Request([5], [[7] * 30, [8, tiny.END]], Prompt("tell me " * 9))]).isfinite().all()
+    assert f"2 of 2 texts are longer than {limit} tokens and lost their start" in caplog.text
+    with pytest.raises(RewardError, match=f"max_length is 14, but it has {limit} positions"):
+        check_rewards([RewardSettings(model=name, max_length=14)], conversational=False)
+
+
+def test_the_limit_of_its_tokenizer_holds_without_a_setting(tmp_path, caplog):
+    """model_max_length, where it is below the positions; max_length goes beyond it."""
+    tokenizer = tiny.tokenizer()
+    tokenizer.model_max_length = 11
+    name = save_classifier(tmp_path, tokenizer=tokenizer)
+    classifier(name)(REQUESTS)
+    assert "texts are longer than 11 tokens and lost their start" in caplog.text
+    assert find_classifier(name, max_length=12).max_length == 12
 
 
 def test_a_classifier_that_cannot_read_the_rows_is_refused(tmp_path):

@@ -92,6 +92,15 @@ def test_what_a_function_changes_is_its_own(write):
     assert [request.row for request in REQUESTS] == [request.row for request in before]
 
 
+def test_what_a_function_changes_is_one_responses(write):
+    """Two responses to one prompt have each their prompt and columns, and the ids of a round stay."""
+    change = "prompts[0].extend(completions[0]); columns['tags'][0].append(1); columns['completion_ids'][0].clear()"
+    requests = [Request([5], [[7, 8], [9]], Prompt(CHAT.prompt, extra={"tags": []}))]
+    found = function(write(f"{change}; return [len(p) + len(t) for p, t in zip(prompts, columns['tags'])]"))(requests)
+    assert found.tolist() == [3.0, 1.0]
+    assert requests[0].responses == [[7, 8], [9]]
+
+
 def test_rows_without_text_are_decoded(write):
     """Ids alone become strings, without special tokens; string rows stay strings."""
     reward = function(

@@ -27,6 +27,8 @@ def check(
     """Check preference pairs: format, counts, lengths, duplicates, ties, and one example as the model reads it."""
     from distalign.data import inspect_pairs
 
+    if model is None and max_length is not None:
+        shared.refuse("--max-length counts a model's tokens: it needs --model")
     tokenizer = None
     if model is not None:
         shared.quiet()

@@ -361,6 +361,9 @@ def _number(row: Record, name: str, where: str) -> float | None:
 def _extra(row: Record, used: Collection[str], where: str) -> dict[str, Any]:
     """The other columns. `tools` may be JSON text, as TRL prefers it: a table would fill in fields of other tools."""
     extra = {name: value for name, value in row.items() if name not in used}
+    for name in ("images", "image"):
+        if name in extra:
+            _refuse(where, f'a column "{name}", and only text is read here; leave it out, or rename it if it is text')
     if isinstance(extra.get("tools"), str):
         extra["tools"] = _json(extra["tools"], "tools", "write a list of schemas, or json.dumps of it", where)
     if not isinstance(extra.get("tools"), list | None):

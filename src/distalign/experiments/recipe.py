@@ -58,6 +58,7 @@ _ELSEWHERE = {
     ("dpo", "beta"): "DPO's beta is the preference sharpness, which is called gamma here: write gamma",
     ("training", "output_dir"): "the run's folder is output_dir and name at the top of the recipe",
     ("training", "seed"): "the seed is at the top of the recipe",
+    ("training", "resume_from_checkpoint"): "a run goes on with --resume",
     ("training", "label_smoothing_factor"): "no preference loss reads it; give soft labels in the column p_chosen",
     ("training", "neftune_noise_alpha"): "the engine adds no noise to embeddings",
 }

@@ -183,10 +183,15 @@ def _draw_pairs(setup: Setup, settings: TargetSettings, target: Target, measured
             )
 
     train = draw("training", [one.prompt for one in setup.prompts], settings.pairs, 2 * setup.seed)
+    information = train.information(settings.gamma)
+    if information == 0:
+        raise InputError(
+            "target: the labels hold no information about it: it is the model itself, or no label is in doubt; give a "
+            "target other than the model (of words, a bonus other than 0), or lower target.gamma"
+        )
     held = draw("held-out", setup.task.prompts, settings.eval_pairs, 2 * setup.seed + 1)
     if measured:
         _check_held_out(len(setup.task.prompts), len(held.pairs))
-    information = train.information(settings.gamma)
     setup.train, setup.held = train.pairs, held.pairs
     setup.statistics = {
         "train": len(train.pairs),

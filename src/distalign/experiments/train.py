@@ -23,7 +23,7 @@ from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import forward_kl
 from distalign.evaluation.results import forget_results
 from distalign.experiments.auto import settle_gamma
-from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe, load_recipe
+from distalign.experiments.recipe import EarlyStopping, Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
 from distalign.models.load import find_model
@@ -140,6 +140,10 @@ def check(recipe: Recipe, methods: Sequence[str], *, compared: bool = False) -> 
     for name in methods:
         method = recipe.method(name)
         args = training_arguments(recipe, name, Path("unused"), held_out=held_out, compared=compared)
+        if recipe.early_stopping not in (None, EarlyStopping()) and args.eval_strategy == "no" and not compared:
+            logger.warning(
+                "%s: early_stopping is set and nothing is evaluated: it has no effect on %s", recipe.name, name
+            )
         if draws_responses(method):
             check_rollout(name, method, args.rollout)
             if args.use_vllm:
@@ -161,6 +165,9 @@ def check(recipe: Recipe, methods: Sequence[str], *, compared: bool = False) -> 
                 f"{recipe.name}: reward.train stops by held-out pairs and there are none; give data.eval, or "
                 "data.held_out above 0"
             )
+    prompts = None if recipe.data is None else recipe.data.prompts
+    if prompts is not None and not any(draws_responses(recipe.method(name)) for name in methods):
+        logger.warning("data.prompts %s is not read: no method draws responses (%s)", prompts, ", ".join(methods))
     writable(recipe.run_dir)
 
 

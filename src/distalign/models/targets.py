@@ -146,6 +146,36 @@ class ModelTarget:
         return self._model
 
 
+@dataclass(frozen=True)
+class _UserTarget:
+    """The user's own target, under the name of its class; what its model() gives is checked."""
+
+    name: str
+    target: Target
+
+    def model(self, base: PreTrainedModel, tokenizer: Tokenizer, strength: float = 1.0) -> PreTrainedModel:
+        """The user's model. Raises InputError for one that cannot be compared with the base."""
+        try:
+            model = self.target.model(base, tokenizer, strength)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"target {self.name}: model(base, tokenizer, strength) raised {type(error).__name__}: {error}; fix it"
+            ) from error
+        if not isinstance(model, PreTrainedModel):
+            raise InputError(
+                f"target {self.name}: its model() returned a {type(model).__name__}; return a PreTrainedModel"
+            )
+        sizes = [each.config.get_text_config().vocab_size for each in (base, model)]
+        if sizes[0] != sizes[1]:
+            raise InputError(
+                f"target {self.name}: its model() returned one of {sizes[1]:,} tokens, and the base has {sizes[0]:,}; "
+                "a target is compared token by token: return a model of the same tokens"
+            )
+        return model
+
+
 def make_target(settings: TargetSettings, source: Source, tokenizer: PreTrainedTokenizerBase) -> Target:
     """The target that the settings name, for a base model. Raises InputError for what can be known without weights."""
     if settings.words:
@@ -172,7 +202,7 @@ def _user_target(name: str, settings: dict[str, Any]) -> Target:
     if not is_target(found):
         raise InputError(f"target {name}: it has no method model(base, tokenizer, strength); docs/targets.md shows one")
     try:
-        return found(**settings)
+        return _UserTarget(name, found(**settings))
     except (TypeError, ValueError) as error:
         raise InputError(f"target {name}: {error}; change target.settings") from error
 

@@ -68,16 +68,16 @@ def as_text(requests: Sequence[Request], tokenizer: PreTrainedTokenizerBase) -> 
     """Every response as text, without special tokens, in order. `tokenizer` is the policy's."""
     responses: list[TextResponse] = []
     for request in requests:
-        # A copy: a function may change what it is given.
-        row = copy.deepcopy(request.row)
-        prompt = str(tokenizer.decode(request.prompt, skip_special_tokens=True)) if row is None else row.prompt
-        columns = {} if row is None else row.extra
-        if isinstance(row, Pair):
-            columns = {**columns, "chosen": row.chosen, "rejected": row.rejected}
         for ids in request.responses:
+            # Copies, one for each response: a function may change what it is given.
+            row = copy.deepcopy(request.row)
+            prompt = str(tokenizer.decode(request.prompt, skip_special_tokens=True)) if row is None else row.prompt
+            columns = {} if row is None else row.extra
+            if isinstance(row, Pair):
+                columns = {**columns, "chosen": row.chosen, "rejected": row.rejected}
             text = decode_after(tokenizer, ids)
             completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            responses.append(TextResponse(prompt, completion, ids, columns))
+            responses.append(TextResponse(prompt, completion, list(ids), columns))
     return responses
 
 

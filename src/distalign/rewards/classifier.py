@@ -17,7 +17,13 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from distalign.models.load import Source, explained, find_model, positions
 from distalign.models.verify import load_adapter, load_verified
@@ -89,10 +95,26 @@ def find_classifier(name: str, *, max_length: int | None = None) -> ClassifierSo
             )
         if config.num_labels != 1:
             raise RewardError(f"reward model {name}: it has {config.num_labels} labels; a reward model has one")
-    limit = positions(config)
+    limit = _positions(name, config)
     if limit is not None and max_length is not None and max_length > limit:
         raise RewardError(f"reward model {name}: max_length is {max_length}, but it has {limit} positions; lower it")
-    return ClassifierSource(source, tokenizer, max_length or limit)
+    # A tokenizer without a limit says 10³⁰.
+    limits = (size for size in (limit, tokenizer.model_max_length) if size is not None and size < VERY_LARGE_INTEGER)
+    return ClassifierSource(source, tokenizer, max_length or min(limits, default=None))
+
+
+def _positions(name: str, config: PretrainedConfig) -> int | None:
+    """Longest text that the classifier can read, in tokens; None if it names no limit. Raises ModelError.
+
+    Encoders like RoBERTa count positions from the one after that of their padding.
+    """
+    with explained(name), torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+    sizes = [positions(config)]
+    for place, table in model.named_modules():
+        if place.endswith("position_embeddings") and isinstance(padding := getattr(table, "padding_idx", None), int):
+            sizes.append(len(table.weight) - padding - 1)  # pyright: ignore[reportArgumentType]
+    return min((size for size in sizes if size is not None), default=None)
 
 
 class ClassifierReward(Reward):

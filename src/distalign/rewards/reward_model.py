@@ -85,6 +85,8 @@ class RewardTraining(Section):
     def _fits(self) -> RewardTraining:
         if self.head != "auto" and self.init == "scratch":
             raise ValueError(f"reward.train: init is scratch, which has a score head; leave out head: {self.head}")
+        if self.gamma is not None and self.init == "scratch":
+            raise ValueError(f"reward.train: init is scratch, which reads no gamma; leave out gamma: {self.gamma:g}")
         if self.head in ("tilt", "counts") and self.backbone != "frozen":
             raise ValueError(
                 f"reward.train: head is {self.head}, which reads no hidden states, and backbone {self.backbone} would "
