@@ -6,11 +6,13 @@ from dataclasses import fields
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import HfArgumentParser
 
 from distalign.experiments.recipe import EarlyStopping, Recipe, load_recipe
 from distalign.methods import METHODS
 from distalign.models.policy import Lora
 from distalign.settings import RecipeError, dump_yaml, parse_value
+from distalign.training.config import AlignmentConfig
 
 TARGET = "model: tiny\ntarget: {words: [lovely]}\n"
 
@@ -129,6 +131,15 @@ def test_dump_round_trip(write, tmp_path):
     again = load_recipe(tmp_path / "runs" / "quick" / "recipe.yaml")
     assert again == recipe
     assert again.early_stopping is None
+
+
+def test_a_recipe_is_read_beside_a_command_line_parser(write):
+    """transformers' parser changes the types of the fields of TrainingArguments."""
+    HfArgumentParser(AlignmentConfig)
+    recipe = load_recipe(
+        write("name: quick\nmodel: tiny\ndata: {train: a}\nmethods: {pmle: }\ntraining: {report_to: [none]}")
+    )
+    assert recipe.training == {"report_to": ["none"]}
 
 
 def test_sections_switch_on_and_off(write):

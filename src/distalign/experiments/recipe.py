@@ -419,7 +419,9 @@ def _training(section: str, values: object) -> dict[str, Any]:
         )
     from transformers import TrainingArguments
 
-    types = {field.name: field.type for field in dataclasses.fields(TrainingArguments) if field.init}
+    # A field's own type is changed by transformers.HfArgumentParser.
+    hints = get_type_hints(TrainingArguments)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(TrainingArguments) if field.init}
     checked = _checked(section, values, types)
     wrong = [key for key, value in checked.items() if isinstance(value, float) and not math.isfinite(value)]
     if wrong:
