@@ -12,12 +12,15 @@ import yaml
 from distalign.data import encode_pairs, read_pairs
 from distalign.engine import Group, score_in_batches
 from distalign.errors import InputError
+from distalign.experiments.auto import settle_gamma
 from distalign.experiments.compare import compare
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.train import check, train, train_reward_model
 from distalign.rewards import RewardError
 from distalign.settings import RecipeError
 from distalign.stats.calibration import calibrate
+
+PAIRS = tiny.encoded_pairs(40)
 
 
 @pytest.fixture
@@ -62,18 +65,23 @@ def test_a_known_targets_gamma_is_its_own(made, caplog):
     assert "- gamma: 0.5" in (recipe.run_dir / "dpo" / "model" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_on_the_users_pairs_gamma_is_the_calibration_of_the_start(made, tmp_path, tiny_folder, temperature):
-    """All pairs are trained on: the number is what `calibrate` says of them, or the bound, at the temperature of π."""
-    changes = "data.held_out=0.0", f"rollout.temperature={temperature}"
-    recipe = made({"pmle": {"gamma": "auto", "beta": 0.0}}, *changes, data=True)
+def test_on_the_users_pairs_gamma_is_the_calibration_of_the_start(made, tmp_path, tiny_folder):
+    """All pairs are trained on: the number is what `calibrate` says of them, or the bound; a reward follows it."""
+    recipe = made({"pmle": {"gamma": "auto", "beta": 0.0}}, "data.held_out=0.0", data=True)
     method = written(train(recipe).folder)["methods"]["pmle"]
     pairs, _ = encode_pairs(tiny.tokenizer(), read_pairs(str(tmp_path / "pairs.jsonl")), max_length=None)
     groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
     model = tiny.AutoModelForCausalLM.from_pretrained(tiny_folder)
-    logps = score_in_batches(model, groups, token_budget=512, temperature=temperature).logps.view(-1, 2)
+    logps = score_in_batches(model, groups, token_budget=512).logps.view(-1, 2)
     low, high = (bound / float((logps[:, 0] - logps[:, 1]).abs().median()) for bound in (0.1, 5.0))
     assert method["gamma"] == pytest.approx(min(max(calibrate(logps).gamma.mean, low), high), rel=0.01)
+
+
+def test_gamma_at_another_temperature_is_told(made, caplog):
+    """Of methods that draw: the others learn at temperature 1 whatever the rollout's is."""
+    methods = {"pmle": {"gamma": "auto", "beta": 0.0}, "rkl": {"gamma": "auto", "beta": 0.1}}
+    settle_gamma(made(methods, "rollout.temperature=0.5", data=True, reward={"train": {}}), tiny.model(), PAIRS)
+    assert "gamma auto is found at temperature 1, and rkl learns at that of its rollout" in caplog.text
 
 
 def test_a_reward_without_gamma_follows(made):

@@ -82,6 +82,26 @@ def test_differences_are_paired_by_seed():
     assert during.rows[0][2:] == ["2.00 ± 0.00", "0.60 ± 0.10", 4, "1.00 ± 0.10", 6, "1.10 ± 0.10", 8]
 
 
+def test_differences_are_of_one_reward_where_the_first_method_reads_it():
+    """And curves need not be of one length."""
+
+    def row(method, head, seed, kl, steps=3):
+        numbers = {key: {"mean": kl, "se": 0.1} for key in KEYS}
+        curve = [[step, kl, 0.5] for step in range(steps)]
+        cell = {PAIRS: 8, "reward.train.head": head}
+        return {"cell": cell, "method": method, "seed": seed, **numbers, "curve": curve}
+
+    rows = [
+        row(method, head, seed, start + more + 0.01 * seed, steps=3 - seed)
+        for head, start in (("tilt", 1.0), ("hidden", 3.0))
+        for seed in (0, 1)
+        for method, more in (("reference", 0.0), ("rkl", 0.0), ("pd", 0.1))
+    ]
+    shown = show(rows)
+    assert [line[3] for line in shown.tables[1].rows] == ["–", "+0.10 [+0.10, +0.10]", "–", "+0.10 [+0.10, +0.10]"]
+    assert shown.panels[1].curves[0].x == [0, 1]
+
+
 def test_a_grid_need_not_have_numbers_of_pairs(tmp_path, tiny_folder):
     """Nor numbers: values are lists, too."""
     path = tmp_path / "words.yaml"

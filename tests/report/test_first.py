@@ -258,7 +258,7 @@ def test_a_training_run_says_what_came_out_and_how_sure(tmp_path):
     assert shown.sure.startswith("Its error is not known")
     shown = outcome(tmp_path, *accuracy, card="- held_out: 100\n- kept_step: 4\n")
     assert shown.sentence == "Held-out accuracy went from 0.5 to 0.80 [0.71, 0.87] at step 4 (the step that was kept)"
-    assert shown.sure.startswith("95 % interval over 100 held-out pairs. One seed")
+    assert shown.sure.startswith("95 % interval over 100 held-out pairs, each counted by itself. One seed")
     assert shown.figure == "Preference accuracy"
     shown = outcome(tmp_path, *accuracy, card="- held_out: 5\n")
     assert shown.sentence.startswith("Held-out accuracy shows no clear change: 0.70 [")

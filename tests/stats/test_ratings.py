@@ -153,8 +153,8 @@ def test_length_control_is_statsmodels():
     rate = theirs.predict(equal).mean()
     assert result.win_rate.mean == pytest.approx(rate, abs=1e-6)
     assert result.length_effect.mean == pytest.approx(theirs.params[1], abs=1e-6)
-    quantile = 1.967929669  # Student's, 299 degrees of freedom
-    covariance = theirs.cov_params() * 300 / 299
+    quantile = 1.967956623  # Student's, 298 degrees of freedom
+    covariance = theirs.cov_params() * 300 / 298
     assert result.length_effect.high - result.length_effect.mean == pytest.approx(
         quantile * math.sqrt(covariance[1, 1]), abs=1e-6
     )
@@ -184,6 +184,11 @@ def test_length_control_refuses():
     ones = torch.ones(4, dtype=torch.float64)
     with pytest.raises(ValueError, match="do not vary"):
         length_controlled_win_rate(ones, 3 * ones, ones)
+    # Two numbers fit two prompts without error; of three the interval may be all.
+    with pytest.raises(ValueError, match="2 prompts, and a win rate and the effect of length want three"):
+        length_controlled_win_rate(ones[:2] / 2, torch.tensor([1.0, 2.0]), ones[:2])
+    few = torch.tensor([0.577, 0.122, 0.729]), torch.tensor([18.0, 17.0, 15.0]), torch.full((3,), 10.0)
+    assert length_controlled_win_rate(*few).win_rate.high == pytest.approx(1.0, abs=1e-6)
     gap = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"4 comparisons, 0\.500 of them won: length"):
         length_controlled_win_rate((gap > 0).double(), gap, 0 * ones)

@@ -30,6 +30,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -494,6 +495,23 @@ def test_an_order_that_rounds_do_not_follow_is_refused(tmp_path, settings):
     """By the setting's name."""
     with pytest.raises(TrainingError, match=f"{next(iter(settings))} is .*; rounds .* leave it out"):
         trainer(tmp_path, METHODS["on-policy"], args=config(tmp_path, **settings))
+
+
+def test_a_push_without_the_setting_makes_the_repository_first(tmp_path, monkeypatch):
+    """As transformers does: `push_to_hub()` is called by itself, too."""
+    made = trainer(tmp_path, METHODS["offline"], args=config(tmp_path, hub_model_id="me/mine"))
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, _: setattr(self, "hub_model_id", self.args.hub_model_id))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda _, repo_id, **__: pushed.append(repo_id))
+    made.push_to_hub()
+    assert pushed == ["me/mine"]
+
+
+def test_a_held_out_set_is_evaluated_by_its_name(tmp_path):
+    """As transformers does; its metrics have the name."""
+    made = trainer(tmp_path, METHODS["offline"], eval_dataset={"a": rows(3), "b": rows(4)})
+    assert made.evaluate("b")["eval_b_loss"] == made.evaluate()["eval_b_loss"]
+    assert "eval_a_loss" not in made.evaluate("b")
 
 
 def test_what_a_push_would_not_read_is_refused(tmp_path):

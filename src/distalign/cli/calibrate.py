@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from distalign.stats.calibration import Calibration
+
+logger = logging.getLogger("distalign.cli.calibrate")
 
 
 def calibrate(
@@ -52,6 +55,11 @@ def calibrate(
             source.model(), groups, token_budget=token_budget, temperature=temperature, progress=advance
         )
     labels = torch.tensor([pair.label for pair in encoded]).double()
+    prompts = len({pair.question for pair in encoded})
+    if prompts < len(encoded):
+        logger.warning(
+            "%d pairs of %d prompts count as independent: the intervals are too narrow", len(encoded), prompts
+        )
     try:
         result = fit(scores.logps.view(-1, 2), labels)
     except ValueError as error:

@@ -37,6 +37,7 @@ from distalign.rewards.reward_model import TrainedReward
 from distalign.rollout.sample import sample
 from distalign.stats.calibration import calibrate
 from distalign.training.prompts import INFORMATIVE
+from distalign.training.rollout_settings import draws_responses
 
 logger = logging.getLogger("distalign.experiments.auto")
 
@@ -51,25 +52,24 @@ def settle_gamma(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedP
     names = recipe.automatic("gamma")
     if not names:
         return recipe
-    numbers: dict[str, float] = {}
-    for temperature in {recipe.rollout_for(name).temperature for name in names}:
-        same = [name for name in names if recipe.rollout_for(name).temperature == temperature]
-        choice = _found_gamma(recipe, base, train, temperature)
-        logger.info("gamma auto (%s) is %s", ", ".join(same), choice)
-        numbers |= dict.fromkeys(same, choice.value)
-    return recipe.with_numbers("gamma", numbers)
-
-
-def _found_gamma(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedPair], temperature: float) -> Choice:
     if recipe.target is not None:
-        return Choice(recipe.target.gamma, "the known target's own")
-    pairs = _some(train, recipe.seed)
-    groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
-    scores = score_in_batches(base, groups, token_budget=recipe.forward_budget, temperature=temperature)
-    try:
-        return choose_gamma(scores.logps.view(-1, 2).cpu(), _labels(pairs))
-    except ValueError as error:
-        raise InputError(f"{recipe.name}: gamma is auto, which these pairs do not say ({error})") from None
+        choice = Choice(recipe.target.gamma, "the known target's own")
+    else:
+        pairs = _some(train, recipe.seed)
+        groups = [Group(pair.prompt, [pair.chosen, pair.rejected]) for pair in pairs]
+        logps = score_in_batches(base, groups, token_budget=recipe.forward_budget).logps
+        try:
+            choice = choose_gamma(logps.view(-1, 2).cpu(), _labels(pairs))
+        except ValueError as error:
+            raise InputError(f"{recipe.name}: gamma is auto, which these pairs do not say ({error})") from None
+        others = [name for name in names if draws_responses(recipe.method(name))]
+        if others := [name for name in others if recipe.rollout_for(name).temperature != 1]:
+            logger.warning(
+                "gamma auto is found at temperature 1, and %s learns at that of its rollout: give gamma a number",
+                ", ".join(others),
+            )
+    logger.info("gamma auto (%s) is %s", ", ".join(names), choice)
+    return recipe.with_numbers("gamma", dict.fromkeys(names, choice.value))
 
 
 def settle_beta(recipe: Recipe, base: PreTrainedModel, train: Sequence[EncodedPair], end_id: int) -> Recipe:

@@ -144,9 +144,10 @@ def show(rows: Sequence[Row]) -> Shown:
             planes.append(_plane(label, [same for _, same in by_size], "line" if len(by_size) > 1 else "points"))
         largest = by_size[-1][1]
         if largest[0]["curve"]:
-            x = [step for step, *_ in largest[0]["curve"]]
-            means = [sum(row["curve"][i][1] for row in largest) / len(largest) for i in range(len(x))]
-            steps.append(Curve(label, x, means))
+            # A run that collapsed may have stopped before the others.
+            points = list(zip(*(row["curve"] for row in largest), strict=False))
+            means = [sum(kl for _, kl, _ in same) / len(same) for same in points]
+            steps.append(Curve(label, [same[0][0] for same in points], means))
         table += [[label, n, *_texts(same), _seeds(same)] for n, same in by_size]
         nearest += [[label, n, *_nearest(same)] for n, same in by_size if all(row["curve"] for row in same)]
     table += [[name, None, *_texts(own), _seeds(own)] for name, own in known.items()]
@@ -255,7 +256,11 @@ def _text(values: Sequence[float]) -> str:
 
 def _differences(rows: Sequence[Row], first: str) -> list[list[str | int]]:
     """Each method's KL(π*‖π) less that of the reference, and of the first method, of the same seed and pairs."""
-    of = {(row["method"], _without_reward(row["cell"]), row["seed"]): row["forward_kl"]["mean"] for row in rows[::-1]}
+    # Of its own cell, or, of a method that is trained for the first reward alone, of that.
+    of: dict[tuple[str, object, int], float] = {}
+    for row in rows[::-1]:
+        for cell in (_without_reward(row["cell"]), str(row["cell"])):
+            of[row["method"], cell, row["seed"]] = row["forward_kl"]["mean"]
     table: list[list[str | int]] = []
     for label, own in _by_label(rows).items():
         for n in sorted({row["cell"].get(PAIRS, 0) for row in own if row["method"] != OPTIMUM}):
@@ -266,7 +271,8 @@ def _differences(rows: Sequence[Row], first: str) -> list[list[str | int]]:
                 if len(same) < 2 or own[0]["method"] == other:
                     texts.append("–")
                     continue
-                kl = torch.tensor([of[other, _without_reward(row["cell"]), row["seed"]] for row in same])
+                pairs = [((other, str(row["cell"]), row["seed"]), _without_reward(row["cell"])) for row in same]
+                kl = torch.tensor([of.get(key, of.get((other, plain, key[2]))) for key, plain in pairs])
                 mean, low, high = paired_difference(own_kl, kl)
                 texts.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
             table.append([label, n, *texts])

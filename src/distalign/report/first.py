@@ -218,7 +218,7 @@ def _bars(results: Results, column: Column, ranked: Mapping[str, Difference]) ->
 def _how_sure(results: Results, column: Column, ranked: Mapping[str, Difference]) -> str:
     """What the bars are, over how much, and what they leave out."""
     counts = {m.n for name in ranked if (m := results.methods[name].get(column.key)) and m.n is not None}
-    over = f" over {max(counts)} held-out {'pairs' if column.key == 'accuracy' else 'prompts'}" if counts else ""
+    over = f" over {max(counts)} held-out prompts" if counts else ""
     line, what = "the dashed line at one half", "95 % intervals"
     if column.key != "win_rate":
         in_percent = "%" in _relative(results, column, next(iter(ranked.values())), "")[0]
@@ -300,7 +300,7 @@ def training_screen(run: Run) -> FirstScreen:
     sure = "Its error is not known: the log has the number without a count."
     if key == "eval_rewards/accuracies" and pairs.isdecimal() and 0 <= row[key] <= 1:
         interval = mean_interval(Measure(mean=row[key], se=0.0, n=int(pairs)), is_share=True)
-        sure = f"95 % interval over {pairs} held-out pairs."
+        sure = f"95 % interval over {pairs} held-out pairs, each counted by itself."
     elif key == "eval_target/forward_kl" and n >= 2:
         interval = mean_interval(Measure(mean=row[key], se=row.get(f"{key}_se", math.nan), n=int(n)))
         sure = f"95 % interval over {n:.0f} held-out prompts."

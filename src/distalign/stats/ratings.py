@@ -89,12 +89,15 @@ def length_controlled_win_rate(
     cross-validation, and a fifth of a weight of made-up comparisons with verbose and terse baselines, which guards
     against gaming.
 
-    Raises ValueError where all Δ are the same, or a length and the outcomes cannot be told apart.
+    Raises ValueError for fewer than three prompts, where all Δ are the same, or a length and the outcomes cannot be
+    told apart.
 
     Source: arXiv 2404.04475, section 3.
     """
     wins, gap = wins.to(torch.float64), (lengths - baseline_lengths).to(torch.float64)
-    spread = float(gap.std()) if len(gap) > 1 else 0.0
+    if len(gap) < 3:
+        raise ValueError(f"{len(gap)} prompts, and a win rate and the effect of length want three: compare on more")
+    spread = float(gap.std())
     if not spread > 0:
         raise ValueError(
             f"the {len(gap)} differences in length do not vary; nothing can be said about length: report the win rate"
@@ -107,14 +110,16 @@ def length_controlled_win_rate(
             f"{len(wins)} comparisons, {float(wins.mean()):.3f} of them won: length predicts every "
             "outcome, so no win rate at equal lengths exists; compare on more prompts, or report the raw win rate"
         ) from error
-    covariance = fit.clustered_covariance(torch.arange(len(wins)))
-    quantile = student_quantile(len(wins) - 1)
+    # Two numbers are fitted.
+    freedom = len(wins) - 2
+    covariance = fit.clustered_covariance(torch.arange(len(wins))) * (len(wins) - 1) / freedom
+    quantile = student_quantile(freedom)
 
     def interval(index: int) -> Interval:
         value, half_width = float(fit.coefficients[index]), quantile * math.sqrt(float(covariance[index, index]))
         return Interval(value, value - half_width, value + half_width)
 
-    win_rate = Interval(*(1 / (1 + math.exp(-log_odds)) for log_odds in interval(0)))
+    win_rate = Interval(*torch.tensor(interval(0), dtype=torch.float64).sigmoid().tolist())
     return LengthControlled(win_rate, interval(1))
 
 

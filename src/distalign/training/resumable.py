@@ -387,6 +387,8 @@ class ResumableTrainer(WrappedTrainer):
                 f"{self.label}: push_to_hub has no {', '.join(sorted(unknown))}; it takes commit_message, token and "
                 "revision: for anything else upload the folder that save_model writes (hf upload)"
             )
+        if self.hub_model_id is None:
+            self.init_hf_repo(kwargs.get("token"))
         with tempfile.TemporaryDirectory() as scratch:
             self.save_policy(Path(scratch))
             if not self.processes.first:

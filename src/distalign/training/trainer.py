@@ -593,9 +593,11 @@ class AlignmentTrainer(ResumableTrainer):
 
         So methods compare, and early stopping has one meaning. With it come the pair metrics. Of several sets each has
         its name in its metrics. Against its start a run is measured on its own sets, and its health is watched on the
-        first of them. Raises TrainingError if there are no held-out pairs.
+        first of them; one of them may be asked for by its name. Raises TrainingError if there are no held-out pairs.
         """
         sets: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(self.eval_dataset, Mapping) and isinstance(sets, str) and sets in self.eval_dataset:
+            sets = {sets: self.eval_dataset[sets]}
         if sets is None:
             raise TrainingError(f"{self.label}: nothing to evaluate on; pass eval_dataset, held-out pairs")
         prefixes = (
