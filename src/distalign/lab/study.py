@@ -115,15 +115,15 @@ def _rows(cell: Row, content: Row) -> list[Row]:
 
 
 def _by_label(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of every method, by its name and what has several values in the grid, the number of pairs aside."""
-    values: dict[str, set[str]] = {}
+    """The rows of every method, by its name and what it had several values of, the number of pairs aside."""
+    values: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         for key, value in row["cell"].items():
-            values.setdefault(key, set()).add(repr(value))
-    told = [key for key, several in values.items() if key != PAIRS and len(several) > 1]
+            values.setdefault((row["method"], key), set()).add(repr(value))
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if row["method"] not in ("target", "reference"):
+            told = [key for key in row["cell"] if key != PAIRS and len(values[row["method"], key]) > 1]
             others = ", ".join(f"{key.rpartition('.')[2]} {row['cell'][key]}" for key in told)
             groups.setdefault(f"{row['method']} ({others})" if others else row["method"], []).append(row)
     return groups
