@@ -63,6 +63,8 @@ def test_gradients_through_a_data_parallel_wrapper(tmp_path):
             model.zero_grad()
             logps = redirect(wrapper, model, lambda: score(model, GROUPS).token_logps, nullcontext())
             logps.sum().backward()
+        # The reducer holds the group, and would end it as this function returns: its threads then wait for the GIL.
+        del wrapper, logps
     finally:
         distributed.destroy_process_group()
     for one, other in zip(plain.parameters(), model.parameters(), strict=True):
