@@ -154,6 +154,8 @@ REFUSED = {
     "train_sampling_strategy is group_by_length": {"train_sampling_strategy": "group_by_length"},
     "ignore_data_skip is True; a run that goes on would train on the first rows": {"ignore_data_skip": True},
     "debug is": {"debug": "underflow_overflow"},
+    "include_num_input_tokens_seen is all; it counts nothing here": {"include_num_input_tokens_seen": "all"},
+    "accelerator_config is .*; a batch of rows is no tensor": {"accelerator_config": {"dispatch_batches": True}},
     "fp16 is True; it has no effect on a CPU": {"fp16": True},
     "bf16_full_eval is True; evaluations compute as": {"bf16_full_eval": True},
     "fp16_full_eval is True; evaluations compute as": {"fp16_full_eval": True},

@@ -530,8 +530,6 @@ def test_what_a_push_would_not_read_is_refused(tmp_path):
         ("learning_rate", "fast", "learning_rate is 'fast'; input should be a valid number"),
         ("seed", -1, "seed is -1; input should be greater than or equal to 0"),
         ("health", "off", "health is 'off'; input should be a valid dictionary"),
-        ("accelerator_config", {"dispatch_batches": True}, "accelerator_config has dispatch_batches, .* leave it out"),
-        ("include_num_input_tokens_seen", "all", "include_num_input_tokens_seen is all; it counts nothing here"),
         ("model_init_kwargs", "bf16", "model_init_kwargs is 'bf16'; input should be a valid dictionary"),
     ],
 )

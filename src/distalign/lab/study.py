@@ -256,11 +256,13 @@ def _text(values: Sequence[float]) -> str:
 
 def _differences(rows: Sequence[Row], first: str) -> list[list[str | int]]:
     """Each method's KL(π*‖π) less that of the reference, and of the first method, of the same seed and pairs."""
-    # Of its own cell, or, of a method that is trained for the first reward alone, of that.
-    of: dict[tuple[str, object, int], float] = {}
-    for row in rows[::-1]:
-        for cell in (_without_reward(row["cell"]), str(row["cell"])):
-            of[row["method"], cell, row["seed"]] = row["forward_kl"]["mean"]
+
+    def at(method: str, row: Row) -> float:
+        """Of the row's cell, or, of a method that is trained for the first reward alone, of that reward's."""
+        of = method, row["seed"], _without_reward(row["cell"])
+        there = [one for one in rows if (one["method"], one["seed"], _without_reward(one["cell"])) == of]
+        return next((one for one in there if one["cell"] == row["cell"]), there[0])["forward_kl"]["mean"]
+
     table: list[list[str | int]] = []
     for label, own in _by_label(rows).items():
         for n in sorted({row["cell"].get(PAIRS, 0) for row in own if row["method"] != OPTIMUM}):
@@ -271,8 +273,7 @@ def _differences(rows: Sequence[Row], first: str) -> list[list[str | int]]:
                 if len(same) < 2 or own[0]["method"] == other:
                     texts.append("–")
                     continue
-                pairs = [((other, str(row["cell"]), row["seed"]), _without_reward(row["cell"])) for row in same]
-                kl = torch.tensor([of.get(key, of.get((other, plain, key[2]))) for key, plain in pairs])
+                kl = torch.tensor([at(other, row) for row in same])
                 mean, low, high = paired_difference(own_kl, kl)
                 texts.append(f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]")
             table.append([label, n, *texts])

@@ -234,16 +234,6 @@ class AlignmentConfig(TrainingArguments):
                 f"AlignmentConfig: model_init_kwargs has {', '.join(sorted(unknown))}; by name a model takes dtype, "
                 "trust_remote_code and quantization_config: for anything else load it yourself and pass the model"
             )
-        if getattr(self.accelerator_config, "dispatch_batches", None):
-            raise TrainingError(
-                "AlignmentConfig: accelerator_config has dispatch_batches, and a batch of rows is no tensor that one "
-                "process could send to the others: leave it out"
-            )
-        if self.include_num_input_tokens_seen != "no":
-            raise TrainingError(
-                f"AlignmentConfig: include_num_input_tokens_seen is {self.include_num_input_tokens_seen}; it counts "
-                "nothing here: leave it out"
-            )
         config = self.model_settings.get("quantization_config")
         four_bit = config.get("load_in_4bit") if isinstance(config, Mapping) else getattr(config, "load_in_4bit", False)
         if config is not None and not four_bit:

@@ -604,6 +604,10 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         refused["dataloader_persistent_workers"] = "there are none, as dataloader_num_workers is 0"
     if args.push_to_hub and args.hub_strategy != "end":
         refused["hub_strategy"] = "only the model that is kept is pushed, at the end"
+    if args.include_num_input_tokens_seen != "no":
+        refused["include_num_input_tokens_seen"] = "it counts nothing here"
+    if getattr(args.accelerator_config, "dispatch_batches", None):
+        refused["accelerator_config"] = "a batch of rows is no tensor, as dispatch_batches wants"
     if args.fp16 and args.device.type == "cpu":
         refused["fp16"] = "it has no effect on a CPU, where bf16 has"
     for name, reason in refused.items():
