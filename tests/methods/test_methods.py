@@ -186,6 +186,7 @@ def variants():
             cases.append(pytest.param(factory(beta=0.0), id=f"{name}-beta=0"))
     cases.append(pytest.param(PD(kl_in="reward"), id="pd-reward"))
     cases += [pytest.param(PD(pairs=pairs), id=f"pd-{pairs}") for pairs in ("data", "reference", "data+policy")]
+    cases.append(pytest.param(PD(beta=0.05, pairs="data"), id="pd-data-beta=0.05"))
     cases.append(pytest.param(REBEL(beta=0.0), id="rebel-beta=0"))
     for settings in ({"estimator": "ppo"}, {"estimator": "split"}):
         label = "-".join(settings.values())
@@ -229,8 +230,8 @@ def test_needs_follow_the_settings():
     assert PMLE().needs == Needs(pairs="labelled", samples=True, kl=True)
     assert PD(beta=0.0).needs == Needs(pairs="sampled", reward=True)
     assert PD().needs == Needs(pairs="sampled", samples=True, reward=True, kl=True)
-    assert PD(beta=0.0, pairs="data").needs == Needs(pairs="labelled", reward=True)
-    assert PD(pairs="data").needs == Needs(pairs="labelled", samples=True, reward=True, kl=True)
+    assert PD(pairs="data").needs == Needs(pairs="labelled", reward=True)
+    assert PD(beta=0.05, pairs="data").needs == Needs(pairs="labelled", samples=True, reward=True, kl=True)
     assert PD(beta=0.0, pairs="reference").needs == Needs(pairs="reference", reward=True)
     mixed = Needs(pairs="labelled+sampled", samples=True, reward=True, kl=True)
     assert PD(pairs="data+policy").needs == mixed

@@ -28,14 +28,14 @@ def pd_loss(
 
 @dataclass(frozen=True)
 class PD(Method):
-    """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta`.
+    """PD with the paper's TL;DR settings: sharpness `gamma`, KL weight `beta` (0 with the data's pairs alone: offline).
 
     `pairs`: the policy's of each round (algorithm 1), the reference's, drawn once (theorem 14), the data's (theorem 6).
     `kl_in`: the KL is in the "loss" (eq. 12), or as REBEL's in the "reward" of the policy's pairs, R̂ − β ln π_t/π₀.
     """
 
     gamma: float = 0.1
-    beta: float = 0.05
+    beta: float = None  # pyright: ignore[reportAssignmentType] 0.05, with the data's pairs 0
     pairs: Literal["policy", "data", "reference", "data+reference", "data+policy", "reference+policy"] = "policy"
     kl_in: Literal["loss", "reward"] = "loss"
 
@@ -45,6 +45,8 @@ class PD(Method):
     theorem: ClassVar[str | None] = "theorems 6 and 14"
 
     def __post_init__(self) -> None:
+        if self.beta is None:
+            object.__setattr__(self, "beta", 0.0 if self.pairs == "data" else 0.05)
         check_setting(self, "gamma")
         check_setting(self, "beta", zero=True)
         check_choice(self, "pairs")
