@@ -7,6 +7,7 @@ import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 from hypothesis import given
@@ -395,6 +396,28 @@ def test_split_sizes():
         split_by_prompt(replace(data, rows=data.rows[:1]), 0.1)
     with pytest.raises(ValueError, match="held_out is 1"):
         split_by_prompt(data, 1.0)
+
+
+def test_answers_without_words_are_compared_by_their_calls():
+    """Two rows that call other tools do not repeat each other."""
+
+    def call(name):
+        return [
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": name, "arguments": {}}}]}
+        ]
+
+    prompt = [{"role": "user", "content": "what time is it"}]
+    rows = [{"prompt": prompt, "chosen": call("clock"), "rejected": call(other)} for other in ("rain", "tea")]
+    found = inspect_pairs(rows)
+    assert (found.same_prompts, found.same_pairs, found.swapped_pairs) == (1, 0, 0)
+
+
+def test_numbers_of_a_formatted_data_set_are_numbers():
+    """Whatever it gives them as."""
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.75}]).with_format(
+        "numpy"
+    )
+    assert read_pairs(rows)[0].probability == 0.75
 
 
 def test_inspection_counts(write):

@@ -220,6 +220,20 @@ def test_another_reference_is_another_distance(place, tmp_path):
     assert other["methods"]["moved"]["kl_reference"]["mean"] == pytest.approx(0, abs=1e-4)
 
 
+def test_a_policy_is_compared_with_a_reference_of_another_temperature_at_its_own(place, tmp_path, caplog):
+    """A policy that says 1 is the reference itself, which says 0.5: nothing has changed at 1. It ends as it says."""
+    for name, temperature, ends in (("start", 0.5, [tiny.END]), ("policy", 1.0, [tiny.END, *range(6, 20)])):
+        shutil.copytree(place / "model", tmp_path / name)
+        whole_distribution(temperature, ends).save_pretrained(tmp_path / name)
+    (tmp_path / "e.yaml").write_text(f"model: start\npairs: {place}/pairs.jsonl\nlimit: 8\nmax_new_tokens: 6\n")
+    made = load_evaluation(tmp_path / "e.yaml", [f"model={tmp_path}/start", f"output_dir={tmp_path}/runs"],
+                           [str(tmp_path / "policy")])  # fmt: skip
+    found = evaluate(made).content["methods"]
+    assert found["policy"]["chosen_change"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert "the reference was trained at temperature 0.5, and is sampled and compared at 1" in caplog.text
+    assert found["policy"]["missing_end"]["mean"] < found["reference"]["missing_end"]["mean"]
+
+
 def test_a_stop_loses_no_answers(place, tmp_path, monkeypatch):
     """What was drawn before is kept with its scores, and the rest comes out as if nothing had stopped."""
     made = settings(place, f"output_dir={tmp_path}")

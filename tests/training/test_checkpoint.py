@@ -316,6 +316,24 @@ def test_a_checkpoint_that_only_wanted_its_name_gets_it(tmp_path):
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-5"
 
 
+def test_other_held_out_pairs_are_of_another_run(tmp_path):
+    """The best step would be chosen by two sets."""
+    offline(tmp_path, max_steps=2).train()
+    with pytest.raises(InputError, match="another held-out pairs; give the same"):
+        offline(tmp_path, max_steps=2, swapped=True).train(resume_from_checkpoint=True)
+
+
+def test_the_order_of_rows_is_the_seeds(tmp_path):
+    """Whatever is drawn between the trainer and its training."""
+    ends = []
+    for name in ("a", "b"):
+        made = trainer(tmp_path / name, PMLE(0.5, 0.0), **SAVED)
+        torch.manual_seed(len(ends))
+        made.train()
+        ends.append(parameters(made))
+    assert torch.equal(*ends)
+
+
 REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.0)
 
 
@@ -334,10 +352,11 @@ REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.
         ("data_seed", {"data_seed": 5}),
         ("train_sampling_strategy", {"train_sampling_strategy": "sequential"}),
         ("data", {"rows": [replace(pair, row=REWARDED) for pair in tiny.encoded_pairs(8)]}),
+        ("data", {"rows": [replace(pair, row=Pair("", "", "", extra={"key": 1})) for pair in tiny.encoded_pairs(8)]}),
     ],
     ids=[
         *("method", "gamma", "rows", "order", "model", "seed", "batches"),
-        *("learning_rate", "adam_beta1", "data_seed", "strategy", "column rewards"),
+        *("learning_rate", "adam_beta1", "data_seed", "strategy", "column rewards", "columns"),
     ],
 )
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fcntl
+import functools
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import (
+    AdaptionPromptConfig,
     LoraConfig,
     PolyConfig,
     PrefixTuningConfig,
@@ -26,6 +29,7 @@ from peft import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     HfArgumentParser,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -208,6 +212,7 @@ def test_adapters_that_could_not_be_kept_as_they_are_trained_are_refused(tmp_pat
     [
         (LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5]), "its adapter has alora_invocation_tokens"),
         (PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]), "its adapter is of the type Poly"),
+        (AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1), "of the type ADAPTION_PROMPT"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "its adapter is a learned prompt"),
         (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "its adapter is a learned prompt"),
     ],
@@ -356,9 +361,9 @@ def coldness(prompts, completions, **columns):
 @pytest.mark.parametrize(
     ("name", "first", "second", "weights"),
     [
-        ("reward: it had .*<function warmth>.*, this run has .*<function coldness>", warmth, coldness, None),
+        ("reward: it had .* warmth, this run has .* coldness", warmth, coldness, None),
         ("reward_weights", warmth, warmth, [0.5]),
-        ("reward: it had .*gamma=0.5.*gamma=0.1", RewardTraining(gamma=0.5), RewardTraining(gamma=0.1), None),
+        ("reward: it had .*'gamma': 0.5.*'gamma': 0.1", RewardTraining(gamma=0.5), RewardTraining(gamma=0.1), None),
         ("reward: it had .*'scale': 1.*'scale': 2", ColumnReward(scale=1.0), ColumnReward(scale=2.0), None),
     ],
     ids=["function", "weights", "training", "columns"],
@@ -373,6 +378,88 @@ def test_a_run_does_not_go_on_with_another_reward(tmp_path, name, first, second,
     args = config(tmp_path, reward_weights=weights)
     with pytest.raises(InputError, match=f"another {name}"):
         trainer(tmp_path, method, args=args, reward_funcs=second, **options).train(resume_from_checkpoint=True)
+
+
+def test_a_reward_trained_again_under_its_name_is_another(tmp_path):
+    """Its folder says what it is: by the numbers in it."""
+    data, held, method = rows(), rows(4), METHODS["on-policy"]
+    swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in data]
+    for place, pairs in (("a", data), ("b", swapped)):
+        args = config(tmp_path / place, max_steps=1)
+        trainer(tmp_path, method, args=args, data=pairs, reward_funcs=RewardTraining(gamma=0.5), eval_dataset=held)
+    folder = tmp_path / "reward"
+    shutil.copytree(tmp_path / "a" / "reward", folder)
+    trainer(tmp_path / "run", method, reward_funcs=str(folder)).train()
+    trainer(tmp_path / "run", method, reward_funcs=str(folder)).train(resume_from_checkpoint=True)
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "b" / "reward", folder)
+    with pytest.raises(InputError, match="another reward; give the same"):
+        trainer(tmp_path / "run", method, reward_funcs=str(folder)).train(resume_from_checkpoint=True)
+
+
+def test_what_a_reward_was_made_with_is_written_nowhere(tmp_path):
+    """An argument of a partial may be the key of a service."""
+    hidden = functools.partial(warmth, api_key="sk-0123456789abcdef")
+    trainer(tmp_path, METHODS["on-policy"], reward_funcs=hidden).train()
+    assert (tmp_path / "checkpoint-2" / "manifest.json").is_file()
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or b"sk-0123456789abcdef" not in file.read_bytes(), file
+
+
+def test_an_adapter_on_other_weights_than_its_base_has_is_refused(tmp_path):
+    """A model trained in memory is not the one in the folder that it came from, and that the adapter would name."""
+    base = tiny.save(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    trainer(tmp_path / "lora", METHODS["offline"], copy.deepcopy(model), peft_config=LORA)
+    trainer(tmp_path / "full", METHODS["offline"], model).train()
+    for given, options in ((model, {"peft_config": LORA}), (get_peft_model(copy.deepcopy(model), copy.copy(LORA)), {})):
+        with pytest.raises(ModelError, match="came as an object with other weights than its folder has"):
+            trainer(tmp_path / "again", METHODS["offline"], given, **options)
+    model.save_pretrained(tmp_path / "trained")
+    model.name_or_path = str(tmp_path / "trained")
+    trainer(tmp_path / "again", METHODS["offline"], model, peft_config=LORA).train()
+
+
+def test_sixteen_bit_weights_that_are_trained_are_told(tmp_path, caplog):
+    """Updates below their rounding are lost; an adapter's weights are of 32 bits."""
+    trainer(tmp_path / "a", METHODS["offline"], tiny.model().bfloat16(), peft_config=LORA)
+    trainer(tmp_path / "b", METHODS["offline"])
+    assert "lost to rounding" not in caplog.text
+    trainer(tmp_path / "c", METHODS["offline"], tiny.model().bfloat16())
+    assert "weights in bfloat16 are trained as they are, and most updates are lost to rounding" in caplog.text
+
+
+def test_a_start_that_was_trained_at_another_temperature_is_told(tmp_path, caplog):
+    """Its distribution is not softmax(logits)."""
+    args = config(tmp_path / "a", temperature=0.7, max_steps=1)
+    first = trainer(tmp_path / "a", METHODS["on-policy"], args=args)
+    first.train()
+    first.save_model(str(tmp_path / "model"))
+    trainer(tmp_path / "b", METHODS["on-policy"], str(tmp_path / "model"), args=args)
+    assert "trained at temperature" not in caplog.text
+    trainer(tmp_path / "c", METHODS["offline"], str(tmp_path / "model"))
+    assert "the model was trained at temperature 0.7 and is taken at 1, as start and reference" in caplog.text
+
+
+def test_the_card_has_the_numbers_of_the_held_out_pairs(tmp_path):
+    """Not of others that were evaluated later."""
+    made = trainer(tmp_path, METHODS["offline"], eval_dataset=rows(4))
+    made.train()
+    held = made.evaluate()
+    assert made.evaluate(rows(12)[4:])["eval_loss"] != held["eval_loss"]
+    assert made.last_evaluation()["eval_loss"] == held["eval_loss"]
+
+
+def test_two_trainers_of_one_model_do_not_train_it_in_turns(tmp_path):
+    """The one's adapter has frozen what the other trains, or its reference is what the model was."""
+    model = tiny.model()
+    full, other = (trainer(tmp_path / name, DPO(0.5), model) for name in "ab")
+    full.train()
+    with pytest.raises(ModelError, match="another trainer has trained the model since"):
+        other.train()
+    trainer(tmp_path / "c", METHODS["offline"], model, peft_config=LORA)
+    with pytest.raises(TrainingError, match=r"every weight of the model is frozen \(by another trainer"):
+        full.train()
 
 
 def test_what_is_refused_says_what_to_do(tmp_path):

@@ -114,7 +114,8 @@ def _repeats(data: Data[Pair], keys: list[str]) -> tuple[int, int]:
     seen: Counter[tuple[str, str, str]] = Counter()
     same = swapped = 0
     for key, row in zip(keys, data, strict=True):
-        chosen, rejected = plain_text(row.chosen).strip(), plain_text(row.rejected).strip()
+        # An answer may be a tool call, without words.
+        chosen, rejected = (plain_text(text).strip() or repr(text) for text in (row.chosen, row.rejected))
         same += seen[key, chosen, rejected] > 0
         swapped += seen[key, rejected, chosen] > 0
         seen[key, chosen, rejected] += 1

@@ -27,11 +27,11 @@ from distalign.evaluation.setup import EvaluationSetup
 from distalign.models.load import weights_digest
 from distalign.models.policy import trained_temperature
 from distalign.progress import progress
-from distalign.rollout.sample import sample
+from distalign.rollout.sample import end_ids, sample
 
 logger = logging.getLogger("distalign.evaluation")
 
-_FORMAT = 6  # of the saved files; with another number everything is drawn again
+_FORMAT = 7  # of the saved files; with another number everything is drawn again
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Answers:
     """What a policy gave: responses[prompt][sample] as ids, and sums over their tokens in nats, one per response.
 
     `pair_logps` are ln π of the held-out pairs, preferred response first, at the temperature of the policy's training;
-    `reference_pair_logps` are π₀'s where that is another than 1, the reference's own.
+    `reference_pair_logps` are π₀'s where the reference's own are of another.
     """
 
     name: str
@@ -139,7 +139,9 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
             progress=advance,
         )
     assert scores.step_entropy is not None
-    sums = {"logps": scores.logps, "entropy": total(scores.step_entropy)}
+    ends = end_ids(model, setup.end_id)
+    cut = [float(response[-1] not in ends) for own in responses for response in own]
+    sums = {"logps": scores.logps, "entropy": total(scores.step_entropy), "missing_end": torch.tensor(cut)}
     sums["kl"] = torch.zeros_like(scores.logps) if scores.step_kl is None else total(scores.step_kl)
     pair_logps, of_reference = torch.zeros(0, 2, dtype=torch.float64), None
     if pairs:
@@ -147,7 +149,7 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
         with progress(f"pairs of {name}", len(pairs)) as advance:
             pair_scores = score_in_batches(model, pairs, token_budget=budget, temperature=own, progress=advance)
         pair_logps = pair_scores.logps.cpu().double().view(-1, 2)
-        if own != 1:
+        if own != _temperature_of_pairs(setup, "reference"):
             at_own = score_in_batches(setup.base, pairs, token_budget=budget, temperature=own)
             of_reference = at_own.logps.cpu().double().view(-1, 2)
     scores_of = {key: values.cpu().double() for key, values in sums.items()}

@@ -24,7 +24,7 @@ from distalign.evaluation.frontier import FRONTIER
 from distalign.evaluation.metrics import (
     COLUMNS,
     Measured,
-    length_values,
+    mean_lengths,
     measure_pairs,
     measure_rewards,
     per_prompt,
@@ -36,7 +36,6 @@ from distalign.judges import Comparison, EndpointJudge, Ids, Judge, JudgeSetting
 from distalign.models.card import CITATION
 from distalign.models.targets import Target
 from distalign.progress import progress
-from distalign.rollout.sample import end_ids
 from distalign.settings import dump_yaml, masked
 from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
@@ -161,7 +160,8 @@ def _measure_answers(setup: EvaluationSetup, answers: Answers, reference: Answer
     values = {
         "entropy": per_prompt(answers.scores["entropy"], samples),
         "kl_reference": per_prompt(answers.scores["kl"], samples),
-        **length_values(answers.responses, end_ids(setup.base, setup.end_id)),
+        "length": mean_lengths(answers.responses),
+        "missing_end": per_prompt(answers.scores["missing_end"], samples),
     }
     measured = Measured(values, answers.responses)
     if setup.pairs:

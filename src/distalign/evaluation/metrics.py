@@ -7,7 +7,7 @@ the only noise is that of the responses. What is compared is compared on the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,7 +137,8 @@ def measure_against(
 ) -> dict[str, Estimate]:
     """How far a policy is from a known target: means over the prompts with their standard errors.
 
-    forward_kl, reverse_kl, entropy: per response, in nats. kl_reference: from π₀, which is `base`. win_rate: of the
+    forward_kl, reverse_kl, entropy: per response, in nats. kl_reference: from π₀, which is `base` as it was before any
+    training, and what a `Target` is made of (a model that was trained in place is π₀ no more). win_rate: of the
     policy's responses against those of π₀ by the target's own preference, whose sharpness is `gamma`. target_entropy
     and target_win_rate are the target's own, which a policy at the target has. Each model answers each prompt `samples`
     times. Raises InputError for fewer than two prompts.
@@ -205,17 +206,15 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
         step_kl = _scores(policy, groups, task, reference=reference).step_kl
         assert step_kl is not None
         values["kl_reference"] = per_prompt(step_kl.sum(-1), task.samples)
-    values |= length_values(responses, end_ids(task.base, task.end_id))
+    ends = end_ids(policy, task.end_id)
+    cut = torch.tensor([float(ids[-1] not in ends) for samples in responses for ids in samples])
+    values |= {"length": mean_lengths(responses), "missing_end": per_prompt(cut, task.samples)}
     return Measured(values, responses, target_logps=target_logps)
 
 
-def length_values(
-    responses: Sequence[Sequence[list[int]]], ends: Collection[int]
-) -> dict[str, Float[Tensor, "prompts"]]:
-    """Length in tokens, and the share of responses that were cut before their end, a value for each prompt."""
-    lengths = torch.tensor([[float(len(ids)) for ids in samples] for samples in responses])
-    open_end = torch.tensor([[float(ids[-1] not in ends) for ids in samples] for samples in responses])
-    return {"length": lengths.double().mean(-1), "missing_end": open_end.double().mean(-1)}
+def mean_lengths(responses: Sequence[Sequence[list[int]]]) -> Float[Tensor, "prompts"]:
+    """Length of the responses to each prompt, in tokens."""
+    return torch.tensor([[float(len(ids)) for ids in samples] for samples in responses]).double().mean(-1)
 
 
 def measure_pairs(

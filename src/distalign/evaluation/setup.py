@@ -280,21 +280,28 @@ def _check_quantization(settings: Evaluation, sources: Mapping[str, Source]) -> 
 
 def _temperature(settings: Evaluation, sources: Mapping[str, Source]) -> float:
     """The setting; else the temperature that the policies were trained at, which says what their distribution is."""
-    folders = {name: source.adapter or source.path for name, source in sources.items() if name != "reference"}
+    folders = {name: source.adapter or source.path for name, source in sources.items()}
     trained = {name: found for name, place in folders.items() if (found := trained_temperature(place)) is not None}
+    start = trained.pop("reference", None)
     listed = ", ".join(f"{name} at {value:g}" for name, value in trained.items())
-    if settings.temperature is None:
+    temperature = settings.temperature
+    if temperature is None:
         if len(set(trained.values())) > 1:
             raise InputError(
                 f"{settings.name}: policies were trained at several temperatures ({listed}); set temperature"
             )
-        return next(iter(trained.values()), 1.0)
-    if any(value != settings.temperature for value in trained.values()):
+        temperature = next(iter(trained.values()), 1.0)
+    elif any(value != temperature for value in trained.values()):
         logger.warning(
             "%s: temperature is %g, and policies were trained at another (%s): that is the distribution they learned",
-            settings.name, settings.temperature, listed,
+            settings.name, temperature, listed,
         )  # fmt: skip
-    return settings.temperature
+    if start not in (None, temperature):
+        logger.warning(
+            "%s: the reference was trained at temperature %g, and is sampled and compared at %g", settings.name, start,
+            temperature,
+        )  # fmt: skip
+    return temperature
 
 
 def _load(settings: Evaluation, source: Source) -> PreTrainedModel:

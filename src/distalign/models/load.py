@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from peft import PeftConfig
+from safetensors import safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -155,6 +157,32 @@ class Source:
                 "the base back, or train again", self.name, self.path, BASE,
             )  # fmt: skip
 
+    def check_holds(self, model: nn.Module) -> None:
+        """Raise ModelError if the files are of other weights than `model`, which came as an object.
+
+        An adapter on it names them as its base. The first rows of tensors of the same name are compared, of files that
+        are on this machine; quantised weights are not.
+        """
+        folder = Path(self.path)
+        if not folder.is_dir():
+            try:
+                folder = Path(snapshot_download(self.path, allow_patterns="*.safetensors", local_files_only=True))
+            except (OSError, ValueError):
+                return
+        own = {} if is_quantized(model) else {n.replace(".base_layer", ""): w for n, w in model.named_parameters()}
+        for file in sorted(folder.glob("*.safetensors")):
+            with explained(self.name), safe_open(file, framework="pt") as held:
+                for name in own.keys() & held.keys():
+                    saved, weight = held.get_slice(name), own[name].detach()
+                    if saved.get_shape() != list(weight.shape) or weight.dim() == 0:
+                        continue
+                    if not torch.equal(saved[:2].to(weight.dtype), weight[:2].cpu()):
+                        raise ModelError(
+                            f"model {self.name}: it came as an object with other weights than its folder has ({name}), "
+                            "and an adapter would be saved as one on the folder; save it first (save_pretrained), and "
+                            "give the new folder"
+                        )
+
     def _base_digest(self) -> str:
         return weights_digest(replace(self, adapter=None, quantization=None))
 
@@ -263,7 +291,7 @@ def positions(config: PretrainedConfig) -> int | None:
 
 
 # Beside the weights; generation_config.json has the ends of a response.
-_DECIDE = ("config.json", "adapter_config.json", "generation_config.json")
+_DECIDE = ("config.json", "adapter_config.json", "generation_config.json", "reward.json")
 
 
 def weights_digest(source: Source) -> str:
@@ -345,7 +373,7 @@ def cache_dir() -> Path:
 def _converted(gguf: Path) -> Path:
     """The folder of a GGUF file in transformers' format, made at first use and kept."""
     stamp = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{gguf.resolve()} {stamp.st_size} {stamp.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_dir() / f"{gguf.stem}-{key}"
     if folder.is_dir():
         return folder

@@ -150,10 +150,14 @@ class Policy:
                 logger.warning("the adapter is trained already: the policy starts %.3g nats from its reference, which "
                                "is the model with the adapter off", kl)  # fmt: skip
                 return
+            advice = (
+                "an adapter must start at zero: load the model without the trained adapter, or merge it first"
+                if isinstance(self.model, PeftModel)
+                else "another trainer has trained the model since: load it anew, or make this trainer after"
+            )
             raise ModelError(
                 f"model {self.source.name}: before any step the policy is not its reference (largest KL {kl:.3g} nats, "
-                f"largest log-probability gap {gap:.3g}); an adapter must start at zero: load the model without the "
-                "trained adapter, or merge it first"
+                f"largest log-probability gap {gap:.3g}); {advice}"
             )
 
     def save(self, folder: Path, card: str, *, sampling: GenerationConfig | None = None) -> None:

@@ -24,6 +24,10 @@ logger = logging.getLogger("distalign.models.verify")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
 
 
+# Types of adapters, by PEFT's names, whose layers have no whole `merge`.
+_NOT_MERGED = ("ADAPTION_PROMPT", "LILY", "BEFT")
+
+
 class ModelError(InputError):
     """A model that cannot be loaded or used: says which, what was found, and what to do."""
 
@@ -80,6 +84,11 @@ def check_adapter(label: str, config: PeftConfig) -> None:
         raise ModelError(
             f"{label}: its adapter {what}: PEFT tells its layers what to work on only in the whole model's forward, "
             "which is not what trains and scores it; train a plain LoRA adapter"
+        )
+    if (kind := str(config.peft_type).rpartition(".")[2]) in _NOT_MERGED:
+        raise ModelError(
+            f"{label}: its adapter is of the type {kind}, which PEFT does not merge into every layer "
+            "that it adapts: it could be trained and not be loaded again; train a LoRA adapter"
         )
     if getattr(config, "layer_replication", None):
         raise ModelError(

@@ -132,7 +132,7 @@ def check_belongs(checkpoint: Path, run: Mapping[str, str]) -> None:
     for name in dict.fromkeys((*run, *saved)):
         before, now = saved.get(name, "none"), run.get(name, "none")
         if before != now:
-            both = "" if len(now) == 64 else f": it had {before}, this run has {now}"
+            both = "" if 64 in (len(before), len(now)) else f": it had {before}, this run has {now}"
             raise InputError(
                 f"{checkpoint}: is of a run with another {name}{both}; give the same, or train anew in another folder"
             )
@@ -151,14 +151,22 @@ def _digest(path: Path) -> str:
 
 
 def rows_digest(rows: Sequence[Row]) -> str:
-    """Hash of what is learned from: ids, probabilities and rewards of columns, in their order."""
+    """Hash of what is learned from: ids, probabilities and other columns, which a reward may read, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         ids = [row.prompt, row.chosen, row.rejected] if isinstance(row, EncodedPair) else [row.prompt]
         probability = row.probability if isinstance(row, EncodedPair) else None
-        digest.update(f"{list(map(len, ids))} {probability} {column_rewards(row.row)}".encode())
+        others = sorted(row.row.extra.items()) if row.row is not None else []
+        digest.update(f"{list(map(len, ids))} {probability} {column_rewards(row.row)} {others}".encode())
         digest.update(array("q", [token for part in ids for token in part]).tobytes())
     return digest.hexdigest()
+
+
+def held_out_digest(sets: Any) -> str:
+    """Hash of the held-out pairs, or of each set of them; "none" without."""
+    named = sets if isinstance(sets, Mapping) else {"": sets or []}
+    digests = [f"{name} {rows_digest(rows)}" for name, rows in named.items() if rows]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest() if digests else "none"
 
 
 def model_digest(model: nn.Module) -> str:

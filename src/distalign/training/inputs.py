@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
@@ -50,7 +51,15 @@ from distalign.data import (
 )
 from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS, Method
-from distalign.models.load import ModelError, Source, check_positions, check_token_ids, find_model, positions
+from distalign.models.load import (
+    ModelError,
+    Source,
+    check_positions,
+    check_token_ids,
+    find_model,
+    positions,
+    weights_digest,
+)
 from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.models.verify import check_adapter
@@ -70,7 +79,7 @@ from distalign.rewards import (
     warn_of_columns,
 )
 from distalign.rewards.classifier import find_classifier
-from distalign.rewards.reward_model import MARK, is_reward_model
+from distalign.rewards.reward_model import is_reward_model
 from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.checkpoint import model_digest
@@ -381,6 +390,7 @@ def load_policy(
         )
     check_policy(label, method, policy)
     check_trained(label, policy.model, optimizer)
+    warn_of_rounding(label, policy.model, args)
     if args.recompute != "none":
         try:
             set_recompute(policy.model, args.recompute)
@@ -413,11 +423,14 @@ def _make_policy(
         if peft_config is not None:
             raise TrainingError("model has an adapter and peft_config asks for another; give one of them")
         keep_exact(f"model {source.name}", model)
+        source.check_holds(model.get_base_model())
         policy = Policy(model, tokenizer, source, adapter_off(model), new_adapter=False)
         return policy, share(model).unload() if frozen else None
     if not isinstance(model, str):
         if is_quantized(model) and peft_config is None:
             raise ModelError(f"model {source.name}: quantised weights cannot be trained; pass peft_config")
+        if peft_config is not None:
+            source.check_holds(model)
         model.to(args.device)  # pyright: ignore[reportArgumentType]
     else:
         source.check_trainable(adapter=peft_config is not None)
@@ -444,6 +457,11 @@ def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[
             raise RewardError(
                 f"reward_funcs has {reward!r}; give functions, names or models of classifiers, folders of trained "
                 "rewards, RewardTraining(…) or ColumnReward(…)"
+            )
+        if isinstance(reward, nn.Module) and not isinstance(reward, PreTrainedModel | Reward):
+            raise RewardError(
+                f"reward_funcs has a {type(reward).__name__}, which is no model of transformers; of a classifier with "
+                "an adapter give the folder, or merge_and_unload()"
             )
         if isinstance(reward, PreTrainedModel) and not reward.name_or_path:
             raise RewardError(
@@ -483,14 +501,18 @@ def check_reward_funcs(
 
 
 def reward_name(reward: RewardFunc) -> str:
-    """What another process knows a reward by: a function's name, settings, or a digest of a model or trained reward."""
+    """What another process knows a reward by: a name, our settings, or a digest of weights or another object's text."""
     if isinstance(reward, PreTrainedModel):
         return model_digest(reward)
-    if isinstance(reward, str) and is_reward_model(reward):
-        return hashlib.sha256((Path(os.path.expanduser(reward)) / MARK).read_bytes()).hexdigest()
-    settings = vars(reward) if isinstance(reward, ColumnReward) else ""
-    # An object is not where it lies in memory.
-    return re.sub(" at 0x[0-9a-f]+", "", f"{getattr(reward, '__module__', '')} {reward!r} {settings}").strip()
+    if isinstance(reward, str):
+        place = os.path.expanduser(reward)
+        return weights_digest(Source(reward, place, "a folder")) if os.path.isdir(place) else reward
+    if isinstance(reward, FunctionType):
+        return f"{reward.__module__} {reward.__qualname__}"
+    if isinstance(reward, ColumnReward | RewardTraining):
+        return f"{type(reward).__name__} {vars(reward)}"
+    # An object is not where it lies in memory, and may hold a secret.
+    return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", f"{type(reward)} {reward!r}").encode()).hexdigest()
 
 
 def needs_base(rewards: Iterable[RewardFunc]) -> bool:
@@ -553,13 +575,26 @@ def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer
     """Raise TrainingError if nothing would be trained: all weights frozen, or none of them in a given optimizer."""
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     if not trained:
-        raise TrainingError(f"{label}: every weight of the model is frozen; set requires_grad, or pass peft_config")
+        raise TrainingError(
+            f"{label}: every weight of the model is frozen (by another trainer, which put an adapter on it?); set "
+            "requires_grad, or pass peft_config"
+        )
     given = [p for group in (optimizer.param_groups if optimizer is not None else ()) for p in group["params"]]
     if given and not any(id(parameter) in trained for parameter in given):
         raise TrainingError(
             f"{label}: the optimizer holds none of the weights that are trained; make it from those of the model "
             "that is trained (with an adapter: get_peft_model first, and pass the PeftModel)"
         )
+
+
+def warn_of_rounding(label: str, model: nn.Module, args: AlignmentConfig) -> None:
+    """Warn of 16-bit weights that are trained as they are: most updates are smaller than their rounding."""
+    kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    if (half := kinds & {"bfloat16", "float16"}) and not args.deepspeed:
+        logger.warning(
+            "%s: weights in %s are trained as they are, and most updates are lost to rounding; load them in float32 "
+            "(bf16: true computes in bfloat16), or train an adapter, whose weights are float32", label, *half,
+        )  # fmt: skip
 
 
 def config_of(model: Policy | PreTrainedModel | PeftModel) -> PretrainedConfig:
@@ -578,6 +613,7 @@ _REFUSED = {
     "bf16_full_eval": "evaluations compute as training does",
     "label_smoothing_factor": "no preference loss reads it; soft labels go into the column p_chosen",
     "neftune_noise_alpha": "the engine adds no noise to embeddings",
+    "use_liger_kernel": "its kernels are for the model's own forward, which the engine does not call",
 }
 
 
@@ -608,6 +644,10 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         refused["include_num_input_tokens_seen"] = "it counts nothing here"
     if getattr(args.accelerator_config, "dispatch_batches", None):
         refused["accelerator_config"] = "a batch of rows is no tensor, as dispatch_batches wants"
+    if not getattr(args.accelerator_config, "use_seedable_sampler", True):
+        refused["accelerator_config"] = (
+            "without use_seedable_sampler a run that goes on would see rows in another order"
+        )
     if args.fp16 and args.device.type == "cpu":
         refused["fp16"] = "it has no effect on a CPU, where bf16 has"
     for name, reason in refused.items():

@@ -41,6 +41,7 @@ from distalign.training.checkpoint import (
     check_belongs,
     checkpoints,
     defect,
+    held_out_digest,
     load_reference,
     load_round,
     load_state,
@@ -179,6 +180,7 @@ class ResumableTrainer(WrappedTrainer):
             # A function is not where it lies in memory.
             "method": re.sub(" at 0x[0-9a-f]+", "", f"{type(self.method).__name__} {settings}"),
             "data": rows_digest(self.rows),
+            "held-out pairs": held_out_digest(self.eval_dataset),
             **adapter_settings(self.policy.model),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
@@ -456,7 +458,9 @@ class ResumableTrainer(WrappedTrainer):
 
     def last_evaluation(self) -> dict[str, float]:
         """The numbers of the evaluation at the step that was kept; empty without one."""
-        rows = [row for row in self.state.log_history if any(name.startswith("eval_") for name in row)]
+        # Pairs that are evaluated by hand are not measured against the run's start.
+        own = ("eval_", "health/chosen_logps_change")
+        rows = [r for r in self.state.log_history if any(k.startswith(own[0]) and k.endswith(own[1]) for k in r)]
         kept = [row for row in rows if row["step"] == self.kept_step] or rows[-1:]
         return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
 

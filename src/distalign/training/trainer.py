@@ -41,7 +41,7 @@ from distalign.engine.packing import FORWARD_BUDGET
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
-from distalign.models.policy import Policy
+from distalign.models.policy import Policy, trained_temperature
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
@@ -56,6 +56,7 @@ from distalign.training.inputs import (
     adapter_of,
     as_method,
     check_kind,
+    check_trained,
     expected_lengths,
     load_policy,
     load_rewards,
@@ -190,6 +191,8 @@ class AlignmentTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        # Else the order of rows would be that of torch's global seed when training begins.
+        self.accelerator.dataloader_config.data_seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(policy.reference, nn.Module):
             # The Trainer has put the policy where it is trained.
             policy.reference.to(args.device)
@@ -205,6 +208,11 @@ class AlignmentTrainer(ResumableTrainer):
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
         self.temperature = args.temperature if draws_responses(self.method) else 1.0
+        if (before := trained_temperature(given.source.adapter or given.source.path)) not in (None, self.temperature):
+            logger.warning(
+                "%s: the model was trained at temperature %g and is taken at %g, as start and reference: another "
+                "distribution than it learned", self.label, before, self.temperature,
+            )  # fmt: skip
         # Others' log-probabilities are of full precision.
         shared = reference_cache is not None and self.temperature == 1 and self.accelerator.mixed_precision == "no"
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
@@ -252,7 +260,7 @@ class AlignmentTrainer(ResumableTrainer):
                 collate_fn=self.data_collator,
                 drop_last=self.args.dataloader_drop_last,
             )
-        seed = self.args.data_seed
+        seed = self.accelerator.dataloader_config.data_seed
         return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -473,6 +481,7 @@ class AlignmentTrainer(ResumableTrainer):
         """
         if self.needs.values and self.policy.value_head is None:
             raise TrainingError(f"{self.label}: has trained, and its critic is gone; make a new trainer")
+        check_trained(self.label, self.policy.model, None)
         # Of the weights before the first step.
         with gathered(self.policy.model):
             _ = self.identity
