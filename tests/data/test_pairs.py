@@ -414,10 +414,8 @@ def test_answers_without_words_are_compared_by_their_calls():
 
 def test_numbers_of_a_formatted_data_set_are_numbers():
     """Whatever it gives them as."""
-    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.75}]).with_format(
-        "numpy"
-    )
-    assert read_pairs(rows)[0].probability == 0.75
+    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.75}])
+    assert read_pairs(rows.with_format("numpy"))[0].probability == 0.75
 
 
 def test_inspection_counts(write):
