@@ -604,6 +604,23 @@ def test_a_merged_model_stays_when_a_run_goes_on(place, tmp_path, caplog):
     assert caplog.text.count(f"run distalign merge {folder} --overwrite") == 2
 
 
+@pytest.mark.parametrize("again", [{"resume": True}, {"overwrite": True}])
+def test_the_users_files_beside_the_model_stay(place, tmp_path, again):
+    """Where a run that had ended is resumed, and where another takes its place; what the earlier one wrote goes."""
+    own = (*own_data(place), "training.max_steps=1")
+    folder = train(recipe(place, tmp_path, *own, method="pmle"), "pmle").model
+    (folder / "model-q4.gguf").write_text("mine")
+    (folder / "plots").mkdir()
+    (folder / "chat_template.jinja").write_text("of another tokenizer")
+    before = {path.name for path in folder.iterdir()}
+    settings = recipe(place, tmp_path, *own, *(["lora=false"] if "overwrite" in again else []), method="pmle")
+    after = {path.name for path in train(settings, "pmle", **again).model.iterdir()}
+    assert (folder / "model-q4.gguf").read_text() == "mine"
+    assert (folder / "chat_template.jinja").read_text() != "of another tokenizer"
+    gone = {"adapter_config.json", "adapter_model.safetensors", "base.sha256"}
+    assert before - after == (gone if "overwrite" in again else set())
+
+
 def test_a_reward_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch):
     """Lost while it is written, it is trained again by --resume."""
     settings = recipe(

@@ -27,7 +27,7 @@ from distalign.experiments.recipe import EarlyStopping, Recipe, RecipeSource, as
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
 from distalign.models.load import find_model
-from distalign.models.policy import Policy, make_policy
+from distalign.models.policy import MODEL_FILES, Policy, make_policy
 from distalign.models.quantized import check_installed
 from distalign.rewards import (
     RewardError,
@@ -344,7 +344,8 @@ def train_method(
     if args.load_best_model_at_end:
         _log_kept_step(name, trainer, len(setup.held))
     with ExitStack() as stack:
-        trainer.save_policy(processes.from_first(lambda: stack.enter_context(whole_folder(folder / "model"))))
+        model = whole_folder(folder / "model", ours=MODEL_FILES)
+        trainer.save_policy(processes.from_first(lambda: stack.enter_context(model)))
         processes.from_first(stack.close)
     if args.push_to_hub:
         try:

@@ -129,9 +129,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
+def whole_folder(folder: Path, scratch: Path | None = None, *, ours: str | None = None) -> Iterator[Path]:
     """A folder to write into, which takes the name `folder` at the end; after an error nothing has changed.
 
+    With `ours`, a pattern of names, a folder that is there stays: only such files of it go, and those written anew.
     Raises InputError where the disk does not take it.
     """
     scratch = scratch or folder.with_name(f".{folder.name}.new")
@@ -142,14 +143,28 @@ def whole_folder(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
         for path in scratch.rglob("*"):
             sync(path)
         sync(scratch)
-        remove(folder)
-        os.replace(scratch, folder)
+        if ours is None or folder.is_symlink() or not folder.is_dir():
+            remove(folder)
+            os.replace(scratch, folder)
+        else:
+            _put_into(folder, scratch, ours)
         sync(folder.parent)
     except BaseException as error:
         remove(scratch)
         if reason := disk_error(error):
             raise InputError(f"{folder}: cannot be written ({reason}); make space") from error
         raise
+
+
+def _put_into(folder: Path, scratch: Path, ours: str) -> None:
+    """Move what is in `scratch` into `folder`: between its old config.json and its new one it holds no model."""
+    for old in list(folder.iterdir()):
+        if re.fullmatch(ours, old.name) or (scratch / old.name).exists():
+            remove(old)
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name.endswith("config.json")):
+        os.replace(path, folder / path.name)
+    sync(folder)
+    remove(scratch)
 
 
 def disk_error(error: BaseException) -> str | None:
