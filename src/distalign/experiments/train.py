@@ -44,7 +44,7 @@ from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
 from distalign.stats.intervals import mean_and_se
-from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
+from distalign.training.checkpoint import LATER, SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
@@ -448,7 +448,7 @@ def _forget(folder: Path, *, everything: bool, resume: bool) -> None:
         remove(folder / "report.html")
         return
     forget_results(folder)
-    for old in (folder / "metrics.jsonl", folder / SAVING, *checkpoints(folder)):
+    for old in (folder / "metrics.jsonl", folder / SAVING, folder / LATER, *checkpoints(folder)):
         remove(old)
     if not resume:
         remove(folder / MERGED)
