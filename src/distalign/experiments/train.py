@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from distalign.engine import Group
 from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import forward_kl
-from distalign.evaluation.results import forget_results
+from distalign.evaluation.results import RESULTS, forget_results
 from distalign.experiments.auto import settle_gamma
 from distalign.experiments.recipe import EarlyStopping, Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
@@ -50,7 +50,7 @@ from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
 from distalign.training.resumable import FREE_SETTINGS, FROM_CHECKPOINT
 from distalign.training.rollout_settings import TrainingError, check_rollout, draws_responses
-from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
+from distalign.training.run_folder import check_no_links, check_not_read, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -171,6 +171,14 @@ def check(recipe: Recipe, methods: Sequence[str], *, compared: bool = False) -> 
     writable(recipe.run_dir)
 
 
+def check_places(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Raise InputError if the recipe reads what a run in one of these folders removes there or writes anew."""
+    trained = ["reward"] if any(one.train is not None for one in recipe.reward) else []
+    names = ("model", MERGED, *trained, SAVING, LATER, "metrics.jsonl", *RESULTS)
+    replaced = [path for folder in folders for path in (*(folder / name for name in names), *checkpoints(folder))]
+    check_not_read(recipe.model_dump(mode="json", exclude={"name", "output_dir"}), replaced)
+
+
 # One method -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +210,7 @@ def train(
     folder = recipe.train_dir / name
     if overwrite:
         check_no_links(folder, Path(recipe.output_dir))
+    check_places(recipe, [folder])
     processes = Processes.here()
     with ExitStack() as stack:
         processes.from_first(lambda: stack.enter_context(locked(writable(folder))))
@@ -472,6 +481,7 @@ def train_reward_model(recipe: Recipe, *, overwrite: bool = False) -> Trained:
     folder = recipe.train_dir / "reward"
     if overwrite:
         check_no_links(folder, Path(recipe.output_dir))
+    check_not_read(recipe.model_dump(mode="json", exclude={"name", "output_dir"}), [folder])
     with locked(writable(recipe.train_dir)):
         if folder.exists() and not overwrite:
             raise InputError(

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -107,6 +107,54 @@ def check_no_links(folder: Path, above: Path) -> None:
                 f"{place}: is a link to {place.resolve()}, and nothing is deleted through a link; remove the link, or "
                 "give the place itself as output_dir"
             )
+
+
+def check_not_read(settings: object, replaced: Sequence[Path]) -> None:
+    """Raise InputError if a file or folder that `settings` name lies in what a run removes or writes anew.
+
+    Every text of them is looked at: it may name a file, a folder or code in a file. A folder is also what its links
+    point to, and of an adapter its base.
+    """
+    # Of a link the link goes, not what it points to.
+    places = [_up_to(place) for place in replaced]
+    for text in _texts(settings):
+        for path in [Path(os.path.expanduser(name)) for name in (text, text.rpartition(":")[0]) if name]:
+            for part in _parts(path):
+                whole = Path(os.path.abspath(part))
+                ways = [Path(os.path.realpath(whole)), *map(_up_to, (whole, *whole.parents))]
+                place = next((place for place in places if any(way.is_relative_to(place) for way in ways)), None)
+                if place is not None:
+                    raise InputError(
+                        f"{text}: is read by this run, and {part} lies in {place}, which it removes or writes anew; "
+                        "copy it to another place, or give the run another name with --set name=…"
+                    )
+
+
+def _up_to(path: Path) -> Path:
+    """The path without links on its way; at its end there may be one."""
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """What is there under this name, with the base of an adapter, and their files that are links."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except DAMAGED:
+        # There is none; one that is damaged is refused where it is read.
+        base = None
+    for place in (path, *([Path(os.path.expanduser(base))] if isinstance(base, str) else [])):
+        if os.path.exists(place):
+            yield place
+        if os.path.isdir(place) and os.access(place, os.R_OK):
+            yield from (file for file in place.iterdir() if file.is_symlink())
 
 
 def sync(path: Path) -> None:
