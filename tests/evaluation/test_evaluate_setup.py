@@ -189,6 +189,16 @@ def test_a_second_process_is_kept_out(settings, work):
         assert [path.name for path in folder.iterdir()] == [".lock"]
 
 
+def test_an_evaluation_does_not_replace_the_prompts_that_it_reads(settings):
+    """Those of an earlier one's samples, which it would write anew."""
+    samples = settings(ROWS).run_dir / "samples.jsonl"
+    samples.parent.mkdir(parents=True)
+    samples.write_text('{"prompt": "tell me about tea", "responses": {}}\n')
+    with pytest.raises(InputError, match=r"samples\.jsonl: is read by this run, and .* lies in .*samples\.jsonl"):
+        evaluate(settings(ROWS, f"prompts={samples}"))
+    assert samples.is_file()
+
+
 def test_prompts_and_pairs_of_two_forms_are_refused(settings, tmp_path):
     """Strings and messages end in other tokens."""
     chats = tiny.write_pairs(tmp_path / "chats.jsonl")

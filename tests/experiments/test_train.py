@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from types import ModuleType
 
@@ -602,6 +603,71 @@ def test_a_merged_model_stays_when_a_run_goes_on(place, tmp_path, caplog):
     train(settings, "pmle", resume=True)
     assert own.read_text() == "weights"
     assert caplog.text.count(f"run distalign merge {folder} --overwrite") == 2
+
+
+@pytest.mark.parametrize("given", ["model", "link", "file", "adapter", "out", "merged", "checkpoint", "samples"])
+def test_a_run_does_not_replace_what_it_reads(place, tmp_path, given):
+    """Its model by name, by a link to it, its files or out of it, an adapter's base, a merged one, data: all stay."""
+    own = (*own_data(place), "training.max_steps=1", "lora=false")
+    folder = train(recipe(place, tmp_path, *own, method="pmle"), "pmle").folder
+    model, other = folder / "model", tmp_path / "other"
+    (folder / "merged").symlink_to(model)
+    read = {"merged": folder / "merged", "checkpoint": next(folder.glob("checkpoint-*"))}.get(given, model)
+    if given == "link":
+        other.symlink_to(model)
+    elif given == "file":
+        other.mkdir()
+        for path in model.iterdir():
+            (other / path.name).symlink_to(path)
+    elif given == "adapter":
+        more = recipe(place, tmp_path, *own_data(place), "training.max_steps=1", f"model={model}", "name=more")
+        read = train(more, "pmle").model
+    elif given == "out":
+        shutil.rmtree(model)
+        model.symlink_to(place / "model")
+    elif given == "samples":
+        (folder / "samples.jsonl").write_bytes((place / "pairs.jsonl").read_bytes())
+        own, read = (*own, f"data.train={folder / 'samples.jsonl'}"), place / "model"
+    read = other if other.exists() else read
+    before = contents(folder)
+    settings = recipe(place, tmp_path, *own, f"model={read}", "lora=true", method="pmle")
+    with pytest.raises(InputError, match=r"is read by this run, and .* lies in .*; copy it to another place, or give"):
+        train(settings, "pmle", overwrite=True)
+    assert contents(folder) == before
+
+
+def test_a_comparison_does_not_replace_what_it_reads(place, tmp_path):
+    """A model that it trained before, of one seed or of several, and code beside the reward that it would train."""
+    root = recipe(place, tmp_path).run_dir
+    code = root / "reward" / "code.py"
+    code.parent.mkdir(parents=True)
+    code.touch()
+    reading = {
+        "pmle/model": f"model={root}/pmle/model",
+        "seed-1/pmle/model": f"model={root}/seed-1/pmle/model",
+        "reward": f"reward=[{{train: {{gamma: 0.5}}}}, {{function: '{code}:reward'}}]",
+    }
+    for name, read in reading.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        with pytest.raises(InputError, match=rf"is read by this run, and .* lies in {root / name}, which"):
+            compare(recipe(place, tmp_path, *own_data(place), read), ["pmle"], [0, 1] if "seed" in name else [0])
+
+
+@pytest.mark.parametrize("again", [{"resume": True}, {"overwrite": True}])
+def test_the_users_files_beside_the_model_stay(place, tmp_path, again):
+    """Where a run that had ended is resumed, and where another takes its place; what the earlier one wrote goes."""
+    own = (*own_data(place), "training.max_steps=1")
+    folder = train(recipe(place, tmp_path, *own, method="pmle"), "pmle").model
+    (folder / "model-q4.gguf").write_text("mine")
+    (folder / "plots").mkdir()
+    (folder / "chat_template.jinja").write_text("of another tokenizer")
+    before = {path.name for path in folder.iterdir()}
+    settings = recipe(place, tmp_path, *own, *(["lora=false"] if "overwrite" in again else []), method="pmle")
+    after = {path.name for path in train(settings, "pmle", **again).model.iterdir()}
+    assert (folder / "model-q4.gguf").read_text() == "mine"
+    assert (folder / "chat_template.jinja").read_text() != "of another tokenizer"
+    gone = {"adapter_config.json", "adapter_model.safetensors", "base.sha256"}
+    assert before - after == (gone if "overwrite" in again else set())
 
 
 def test_a_reward_is_there_whole_or_not_at_all(place, tmp_path, monkeypatch):

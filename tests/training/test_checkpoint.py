@@ -12,14 +12,16 @@ from dataclasses import dataclass, replace
 import pytest
 import tiny
 import torch
-from acting import METHODS, exit_code_elsewhere, logs, parameters, trainer
+from acting import METHODS, Warmth, exit_code_elsewhere, logs, parameters, trainer
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from distalign.data import Pair
 from distalign.errors import InputError
-from distalign.methods import DPO, PMLE
+from distalign.methods import DPO, PD, PMLE
 from distalign.models.policy import Lora
+from distalign.rewards import RewardError
 from distalign.training import checkpoint as checkpoints
 from distalign.training import run_folder
 from distalign.training.checkpoint import MANIFEST, newest_complete
@@ -72,6 +74,60 @@ def test_a_run_that_goes_on_logs_what_it_would_have(tmp_path, monkeypatch, metho
     again.train(resume_from_checkpoint=True)
     assert torch.equal(parameters(again), parameters(whole))
     assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
+
+
+class Failing(Warmth):
+    """A reward that fails when it is called for the `at`-th time."""
+
+    def __init__(self, at=0):
+        self.calls, self.at = 0, at
+
+    def __call__(self, requests):
+        """A reward a response, or a failure."""
+        self.calls += 1
+        if self.calls == self.at:
+            raise RewardError("down")
+        return super().__call__(requests)
+
+
+@pytest.mark.parametrize("at", [2, 6], ids=["first step", "third step"])
+def test_a_step_that_failed_half_way_begins_anew_with_its_dropout(tmp_path, at):
+    """In its second batch, of the first step or of another: the run is the one whose reward did not fail."""
+    settings = {**SAVED, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "token_budget": 512}
+    settings |= {"lora": Lora(r=4, dropout=0.3)}
+    method = PD(0.5, 0.0, pairs="data")
+    rows = tiny.encoded_pairs(16)
+    ends = []
+    for failing in (False, True):
+        made = trainer(tmp_path / str(failing), method, reward=Failing(at * failing), rows=rows, **settings)
+        if failing:
+            with pytest.raises(RewardError, match=r"down; .* fix it and --resume"):
+                made.train()
+            made = trainer(tmp_path / str(failing), method, reward=Failing(), rows=rows, **settings)
+        made.train(resume_from_checkpoint=failing)
+        ends.append(parameters(made))
+    assert torch.equal(*ends)
+    assert logs(tmp_path / "True") == logs(tmp_path / "False")
+
+
+def test_a_run_that_goes_on_from_an_earlier_step_keeps_the_later_ones_until_it_saves(tmp_path, monkeypatch):
+    """Lost before: they wait, and the newest is the one it went on from; its next one takes their place."""
+    settings = {**SAVED, "max_steps": 8}
+    whole = trainer(tmp_path, METHODS["rkl"], **settings)
+    whole.train()
+    expected = logs(tmp_path)
+    mend = lost_before_step(monkeypatch, 3)
+    with pytest.raises(Lost):
+        trainer(tmp_path, METHODS["rkl"], **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    mend()
+    later = [path.name for path in checkpoints.checkpoints(tmp_path / checkpoints.LATER)]
+    assert later == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
+    again = trainer(tmp_path, METHODS["rkl"], **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(whole))
+    assert logs(tmp_path) == expected
+    assert not (tmp_path / checkpoints.LATER).exists()
 
 
 def offline(folder, *, swapped=False, **settings):
@@ -504,6 +560,24 @@ def test_a_signal_lets_the_step_end_and_saves(tmp_path, monkeypatch, number, sto
     again.train(resume_from_checkpoint=True)
     assert torch.equal(parameters(again), parameters(whole))
     assert logs(tmp_path / "cut") == logs(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("_heard")
+def test_a_second_run_that_is_stopped_is_saved(tmp_path, caplog):
+    """At the step at which the first was: what the message names holds its weights, not those of the first."""
+
+    class Stopping(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    made = trainer(tmp_path, METHODS["pmle"], callbacks=[Stopping()], **{**SAVED, "save_strategy": "no"})
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            made.train()
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in saved.items())
+    assert f"{tmp_path / 'checkpoint-2'} is of an earlier run" in caplog.text
 
 
 @pytest.mark.usefixtures("_heard")

@@ -344,13 +344,29 @@ def test_a_reward_trained_on_the_pairs_first(tmp_path):
         trainer(tmp_path / "c", METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5))
 
 
-def test_a_reward_is_not_trained_where_another_process_trains(tmp_path):
-    """It would replace the other's."""
+def test_a_trained_reward_takes_its_place_when_the_run_begins(tmp_path):
+    """The one of an earlier run stays while another process trains there, and goes with the run's own first step."""
+    options = {"reward_funcs": RewardTraining(gamma=0.5), "eval_dataset": rows(4)}
+    trainer(tmp_path, METHODS["on-policy"], **options).train()
+    place = tmp_path / "reward" / "reward.json"
+    before = place.read_text()
+    made = trainer(tmp_path, METHODS["on-policy"], **{**options, "reward_funcs": RewardTraining(gamma=0.4)})
     with (tmp_path / ".lock").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="works in this folder; wait for its end"):
-            trainer(tmp_path, METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5), eval_dataset=rows(4))
-    assert not (tmp_path / "reward").exists()
+            made.train()
+    assert place.read_text() == before
+    made.train()
+    assert json.loads(place.read_text())["gamma"] == 0.4
+
+
+def test_a_folder_that_holds_no_reward_is_not_replaced_by_one(tmp_path):
+    """Whatever the user has put there stays, and nothing is trained."""
+    (tmp_path / "reward").mkdir()
+    (tmp_path / "reward" / "README.md").write_text("mine")
+    with pytest.raises(InputError, match=r"reward: the reward that is trained is saved there, .*; move it"):
+        trainer(tmp_path, METHODS["on-policy"], reward_funcs=RewardTraining(gamma=0.5), eval_dataset=rows(4))
+    assert (tmp_path / "reward" / "README.md").read_text() == "mine"
 
 
 def coldness(prompts, completions, **columns):

@@ -30,7 +30,7 @@ from distalign.evaluation.metrics import (
     per_prompt,
     policy_tables,
 )
-from distalign.evaluation.results import Results, environment, forget_results, write_results, write_samples
+from distalign.evaluation.results import RESULTS, Results, environment, forget_results, write_results, write_samples
 from distalign.evaluation.setup import Evaluation, EvaluationSetup, load_evaluation, load_setup
 from distalign.judges import Comparison, EndpointJudge, Ids, Judge, JudgeSettings, make_judge
 from distalign.models.card import CITATION
@@ -41,7 +41,7 @@ from distalign.stats.calibration import calibrate
 from distalign.stats.intervals import mean_and_se
 from distalign.stats.ratings import bradley_terry_over_prompts, length_controlled_win_rate
 from distalign.training.processes import refuse_several_processes
-from distalign.training.run_folder import locked, writable, write_text
+from distalign.training.run_folder import check_not_read, locked, writable, write_text
 
 logger = logging.getLogger("distalign.evaluation")
 
@@ -62,6 +62,7 @@ def evaluate(
     refuse_several_processes("an evaluation")
     if not isinstance(settings, Evaluation):
         settings = load_evaluation(settings, [], [f"{name}={place}" for name, place in (policies or {}).items()])
+    check_not_read(settings.model_dump(mode="json"), [settings.run_dir / name for name in RESULTS])
     _check_folder(settings)
     with locked(settings.run_dir):
         folder, setup = settings.run_dir, load_setup(settings, target)

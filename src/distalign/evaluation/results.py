@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from distalign.evaluation.metrics import Measured
 
 
+# What an earlier run leaves in its folder, and another removes there.
+RESULTS = ("results.json", "samples.jsonl", "report.html", "tables", "figures")
+
+
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json."""
     text = json.dumps(finite(results), indent=1, ensure_ascii=False)
@@ -91,5 +95,5 @@ def environment() -> dict[str, str]:
 
 def forget_results(folder: Path) -> None:
     """Remove the results and the report of an earlier run in this folder."""
-    for name in ("results.json", "samples.jsonl", "report.html", "tables", "figures"):
+    for name in RESULTS:
         remove(folder / name)

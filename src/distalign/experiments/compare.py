@@ -38,7 +38,7 @@ from distalign.experiments.results import (
     run_key,
 )
 from distalign.experiments.setup import Setup, load_setup
-from distalign.experiments.train import NEW_REWARD, check, make_setup_reward, train_method
+from distalign.experiments.train import NEW_REWARD, check, check_places, make_setup_reward, train_method
 from distalign.models.card import CITATION
 from distalign.models.load import weights_digest
 from distalign.models.targets import Target
@@ -86,6 +86,7 @@ def compare(
     folders = {seed: root if len(seeds) == 1 else root / f"seed-{seed}" for seed in seeds}
     for place in (folder / name for folder in folders.values() for name in (*methods, "reward")):
         check_no_links(place, Path(recipe.output_dir))
+    check_places(recipe, [root, *folders.values(), *(folder / name for folder in folders.values() for name in methods)])
     runs: dict[str, list[Measured]] = {}
     training: dict[str, Any] = {"curves": {}, "kept_step": {}, "seconds": {}, "potential": []}
     results: dict[str, Any] = {}

@@ -21,13 +21,13 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from distalign.engine import Group
 from distalign.errors import DAMAGED, InputError
 from distalign.evaluation.metrics import forward_kl
-from distalign.evaluation.results import forget_results
+from distalign.evaluation.results import RESULTS, forget_results
 from distalign.experiments.auto import settle_gamma
 from distalign.experiments.recipe import EarlyStopping, Recipe, RecipeSource, as_recipe, load_recipe
 from distalign.experiments.setup import Setup, load_setup
 from distalign.methods import Method
 from distalign.models.load import find_model
-from distalign.models.policy import Policy, make_policy
+from distalign.models.policy import MODEL_FILES, Policy, make_policy
 from distalign.models.quantized import check_installed
 from distalign.rewards import (
     RewardError,
@@ -44,13 +44,13 @@ from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
 from distalign.settings import RecipeError
 from distalign.stats.intervals import mean_and_se
-from distalign.training.checkpoint import SAVING, checkpoints, newest_complete
+from distalign.training.checkpoint import LATER, SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
 from distalign.training.resumable import FREE_SETTINGS, FROM_CHECKPOINT
 from distalign.training.rollout_settings import TrainingError, check_rollout, draws_responses
-from distalign.training.run_folder import check_no_links, locked, remove, whole_folder, writable
+from distalign.training.run_folder import check_no_links, check_not_read, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
 
 logger = logging.getLogger("distalign.experiments.train")
@@ -171,6 +171,14 @@ def check(recipe: Recipe, methods: Sequence[str], *, compared: bool = False) -> 
     writable(recipe.run_dir)
 
 
+def check_places(recipe: Recipe, folders: Sequence[Path]) -> None:
+    """Raise InputError if the recipe reads what a run in one of these folders removes there or writes anew."""
+    trained = ["reward"] if any(one.train is not None for one in recipe.reward) else []
+    names = ("model", MERGED, *trained, SAVING, LATER, "metrics.jsonl", *RESULTS)
+    replaced = [path for folder in folders for path in (*(folder / name for name in names), *checkpoints(folder))]
+    check_not_read(recipe.model_dump(mode="json", exclude={"name", "output_dir"}), replaced)
+
+
 # One method -----------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +210,7 @@ def train(
     folder = recipe.train_dir / name
     if overwrite:
         check_no_links(folder, Path(recipe.output_dir))
+    check_places(recipe, [folder])
     processes = Processes.here()
     with ExitStack() as stack:
         processes.from_first(lambda: stack.enter_context(locked(writable(folder))))
@@ -344,7 +353,8 @@ def train_method(
     if args.load_best_model_at_end:
         _log_kept_step(name, trainer, len(setup.held))
     with ExitStack() as stack:
-        trainer.save_policy(processes.from_first(lambda: stack.enter_context(whole_folder(folder / "model"))))
+        model = whole_folder(folder / "model", ours=MODEL_FILES)
+        trainer.save_policy(processes.from_first(lambda: stack.enter_context(model)))
         processes.from_first(stack.close)
     if args.push_to_hub:
         try:
@@ -447,7 +457,7 @@ def _forget(folder: Path, *, everything: bool, resume: bool) -> None:
         remove(folder / "report.html")
         return
     forget_results(folder)
-    for old in (folder / "metrics.jsonl", folder / SAVING, *checkpoints(folder)):
+    for old in (folder / "metrics.jsonl", folder / SAVING, folder / LATER, *checkpoints(folder)):
         remove(old)
     if not resume:
         remove(folder / MERGED)
@@ -471,6 +481,7 @@ def train_reward_model(recipe: Recipe, *, overwrite: bool = False) -> Trained:
     folder = recipe.train_dir / "reward"
     if overwrite:
         check_no_links(folder, Path(recipe.output_dir))
+    check_not_read(recipe.model_dump(mode="json", exclude={"name", "output_dir"}), [folder])
     with locked(writable(recipe.train_dir)):
         if folder.exists() and not overwrite:
             raise InputError(

@@ -36,6 +36,13 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 # Names of the files of a whole model.
 _WHOLE = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+_ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)"
+# Of all files that make a folder what it is loaded as; whatever else lies in it is the user's.
+MODEL_FILES = (
+    rf"{_WHOLE}|{_ADAPTER}|{re.escape(NOTE)}|{re.escape(BASE)}|README\.md|generation_config\.json"
+    r"|tokenizer(_config)?\.json|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model|chat_template\.jinja|additional_chat_templates"
+)
 
 
 class Lora(Section):
@@ -177,7 +184,7 @@ class Policy:
             raise ModelError(f"{folder}: holds the base of the adapter that is to be saved; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
         # An earlier run's, of the other kind: loading would take them.
-        other = _WHOLE if adapter else r"adapter_config\.json|adapter_model\.(safetensors|bin)"
+        other = _WHOLE if adapter else _ADAPTER
         names = rf"{other}|{re.escape(NOTE)}|{re.escape(BASE)}"
         replaced, readme = [old for old in folder.iterdir() if re.fullmatch(names, old.name)], folder / "README.md"
         if replaced and not (readme.is_file() and WRITTEN in readme.read_text(encoding="utf-8", errors="replace")):

@@ -46,6 +46,8 @@ MANIFEST, STATE, ROUND, DRAWN_ONCE, VALUES, REFERENCE = (
 )
 # A checkpoint is written in this folder of the run's.
 SAVING = ".saving"
+# Where those wait that are later than the one that a run goes on from.
+LATER = ".later"
 
 # Settings of an adapter that may be others where a run goes on.
 _NOT_THE_ADAPTER = {

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import partial
@@ -71,6 +70,7 @@ from distalign.rewards import (
     RewardError,
     RewardSettings,
     RewardTraining,
+    Trained,
     WeightedSum,
     check_columns,
     check_rewards,
@@ -84,7 +84,6 @@ from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
 from distalign.training.checkpoint import model_digest
 from distalign.training.config import AlignmentConfig
-from distalign.training.processes import Processes
 from distalign.training.rollout_settings import (
     RolloutSettings,
     TrainingError,
@@ -93,7 +92,6 @@ from distalign.training.rollout_settings import (
     is_on_policy,
 )
 from distalign.training.rounds import Row
-from distalign.training.run_folder import locked
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -498,6 +496,12 @@ def check_reward_funcs(
             raise RewardError("reward_funcs: a reward is trained on pairs, and train_dataset has prompts alone")
         if len(rows.first_held_out) < 2:
             raise RewardError("reward_funcs: training a reward stops by held-out pairs; pass them as eval_dataset")
+        folder = Path(str(args.output_dir)) / "reward"
+        if folder.exists() and not is_reward_model(str(folder)):
+            raise RewardError(
+                f"{folder}: the reward that is trained is saved there, and what is there is none; move it, or give "
+                "another output_dir"
+            )
 
 
 def reward_name(reward: RewardFunc) -> str:
@@ -533,9 +537,15 @@ def _named(reward: RewardFunc) -> RewardSettings | None:
     return RewardSettings(train=reward) if isinstance(reward, RewardTraining) else None
 
 
-def load_rewards(given: Given, base: Any, args: AlignmentConfig, *, token_budget: int) -> Reward | None:
-    """One reward of all that were given, summed with their weights; None of none. Raises RewardError."""
+def load_rewards(
+    given: Given, base: Any, args: AlignmentConfig, *, token_budget: int
+) -> tuple[Reward | None, list[Trained]]:
+    """One reward of all that were given, summed with their weights (None of none); and what was trained for it.
+
+    Raises RewardError.
+    """
     rewards, rows, tokenizer, source = given.rewards, given.rows, given.tokenizer, given.source
+    all_trained: list[Trained] = []
 
     def load(reward: RewardFunc) -> Reward:
         if isinstance(reward, Reward):
@@ -549,23 +559,21 @@ def load_rewards(given: Given, base: Any, args: AlignmentConfig, *, token_budget
             return FunctionReward(reward, tokenizer, timeout=args.reward_timeout)
         trained = None
         if settings.train is not None:
-            folder = Path(str(args.output_dir)) / "reward"
-            with ExitStack() as stack:
-                # Another process may train in this folder.
-                Processes.here().from_first(lambda: stack.enter_context(locked(folder.parent)))
-                trained = train_reward(
-                    settings.train, base, tokenizer, source, rows.pairs, rows.first_held_out,
-                    gamma=None, token_budget=token_budget, seed=args.seed, folder=folder,
-                ).reward  # fmt: skip
+            made = train_reward(
+                settings.train, base, tokenizer, source, rows.pairs, rows.first_held_out,
+                gamma=None, token_budget=token_budget, seed=args.seed,
+            )  # fmt: skip
+            all_trained.append(made)
+            trained = made.reward
         return make_reward([settings], base=base, tokenizer=tokenizer, token_budget=token_budget, trained=trained)
 
     if not rewards:
-        return None
+        return None, []
     loaded = [load(reward) for reward in rewards]
     weights = args.reward_weights or [1.0] * len(loaded)
     if len(loaded) == 1 and weights[0] == 1:
-        return loaded[0]
-    return WeightedSum(list(zip(weights, loaded, strict=True)))
+        return loaded[0], all_trained
+    return WeightedSum(list(zip(weights, loaded, strict=True))), all_trained
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

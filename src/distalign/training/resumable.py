@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import re
 import signal
 import tempfile
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage] of whichever httpx it uses
@@ -31,10 +33,12 @@ from distalign.engine.memory import out_of_memory
 from distalign.errors import InputError
 from distalign.methods import Method
 from distalign.models.card import add_licence, model_card
-from distalign.models.policy import whole_distribution
+from distalign.models.policy import MODEL_FILES, whole_distribution
 from distalign.models.quantized import quantization_of, write_note
+from distalign.rewards import Trained
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
+    LATER,
     ROUND,
     VALUES,
     adapter_settings,
@@ -62,7 +66,7 @@ from distalign.training.passes import WrappedTrainer
 from distalign.training.prompts import MetricAverager, merge_sums
 from distalign.training.rollout_settings import RolloutSettings, TrainingError, draws_responses
 from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker
-from distalign.training.run_folder import cut_log, remove
+from distalign.training.run_folder import cut_log, remove, whole_folder
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -97,6 +101,7 @@ class ResumableTrainer(WrappedTrainer):
     statistics: dict[str, Any]
     rollout: Rollout
     reward_names: list[str]
+    trained_rewards: list[Trained]
     temperature: float
     guard: Guard
     worker: RolloutWorker | None
@@ -108,10 +113,13 @@ class ResumableTrainer(WrappedTrainer):
     token_budget: int | None
     ended_before = False
     resumed_from: Path | None = None
-    # Where a checkpoint is written; the step of the last one; what it holds if the next step fails half-way.
+    # Where a checkpoint is written; the step of the last one of this run.
     _scratch: Path | None = None
     _saved_step = -1
+    # What a checkpoint holds if the next step fails half-way, and the random state then; the one that began so.
     _at_step_start: Mapping[str, Any] = MappingProxyType({})
+    _random_at_step_start: tuple[Any, ...] = ()
+    _half_step: Path | None = None
     _stop_signal: int | None = None
 
     @property
@@ -227,6 +235,7 @@ class ResumableTrainer(WrappedTrainer):
         self.metrics.load_state_dict(state["metrics"])
         self.whole_run.load_state_dict(state["whole_run"])
         self._saved_step = step
+        self._half_step = checkpoint if state.get("half_step") else None
         self.ended_before = state["ended_early"]
         if self.ended_before:
             logger.warning(
@@ -237,12 +246,20 @@ class ResumableTrainer(WrappedTrainer):
             self.processes.from_first(lambda: self._forget_after(step))
 
     def _forget_after(self, step: int) -> None:
-        """What came after is done again. Metrics of a step are written after it, samples before it."""
+        """What came after is done again. Metrics of a step are written after it, samples before it.
+
+        Later checkpoints wait in a folder of their own until this run has saved one.
+        """
+        # The newest first, and then the logs: killed in between, the run goes on from the newest that is left.
+        for later in reversed(checkpoints(self._folder)):
+            if step_of(later) > step:
+                aside = self._folder / LATER / later.name
+                logger.warning("%s waits in %s until this run has saved a checkpoint, and then goes", later, aside)
+                aside.parent.mkdir(exist_ok=True)
+                remove(aside)
+                os.replace(later, aside)
         cut_log(self._folder / "metrics.jsonl", step)
         cut_log(self._folder / "samples.jsonl", step - 1)
-        for later in checkpoints(self._folder):
-            if step_of(later) > step:
-                remove(later)
 
     def _state(self) -> dict[str, Any]:
         stopping = [own for own in self.callback_handler.callbacks if isinstance(own, EarlyStoppingCallback)]
@@ -293,6 +310,8 @@ class ResumableTrainer(WrappedTrainer):
             self._scratch = None
         self._saved_step = step
         if self.processes.first:
+            if "half_step" not in state:
+                remove(folder / LATER)
             prune(folder, {place, *([Path(best_place)] if best_place else [])}, self.args.save_total_limit)
 
     def _write_rest(self, scratch: Path, step: int, state: Mapping[str, Any]) -> None:
@@ -318,7 +337,8 @@ class ResumableTrainer(WrappedTrainer):
 
     def _save_now(self) -> str:
         """Save in the middle of a step: it begins anew where the run goes on."""
-        self._write_checkpoint(cast(nn.Module, self.model_wrapped), None, self._at_step_start)
+        _set_random_state(self._random_at_step_start)
+        self._write_checkpoint(cast(nn.Module, self.model_wrapped), None, {**self._at_step_start, "half_step": True})
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
     @contextmanager
@@ -336,6 +356,13 @@ class ResumableTrainer(WrappedTrainer):
             if not isinstance(error, InputError):
                 raise
             raise type(error)(f"{error}; {saved} and the responses of this round: fix it and --resume") from error
+
+    def _save_rewards(self) -> None:
+        """A reward that was trained for the run is saved when the folder is the run's: an earlier one lies there."""
+        for trained in self.trained_rewards:
+            with whole_folder(self._folder / "reward", ours=MODEL_FILES) as scratch:
+                trained.save(scratch)
+        self.trained_rewards = []
 
     # The policy -------------------------------------------------------------------------------------------------------
 
@@ -487,6 +514,16 @@ class GoesOn(TrainerCallback):
             )
         state.best_model_checkpoint = str(best)
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """A step that failed half-way begins with the random numbers that it had begun with."""
+        if self.trainer._half_step is not None:
+            # transformers loads them before an epoch begins, which takes some.
+            self.trainer._load_rng_state(str(self.trainer._half_step))
+            self.trainer._half_step = None
+        self.trainer._random_at_step_start = _random_state()
+
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
@@ -498,3 +535,18 @@ class GoesOn(TrainerCallback):
 def _stop(number: int) -> BaseException:
     """What a signal raises: as Python does for SIGINT, and a shell's exit code for SIGTERM."""
     return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def _random_state() -> tuple[Any, ...]:
+    """Of every generator that a checkpoint holds the state of."""
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    python, numpy, cpu, devices = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if devices:
+        torch.cuda.set_rng_state_all(devices)

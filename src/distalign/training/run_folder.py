@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -109,6 +109,54 @@ def check_no_links(folder: Path, above: Path) -> None:
             )
 
 
+def check_not_read(settings: object, replaced: Sequence[Path]) -> None:
+    """Raise InputError if a file or folder that `settings` name lies in what a run removes or writes anew.
+
+    Every text of them is looked at: it may name a file, a folder or code in a file. A folder is also what its links
+    point to, and of an adapter its base.
+    """
+    # Of a link the link goes, not what it points to.
+    places = [_up_to(place) for place in replaced]
+    for text in _texts(settings):
+        for path in [Path(os.path.expanduser(name)) for name in (text, text.rpartition(":")[0]) if name]:
+            for part in _parts(path):
+                whole = Path(os.path.abspath(part))
+                ways = [Path(os.path.realpath(whole)), *map(_up_to, (whole, *whole.parents))]
+                place = next((place for place in places if any(way.is_relative_to(place) for way in ways)), None)
+                if place is not None:
+                    raise InputError(
+                        f"{text}: is read by this run, and {part} lies in {place}, which it removes or writes anew; "
+                        "copy it to another place, or give the run another name with --set name=…"
+                    )
+
+
+def _up_to(path: Path) -> Path:
+    """The path without links on its way; at its end there may be one."""
+    return Path(os.path.realpath(path.parent)) / path.name
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    """What is there under this name, with the base of an adapter, and their files that are links."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except DAMAGED:
+        # There is none; one that is damaged is refused where it is read.
+        base = None
+    for place in (path, *([Path(os.path.expanduser(base))] if isinstance(base, str) else [])):
+        if os.path.exists(place):
+            yield place
+        if os.path.isdir(place) and os.access(place, os.R_OK):
+            yield from (file for file in place.iterdir() if file.is_symlink())
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
@@ -129,9 +177,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def whole_folder(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
+def whole_folder(folder: Path, scratch: Path | None = None, *, ours: str | None = None) -> Iterator[Path]:
     """A folder to write into, which takes the name `folder` at the end; after an error nothing has changed.
 
+    With `ours`, a pattern of names, a folder that is there stays: only such files of it go, and those written anew.
     Raises InputError where the disk does not take it.
     """
     scratch = scratch or folder.with_name(f".{folder.name}.new")
@@ -142,14 +191,28 @@ def whole_folder(folder: Path, scratch: Path | None = None) -> Iterator[Path]:
         for path in scratch.rglob("*"):
             sync(path)
         sync(scratch)
-        remove(folder)
-        os.replace(scratch, folder)
+        if ours is None or folder.is_symlink() or not folder.is_dir():
+            remove(folder)
+            os.replace(scratch, folder)
+        else:
+            _put_into(folder, scratch, ours)
         sync(folder.parent)
     except BaseException as error:
         remove(scratch)
         if reason := disk_error(error):
             raise InputError(f"{folder}: cannot be written ({reason}); make space") from error
         raise
+
+
+def _put_into(folder: Path, scratch: Path, ours: str) -> None:
+    """Move what is in `scratch` into `folder`: between its old config.json and its new one it holds no model."""
+    for old in list(folder.iterdir()):
+        if re.fullmatch(ours, old.name) or (scratch / old.name).exists():
+            remove(old)
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name.endswith("config.json")):
+        os.replace(path, folder / path.name)
+    sync(folder)
+    remove(scratch)
 
 
 def disk_error(error: BaseException) -> str | None:

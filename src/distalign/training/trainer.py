@@ -201,7 +201,8 @@ class AlignmentTrainer(ResumableTrainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.token_budget = args.token_budget
-        reward = load_rewards(given, base or policy.model, args, token_budget=self.token_budget or FORWARD_BUDGET)
+        budget = self.token_budget or FORWARD_BUDGET
+        reward, self.trained_rewards = load_rewards(given, base or policy.model, args, token_budget=budget)
         ends = end_ids(policy.model, given.end_id)
         self.reward_names = [reward_name(reward) for reward in given.rewards]
         self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes, server)
@@ -492,17 +493,19 @@ class AlignmentTrainer(ResumableTrainer):
                 each, kind = self.args.per_device_train_batch_size, self.accelerator.distributed_type.value
                 logger.info("%s: processes: %d (%s), %d prompts each", self.label, self.processes.count, kind, each)
             checkpoint = self._checkpoint(resume_from_checkpoint)
+            self.processes.from_first(self._save_rewards)
             self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
-            self.ended_before = False
+            self.ended_before, self._saved_step, self._half_step = False, -1, None
             if self.worker is not None:
                 self.worker.begin()
             if checkpoint is not None:
                 self._resume(checkpoint)
-            elif self.state.global_step == 0:
+            else:
                 for old in [*checkpoints(self._folder), *self._folder.glob("metrics.jsonl")]:
                     logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
-                groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
-                self.run(lambda: self.policy.assert_starts_at_reference(groups))
+                if self.state.global_step == 0:
+                    groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
+                    self.run(lambda: self.policy.assert_starts_at_reference(groups))
             shown = progress(self.label, 1) if self.processes.first else nullcontext(lambda *_: None)
             with shown as self._advance, self._explain_out_of_memory_outside():
                 try:
