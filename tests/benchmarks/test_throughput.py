@@ -51,6 +51,7 @@ def small(monkeypatch):
     """Models and workloads of all names are small ones."""
     for benchmark in (throughput, overhead):
         monkeypatch.setattr(benchmark, "Job", small_job.SmallJob)
+    monkeypatch.setattr(sides, "START", small_job.FORKED)
     monkeypatch.setitem(sides.MODELS, "small-32k", small_job.model)
     for name, workload in small_job.SHORT.items():
         monkeypatch.setitem(sides.WORKLOADS, name, workload)
@@ -134,7 +135,7 @@ def test_memory_writes_what_it_measures(tmp_path, capsys, monkeypatch):
     assert "growth" in capsys.readouterr().out
 
 
-def test_a_side_that_dies_is_noticed():
+def test_a_side_that_dies_is_noticed(small):
     """The parent does not wait for ever, and invents no number."""
     side = sides.Side(sides.Job("ours", "no-such-model", "tldr", 1, 1, 512, "none"))
     with pytest.raises((EOFError, BrokenPipeError, ConnectionResetError)):

@@ -1,18 +1,26 @@
 """What each of several processes does: three steps of a method; the first writes what came of them.
 
     torch.distributed.run --nproc_per_node 2 tests/distributed/work.py FOLDER CELL [CELL …]
+    FORK='[[2, [FOLDER, CELL, …], {}], …]' tests/distributed/work.py
 
 A cell is METHOD/WRAPPER/WEIGHTS, as rkl/ddp/lora or, in one process, rkl/none/lora; FOLDER/METHOD-WRAPPER-WEIGHTS.pt
 holds its log lines and weights.
 With KILL=1 the last process is killed in its second step, with NAN=1 it finds a loss that is no number; with RESUME=1 a
 run goes on. With SERVER=URL a vLLM server of the model in the folder MODEL draws.
+
+Most of a short run is imports: with FORK they are made once, and then so many processes forked, run after run, each
+with its environment, and told who they are as torch.distributed.run tells it.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import json
 import math
+import multiprocessing
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -91,9 +99,8 @@ def run(folder: Path, cell: str, processes: int):
     return made
 
 
-def main() -> None:
+def main(folder: Path, *cells: str) -> None:
     """Every cell in turn, in processes that meet once."""
-    folder, cells = Path(sys.argv[1]), sys.argv[2:]
     if "MODEL" in os.environ:
         acting.SOURCE = Source("tiny", os.environ["MODEL"], "a folder")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,5 +117,33 @@ def main() -> None:
             torch.save(content, folder / f"{cell.replace('/', '-')}.pt")
 
 
+def member(environment: dict[str, str], arguments: list[str]) -> None:
+    """One of several forked processes; if it waits for ever, it says where and ends."""
+    faulthandler.dump_traceback_later(350, exit=True)
+    os.environ |= environment
+    main(Path(arguments[0]), *arguments[1:])
+
+
+def fork(count: int, arguments: list[str], environment: dict[str, str]) -> bool:
+    """Run `main` in so many processes; whether all ended well."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with socket.socket() as held:
+        # While it is held no other program is given the port; the first process may listen on it all the same.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(held.getsockname()[1])}
+        members = []
+        for rank in map(str, range(count)):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+            told = {**environment, **(meet | place if count > 1 else {})}
+            members.append(context.Process(target=member, args=(told, arguments)))
+            members[-1].start()
+        for one in members:
+            one.join()
+    return not any(one.exitcode for one in members)
+
+
 if __name__ == "__main__":
-    main()
+    if "FORK" in os.environ:
+        sys.exit(not all(fork(*each) for each in json.loads(os.environ["FORK"])))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -207,32 +207,33 @@ def test_out_of_memory_outside_a_micro_batch(tmp_path, monkeypatch):
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 
 
-def process(budget, what, folder):
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
     """What tests/memory_process.py tells. Blocks are given back to the system, so that what was asked for is seen."""
+    folder = tmp_path_factory.mktemp("memory")
     here = Path(__file__).parents[1]
     source = str(Path(sys.modules["distalign"].__file__ or "").parents[1])
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1", "PYTHONPATH": source}
-    command = [sys.executable, str(here / "memory_process.py"), str(budget), what, str(folder)]
+    command = [sys.executable, str(here / "memory_process.py"), "1024", "6144", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]) | {"folder": folder}
 
 
 @linux
-def test_the_resident_set_grows_by_what_was_estimated(tmp_path):
+def test_the_resident_set_grows_by_what_was_estimated(process):
     """Peak of two steps of a model of 20 million parameters: at most 10 % too little, twice too much."""
-    took = process(1024, "fit", tmp_path)
-    assert took["tokens"] == 1024
-    assert 0.9 * took["grown"] <= took["needed"] <= 2 * took["grown"]
+    assert process["tokens"] == 1024
+    assert 0.9 * process["grown"] <= process["needed"] <= 2 * process["grown"]
 
 
 @linux
-def test_a_real_lack_of_memory(tmp_path):
+def test_a_real_lack_of_memory(process):
     """With less address space than a micro-batch needs, the process ends with advice, and with the run saved."""
-    error = process(6144, "limit", tmp_path)["error"]
+    error = process["error"]
     assert "out of memory at step 1, in a micro-batch of 6144 tokens" in error
     assert "set token_budget to 3072 or less" in error
-    assert (tmp_path / "checkpoint-0" / "model.safetensors").is_file()
+    assert (process["folder"] / "checkpoint-0" / "model.safetensors").is_file()
 
 
 # What is free ---------------------------------------------------------------------------------------------------------
