@@ -402,7 +402,8 @@ def test_a_reward_trained_again_under_its_name_is_another(tmp_path):
     swapped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in data]
     for place, pairs in (("a", data), ("b", swapped)):
         args = config(tmp_path / place, max_steps=1)
-        trainer(tmp_path, method, args=args, data=pairs, reward_funcs=RewardTraining(gamma=0.5), eval_dataset=held)
+        training = RewardTraining(gamma=0.5)
+        trainer(tmp_path, method, args=args, data=pairs, reward_funcs=training, eval_dataset=held).train()
     folder = tmp_path / "reward"
     shutil.copytree(tmp_path / "a" / "reward", folder)
     trainer(tmp_path / "run", method, reward_funcs=str(folder)).train()
