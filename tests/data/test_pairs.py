@@ -7,7 +7,6 @@ import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pytest
 from hypothesis import given
@@ -410,12 +409,6 @@ def test_answers_without_words_are_compared_by_their_calls():
     rows = [{"prompt": prompt, "chosen": call("clock"), "rejected": call(other)} for other in ("rain", "tea")]
     found = inspect_pairs(rows)
     assert (found.same_prompts, found.same_pairs, found.swapped_pairs) == (1, 0, 0)
-
-
-def test_numbers_of_a_formatted_data_set_are_numbers():
-    """Whatever it gives them as."""
-    rows = datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c", "p_chosen": 0.75}])
-    assert read_pairs(rows.with_format("numpy"))[0].probability == 0.75
 
 
 def test_inspection_counts(write):

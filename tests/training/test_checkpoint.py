@@ -120,6 +120,10 @@ def test_a_run_that_goes_on_from_an_earlier_step_keeps_the_later_ones_until_it_s
     with pytest.raises(Lost):
         trainer(tmp_path, METHODS["rkl"], **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     mend()
+    with pytest.raises(TrainingError, match="waits there to be removed"):
+        trainer(tmp_path, PMLE(0.5, 0.0), **SAVED).train(
+            resume_from_checkpoint=str(tmp_path / ".later" / "checkpoint-6")
+        )
     later = [path.name for path in checkpoints.checkpoints(tmp_path / checkpoints.LATER)]
     assert later == ["checkpoint-4", "checkpoint-6", "checkpoint-8"]
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
@@ -372,6 +376,15 @@ def test_a_checkpoint_that_only_wanted_its_name_gets_it(tmp_path):
     assert newest_complete(tmp_path) == tmp_path / "checkpoint-5"
 
 
+def test_the_text_of_a_value_lasts():
+    """In another process a set has another order, and an object lies elsewhere."""
+    one, other = object(), object()
+    assert checkpoints.lasting({"a": [{"x", "y"}, one], "b": 1}) == checkpoints.lasting(
+        {"b": 1, "a": [{"y", "x"}, other]}
+    )
+    assert checkpoints.lasting({"a": 1}) != checkpoints.lasting({"a": "1"})
+
+
 def test_other_held_out_pairs_are_of_another_run(tmp_path):
     """The best step would be chosen by two sets."""
     offline(tmp_path, max_steps=2).train()
@@ -408,7 +421,10 @@ REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.
         ("data_seed", {"data_seed": 5}),
         ("train_sampling_strategy", {"train_sampling_strategy": "sequential"}),
         ("data", {"rows": [replace(pair, row=REWARDED) for pair in tiny.encoded_pairs(8)]}),
-        ("data", {"rows": [replace(pair, row=Pair("", "", "", extra={"key": 1})) for pair in tiny.encoded_pairs(8)]}),
+        (
+            "data",
+            {"rows": [replace(pair, row=Pair("", "", "", extra={"key": 1})) for pair in tiny.encoded_pairs(8)]},
+        ),
     ],
     ids=[
         *("method", "gamma", "rows", "order", "model", "seed", "batches"),

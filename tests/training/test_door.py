@@ -432,6 +432,8 @@ def test_an_adapter_on_other_weights_than_its_base_has_is_refused(tmp_path):
     for given, options in ((model, {"peft_config": LORA}), (get_peft_model(copy.deepcopy(model), copy.copy(LORA)), {})):
         with pytest.raises(ModelError, match="came as an object with other weights than its folder has"):
             trainer(tmp_path / "again", METHODS["offline"], given, **options)
+    rounded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).float()
+    trainer(tmp_path / "rounded", METHODS["offline"], rounded, peft_config=copy.copy(LORA))
     model.save_pretrained(tmp_path / "trained")
     model.name_or_path = str(tmp_path / "trained")
     trainer(tmp_path / "again", METHODS["offline"], model, peft_config=LORA).train()

@@ -312,9 +312,7 @@ def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tu
     else:
         _check_split(split, str(getattr(table, "split", None) or "train"), name)
     of_arrow = hasattr(table, "features")
-    # Numbers as Python has them, whatever the format of its rows.
-    rows: Any = table.with_format(None) if hasattr(table, "with_format") else table  # pyright: ignore
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(table, 1):
         if not isinstance(row, Mapping):
             what = f"{type(row).__name__}, not a row; give a list of dicts, or a datasets.Dataset (Dataset.from_pandas)"
             raise DataError([Problem(f"{name}:{number}", what)])

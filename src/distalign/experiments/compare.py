@@ -26,7 +26,7 @@ from distalign.evaluation.metrics import (
     win_probability,
 )
 from distalign.evaluation.results import Results, environment, forget_results, write_results, write_samples
-from distalign.experiments.recipe import RecipeSource, as_recipe
+from distalign.experiments.recipe import Recipe, RecipeSource, as_recipe
 from distalign.experiments.results import (
     FINISHED,
     ResumeRecord,

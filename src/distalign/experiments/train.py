@@ -481,7 +481,7 @@ def train_reward_model(recipe: Recipe, *, overwrite: bool = False) -> Trained:
     folder = recipe.train_dir / "reward"
     if overwrite:
         check_no_links(folder, Path(recipe.output_dir))
-    check_not_read(recipe.model_dump(mode="json", exclude={"name", "output_dir"}), [folder])
+    check_not_read(recipe.model_dump(mode="json", exclude={"name", "output_dir", "reward"}), [folder])
     with locked(writable(recipe.train_dir)):
         if folder.exists() and not overwrite:
             raise InputError(

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,6 +50,9 @@ PACKAGED = {
 
 # Short name of the small language model that is trained when it is first asked for.
 EVERYDAY = "everyday"
+
+# The files of a model's weights.
+WEIGHTS = r"model(-\d{5}-of-\d{5})?\.safetensors"
 
 # The file beside a saved adapter with the digest of its base, where that is a folder.
 BASE = "base.sha256"
@@ -161,7 +165,7 @@ class Source:
         """Raise ModelError if the files are of other weights than `model`, which came as an object.
 
         An adapter on it names them as its base. The first rows of tensors of the same name are compared, of files that
-        are on this machine; quantised weights are not.
+        are on this machine; quantised weights are not. Weights that were loaded in 16 bits and widened are the same.
         """
         folder = Path(self.path)
         if not folder.is_dir():
@@ -170,13 +174,14 @@ class Source:
             except (OSError, ValueError):
                 return
         own = {} if is_quantized(model) else {n.replace(".base_layer", ""): w for n, w in model.named_parameters()}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in sorted(file for file in folder.iterdir() if re.fullmatch(WEIGHTS, file.name)):
             with explained(self.name), safe_open(file, framework="pt") as held:
                 for name in own.keys() & held.keys():
                     saved, weight = held.get_slice(name), own[name].detach()
                     if saved.get_shape() != list(weight.shape) or weight.dim() == 0:
                         continue
-                    if not torch.equal(saved[:2].to(weight.dtype), weight[:2].cpu()):
+                    kinds = (weight.dtype, torch.bfloat16, torch.float16)
+                    if not any(torch.equal(saved[:2].to(kind).to(weight.dtype), weight[:2].cpu()) for kind in kinds):
                         raise ModelError(
                             f"model {self.name}: it came as an object with other weights than its folder has ({name}), "
                             "and an adapter would be saved as one on the folder; save it first (save_pretrained), and "

@@ -26,7 +26,7 @@ from distalign.engine import Group, Reference, score
 from distalign.engine.forward import embedding_weight, whole_state
 from distalign.errors import DAMAGED
 from distalign.models.card import WRITTEN
-from distalign.models.load import BASE, ModelError, Source
+from distalign.models.load import BASE, WEIGHTS, ModelError, Source
 from distalign.models.quantized import NOTE, is_quantized, keep_exact, write_note
 from distalign.models.verify import adapts_tied, check_mergeable
 from distalign.settings import Count, Positive, Section, Share
@@ -35,7 +35,7 @@ logger = logging.getLogger("distalign.models.policy")
 AnyModel = TypeVar("AnyModel", bound=nn.Module)
 
 # Names of the files of a whole model.
-_WHOLE = r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+_WHOLE = rf"config\.json|{WEIGHTS}|model\.safetensors\.index\.json"
 _ADAPTER = r"adapter_config\.json|adapter_model\.(safetensors|bin)"
 # Of all files that make a folder what it is loaded as; whatever else lies in it is the user's.
 MODEL_FILES = (

@@ -152,13 +152,24 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def lasting(value: object) -> str:
+    """The text of a value, the same in every process: not where an object lies in memory, nor the order of a set."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(sorted(f'{key}: {lasting(part)}' for key, part in value.items()))}}}"
+    if isinstance(value, set | frozenset):
+        return f"{{{', '.join(sorted(map(lasting, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"({', '.join(map(lasting, value))})"
+    return re.sub(" at 0x[0-9a-f]+", "", repr(value))
+
+
 def rows_digest(rows: Sequence[Row]) -> str:
     """Hash of what is learned from: ids, probabilities and other columns, which a reward may read, in their order."""
     digest = hashlib.sha256()
     for row in rows:
         ids = [row.prompt, row.chosen, row.rejected] if isinstance(row, EncodedPair) else [row.prompt]
         probability = row.probability if isinstance(row, EncodedPair) else None
-        others = sorted(row.row.extra.items()) if row.row is not None else []
+        others = lasting(row.row.extra) if row.row is not None else ""
         digest.update(f"{list(map(len, ids))} {probability} {column_rewards(row.row)} {others}".encode())
         digest.update(array("q", [token for part in ids for token in part]).tobytes())
     return digest.hexdigest()

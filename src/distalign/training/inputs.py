@@ -9,7 +9,6 @@ import copy
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -82,7 +81,7 @@ from distalign.rewards.classifier import find_classifier
 from distalign.rewards.reward_model import is_reward_model
 from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
-from distalign.training.checkpoint import model_digest
+from distalign.training.checkpoint import lasting, model_digest
 from distalign.training.config import AlignmentConfig
 from distalign.training.rollout_settings import (
     RolloutSettings,
@@ -515,8 +514,8 @@ def reward_name(reward: RewardFunc) -> str:
         return f"{reward.__module__} {reward.__qualname__}"
     if isinstance(reward, ColumnReward | RewardTraining):
         return f"{type(reward).__name__} {vars(reward)}"
-    # An object is not where it lies in memory, and may hold a secret.
-    return hashlib.sha256(re.sub(" at 0x[0-9a-f]+", "", f"{type(reward)} {reward!r}").encode()).hexdigest()
+    # It may hold a secret.
+    return hashlib.sha256(f"{type(reward)} {lasting(reward)}".encode()).hexdigest()
 
 
 def needs_base(rewards: Iterable[RewardFunc]) -> bool:
@@ -598,10 +597,13 @@ def check_trained(label: str, model: nn.Module, optimizer: torch.optim.Optimizer
 def warn_of_rounding(label: str, model: nn.Module, args: AlignmentConfig) -> None:
     """Warn of 16-bit weights that are trained as they are: most updates are smaller than their rounding."""
     kinds = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
-    if (half := kinds & {"bfloat16", "float16"}) and not args.deepspeed:
+    # Both keep weights of 32 bits beside them.
+    kept = args.deepspeed or (args.fsdp and (args.bf16 or args.fp16))
+    if (half := kinds & {"bfloat16", "float16"}) and not kept:
         logger.warning(
             "%s: weights in %s are trained as they are, and most updates are lost to rounding; load them in float32 "
-            "(bf16: true computes in bfloat16), or train an adapter, whose weights are float32", label, *half,
+            "(bf16: true computes in bfloat16), or train an adapter, whose weights are float32",
+            label, " and ".join(sorted(half)),
         )  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
 import signal
 import tempfile
 import threading
@@ -45,7 +44,7 @@ from distalign.training.checkpoint import (
     check_belongs,
     checkpoints,
     defect,
-    held_out_digest,
+    lasting,
     load_reference,
     load_round,
     load_state,
@@ -101,6 +100,7 @@ class ResumableTrainer(WrappedTrainer):
     statistics: dict[str, Any]
     rollout: Rollout
     reward_names: list[str]
+    held_out_digest: str
     trained_rewards: list[Trained]
     temperature: float
     guard: Guard
@@ -185,10 +185,9 @@ class ResumableTrainer(WrappedTrainer):
             groups = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
             taken["optimizer"] = f"{type(self.optimizer).__name__} {groups}"
         return {
-            # A function is not where it lies in memory.
-            "method": re.sub(" at 0x[0-9a-f]+", "", f"{type(self.method).__name__} {settings}"),
+            "method": f"{type(self.method).__name__} {lasting(settings)}",
             "data": rows_digest(self.rows),
-            "held-out pairs": held_out_digest(self.eval_dataset),
+            "held-out pairs": self.held_out_digest,
             **adapter_settings(self.policy.model),
             "model": model_digest(self.policy.model),
             "rollout": str(rollout),
@@ -212,9 +211,14 @@ class ResumableTrainer(WrappedTrainer):
                 )
         else:
             checkpoint = Path(resume_from_checkpoint)
+            if checkpoint.resolve().parent == (self._folder / LATER).resolve():
+                raise TrainingError(
+                    f"{checkpoint}: waits there to be removed; move all of {LATER} back into {self._folder}, and go on "
+                    "from there"
+                )
             if reason := defect(checkpoint):
                 raise TrainingError(f"{checkpoint}: {reason}; go on from another checkpoint")
-        check_belongs(checkpoint, self.identity)
+        self.processes.from_first(lambda: check_belongs(checkpoint, self.identity))
         return checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
@@ -337,7 +341,8 @@ class ResumableTrainer(WrappedTrainer):
 
     def _save_now(self) -> str:
         """Save in the middle of a step: it begins anew where the run goes on."""
-        _set_random_state(self._random_at_step_start)
+        if self._random_at_step_start:
+            _set_random_state(self._random_at_step_start)
         self._write_checkpoint(cast(nn.Module, self.model_wrapped), None, {**self._at_step_start, "half_step": True})
         return f"{self._folder / f'checkpoint-{self.state.global_step}'} holds the run"
 
@@ -538,7 +543,7 @@ def _stop(number: int) -> BaseException:
 
 
 def _random_state() -> tuple[Any, ...]:
-    """Of every generator that a checkpoint holds the state of."""
+    """Of Python, numpy, the CPU and CUDA."""
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), devices
 

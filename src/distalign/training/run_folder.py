@@ -178,10 +178,11 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(folder: Path, scratch: Path | None = None, *, ours: str | None = None) -> Iterator[Path]:
-    """A folder to write into, which takes the name `folder` at the end; after an error nothing has changed.
+    """A folder to write into, which takes the name `folder` at the end; after an error before that nothing has changed.
 
-    With `ours`, a pattern of names, a folder that is there stays: only such files of it go, and those written anew.
-    Raises InputError where the disk does not take it.
+    With `ours`, a pattern of names, a folder that is there stays, and files take their names one by one: the new ones,
+    those that say what it is last, and then old ones of such names go. Raises InputError where the disk does not take
+    it.
     """
     scratch = scratch or folder.with_name(f".{folder.name}.new")
     try:
@@ -205,12 +206,16 @@ def whole_folder(folder: Path, scratch: Path | None = None, *, ours: str | None 
 
 
 def _put_into(folder: Path, scratch: Path, ours: str) -> None:
-    """Move what is in `scratch` into `folder`: between its old config.json and its new one it holds no model."""
-    for old in list(folder.iterdir()):
-        if re.fullmatch(ours, old.name) or (scratch / old.name).exists():
-            remove(old)
-    for path in sorted(scratch.iterdir(), key=lambda path: path.name.endswith("config.json")):
+    """Move what is in `scratch` into `folder`, then remove what else is `ours` there."""
+    new = sorted(scratch.iterdir(), key=lambda path: path.name.endswith("config.json"))
+    names = {path.name for path in new}
+    for path in new:
+        if (folder / path.name).is_dir():
+            remove(folder / path.name)
         os.replace(path, folder / path.name)
+    for old in list(folder.iterdir()):
+        if old.name not in names and re.fullmatch(ours, old.name):
+            remove(old)
     sync(folder)
     remove(scratch)
 

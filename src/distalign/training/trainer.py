@@ -45,7 +45,7 @@ from distalign.models.policy import Policy, trained_temperature
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
-from distalign.training.checkpoint import checkpoints, step_of
+from distalign.training.checkpoint import LATER, checkpoints, held_out_digest, step_of
 from distalign.training.config import AlignmentConfig, names_what_was_meant
 from distalign.training.guard import ADVICE, Guard
 from distalign.training.health import Monitor
@@ -205,6 +205,7 @@ class AlignmentTrainer(ResumableTrainer):
         reward, self.trained_rewards = load_rewards(given, base or policy.model, args, token_budget=budget)
         ends = end_ids(policy.model, given.end_id)
         self.reward_names = [reward_name(reward) for reward in given.rewards]
+        self.held_out_digest = held_out_digest(given.rows.held_out)
         self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes, server)
         self.extra_evaluation = extra_evaluation
         # The policy of a run that samples is softmax(logits / temperature), in every term.
@@ -501,7 +502,7 @@ class AlignmentTrainer(ResumableTrainer):
             if checkpoint is not None:
                 self._resume(checkpoint)
             else:
-                for old in [*checkpoints(self._folder), *self._folder.glob("metrics.jsonl")]:
+                for old in [*checkpoints(self._folder), *self._folder.glob(LATER), *self._folder.glob("metrics.jsonl")]:
                     logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
                 if self.state.global_step == 0:
                     groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
