@@ -23,6 +23,7 @@ from torch import Tensor
 from distalign.engine import Group, score_in_batches
 from distalign.engine.scoring import total
 from distalign.errors import DAMAGED
+from distalign.evaluation.metrics import without_end
 from distalign.evaluation.setup import EvaluationSetup
 from distalign.models.load import weights_digest
 from distalign.models.policy import trained_temperature
@@ -139,9 +140,8 @@ def draw_answers(setup: EvaluationSetup, name: str, key: str, pairs: Sequence[Gr
             progress=advance,
         )
     assert scores.step_entropy is not None
-    ends = end_ids(model, setup.end_id)
-    cut = [float(response[-1] not in ends) for own in responses for response in own]
-    sums = {"logps": scores.logps, "entropy": total(scores.step_entropy), "missing_end": torch.tensor(cut)}
+    sums = {"logps": scores.logps, "entropy": total(scores.step_entropy)}
+    sums["missing_end"] = without_end(responses, end_ids(model, setup.end_id))
     sums["kl"] = torch.zeros_like(scores.logps) if scores.step_kl is None else total(scores.step_kl)
     pair_logps, of_reference = torch.zeros(0, 2, dtype=torch.float64), None
     if pairs:

@@ -7,7 +7,7 @@ the only noise is that of the responses. What is compared is compared on the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -206,8 +206,7 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
         step_kl = _scores(policy, groups, task, reference=reference).step_kl
         assert step_kl is not None
         values["kl_reference"] = per_prompt(step_kl.sum(-1), task.samples)
-    ends = end_ids(policy, task.end_id)
-    cut = torch.tensor([float(ids[-1] not in ends) for samples in responses for ids in samples])
+    cut = without_end(responses, end_ids(policy, task.end_id))
     values |= {"length": mean_lengths(responses), "missing_end": per_prompt(cut, task.samples)}
     return Measured(values, responses, target_logps=target_logps)
 
@@ -215,6 +214,11 @@ def measure_samples(policy: nn.Module, task: Task, *, reference: Reference | Non
 def mean_lengths(responses: Sequence[Sequence[list[int]]]) -> Float[Tensor, "prompts"]:
     """Length of the responses to each prompt, in tokens."""
     return torch.tensor([[float(len(ids)) for ids in samples] for samples in responses]).double().mean(-1)
+
+
+def without_end(responses: Sequence[Sequence[list[int]]], ends: Collection[int]) -> Float[Tensor, "responses"]:
+    """1 for a response that was cut before its end, else 0."""
+    return torch.tensor([float(ids[-1] not in ends) for samples in responses for ids in samples])
 
 
 def measure_pairs(

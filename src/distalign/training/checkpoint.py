@@ -175,7 +175,7 @@ def rows_digest(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
-def held_out_digest(sets: Any) -> str:
+def held_out_digest(sets: Mapping[str, Sequence[Row]] | Sequence[Row] | None) -> str:
     """Hash of the held-out pairs, or of each set of them; "none" without."""
     named = sets if isinstance(sets, Mapping) else {"": sets or []}
     digests = [f"{name} {rows_digest(rows)}" for name, rows in named.items() if rows]

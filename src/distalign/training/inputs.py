@@ -58,7 +58,7 @@ from distalign.models.load import (
     positions,
     weights_digest,
 )
-from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share
+from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share, trained_temperature
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.models.verify import check_adapter
 from distalign.rewards import (
@@ -179,6 +179,12 @@ def read_given(
     source = model.source if isinstance(model, Policy) else find_source(model, args)
     config = source.config() if isinstance(model, str) else config_of(model)
     check_end_token(config, args)
+    temperature, before = temperature_of(method, args), trained_temperature(source.adapter or source.path)
+    if before not in (None, temperature):
+        logger.warning(
+            "%s: the model was trained at temperature %g and is taken at %g, as start and reference: another "
+            "distribution than it learned", label, before, temperature,
+        )  # fmt: skip
     tokenizer = find_tokenizer(model, processing_class, source)
     if processing_class is not None:
         warn_of_reloading(tokenizer, config)
@@ -286,6 +292,11 @@ def check_rows(rows: Rows, source: Source, config: PretrainedConfig, method: Met
     if draws_responses(method):
         longest = args.max_completion_length
         check_positions(source.name, config, [row.prompt for row in rows.train], longest, "max_completion_length")
+
+
+def temperature_of(method: Method, args: AlignmentConfig) -> float:
+    """The policy of a run that draws is softmax(logits / temperature), in every term."""
+    return args.temperature if draws_responses(method) else 1.0
 
 
 def check_end_token(config: PretrainedConfig, args: AlignmentConfig) -> None:

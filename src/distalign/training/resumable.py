@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import signal
 import tempfile
 import threading
@@ -491,8 +492,8 @@ class ResumableTrainer(WrappedTrainer):
     def last_evaluation(self) -> dict[str, float]:
         """The numbers of the evaluation at the step that was kept; empty without one."""
         # Pairs that are evaluated by hand are not measured against the run's start.
-        own = ("eval_", "health/chosen_logps_change")
-        rows = [r for r in self.state.log_history if any(k.startswith(own[0]) and k.endswith(own[1]) for k in r)]
+        own = re.compile("eval_.*health/chosen_logps_change")
+        rows = [row for row in self.state.log_history if any(map(own.fullmatch, row))]
         kept = [row for row in rows if row["step"] == self.kept_step] or rows[-1:]
         return {key: value for key, value in kept[-1].items() if key.startswith("eval_")} if kept else {}
 

@@ -41,7 +41,7 @@ from distalign.engine.packing import FORWARD_BUDGET
 from distalign.methods import Method, Pairs, Samples
 from distalign.methods.estimators import importance_weights
 from distalign.methods.preference import preference_nll
-from distalign.models.policy import Policy, trained_temperature
+from distalign.models.policy import Policy
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
@@ -63,6 +63,7 @@ from distalign.training.inputs import (
     read_given,
     reward_name,
     server_of,
+    temperature_of,
 )
 from distalign.training.passes import gathered, keep_outer_weights, shard
 from distalign.training.processes import Processes
@@ -79,7 +80,7 @@ from distalign.training.prompts import (
     pair_metrics,
 )
 from distalign.training.resumable import GoesOn, ResumableTrainer
-from distalign.training.rollout_settings import TrainingError, draws_responses, is_on_policy
+from distalign.training.rollout_settings import TrainingError, is_on_policy
 from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, Row, observe
 from distalign.training.run_folder import locked
 
@@ -208,13 +209,7 @@ class AlignmentTrainer(ResumableTrainer):
         self.held_out_digest = held_out_digest(given.rows.held_out)
         self.rollout = Rollout(args.rollout, given.end_id, reward, ends, self.processes, server)
         self.extra_evaluation = extra_evaluation
-        # The policy of a run that samples is softmax(logits / temperature), in every term.
-        self.temperature = args.temperature if draws_responses(self.method) else 1.0
-        if (before := trained_temperature(given.source.adapter or given.source.path)) not in (None, self.temperature):
-            logger.warning(
-                "%s: the model was trained at temperature %g and is taken at %g, as start and reference: another "
-                "distribution than it learned", self.label, before, self.temperature,
-            )  # fmt: skip
+        self.temperature = temperature_of(self.method, args)
         # Others' log-probabilities are of full precision.
         shared = reference_cache is not None and self.temperature == 1 and self.accelerator.mixed_precision == "no"
         self.reference_cache: dict[tuple, Tensor] = reference_cache if shared and reference_cache is not None else {}
