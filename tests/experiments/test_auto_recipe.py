@@ -115,7 +115,7 @@ def test_beta_is_a_number_for_all_seeds_and_when_going_on(made, caplog):
     (folder / "recipe.yaml").write_text(
         (folder / "recipe.yaml").read_text().replace(f"beta: {pmle}", "beta: 0.0625"), encoding="utf-8"
     )
-    with pytest.raises(InputError, match=r"another method: it had .*this run has PMLE .'beta': 0.0625"):
+    with pytest.raises(InputError, match=r"another method: it had .*this run has PMLE .beta: 0.0625"):
         train(recipe, "pmle", resume=True)
 
 
