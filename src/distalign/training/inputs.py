@@ -6,17 +6,15 @@ Everything that can be read without weights is read, and refused, before they ar
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FunctionType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -32,21 +30,7 @@ from transformers import (
     set_seed,
 )
 
-from distalign.data import (
-    Data,
-    EncodedPair,
-    EncodedPrompt,
-    Pair,
-    Tokenizer,
-    encode_pairs,
-    encode_prompt,
-    end_token_id,
-    has_pairs,
-    label_warnings,
-    prompts_of,
-    read_pairs,
-    read_prompts,
-)
+from distalign.data import EncodedPair, Tokenizer, end_token_id
 from distalign.engine.memory import set_recompute
 from distalign.methods import METHODS, Method
 from distalign.models.load import (
@@ -56,33 +40,14 @@ from distalign.models.load import (
     check_token_ids,
     find_model,
     positions,
-    weights_digest,
 )
 from distalign.models.policy import Lora, Policy, adapter_off, check_startable, make_policy, share, trained_temperature
 from distalign.models.quantized import is_quantized, keep_exact, settings_of
 from distalign.models.verify import check_adapter
-from distalign.rewards import (
-    ClassifierReward,
-    ColumnReward,
-    FunctionReward,
-    Reward,
-    RewardError,
-    RewardSettings,
-    RewardTraining,
-    Trained,
-    WeightedSum,
-    check_columns,
-    check_rewards,
-    make_reward,
-    train_reward,
-    warn_of_columns,
-)
-from distalign.rewards.classifier import find_classifier
-from distalign.rewards.reward_model import is_reward_model
 from distalign.rollout.vllm import VLLMServer
 from distalign.settings import find_recipe, read_yaml
-from distalign.training.checkpoint import lasting, model_digest
 from distalign.training.config import AlignmentConfig
+from distalign.training.reward_funcs import RewardFunc, check_reward_funcs, needs_base, reward_list
 from distalign.training.rollout_settings import (
     RolloutSettings,
     TrainingError,
@@ -90,7 +55,7 @@ from distalign.training.rollout_settings import (
     draws_responses,
     is_on_policy,
 )
-from distalign.training.rounds import Row
+from distalign.training.rows import Rows, RowSource, check_kind, read_pairs_of, read_rows
 
 logger = logging.getLogger("distalign.training.trainer")
 
@@ -98,10 +63,6 @@ logger = logging.getLogger("distalign.training.trainer")
 _PROBE = "How do I say “12,345 x”?\n  Like this: é"
 
 Model = str | PreTrainedModel | PeftModel
-# A path, a hub id, or rows: dicts, what `read_pairs` gives, or encoded ones.
-RowSource = str | Path | Iterable[Any]
-# A TRL-like reward function, a name (classifier, trained reward's folder), a model, settings to train one, or our own.
-RewardFunc = Callable[..., Any] | str | PreTrainedModel | RewardTraining | Reward
 
 
 def as_method(method: str | Method) -> tuple[str, Method]:
@@ -119,34 +80,7 @@ def as_method(method: str | Method) -> tuple[str, Method]:
     raise TrainingError(f"method is {found}; give a Method or one of {', '.join(METHODS)}{hint}")
 
 
-def check_kind(name: str, value: object, kind: Any, wanted: str) -> None:
-    """Raise TrainingError for an argument of another kind, where Python's own error would come late and not name it."""
-    if not isinstance(value, kind):
-        raise TrainingError(f"{name} is a {type(value).__name__}; give {wanted}")
-
-
-# Rows -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Rows:
-    """What is learned from, and what is held out, encoded; `statistics` say what was read, for the model card."""
-
-    train: list[Row]
-    pairs: list[EncodedPair]
-    held_out: dict[str, list[EncodedPair]] | list[EncodedPair] | None
-    statistics: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def conversational(self) -> bool:
-        """Whether the rows are chats."""
-        return _is_chat(self.train[0])
-
-    @property
-    def first_held_out(self) -> list[EncodedPair]:
-        """The held-out pairs, or the first set of several."""
-        sets = self.held_out
-        return next(iter(sets.values()), []) if isinstance(sets, dict) else (sets or [])
+# Reading --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -193,96 +127,6 @@ def read_given(
     check_rows(rows, source, config, method, args)
     check_reward_funcs(label, method, rewards, rows, args)
     return Given(source, tokenizer, rows, encode, rewards, response_end(rows, tokenizer, args))
-
-
-def read_rows(
-    train: RowSource | None,
-    held_out: RowSource | Mapping[str, RowSource] | None,
-    tokenizer: Tokenizer,
-    method: Method,
-    encode: Callable[[Any, str], list[EncodedPair]],
-) -> Rows:
-    """Rows in TRL's columns: a path, a hub id, a `datasets.Dataset`, a list of dicts; or what `read_pairs` gives.
-
-    Rows that are encoded already are taken as they are. `encode` is `read_pairs_of` for this run. A method without
-    labelled pairs learns from the prompts, each once. Raises DataError with every problem.
-    """
-    if train is None:
-        raise TrainingError("train_dataset is None; give rows of prompt, chosen and rejected, or their file")
-    check_kind("train_dataset", train, Path | Iterable, "rows, or their file")
-    if not (isinstance(train, str | Path | Sequence | Data) or hasattr(train, "column_names")):
-        train = list(train)
-    labelled = "labelled" in method.needs.pairs
-    pairs: list[EncodedPair] = []
-    if _encoded(train):
-        rows: list[Row] = list(train)
-        pairs = [row for row in rows if isinstance(row, EncodedPair)]
-    elif labelled or (isinstance(train[0], Pair) if isinstance(train, Data) else has_pairs(train)):
-        pairs = encode(train, "train_dataset")
-        rows = list(pairs) if labelled else list(prompts_of(pairs))
-    else:
-        data = train if isinstance(train, Data) else read_prompts(train)
-        prompts = [EncodedPrompt(encode_prompt(tokenizer, row), row.where, row) for row in data]
-        rows = list({row.question: row for row in prompts}.values())
-    place = f" of {train}" if isinstance(train, str | Path) else ""
-    statistics = {"train_dataset": f"{len(rows)} {'pairs' if labelled else 'prompts'}{place}"}
-    if isinstance(held_out, Mapping):
-        held = {str(name): encode(part, f"eval_dataset {name}") for name, part in held_out.items()}
-    else:
-        held = None if held_out is None else encode(held_out, "eval_dataset")
-    made = Rows(rows, pairs, held, statistics)
-    if labelled:
-        for warning in label_warnings([row.row for row in pairs if isinstance(row.row, Pair)]):
-            logger.warning("train_dataset: %s", warning)
-    if not _encoded(train):
-        learned = {tuple(row.prompt) for row in rows}
-        for name, part in (held if isinstance(held, Mapping) else {"eval_dataset": held or []}).items():
-            if any(_is_chat(pair) != made.conversational for pair in part):
-                raise TrainingError(
-                    f"{name}: rows of another form than train_dataset's (strings, or messages); write both the same way"
-                )
-            if shared := learned & {tuple(pair.prompt) for pair in part}:
-                logger.warning("%d prompts of %s are in train_dataset too: held out they are not", len(shared), name)
-    if isinstance(held, Mapping):
-        statistics |= {f"eval_dataset {name}": f"{len(part)} pairs" for name, part in held.items()}
-    elif held:
-        statistics["eval_dataset"] = f"{len(held)} pairs"
-    return made
-
-
-def read_pairs_of(
-    rows: RowSource, name: str, *, tokenizer: Tokenizer, args: AlignmentConfig, limit: int | None
-) -> list[EncodedPair]:
-    """Pairs, checked and encoded; those that are encoded already are taken as they are. Raises DataError.
-
-    `limit` is the number of positions of the model; `name` says in the log which rows these are.
-    """
-    check_kind(name, rows, Path | Iterable, "rows, or their file")
-    if _encoded(rows):
-        return [row for row in rows if isinstance(row, EncodedPair)]
-    data = rows if isinstance(rows, Data) else read_pairs(rows, drop_ties=args.drop_ties)
-    if data.ties:
-        logger.warning("%s: %d ties are left out (drop_ties)", name, data.ties)
-    pairs, counts = encode_pairs(
-        tokenizer,
-        data,
-        max_length=min((length for length in (args.max_length, limit) if length is not None), default=None),
-        max_response_tokens=args.max_response_tokens,
-        too_long=args.too_long,
-        end_id=args.end_token_id,
-    )
-    left_out = counts.kept < counts.pairs or counts.cut_chosen or counts.cut_rejected
-    logger.log(logging.WARNING if left_out else logging.INFO, "%s: %s", name, counts)
-    return pairs
-
-
-def _is_chat(row: Row) -> bool:
-    return row.row is not None and not isinstance(row.row.prompt, str)
-
-
-def _encoded(rows: object) -> TypeGuard[Sequence[Row]]:
-    """Whether the rows are token ids already."""
-    return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], EncodedPair | EncodedPrompt)
 
 
 def check_rows(rows: Rows, source: Source, config: PretrainedConfig, method: Method, args: AlignmentConfig) -> None:
@@ -450,140 +294,6 @@ def _make_policy(
         return make_policy(model, tokenizer, source, lora=peft_config, reference=True), model
     copied = copy.deepcopy(model).requires_grad_(False).eval() if reference or frozen else None
     return Policy(model, tokenizer, source, copied if reference else None), copied
-
-
-# The reward -----------------------------------------------------------------------------------------------------------
-
-
-def reward_list(reward_funcs: RewardFunc | Sequence[RewardFunc] | None) -> list[RewardFunc]:
-    """The rewards as a list. Raises RewardError for what cannot be one."""
-    if reward_funcs is None:
-        return []
-    given: list[Any] = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    for reward in given:
-        if isinstance(reward, type) or not (isinstance(reward, str | Path | RewardTraining) or callable(reward)):
-            raise RewardError(
-                f"reward_funcs has {reward!r}; give functions, names or models of classifiers, folders of trained "
-                "rewards, RewardTraining(…) or ColumnReward(…)"
-            )
-        if isinstance(reward, nn.Module) and not isinstance(reward, PreTrainedModel | Reward):
-            raise RewardError(
-                f"reward_funcs has a {type(reward).__name__}, which is no model of transformers; of a classifier with "
-                "an adapter give the folder, or merge_and_unload()"
-            )
-        if isinstance(reward, PreTrainedModel) and not reward.name_or_path:
-            raise RewardError(
-                f"reward_funcs has a {type(reward).__name__} of no folder, whose tokenizer is not known; save both by "
-                "save_pretrained, and give the folder"
-            )
-    return [str(reward) if isinstance(reward, Path) else reward for reward in given]
-
-
-def check_reward_funcs(
-    label: str, method: Method, rewards: Iterable[RewardFunc], rows: Rows, args: AlignmentConfig
-) -> None:
-    """Raise RewardError for rewards that cannot work, before a model is loaded."""
-    rewards = list(rewards)
-    weights = args.reward_weights
-    if weights is not None and len(weights) != len(rewards):
-        raise RewardError(
-            f"reward_weights has {len(weights)} numbers for {len(rewards)} reward_funcs; give one for each"
-        )
-    settings = [named for reward in rewards if (named := _named(reward)) is not None]
-    if settings:
-        check_rewards(settings, conversational=rows.conversational)
-    functions = any(callable(reward) and not isinstance(reward, Reward | PreTrainedModel) for reward in rewards)
-    if functions or any(one.function for one in settings):
-        warn_of_columns(label, method.needs, rows.pairs)
-    if any(isinstance(reward, ColumnReward) for reward in rewards):
-        check_columns(label, method.needs, rows.pairs)
-    trained = [reward for reward in rewards if isinstance(reward, RewardTraining)]
-    if args.model_settings.get("quantization_config") is not None:
-        for reward in trained:
-            reward.check_4bit()
-    if trained:
-        if not rows.pairs:
-            raise RewardError("reward_funcs: a reward is trained on pairs, and train_dataset has prompts alone")
-        if len(rows.first_held_out) < 2:
-            raise RewardError("reward_funcs: training a reward stops by held-out pairs; pass them as eval_dataset")
-        folder = Path(str(args.output_dir)) / "reward"
-        if folder.exists() and not is_reward_model(str(folder)):
-            raise RewardError(
-                f"{folder}: the reward that is trained is saved there, and what is there is none; move it, or give "
-                "another output_dir"
-            )
-
-
-def reward_name(reward: RewardFunc) -> str:
-    """What another process knows a reward by: a name, our settings, or a digest of weights or another object's text."""
-    if isinstance(reward, PreTrainedModel):
-        return model_digest(reward)
-    if isinstance(reward, str):
-        place = os.path.expanduser(reward)
-        return weights_digest(Source(reward, place, "a folder")) if os.path.isdir(place) else reward
-    if isinstance(reward, FunctionType):
-        return f"{reward.__module__} {reward.__qualname__}"
-    if isinstance(reward, ColumnReward | RewardTraining):
-        return f"{type(reward).__name__} {vars(reward)}"
-    # It may hold a secret.
-    return hashlib.sha256(f"{type(reward)} {lasting(reward)}".encode()).hexdigest()
-
-
-def needs_base(rewards: Iterable[RewardFunc]) -> bool:
-    """Whether a reward reads the model that the policy starts from."""
-    return any(
-        isinstance(reward, RewardTraining) or (isinstance(reward, str) and is_reward_model(reward))
-        for reward in rewards
-    )
-
-
-def _named(reward: RewardFunc) -> RewardSettings | None:
-    if isinstance(reward, str):
-        return (
-            RewardSettings(function=reward)
-            if ":" in reward and not os.path.exists(reward)
-            else RewardSettings(model=reward)
-        )
-    return RewardSettings(train=reward) if isinstance(reward, RewardTraining) else None
-
-
-def load_rewards(
-    given: Given, base: Any, args: AlignmentConfig, *, token_budget: int
-) -> tuple[Reward | None, list[Trained]]:
-    """One reward of all that were given, summed with their weights (None of none); and what was trained for it.
-
-    Raises RewardError.
-    """
-    rewards, rows, tokenizer, source = given.rewards, given.rows, given.tokenizer, given.source
-    all_trained: list[Trained] = []
-
-    def load(reward: RewardFunc) -> Reward:
-        if isinstance(reward, Reward):
-            return reward
-        if isinstance(reward, PreTrainedModel):
-            named = find_classifier(str(reward.name_or_path))
-            return ClassifierReward(named, reward, tokenizer, token_budget=token_budget)
-        settings = _named(reward)
-        if settings is None:
-            assert callable(reward)
-            return FunctionReward(reward, tokenizer, timeout=args.reward_timeout)
-        trained = None
-        if settings.train is not None:
-            made = train_reward(
-                settings.train, base, tokenizer, source, rows.pairs, rows.first_held_out,
-                gamma=None, token_budget=token_budget, seed=args.seed,
-            )  # fmt: skip
-            all_trained.append(made)
-            trained = made.reward
-        return make_reward([settings], base=base, tokenizer=tokenizer, token_budget=token_budget, trained=trained)
-
-    if not rewards:
-        return None, []
-    loaded = [load(reward) for reward in rewards]
-    weights = args.reward_weights or [1.0] * len(loaded)
-    if len(loaded) == 1 and weights[0] == 1:
-        return loaded[0], all_trained
-    return WeightedSum(list(zip(weights, loaded, strict=True))), all_trained
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

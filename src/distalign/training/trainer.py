@@ -51,17 +51,12 @@ from distalign.training.guard import ADVICE, Guard
 from distalign.training.health import Monitor
 from distalign.training.inputs import (
     Model,
-    RewardFunc,
-    RowSource,
     adapter_of,
     as_method,
-    check_kind,
     check_trained,
     expected_lengths,
     load_policy,
-    load_rewards,
     read_given,
-    reward_name,
     server_of,
     temperature_of,
 )
@@ -80,8 +75,10 @@ from distalign.training.prompts import (
     pair_metrics,
 )
 from distalign.training.resumable import GoesOn, ResumableTrainer
+from distalign.training.reward_funcs import RewardFunc, load_rewards, reward_name
 from distalign.training.rollout_settings import TrainingError, is_on_policy
 from distalign.training.rounds import ReferenceResponses, Rollout, RolloutWorker, Row, observe
+from distalign.training.rows import RowSource, check_kind
 from distalign.training.run_folder import locked
 
 logger = logging.getLogger("distalign.training.trainer")
@@ -203,7 +200,9 @@ class AlignmentTrainer(ResumableTrainer):
         self.remove_callback(ProgressCallback)
         self.token_budget = args.token_budget
         budget = self.token_budget or FORWARD_BUDGET
-        reward, self.trained_rewards = load_rewards(given, base or policy.model, args, token_budget=budget)
+        reward, self.trained_rewards = load_rewards(
+            given.rewards, given.rows, base or policy.model, given.tokenizer, given.source, args, token_budget=budget
+        )
         ends = end_ids(policy.model, given.end_id)
         self.reward_names = [reward_name(reward) for reward in given.rewards]
         self.held_out_digest = held_out_digest(given.rows.held_out)
