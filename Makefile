@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT = 2000
 # The tests start the program many times: it is compiled once, whatever the environment says.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart bench test test-distributed check format lint types clean
+.PHONY: install quickstart bench test test-all test-distributed check format lint types clean
 
 install: $(VENV)/.installed
 
@@ -36,10 +36,15 @@ bench: $(VENV)/.smollm2
 	$(BIN)/python benchmarks/throughput.py --models smollm2-135m --workloads tldr,group8 --against trl_best,separate_rows --rounds 2 --json runs/bench/throughput.json
 	$(BIN)/python benchmarks/generation.py --samples 1,8 --rounds 2 --json runs/bench/generation.json
 
+# Under ten minutes on two cores.
 test: $(VENV)/.smollm2
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
-# Two and three processes on a CPU against one, every method by every wrapper, full and LoRA; `make test` has half of it.
+# Everything, twice as long: before a release.
+test-all: $(VENV)/.smollm2
+	EVERY_CELL=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+# Two and three processes on a CPU against one, every method by every wrapper, full and LoRA; `make test` has a part.
 test-distributed: $(VENV)/.installed
 	EVERY_CELL=1 $(BIN)/python -m pytest tests/distributed
 

@@ -13,6 +13,7 @@ import sides
 import small_job
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_onpolicy_writes_what_it_measures(tmp_path, capsys, monkeypatch):
     """RLHF beside RLOO: a ratio within its spread, and memory of both."""

@@ -185,6 +185,7 @@ def test_sample_has_the_hard_cases():
     assert set(ids) <= set(range(3, VOCABULARY))
 
 
+@pytest.mark.slow
 def test_check_is_quick():
     """The check of a model of SmolLM2-135M's shape costs less than a second of one thread, the first time."""
     config = AutoConfig.for_model(

@@ -78,6 +78,7 @@ def coverage(seeds, *, samples=(64, 128, 256, 512, 1024), most=25):
     return torch.tensor(rows, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_bands_cover_the_truth_on_200_worlds():
     """The 90 % bands hold the truth in 85-95 % of the points with more than 100 effective samples, each quantity."""
     rows = coverage(range(20_000, 20_200))
@@ -94,6 +95,7 @@ def test_bands_cover_the_truth_on_200_worlds():
         assert bool(((held >= 0.85) & (held <= 0.95)).all()), (name, shares)
 
 
+@pytest.mark.slow
 def test_bands_of_trusted_points_cover_with_few_samples_on_many_prompts():
     """Averaging over 50-300 prompts shrinks the error, not the bias; 20 effective samples a prompt keep that small."""
     rows = coverage(range(40_000, 40_072), samples=(32, 64, 128), most=300)

@@ -49,6 +49,7 @@ def run_with(share: float, cache: Path):
         return server, made, made(comparisons(200)), time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_fifth_of_the_requests_fail_and_nothing_is_lost_or_judged_twice(tmp_path):
     """200 judgements from 400 answers, none sent again after it was answered; two timeouts more than twice as long."""
     _, _, plain, fault_free = run_with(0.0, tmp_path / "plain.jsonl")

@@ -249,6 +249,7 @@ def test_rlhf_is_twice_as_far_at_the_papers_scale_and_far_more_at_scale_one(figu
     assert ratios["1.0"] > 40
 
 
+@pytest.mark.slow
 def test_classes_decide_who_is_better():
     """A reward of 5 features under a policy with 60 is worth a factor of 8; every estimate has its own constant."""
     experiment = Classes(seeds=12, min_n=2**18, contexts=4)

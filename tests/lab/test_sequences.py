@@ -430,6 +430,7 @@ def measured():
     return numbers, small.show(numbers)
 
 
+@pytest.mark.slow
 def test_what_the_theory_promises_shows(measured):
     """At n = 8,192, one seed, few steps: PMLE, PD, RKL end below a third of the limits of RLHF and DPO, both at
     their limits to 25 %; the reference is 1 nat away to 3 %; PMLE, PD and RKL fall with n; PMLE with 512 pairs is
@@ -447,6 +448,7 @@ def test_what_the_theory_promises_shows(measured):
         assert kl[method, 8192] == pytest.approx(limit[method], rel=0.25)
 
 
+@pytest.mark.slow
 def test_sampling_reaches_the_enumerated_optimum(measured):
     """KL(optimum ‖ trained) of RKL, PD and RLHF within 0.03 nats at n = 8,192, after 120 steps."""
     rows = [row for row in measured[0]["rows"] if row["world"] == "markov" and row["n"] == 8192]
@@ -455,6 +457,7 @@ def test_sampling_reaches_the_enumerated_optimum(measured):
     assert max(gaps[method] for method in ("rkl", "pd", "rlhf")) < 0.03
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_what_was_measured(measured):
     """The table has medians of the rows, a claim quotes its row, and every curve has its points."""
     numbers, shown = measured

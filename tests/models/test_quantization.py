@@ -146,6 +146,7 @@ def test_evaluations_read_it_as_it_was_trained(runs, folder, tmp_path, caplog):
     assert weights_digest(plain) != weights_digest(plain.in_4bit())
 
 
+@pytest.mark.slow
 @installed
 def test_a_run_goes_on_as_if_it_had_not_stopped(folder, tmp_path, monkeypatch):
     """Lost after a checkpoint: --resume gives the adapter of the run that was never stopped."""

@@ -229,6 +229,7 @@ def test_it_learns_what_the_pairs_prefer(init):
         assert torch.equal(again.reward.head.weight, trained.reward.head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["lora", "full"])
 @pytest.mark.parametrize("init", ["policy", "scratch"])
 def test_trained_backbones_learn_more_than_nothing(init, backbone):

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from acting import METHODS, SOURCE, Warmth, metrics, parameters, prompts
+from sampled import sampled
 from vllm_server import LOST, Server
 
 from distalign.engine import Group, score
@@ -397,7 +398,7 @@ def test_a_round_whose_reward_failed_keeps_what_the_server_said(folder, tmp_path
         assert not server.bodies
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", sampled(METHODS, "pmle", "pd-data+policy", "rkl-gae", "rebel"))
 def test_every_method_that_draws_learns_from_a_server(folder, tmp_path, name):
     """Two steps: each round with the weights of its step, and what the server says of it is what the engine says."""
     method = METHODS[name]

@@ -50,6 +50,7 @@ def test_gamma_is_statsmodels(soft):
         assert result.accuracy.mean == pytest.approx((gap > 0).mean())
 
 
+@pytest.mark.slow
 def test_the_interval_covers_and_the_policy_is_calibrated():
     """Over 200 draws of 60 pairs the interval holds the true γ at 95 % (4 sd), and ends where the likelihood says."""
     hits = 0
@@ -134,6 +135,7 @@ def test_too_few_pairs_have_no_interval(pairs, telling, known):
         assert json.loads(json.dumps(result.to_json(), allow_nan=False))["gamma"]["low"] == "-inf"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, TRUE])
 def test_the_interval_of_few_pairs_covers_nearly(gamma):
     """With as few pairs as have an interval it holds the true γ in 93 % of 100 draws (4 sd), sharp policy or coin."""

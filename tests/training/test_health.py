@@ -200,6 +200,7 @@ def test_a_run_that_goes_on_warns_as_if_it_had_not_stopped(caplog):
     assert again.start == first.start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "base"])
 @pytest.mark.parametrize("n", [8, 32])
 def test_a_stationary_policy_raises_no_alarm(kind, n, caplog):

@@ -220,6 +220,7 @@ def process(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1]) | {"folder": folder}
 
 
+@pytest.mark.slow
 @linux
 def test_the_resident_set_grows_by_what_was_estimated(process):
     """Peak of two steps of a model of 20 million parameters: at most 10 % too little, twice too much."""
@@ -227,6 +228,7 @@ def test_the_resident_set_grows_by_what_was_estimated(process):
     assert 0.9 * process["grown"] <= process["needed"] <= 2 * process["grown"]
 
 
+@pytest.mark.slow
 @linux
 def test_a_real_lack_of_memory(process):
     """With less address space than a micro-batch needs, the process ends with advice, and with the run saved."""

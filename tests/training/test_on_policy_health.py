@@ -26,6 +26,7 @@ class LikesOneToken(Reward):
         return torch.tensor([own.count(8) / len(own) for request in requests for own in request.responses])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [True, False])
 def test_collapse_is_caught(tmp_path, caplog, stop):
     """RLHF at β = 0 on a reward that likes one token: a warning that says so, and with stop_on_collapse it saves."""
@@ -51,6 +52,7 @@ def test_collapse_is_caught(tmp_path, caplog, stop):
     assert metrics(tmp_path)[-2]["health/entropy_ratio"] < 0.3
 
 
+@pytest.mark.slow
 def test_entropy_keeps_its_place_with_its_own_weight(tmp_path, caplog):
     """The same reward with RKL's entropy term does not collapse, and nothing is said."""
     made = trainer(

@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 import tiny
 import torch
+from sampled import sampled
 
 from distalign.data import EncodedPair, EncodedPrompt
 from distalign.engine import Group, score
@@ -110,7 +111,7 @@ def test_the_responses_are_all_there():
         assert float(logps(start()).exp().sum()) == pytest.approx(1.0, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, "rkl", "rebel"))
 def test_training_reaches_the_optimum_of_the_method(tmp_path, name):
     """Total variation to the method's own closed form below 0.02, from more than 0.5; and far from the others'."""
     method, rollout, optimum = CASES[name]
@@ -122,6 +123,7 @@ def test_training_reaches_the_optimum_of_the_method(tmp_path, name):
     assert min(distance(after, other) for other in others) > 0.1
 
 
+@pytest.mark.slow
 def test_pmle_with_kl_reaches_the_minimum_of_its_objective(tmp_path):
     """The minimum of eq. 5 on given pairs, found by exact gradient descent over all distributions; TV below 0.02."""
     method = PMLE(0.5, 0.3)
