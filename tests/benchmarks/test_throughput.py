@@ -58,6 +58,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of the resident set is read from /proc")
+@pytest.mark.slow
 def test_throughput_writes_what_it_measures(tmp_path, small):
     """A row for the other side, two pairs a micro-batch on TRL's; gradients agree; the ratio lies within its spread."""
     path = tmp_path / "throughput.json"

@@ -36,8 +36,9 @@ TWO = {
     for wrapper in ("ddp", "fsdp", "zero2", "zero3")
 }
 # Other sources of pairs and estimators, whose work is dealt too.
-OTHERS = [f"{method}/ddp/full" for method in ("pd-reference", "pd-data+policy", "rkl-split", "rkl-gae", "rkl-stale")]
-THREE = [*(TWO["ddp"] + TWO["fsdp"] if EVERY else ["pd/ddp/lora", "rkl/fsdp/full"]), "rkl-stale/ddp/full"]
+OTHERS = [f"{method}/ddp/full" for method in ("pd-data+policy", "rkl-gae", "rkl-stale", "pd-reference", "rkl-split")]
+OTHERS = OTHERS if EVERY else OTHERS[:3]
+THREE = [*(TWO["ddp"] + TWO["fsdp"] if EVERY else ["pd/ddp/lora"]), "rkl-stale/ddp/full"]
 # Adapters first: a server that has had whole weights of a run takes no other run's adapters.
 SERVED = ["pd/ddp/lora", "pd/fsdp/lora", "rkl/ddp/full", "rkl/fsdp/full"][:: 1 if EVERY else 3]
 
