@@ -349,6 +349,17 @@ def test_check_refuses_what_training_refuses(distalign, place, tiny_folder):
     refused(distalign("data", "check", "long.jsonl", "--max-length", "5"), "--max-length", "needs --model")
 
 
+def test_what_is_written_replaces_nothing_that_is_read(distalign, place):
+    """Numbers go over a file of earlier ones, not over the pairs, nor over the table."""
+    pairs = Path("pairs.jsonl").read_bytes()
+    for path in ("pairs.jsonl", "./pairs.jsonl", str(Path("pairs.jsonl").resolve())):
+        refused(distalign("data", "check", "pairs.jsonl", "--json", path), f"--json {Path(path)}", "name another")
+    assert Path("pairs.jsonl").read_bytes() == pairs
+    for _ in range(2):
+        assert distalign("data", "check", "pairs.jsonl", "--json", "numbers.json")[0] == 0
+    refused(distalign("report", "runs", "--json=numbers.json", "--markdown=numbers.json"), "--json", "name another")
+
+
 def test_several_runs_have_one_page(distalign, place):
     """distalign report RUN RUN --out FOLDER; without --out, and with a file of one run's numbers, it is refused."""
     for name in ("one", "two"):

@@ -474,8 +474,12 @@ def test_one_process_merges_into_a_folder(folder, tmp_path):
         assert exit_code_elsewhere(lambda: merge(result.folder, tmp_path / "another")) == 0
     assert not (tmp_path / "other").exists()
     assert (tmp_path / "another" / "model.safetensors").is_file()
-    assert merge(result.folder).folder == result.folder / "merged"
+    merged = merge(result.folder).folder
+    assert merged == result.folder / "merged"
     assert not scratch.exists()
+    (merged / "model.gguf").write_text("made from it")
+    merge(result.folder, overwrite=True)
+    assert (merged / "model.gguf").is_file(), "files beside a merged model are the user's"
 
 
 def test_without_bitsandbytes_an_adapter_of_4bit_weights_is_not_merged(folder, tmp_path, monkeypatch):

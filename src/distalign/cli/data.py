@@ -27,6 +27,7 @@ def check(
     """Check preference pairs: format, counts, lengths, duplicates, ties, and one example as the model reads it."""
     from distalign.data import inspect_pairs
 
+    shared.check_path(json_path)
     if model is None and max_length is not None:
         shared.refuse("--max-length counts a model's tokens: it needs --model")
     tokenizer = None

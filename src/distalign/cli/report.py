@@ -22,6 +22,8 @@ def report(
     """Draw the report of a run again, from its folder, or of several on one page; loads no model."""
     from distalign.report import results_table, write_report
 
+    shared.check_path(json_path)
+    shared.check_path(markdown, "--markdown")
     if len(runs) > 1:
         if markdown is not None or json_path is not None:
             shared.refuse("--json and --markdown are of one run; leave them out for several")

@@ -211,12 +211,18 @@ def write_markdown(path: Path | None, content: dict[str, Any], command: str) -> 
 
 
 def check_path(path: Path | None, option: str = "--json") -> None:
-    """Refuse a file that could not be written after the work is done."""
-    if path is not None and os.path.isdir(path):
+    """Refuse a file that could not be written after the work is done, or that the command line names elsewhere too."""
+    if path is None:
+        return
+    if os.path.isdir(path):
         refuse(f"{option} {path}: is a folder; name a file in it")
-    if path is not None and not os.path.exists(path):
+    if not os.path.exists(path):
         write_text(path, "", option)
         path.unlink(missing_ok=True)
+        return
+    words = (word.partition("=")[2] or word for word in sys.argv[1:])
+    if sum(os.path.exists(word) and os.path.samefile(word, path) for word in words) > 1:
+        refuse(f"{option} {path}: would replace a file that the command reads, or writes too; name another")
 
 
 def write_text(path: Path, text: str, option: str = "--json") -> None:

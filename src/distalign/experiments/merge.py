@@ -17,7 +17,7 @@ from distalign.engine import Group, score_in_batches
 from distalign.errors import DAMAGED, InputError
 from distalign.experiments.train import MERGED
 from distalign.models.load import Source, find_model
-from distalign.models.policy import trained_temperature
+from distalign.models.policy import MODEL_FILES, trained_temperature
 from distalign.models.verify import check_mergeable, load_adapter
 from distalign.rollout.sample import sample
 from distalign.settings import dump_yaml
@@ -105,7 +105,7 @@ def _merge_into(place: Path, source: Source, *, dtype: str, check: bool) -> Merg
     if (Path(source.adapter) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.adapter)
     merged = Merged(place, name, kl)
-    with whole_folder(place) as scratch:
+    with whole_folder(place, ours=MODEL_FILES) as scratch:
         model.save_pretrained(scratch, safe_serialization=True)
         tokenizer.save_pretrained(scratch)
         (scratch / "README.md").write_text(_card(source, merged), encoding="utf-8")
