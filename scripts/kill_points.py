@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import tiny
 import torch
+import tqdm.auto
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from distalign.errors import InputError
 from distalign.experiments.recipe import Recipe, load_recipe
@@ -92,8 +92,10 @@ def in_child(work: Callable[[], object], *, after: float | None = None) -> objec
         try:
             os.close(read)
             torch.set_num_threads(1)
-            # tqdm's own lock is shared with the other forks, and stays locked when one is killed.
-            tqdm.set_lock(threading.RLock())
+            # tqdm's lock is shared with the other forks, and stays locked when one is killed. transformers' bars are of
+            # a class that may have one of its own.
+            for bar in (tqdm.std.tqdm, tqdm.auto.tqdm):
+                bar.set_lock(threading.RLock())
             # What SIGKILL leaves does not depend on it.
             os.fsync = lambda _: None
             # What libraries print is not wanted; what a failure says is returned.
