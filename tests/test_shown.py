@@ -170,7 +170,7 @@ def make_report(monkeypatch, tiny_folder: Path) -> str:
     return "runs/pairs"
 
 
-@pytest.mark.parametrize("path", sampled([path.stem for path in NAMES], "quickstart", "pairs", "tldr", "chat"))
+@pytest.mark.parametrize("path", sampled([path.stem for path in NAMES], "quickstart", "tldr"))
 def test_a_recipe_runs(path, here, monkeypatch, tiny_folder):
     """Each recipe compares all its methods and writes results and report."""
     settings = load_recipe(path)

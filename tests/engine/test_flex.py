@@ -290,6 +290,7 @@ def test_one_compilation_for_rows_of_every_length(compilations):
     assert compilations.frame_count == 1
 
 
+@pytest.mark.slow
 def test_one_compilation_with_and_without_autocast(compilations):
     """Tensors in bfloat16, and tensors that autocast takes for them, are served by the same code."""
     pair = LAYOUTS["several_blocks"], {}

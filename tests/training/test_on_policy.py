@@ -208,7 +208,7 @@ def test_rounds_draw_by_different_random_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
-@pytest.mark.parametrize("name", ["pmle", "pd", "rkl", "rkl-gae", "rebel"])
+@pytest.mark.parametrize("name", sampled(["pmle", "pd", "rkl", "rkl-gae", "rebel"], "pd", "rkl-gae"))
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_a_run_that_goes_on_in_the_middle_of_a_round(tmp_path, name, lora):
     """Stopped after the third of four steps of a round, it ends bit for bit where the run that never stopped does."""
