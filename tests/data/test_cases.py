@@ -204,10 +204,34 @@ def test_arguments_are_an_object_or_its_json_text(template):
     with pytest.raises(DataError, match="the chat template leaves out 'town' of chosen"):
         encode_pairs(byte_tokenizer(CALLED.replace("ARGUMENTS", "")), data, max_length=None)
 
+    with pytest.raises(DataError, match="the chat template leaves out 'Tromsø' of chosen"):
+        encode_pairs(byte_tokenizer(CALLED.replace("ARGUMENTS", "town")), data, max_length=None)
 
-def test_a_template_that_writes_the_date_gives_the_same_ids_on_another_day():
+
+@pytest.mark.parametrize("named", [False, True], ids=["one template", "templates by name"])
+def test_a_template_that_writes_calls_only_beside_tools_gets_them_in_its_form(named):
+    """JSON text, and not what Python's str makes of an object."""
+    called = "{{ tools | tojson }}" + CALLED.replace("ARGUMENTS", "{{ c.function.arguments }}")
+    tokenizer = byte_tokenizer(called.replace("m.tool_calls or ()", "m.tool_calls or () if tools"))
+    if named:
+        tokenizer.chat_template = {"default": CHATML + OPENED, "tool_use": called}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"town": "Oslo"}}}
+    row = {**chat("q", "", "no"), "chosen": [{"role": "assistant", "content": "", "tool_calls": [call]}]}
+    ((pair,), _) = encode_pairs(tokenizer, read_pairs([{**row, "tools": [call]}]), max_length=None)
+    assert '{"town": "Oslo"}' in tokenizer.decode(pair.chosen)
+
+
+@pytest.mark.parametrize(
+    "date",
+    ["{{ strftime_now('%d %b %Y') }}", "{% set f = '%d %b %Y' %}{% set now = strftime_now %}{{ now(format=f) }}"],
+    ids=["plain", "under other names"],
+)
+@pytest.mark.parametrize("named", [False, True], ids=["one template", "templates by name"])
+def test_a_template_that_writes_the_date_gives_the_same_ids_on_another_day(date, named):
     """Else a run could not go on tomorrow."""
-    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML + OPENED)
+    tokenizer = byte_tokenizer(date + CHATML + OPENED)
+    if named:
+        tokenizer.chat_template = {"default": tokenizer.chat_template}
     ((pair,), _) = encode_pairs(tokenizer, read_pairs([chat("q", "yes", "no")]), max_length=None)
     assert tokenizer.decode(pair.prompt).startswith("01 Jan 2025")
 

@@ -136,11 +136,13 @@ def test_parquet_folder_and_memory_agree(tmp_path):
     table.save_to_disk(tmp_path / "folder")
     DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "splits")
     expected = texts(read_pairs([chat, chat]))
-    for source in (tmp_path / "x.parquet", tmp_path / "folder", str(tmp_path / "splits"), table):
+    shown = [table.with_format(kind) for kind in ("torch", "numpy")]
+    for source in (tmp_path / "x.parquet", tmp_path / "folder", str(tmp_path / "splits"), table, *shown):
         data = read_pairs(source)
         assert texts(data) == expected
         assert [row.probability for row in data] == [0.9, None]
         assert data[0].extra == {"extra": 1}
+    assert refusal([{**chat, 1: "one"}]) == "rows:1: 1 is a column's name and no text; name columns by text"
     assert len(read_pairs(tmp_path / "splits", split="test")) == 1
     assert 'no split "dev"; choose one of train, test' in refusal(tmp_path / "splits", split="dev")
     for source, name in ((tmp_path / "x.parquet", "x.parquet"), (tmp_path / "folder", "folder"), ([chat], "rows")):

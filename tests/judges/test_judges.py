@@ -171,6 +171,7 @@ def test_a_function_is_asked_in_both_orders(write, caplog, body, expected, contr
         ("return [0.5, 0.5, 0.5, float('nan')]", "completions", "answer to completion 3 is nan"),
         ("return [None, 0.5] * 2", "completions", "answer to completion 0 is None"),
         ("return 'AB'", "completions", "it returned a str"),
+        ("return {1.0, 2.0}", "completions", "it returned a set"),
         ("return [0.5, 0.5]", "completions, weight", "it needs weight"),
         ("time.sleep(9)", "completions", "no answer after 0.2 s"),
     ],

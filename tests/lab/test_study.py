@@ -124,7 +124,10 @@ def test_a_grid_need_not_have_numbers_of_pairs(tmp_path, tiny_folder):
             {"data": {"train": "x.jsonl"}, "study": {"grid": {"training.max_steps": [1]}}},
             "measures the distance to a known target; add target",
         ),
-        ({"study": {"grid": {PAIRS: [8, 8]}}}, "two cells are the same"),
+        ({"study": {"grid": {PAIRS: [8, 8]}}}, "two cells or two seeds are the same"),
+        ({"study": {"grid": {PAIRS: [8, 8.0]}}}, "two cells or two seeds are the same"),
+        ({"study": {"grid": {"seed": [1, 2]}}}, "two cells or two seeds are the same"),
+        ({"study": {"grid": {PAIRS: [8, 16]}, "seeds": [0, 0]}}, "two cells or two seeds are the same"),
         ({"study": {"grid": {PAIRS: [8, 0]}}}, "target.pairs"),
     ],
 )

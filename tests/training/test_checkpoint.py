@@ -223,6 +223,11 @@ REFUSED = {
     "label_smoothing_factor is 0.1; .* the column p_chosen": {"label_smoothing_factor": 0.1},
     "neftune_noise_alpha is 1.0; the engine adds no noise": {"neftune_noise_alpha": 1.0},
     "per_device_train_batch_size is 99999999999999999999": {"per_device_train_batch_size": 99999999999999999999},
+    "dataloader_num_workers is -1; a number of processes": {"dataloader_num_workers": -1},
+    "data_seed is -1; a seed is": {"data_seed": -1},
+    "weight_decay is -1.0; weights would grow": {"weight_decay": -1.0},
+    "max_steps is 0; nothing would be trained": {"max_steps": 0},
+    "num_train_epochs is -1; nothing would be trained": {"max_steps": -1, "num_train_epochs": -1},
     "the optimizer or its schedule cannot be made": {"adam_beta1": 2.0},
     "the optimizer or its schedule cannot be made .*no_such": {"lr_scheduler_kwargs": {"no_such": 1}},
     "8 rows are less than one of 64": {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
@@ -418,6 +423,8 @@ REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.
         ("batches", {"per_device_train_batch_size": 8}),
         ("learning_rate", {"learning_rate": 0.5}),
         ("adam_beta1", {"adam_beta1": 0.5}),
+        ("max_steps", {"max_steps": 3}),
+        ("warmup_steps", {"warmup_steps": 1}),
         ("data_seed", {"data_seed": 5}),
         ("train_sampling_strategy", {"train_sampling_strategy": "sequential"}),
         ("data", {"rows": [replace(pair, row=REWARDED) for pair in tiny.encoded_pairs(8)]}),
@@ -428,13 +435,13 @@ REWARDED = Pair("tell me", "warm", "cold", chosen_reward=2.0, rejected_reward=1.
     ],
     ids=[
         *("method", "gamma", "rows", "order", "model", "seed", "batches"),
-        *("learning_rate", "adam_beta1", "data_seed", "strategy", "column rewards", "columns"),
+        *("learning_rate", "adam_beta1", "length", "warmup", "data_seed", "strategy", "column rewards", "columns"),
     ],
 )
 @pytest.mark.parametrize("lora", [None, Lora(r=4)], ids=["full", "lora"])
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, name, changes, lora):
     """With what is different; nothing is changed in the folder."""
-    settings = {**SAVED, "max_steps": 2, "lora": lora}
+    settings = {**SAVED, "max_steps": 2, "lora": lora, "lr_scheduler_type": "linear"}
     trainer(tmp_path, PMLE(0.5, 0.0), **settings).train()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != ".lock"}
     again = {"method": PMLE(0.5, 0.0), **settings, **changes}
@@ -474,6 +481,32 @@ def test_every_setting_of_a_method_counts(tmp_path):
         trainer(tmp_path, method, **settings).train(resume_from_checkpoint=resume)
     with pytest.raises(InputError, match=r"another method: it had .*\(1, 2\)"):
         trainer(tmp_path, Layered(0.5, 0.0, layers=(1, 3)), **settings).train(resume_from_checkpoint=True)
+
+
+def test_a_configuration_that_computes_otherwise_is_another_model(tmp_path):
+    """Of the same weights."""
+
+    def changed(model):
+        model.config.rms_norm_eps = 1e-2
+
+    trainer(tmp_path, PMLE(0.5, 0.0), **{**SAVED, "max_steps": 2}).train()
+    with pytest.raises(InputError, match="is of a run with another model"):
+        trainer(tmp_path, PMLE(0.5, 0.0), prepare=changed, **{**SAVED, "max_steps": 2}).train(
+            resume_from_checkpoint=True
+        )
+
+
+def test_a_secret_of_a_method_is_not_in_its_checkpoints(tmp_path):
+    """And may be another where the run goes on."""
+
+    @dataclass(frozen=True)
+    class Asking(PMLE):
+        api_key: str = ""
+
+    settings = {**SAVED, "max_steps": 2}
+    trainer(tmp_path, Asking(0.5, 0.0, "a-secret-word"), **settings).train()
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and b"a-secret-word" in p.read_bytes()]
+    trainer(tmp_path, Asking(0.5, 0.0, "a-newer-word"), **settings).train(resume_from_checkpoint=True)
 
 
 def test_weights_of_the_same_shape_are_another_model(tmp_path):
@@ -593,7 +626,21 @@ def test_a_second_run_that_is_stopped_is_saved(tmp_path, caplog):
             made.train()
     saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert all(torch.equal(weight, made.model.state_dict()[name]) for name, weight in saved.items())
-    assert f"{tmp_path / 'checkpoint-2'} is of an earlier run" in caplog.text
+    assert f"{tmp_path}: checkpoint-2 of an earlier run wait in .earlier" in caplog.text
+
+
+def test_the_checkpoints_of_an_earlier_run_wait(tmp_path):
+    """Another run in the folder removes them only when a third begins; moved back, the first goes on."""
+    settings = {**SAVED, "save_total_limit": 1}
+    first = trainer(tmp_path, PMLE(0.5, 0.0), **settings)
+    first.train()
+    trainer(tmp_path, DPO(0.5), **settings).train()
+    assert newest_complete(tmp_path).name == "checkpoint-5"
+    shutil.rmtree(tmp_path / "checkpoint-5")
+    os.replace(tmp_path / ".earlier" / "checkpoint-5", tmp_path / "checkpoint-5")
+    again = trainer(tmp_path, PMLE(0.5, 0.0), **settings)
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(parameters(again), parameters(first))
 
 
 @pytest.mark.usefixtures("_heard")

@@ -296,6 +296,50 @@ def test_several_held_out_sets_have_each_its_loss(tmp_path):
         trainer(tmp_path, METHODS["offline"], args=args, eval_dataset={"first": rows(4)})
 
 
+def test_rows_that_a_callback_evaluates_choose_no_step(tmp_path):
+    """An easier set measured before the first step is not what the steps are compared with."""
+
+    class Looking(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            made.evaluate(rows(1))
+
+    kept = []
+    for callbacks in ([], [Looking()]):
+        args = config(tmp_path / str(len(kept)), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                      load_best_model_at_end=True, save_steps=1, max_steps=4)  # fmt: skip
+        made = trainer(tmp_path, METHODS["offline"], args=args, eval_dataset=rows(8), callbacks=callbacks)
+        made.train()
+        kept.append((made.kept_step, made.state.best_metric))
+    assert kept[0] == kept[1]
+
+
+def test_a_loss_of_ones_own_is_a_method(tmp_path):
+    """The usual way to change a Trainer would not be called."""
+
+    class Own(AlignmentTrainer):
+        def compute_loss(self, *_, **__):
+            raise AssertionError
+
+    with pytest.raises(TrainingError, match=r"Own has a compute_loss, which is not called.* write it as a Method"):
+        Own(str(tiny.save(tmp_path / "m")), METHODS["offline"], config(tmp_path), rows(4))
+
+
+UNSOUND = {
+    "probability is 1.7, not between 0 and 1": {"probability": 1.7},
+    "chosen and rejected are the same tokens": {"chosen": [5, 3], "rejected": [5, 3]},
+    "no token, or one below 0": {"prompt": []},
+    "no token, or one below 0, in": {"chosen": [-1, 3]},
+}
+
+
+@pytest.mark.parametrize("found", UNSOUND)
+def test_encoded_rows_are_checked_too(tmp_path, found):
+    """Each with its place."""
+    encoded = [dataclasses.replace(pair, **UNSOUND[found]) for pair in tiny.encoded_pairs(2)]
+    with pytest.raises(DataError, match=rf"train_dataset:1: {found}"):
+        trainer(tmp_path, METHODS["offline"], data=encoded)
+
+
 def test_health_is_watched_on_the_first_set(tmp_path):
     """Its change is against its own start; rows that only evaluate was given have none."""
     long = [{**row, "chosen": [{"role": "assistant", "content": "tea " * 30}]} for row in rows(4)]
@@ -827,7 +871,13 @@ def test_a_method_by_name_has_measured_settings(tmp_path):
 
 def test_the_token_budget_is_chosen_once_and_kept_on_resume(tmp_path, monkeypatch):
     """From free memory; a run that goes on has the same, whatever is free then."""
-    settings = {"token_budget": None, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    settings = {
+        "token_budget": None,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "max_steps": 1,
+        "lr_scheduler_type": "constant",
+    }
     made = trainer(tmp_path, METHODS["offline"], args=config(tmp_path, **settings))
     made.train()
     assert made.token_budget == 4096

@@ -31,6 +31,8 @@ def frontier(
 ) -> None:
     """Predict reward, KL and entropy of each (β, γ) before training, from responses of the reference."""
     shared.check_path(json_path)
+    if kl_budget is not None and not kl_budget >= 0:
+        shared.refuse(f"--kl-budget {kl_budget:g}: give nats per response, 0 or more")
     weights, entropies = _numbers("--betas", betas), _numbers("--gammas", gammas)
     with shared.stoppable(lambda: f"what was answered is kept; go on with: {shared.command_line()}"):
         shared.quiet()

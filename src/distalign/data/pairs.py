@@ -146,6 +146,8 @@ def _read(
             break
         read += 1
         try:
+            if names := [key for key in record if not isinstance(key, str)]:
+                _refuse(where, f"{names[0]!r} is a column's name and no text; name columns by text")
             row, implicit = build({k: v for k, v in record.items() if v is not None}, where)
         except DataError as error:
             problems.extend(error.problems)

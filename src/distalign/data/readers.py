@@ -311,6 +311,10 @@ def _table(table: Iterable[object], split: str | None, name: str) -> Iterator[tu
         table, name = table[chosen], f"{name}[{chosen}]"
     else:
         _check_split(split, str(getattr(table, "split", None) or "train"), name)
+    shown = getattr(table, "format", None)
+    if isinstance(shown, Mapping) and shown.get("type") not in (None, "custom"):
+        # As tensors or arrays: what is in the table is wanted.
+        table = table.with_format(None, columns=shown["columns"])  # pyright: ignore[reportAttributeAccessIssue]
     of_arrow = hasattr(table, "features")
     for number, row in enumerate(table, 1):
         if not isinstance(row, Mapping):

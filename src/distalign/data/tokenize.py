@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -18,13 +18,28 @@ _WORDS, _BEFORE = "distalignprobe", "\n"
 _NO_TEMPLATE = "the rows are chats and the tokenizer has no chat template; set tokenizer.chat_template or give strings"
 
 # Templates that write today's date are given this one: a run goes on, and is measured, on other days than it began.
-_DAY, _TODAY = datetime(2025, 1, 1), re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_DAY = {code: datetime(2025, 1, 1).strftime(f"%{code}") for code in "aAbBcdHIjmMpSUwWxXyYzZ"}
+_DAY |= {"-d": "1", "-m": "1", "e": " 1", "F": "2025-01-01"}
+_SAME_DAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f".replace('%{code}', '{text}')" for code, text in _DAY.items())
+    + " }}{%- endmacro +%}"
+)
+# A tool that is offered where it is tried what a template writes of its calls.
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "get",
+        "description": "Get it.",
+        "parameters": {"type": "object", "properties": {"it": {"type": "string", "description": "It."}}},
+    },
+}
 # Where a message has words, and what JSON writes as it is.
 _PLAIN = re.compile("[A-Za-z0-9]+")
 _WORDS_IN = ("content", "reasoning_content", "reasoning", "thinking")
 
-# By chat template, what `_forms` found.
-_FORMS: dict[str, list[Callable[[Message], Message]]] = {}
+# By chat template, and whether rows have tools, what `_forms` found.
+_FORMS: dict[tuple[str, bool], list[Callable[[Message], Message]]] = {}
 
 
 @runtime_checkable
@@ -309,14 +324,27 @@ def _check_written(row: Prompt | Pair, name: str, messages: Iterable[Message], t
     written = "".join(text.split())
     for message in messages:
         calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
-        named = [part for call in calls for part in (call.get("name"), *(call.get("arguments") or ()))]
-        for part in (*map(message.get, _WORDS_IN), *named):
+        # What stands in JSON may be escaped: its plain words are looked for.
+        answered = message.get("role") == "tool"
+        parts = [(message.get(key), answered) for key in _WORDS_IN]
+        parts += [(call.get("name"), False) for call in calls]
+        parts += [(part, True) for call in calls for part in _leaves(call.get("arguments"))]
+        for part, escaped in parts:
             if not isinstance(part, str):
                 continue
-            words = _PLAIN.findall(part) if message.get("role") == "tool" else ["".join(part.split())]
+            words = _PLAIN.findall(part) if escaped else ["".join(part.split())]
             if any(word not in written for word in words):
                 what = f"the chat template leaves out {part[:60]!r} of {name}"
                 raise DataError([Problem(row.where, f"{what}; take it out, or use a template that writes it")])
+
+
+def _leaves(value: object) -> Iterator[str]:
+    """The texts and whole numbers in a value, and the names of its settings."""
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        yield str(value)
+    elif isinstance(value, Mapping | list):
+        for part in [*value, *value.values()] if isinstance(value, Mapping) else value:
+            yield from _leaves(part)
 
 
 def _boundary(tokenizer: Tokenizer, row: Pair, prompt: list[int], whole: list[int], text: str, name: str) -> str:
@@ -352,34 +380,38 @@ def _chat(tokenizer: Tokenizer, row: Prompt | Pair, messages: Sequence[Any], *, 
 
 
 def _render(tokenizer: Tokenizer, messages: Sequence[Message], extra: dict[str, Any], prompt: bool) -> str:
-    settings = {"tools": extra.get("tools"), **(extra.get("chat_template_kwargs") or {})}
+    tools = extra.get("tools")
+    settings = {"tools": tools, **(extra.get("chat_template_kwargs") or {})}
     template = tokenizer.chat_template
-    if isinstance(template, str) and _TODAY.search(template):
-        settings["chat_template"] = _TODAY.sub(lambda call: repr(_DAY.strftime(call[2])), template)
+    if isinstance(template, dict):
+        template = template.get("default" if tools is None else "tool_use", template.get("default"))
+    if isinstance(template, str) and "strftime_now" in template:
+        settings["chat_template"] = _SAME_DAY + template
     turns = list(messages)
-    for form in _forms(tokenizer):
+    for form in _forms(tokenizer, with_tools=tools is not None):
         turns = [form(turn) for turn in turns]
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt, **settings)
 
 
-def _forms(tokenizer: Tokenizer) -> list[Callable[[Message], Message]]:
-    """What messages are turned into, as the template reads them in no other form.
+def _forms(tokenizer: Tokenizer, *, with_tools: bool) -> list[Callable[[Message], Message]]:
+    """What messages are turned into, as the template, that of rows with tools or without, reads them in no other form.
 
     Those of models that see images write a message's words only from a list of parts, some a call's arguments only
     from JSON text: of an object they would write what Python's str makes of it, or nothing.
     """
-    template, arguments = str(tokenizer.chat_template), {_WORDS: 1}
+    template, tools = (str(tokenizer.chat_template), with_tools), [_TOOL] if with_tools else None
+    arguments = {_WORDS: 1}
 
     def writes(*messages: Message) -> bool:
         try:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False)
+            text = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False)
         except Exception:  # a template may raise anything
             return False
         return _WORDS in text and str(arguments) not in text
 
     if template not in _FORMS:
         asked = {"role": "user", "content": _WORDS}
-        calls = [{"id": "call00000", "type": "function", "function": {"name": "f", "arguments": arguments}}]
+        calls = [{"id": "call00000", "type": "function", "function": {"name": "get", "arguments": arguments}}]
         called = {"role": "assistant", "content": "", "tool_calls": calls}
         before = {"role": "user", "content": "x"}
         parts = not writes(asked) and writes(_in_parts(asked))

@@ -149,6 +149,8 @@ def _named(policies: Sequence[str], taken: Mapping[str, str]) -> dict[str, str]:
         if not given:
             parts = [part for part in Path(policy).parts if part not in ("/", ".", "..", "model")]
             name, place = parts[-1] if parts else policy, policy
+        if not place.strip():
+            raise RecipeError(f"policies: {policy!r} names no place; write name=folder")
         others = named if given else {**taken, **named}
         if name in others:
             raise RecipeError(

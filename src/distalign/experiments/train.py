@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -42,13 +41,13 @@ from distalign.rewards import (
 from distalign.rewards.potential import POTENTIAL, PROMPTS, SAMPLES, potential, score_together, start_share
 from distalign.rewards.potential import forward_kl as divergence_from
 from distalign.rollout.sample import sample
-from distalign.settings import RecipeError
+from distalign.settings import RecipeError, masked
 from distalign.stats.intervals import mean_and_se
 from distalign.training.checkpoint import LATER, SAVING, checkpoints, newest_complete
 from distalign.training.config import AlignmentConfig
 from distalign.training.inputs import server_of
 from distalign.training.processes import Processes, refuse_several_processes
-from distalign.training.resumable import FREE_SETTINGS, FROM_CHECKPOINT
+from distalign.training.resumable import FREE_SETTINGS, fixed_arguments
 from distalign.training.rollout_settings import TrainingError, check_rollout, draws_responses
 from distalign.training.run_folder import check_no_links, check_not_read, locked, remove, whole_folder, writable
 from distalign.training.trainer import AlignmentTrainer
@@ -261,7 +260,8 @@ def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
     A reward may be fixed: rewards from here on are the new one's.
     """
     old = load_recipe(folder / "recipe.yaml")
-    before, now = ({**one.model_dump(), **_fixed_settings(one, name)} for one in (old, recipe))
+    # A secret may be another, and is not shown: in the folder it is hidden.
+    before, now = (masked({**one.model_dump(), **_fixed_settings(one, name)}) for one in (old, recipe))
     for key in ("model", "dtype", "quantization", "lora", "data", "target", "methods", "rollout", "batches", "seed"):
         if before[key] != now[key]:
             raise InputError(
@@ -280,8 +280,6 @@ def _check_same_run(recipe: Recipe, name: str, folder: Path) -> None:
 
 def _difference(key: str, before: object, now: object) -> str:
     """The first setting in which two values of a recipe differ: "data.held_out 0.3, the recipe has 0.4"."""
-    if type(before) is type(now) and isinstance(now, BaseModel | Method):
-        before, now = dict(vars(before)), dict(vars(now))
     if isinstance(before, dict) and isinstance(now, dict):
         name = next(name for name in (*before, *now) if before.get(name) != now.get(name))
         return _difference(f"{key}.{name}", before.get(name), now.get(name))
@@ -292,14 +290,14 @@ def _fixed_settings(recipe: Recipe, name: str) -> dict[str, Any]:
     """What must be the same for a run to go on: the method's settings, and how its data are cut into steps."""
     if name not in recipe.methods:
         return {"methods": {name: None}, "rollout": None, "batches": {}}
-    training = recipe.training_for(name)
+    training, method = recipe.training_for(name), recipe.method(name)
     batches = (
         # The prompts of a batch are those of all processes: its checkpoints know them.
         "gradient_accumulation_steps",
-        *FROM_CHECKPOINT,
+        *fixed_arguments(training.get("lr_scheduler_type", "linear")),
     )
     return {
-        "methods": {name: recipe.method(name)},
+        "methods": {name: {"class": type(method).__name__, **vars(method)}},
         "rollout": recipe.rollout_for(name).model_dump(exclude=FREE_SETTINGS),
         "batches": {key: training[key] for key in batches if key in training},
     }

@@ -52,8 +52,12 @@ def study(recipe: Recipe, *, seeds: Sequence[int] | None = None) -> Row:
     folder = recipe.run_dir
     cells = [dict(zip(recipe.study.grid, each, strict=True)) for each in itertools.product(*recipe.study.grid.values())]
     runs = [cell_recipe(recipe, cell) for cell in cells]
-    if len({run.name for run in runs}) < len(runs):
-        raise InputError(f"{recipe.name}: study.grid: two cells are the same, or have one name; give each value once")
+    resolved = [json.dumps(run.model_dump(mode="json", exclude={"name", "seed"}), sort_keys=True) for run in runs]
+    if len({run.name for run in runs}) < len(runs) or len(set(resolved)) < len(runs) or len(set(seeds)) < len(seeds):
+        raise InputError(
+            f"{recipe.name}: study: two cells or two seeds are the same, or have one name; give each value once (seeds "
+            "as study.seeds)"
+        )
     rows: list[Row] = []
     result: Row = {}
     trained: set[Plain] = set()

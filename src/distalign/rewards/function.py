@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from threading import Thread
 from typing import Literal
 
@@ -88,7 +88,7 @@ class UserFunction:
         return outcome["value"]
 
     def _checked(self, values: object, n: int) -> list[float]:
-        if isinstance(values, str | bytes | Mapping) or not isinstance(values, Collection):
+        if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Collection):
             raise self.error(f"it returned a {type(values).__name__}", f"return {n} numbers, one for each completion")
         if len(values) != n:
             raise self.error(f"it returned {len(values)} numbers for {n} completions", "return one number for each")

@@ -27,6 +27,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from distalign.data import EncodedPair
 from distalign.errors import DAMAGED, InputError
@@ -48,12 +49,16 @@ MANIFEST, STATE, ROUND, DRAWN_ONCE, VALUES, REFERENCE = (
 SAVING = ".saving"
 # Where those wait that are later than the one that a run goes on from.
 LATER = ".later"
+# Where those of an earlier run wait until yet another run begins.
+EARLIER = ".earlier"
 
 # Settings of an adapter that may be others where a run goes on.
 _NOT_THE_ADAPTER = {
     *("base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("inference_mode", "init_lora_weights", "runtime_config"),
 }
+# Settings of a model's configuration that do not change what it computes.
+_NOT_COMPUTED = r"_.*|.*_token_id|transformers_version|architectures|use_cache|(torch_)?dtype|id2label|label2id"
 
 
 # Whole, and of this run -----------------------------------------------------------------------------------------------
@@ -89,6 +94,20 @@ def prune(folder: Path, keep: set[Path], limit: int | None) -> None:
     others = [path for path in checkpoints(folder) if path not in keep]
     for path in others[: max(0, len(others) + len(keep) - limit) if limit else 0]:
         remove(path)
+
+
+def set_aside(folder: Path) -> None:
+    """Move the checkpoints that are there where they do not count as this run's."""
+    if old := checkpoints(folder):
+        remove(folder / EARLIER)
+        (folder / EARLIER).mkdir()
+        for checkpoint in old:
+            os.replace(checkpoint, folder / EARLIER / checkpoint.name)
+        names = ", ".join(checkpoint.name for checkpoint in old)
+        logger.warning(
+            "%s: %s of an earlier run wait in %s until another run begins: to go on with that one, move them back",
+            folder, names, EARLIER,
+        )  # fmt: skip
 
 
 def newest_complete(folder: Path) -> Path | None:
@@ -183,8 +202,15 @@ def held_out_digest(sets: Mapping[str, Sequence[Row]] | Sequence[Row] | None) ->
 
 
 def model_digest(model: nn.Module) -> str:
-    """Hash of numbers from all over every weight that an adapter does not train: another model has others there."""
-    digest, adapted = hashlib.sha256(), isinstance(model, PeftModel)
+    """Hash of the configuration, and of numbers from all over every weight that an adapter does not train.
+
+    Another model has others there.
+    """
+    adapted = isinstance(model, PeftModel)
+    config = getattr(model, "config", None)
+    settings = config.to_diff_dict() if isinstance(config, PretrainedConfig) else {}
+    computed = {name: value for name, value in settings.items() if not re.fullmatch(_NOT_COMPUTED, name)}
+    digest = hashlib.sha256(lasting(computed).encode())
     for name, weight in model.named_parameters():
         if not (adapted and weight.requires_grad):
             digest.update(f"{name} {list(weight.shape)}".encode())

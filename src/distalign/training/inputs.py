@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -379,6 +380,14 @@ def check_arguments(label: str, args: TrainingArguments) -> None:
         refused["accelerator_config"] = (
             "without use_seedable_sampler a run that goes on would see rows in another order"
         )
+    if args.dataloader_num_workers < 0:
+        refused["dataloader_num_workers"] = "a number of processes is 0 or more"
+    if args.data_seed is not None and not 0 <= args.data_seed < 2**63:
+        refused["data_seed"] = "a seed is between 0 and 2⁶³"
+    if not args.weight_decay >= 0:
+        refused["weight_decay"] = "weights would grow"
+    if args.max_steps == 0 or (args.max_steps < 0 and not 0 < args.num_train_epochs < math.inf):
+        refused["num_train_epochs" if args.max_steps else "max_steps"] = "nothing would be trained"
     if args.fp16 and args.device.type == "cpu":
         refused["fp16"] = "it has no effect on a CPU, where bf16 has"
     for name, reason in refused.items():

@@ -36,6 +36,7 @@ from distalign.models.card import add_licence, model_card
 from distalign.models.policy import MODEL_FILES, whole_distribution
 from distalign.models.quantized import quantization_of, write_note
 from distalign.rewards import Trained
+from distalign.settings import masked
 from distalign.training.checkpoint import (
     DRAWN_ONCE,
     LATER,
@@ -73,12 +74,20 @@ logger = logging.getLogger("distalign.training.trainer")
 # Settings of rollouts that may be others where a run goes on: memory, what is shown and where a server is, not results.
 FREE_SETTINGS = {"decode_batch_size", "num_completions_to_print", "vllm_server_base_url", "vllm_server_timeout"}
 # What the optimizer and its schedule take from the checkpoint: others would be written down and not used.
-FROM_CHECKPOINT = (
+_FROM_CHECKPOINT = (
     *("learning_rate", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     "lr_scheduler_type",
     # Which rows are still to come.
     *("data_seed", "train_sampling_strategy", "dataloader_drop_last"),
 )
+# On what the rest of a schedule depends, but of one that is the same for a run of any length.
+_SCHEDULE, _ENDLESS = ("num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_kwargs"), "constant"
+
+
+def fixed_arguments(schedule: str) -> tuple[str, ...]:
+    """The settings of training that must be the same for a run to go on; `schedule` is its lr_scheduler_type."""
+    return _FROM_CHECKPOINT if schedule == _ENDLESS else (*_FROM_CHECKPOINT, *_SCHEDULE)
+
 
 # Settings of training that a model card names.
 CARD_SETTINGS = (
@@ -180,13 +189,14 @@ class ResumableTrainer(WrappedTrainer):
         settings = {name: value for name, value in sorted(vars(self.method).items()) if not name.startswith("_")}
         rollout = self.rollout.settings.model_dump(exclude=FREE_SETTINGS) if draws_responses(self.method) else None
         args, prompts = self.args, self.args.per_device_train_batch_size * self.processes.count
-        taken = {name: getattr(args, name) for name in FROM_CHECKPOINT}
+        schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        taken = {name: getattr(args, name) for name in fixed_arguments(schedule)}
         if isinstance(self.optimizer, torch.optim.Optimizer):
             # One that was given; its own rates hold.
             groups = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
             taken["optimizer"] = f"{type(self.optimizer).__name__} {groups}"
         return {
-            "method": f"{type(self.method).__name__} {lasting(settings)}",
+            "method": f"{type(self.method).__name__} {lasting(masked(settings))}",
             "data": rows_digest(self.rows),
             "held-out pairs": self.held_out_digest,
             **adapter_settings(self.policy.model),

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 from distalign.data import (
     Data,
+    DataError,
     EncodedPair,
     EncodedPrompt,
     Pair,
@@ -22,6 +23,7 @@ from distalign.data import (
     read_pairs,
     read_prompts,
 )
+from distalign.data.readers import Problem
 from distalign.methods import Method
 from distalign.training.config import AlignmentConfig
 from distalign.training.rollout_settings import TrainingError
@@ -80,7 +82,7 @@ def read_rows(
     labelled = "labelled" in method.needs.pairs
     pairs: list[EncodedPair] = []
     if _encoded(train):
-        rows: list[Row] = list(train)
+        rows: list[Row] = _sound(train, "train_dataset")
         pairs = [row for row in rows if isinstance(row, EncodedPair)]
     elif labelled or (isinstance(train[0], Pair) if isinstance(train, Data) else has_pairs(train)):
         pairs = encode(train, "train_dataset")
@@ -124,7 +126,7 @@ def read_pairs_of(
     """
     check_kind(name, rows, Path | Iterable, "rows, or their file")
     if _encoded(rows):
-        return [row for row in rows if isinstance(row, EncodedPair)]
+        return [row for row in _sound(rows, name) if isinstance(row, EncodedPair)]
     data = rows if isinstance(rows, Data) else read_pairs(rows, drop_ties=args.drop_ties)
     if data.ties:
         logger.warning("%s: %d ties are left out (drop_ties)", name, data.ties)
@@ -148,3 +150,25 @@ def _is_chat(row: Row) -> bool:
 def _encoded(rows: object) -> TypeGuard[Sequence[Row]]:
     """Whether the rows are token ids already."""
     return isinstance(rows, Sequence) and len(rows) > 0 and isinstance(rows[0], EncodedPair | EncodedPrompt)
+
+
+def _sound(rows: Sequence[Row], name: str) -> list[Row]:
+    """Encoded rows, which no reader has checked. Raises DataError with every problem."""
+    problems = []
+    for number, row in enumerate(rows, 1):
+        what = None
+        if type(row) is not type(rows[0]):
+            what = f"{type(row).__name__} among rows of {type(rows[0]).__name__}"
+        else:
+            parts = [row.prompt, row.chosen, row.rejected] if isinstance(row, EncodedPair) else [row.prompt]
+            if not all(parts) or any(min(ids) < 0 for ids in parts):
+                what = "no token, or one below 0, in the prompt or a response"
+            elif isinstance(row, EncodedPair) and row.chosen == row.rejected:
+                what = "chosen and rejected are the same tokens"
+            elif isinstance(row, EncodedPair) and not 0 <= row.label <= 1:
+                what = f"probability is {row.probability}, not between 0 and 1"
+        if what is not None:
+            problems.append(Problem(f"{name}:{number}", f"{what}; mend or remove the row"))
+    if problems:
+        raise DataError(problems)
+    return list(rows)

@@ -45,7 +45,7 @@ from distalign.models.policy import Policy
 from distalign.progress import progress
 from distalign.rewards import Request, WeightedSum
 from distalign.rollout.sample import end_ids
-from distalign.training.checkpoint import LATER, checkpoints, held_out_digest, step_of
+from distalign.training.checkpoint import LATER, held_out_digest, set_aside, step_of
 from distalign.training.config import AlignmentConfig, names_what_was_meant
 from distalign.training.guard import ADVICE, Guard
 from distalign.training.health import Monitor
@@ -160,6 +160,11 @@ class AlignmentTrainer(ResumableTrainer):
         self.needs, self.on_policy = self.method.needs, is_on_policy(self.method)
         self.label = label or f"train {self.name}"
         args = AlignmentConfig(f"out-{self.name}") if args is None else args
+        if type(self).compute_loss is not AlignmentTrainer.compute_loss:
+            raise TrainingError(
+                f"{self.label}: {type(self).__name__} has a compute_loss, which is not called: the loss is "
+                "the method's; write it as a Method (docs/adding-a-method.md)"
+            )
         check_kind("callbacks", callbacks, list | None, "a list")
         check_kind("optimizers", optimizers, tuple | list, "(optimizer, schedule), with None for the default")
         given = read_given(
@@ -496,7 +501,8 @@ class AlignmentTrainer(ResumableTrainer):
             if checkpoint is not None:
                 self._resume(checkpoint)
             else:
-                for old in [*checkpoints(self._folder), *self._folder.glob(LATER), *self._folder.glob("metrics.jsonl")]:
+                self.processes.from_first(lambda: set_aside(self._folder))
+                for old in [*self._folder.glob(LATER), *self._folder.glob("metrics.jsonl")]:
                     logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
                 if self.state.global_step == 0:
                     groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
@@ -624,7 +630,7 @@ class AlignmentTrainer(ResumableTrainer):
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self.run(self._extra).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        if self.is_in_train and self.args.load_best_model_at_end:
+        if self.is_in_train and self.args.load_best_model_at_end and eval_dataset is None:
             # Only a step that is saved can be kept.
             self.control.should_save = True
             if self.state.global_step == 0:
