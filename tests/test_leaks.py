@@ -9,6 +9,7 @@ import tiny
 import yaml
 
 from distalign.cli.shared import command_line
+from distalign.errors import InputError
 from distalign.experiments.recipe import load_recipe
 from distalign.experiments.train import train
 from distalign.settings import HIDDEN, RecipeError, dump_yaml, masked
@@ -55,6 +56,26 @@ def test_no_file_of_a_run_holds_the_token(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command_line().startswith("torchrun --nproc_per_node 2 -m distalign ")
     assert TOKEN not in command_line()
+
+
+def test_a_secret_of_a_method_is_written_nowhere_and_may_change(tmp_path):
+    """A run goes on with another key, and a refusal shows neither."""
+    tiny.save(tmp_path / "model")
+    (tmp_path / "asking.py").write_text(
+        "from dataclasses import dataclass\nfrom distalign.methods import PMLE\n"
+        "@dataclass(frozen=True)\nclass Asking(PMLE):\n    api_key: str = ''\n"
+    )
+    settings = yaml.safe_load(tiny.recipe_text(tmp_path))
+    settings |= {"early_stopping": False}
+    settings["training"] |= {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    method = {"class": f"{tmp_path}/asking.py:Asking", "gamma": 0.5, "beta": 0.0}
+    for key in ("a-secret-word", "a-newer-word"):
+        settings["methods"] = {"asking": {**method, "api_key": key}}
+        train(load_recipe(settings), "asking", resume=key == "a-newer-word")
+        assert not [path for path in tmp_path.rglob("*") if path.is_file() and key.encode() in path.read_bytes()]
+    settings["methods"]["asking"]["gamma"] = 0.4
+    with pytest.raises(InputError, match=r"methods.asking.gamma 0.5, the recipe has 0.4"):
+        train(load_recipe(settings), "asking", resume=True)
 
 
 @pytest.mark.parametrize(
