@@ -209,14 +209,19 @@ def model_digest(model: nn.Module) -> str:
     adapted = isinstance(model, PeftModel)
     config = getattr(model, "config", None)
     settings = config.to_diff_dict() if isinstance(config, PretrainedConfig) else {}
-    computed = {name: value for name, value in settings.items() if not re.fullmatch(_NOT_COMPUTED, name)}
-    digest = hashlib.sha256(lasting(computed).encode())
+    digest = hashlib.sha256(lasting(_computing(settings)).encode())
     for name, weight in model.named_parameters():
         if not (adapted and weight.requires_grad):
             digest.update(f"{name} {list(weight.shape)}".encode())
             numbers = weight.detach().flatten()
             digest.update(numbers[:: max(1, len(numbers) // 256)].double().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _computing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a configuration's settings, and of its parts', on which it depends what the model computes."""
+    kept = {name: value for name, value in settings.items() if not re.fullmatch(_NOT_COMPUTED, name)}
+    return {name: _computing(value) if isinstance(value, Mapping) else value for name, value in kept.items()}
 
 
 def adapter_settings(model: nn.Module) -> dict[str, str]:
