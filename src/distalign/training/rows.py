@@ -156,19 +156,18 @@ def _sound(rows: Sequence[Row], name: str) -> list[Row]:
     """Encoded rows, which no reader has checked. Raises DataError with every problem."""
     problems = []
     for number, row in enumerate(rows, 1):
-        what = None
+        parts = [getattr(row, part) for part in ("prompt", "chosen", "rejected") if hasattr(row, part)]
         if type(row) is not type(rows[0]):
             what = f"{type(row).__name__} among rows of {type(rows[0]).__name__}"
+        elif not all(parts) or any(min(ids) < 0 for ids in parts):
+            what = "no token, or one below 0, in the prompt or a response"
+        elif isinstance(row, EncodedPair) and row.chosen == row.rejected:
+            what = "chosen and rejected are the same tokens"
+        elif isinstance(row, EncodedPair) and not 0 <= row.label <= 1:
+            what = f"probability is {row.probability}, not between 0 and 1"
         else:
-            parts = [row.prompt, row.chosen, row.rejected] if isinstance(row, EncodedPair) else [row.prompt]
-            if not all(parts) or any(min(ids) < 0 for ids in parts):
-                what = "no token, or one below 0, in the prompt or a response"
-            elif isinstance(row, EncodedPair) and row.chosen == row.rejected:
-                what = "chosen and rejected are the same tokens"
-            elif isinstance(row, EncodedPair) and not 0 <= row.label <= 1:
-                what = f"probability is {row.probability}, not between 0 and 1"
-        if what is not None:
-            problems.append(Problem(f"{name}:{number}", f"{what}; mend or remove the row"))
+            continue
+        problems.append(Problem(f"{name}:{number}", f"{what}; mend or remove the row"))
     if problems:
         raise DataError(problems)
     return list(rows)

@@ -501,12 +501,12 @@ class AlignmentTrainer(ResumableTrainer):
             if checkpoint is not None:
                 self._resume(checkpoint)
             else:
-                self.processes.from_first(lambda: set_aside(self._folder))
-                for old in [*self._folder.glob(LATER), *self._folder.glob("metrics.jsonl")]:
-                    logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
                 if self.state.global_step == 0:
                     groups = [Group(row.prompt, [row.prompt[-1:]]) for row in self.rows[:2]]
                     self.run(lambda: self.policy.assert_starts_at_reference(groups))
+                self.processes.from_first(lambda: set_aside(self._folder))
+                for old in [*self._folder.glob(LATER), *self._folder.glob("metrics.jsonl")]:
+                    logger.warning("%s is of an earlier run, and could be taken for one of this: remove it", old)
             shown = progress(self.label, 1) if self.processes.first else nullcontext(lambda *_: None)
             with shown as self._advance, self._explain_out_of_memory_outside():
                 try:
